@@ -1,0 +1,220 @@
+"""A bundle: everything a prediction needs, in `models/<name>/<version>/`, published whole or not at all.
+
+`models/<name>/current` is a file that holds the live version. Knows nothing about torch or ONNX Runtime: what scores
+the goldens is passed in.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .encode import AdTable, Encoder, Features, Feeds, FieldError, Request, encode_request
+from .schema import Schema, SchemaError, parse_schema
+from .vocabulary import Numbers, Vocabularies, fingerprint, parse_vocabularies
+
+MODEL, SCHEMA, VOCABULARIES, GOLDENS, MANIFEST = "model.onnx", "schema.toml", "vocabularies.json", "goldens.json", "manifest.json"
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+GOLDEN_TOLERANCE = 1e-5
+"""float32 sums in another order, on another CPU, move a probability by about 1e-7 a layer; a wrong input moves it far more."""
+
+Score = Callable[[Feeds], Numbers]
+
+
+class BundleError(RuntimeError):
+    """A bundle cannot be published or used; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """A request with values as they come from outside, the ads that it names, and the probabilities it must give."""
+
+    user_id: str
+    user: Features
+    context: Features
+    history: Sequence[str]
+    candidates: Sequence[str]
+    ads: Mapping[str, Features]
+    p_click: Sequence[float]
+
+    def feeds(self, encoder: Encoder) -> Feeds:
+        """Encode the request just as the service does."""
+        table = AdTable(encoder)
+        for ad_id, features in self.ads.items():
+            table.put([ad_id], encoder.encode_one("ad", features, ad_id))
+        return encode_request(table, Request(self.user_id, self.user, self.context, self.history, self.candidates))[0]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose digests and fingerprint have been checked."""
+
+    path: Path
+    name: str
+    version: int
+    fingerprint: str
+    schema: Schema
+    vocabularies: Vocabularies
+    manifest: Mapping[str, Any]
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder of this bundle's schema and vocabularies."""
+        return Encoder(self.schema, self.vocabularies)
+
+    @cached_property
+    def goldens(self) -> list[Golden]:
+        """The requests that the model must score as training did."""
+        return [Golden(**golden) for golden in json.loads((self.path / GOLDENS).read_text("utf-8"))]
+
+    def check_goldens(self, score: Score) -> None:
+        """Score the goldens and compare.
+
+        Raises:
+            BundleError: a golden cannot be encoded, or a probability is off by more than `GOLDEN_TOLERANCE`.
+        """
+        for i, golden in enumerate(self.goldens):
+            try:
+                off = np.abs(score(golden.feeds(self.encoder))[0] - np.array(golden.p_click)).max()
+            except FieldError as error:
+                raise BundleError(f"bundle {self.path}: golden {i} cannot be encoded: {error}") from error
+            if not off <= GOLDEN_TOLERANCE:
+                raise BundleError(f"bundle {self.path}: golden {i} is off by {off:.2g}, {GOLDEN_TOLERANCE} is allowed; publish it again")
+
+
+def new_version() -> int:
+    """A version for a bundle made now: UTC time as yyyymmddhhmmss."""
+    return int(datetime.now(UTC).strftime("%Y%m%d%H%M%S"))
+
+
+def check_name(name: str) -> str:
+    """The name itself.
+
+    Raises:
+        BundleError: it could not be a folder of the repository.
+    """
+    if not NAME.fullmatch(name):
+        raise BundleError(f"{name!r} is not a model name: up to 64 of a-z, 0-9, - and _, starting with a letter or digit")
+    return name
+
+
+def publish(models: Path, name: str, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> Path:
+    """Write the files as a new version and make it current: one rename each, so that a reader sees all of it or none.
+
+    `facts` join the manifest. The schema and the vocabularies among `files` give the fingerprint.
+
+    Raises:
+        BundleError: the repository cannot be written; nothing of the bundle is left behind.
+    """
+    home = models / check_name(name)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".publishing-", dir=home, ignore_cleanup_errors=True) as staging:
+            version = _free_version(home)
+            schema = parse_schema(files[SCHEMA].decode())
+            print_ = fingerprint(schema, parse_vocabularies(files[VOCABULARIES].decode(), schema))
+            digests = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
+            manifest = {"name": name, "version": version, "fingerprint": print_, **facts, "files": digests}
+            whole = {**files, MANIFEST: json.dumps(manifest, indent=1).encode()}
+            staged = Path(staging) / str(version)
+            staged.mkdir()
+            for file, data in whole.items():
+                _write(staged / file, data)
+            _sync(staged)
+            staged.rename(home / str(version))
+        try:
+            set_current(models, name, version)
+        except OSError:
+            shutil.rmtree(home / str(version), ignore_errors=True)
+            raise
+    except OSError as error:
+        raise BundleError(f"cannot publish {name} in {models}: {error.strerror or error}; nothing was published") from error
+    return home / str(version)
+
+
+def _free_version(home: Path) -> int:
+    version = new_version()
+    while (home / str(version)).exists():
+        version += 1
+    return version
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def set_current(models: Path, name: str, version: int) -> None:
+    """Make a version the live one, by one rename."""
+    home = models / check_name(name)
+    staged = home / f".current-{os.getpid()}"
+    _write(staged, f"{version}\n".encode())
+    staged.replace(home / "current")
+    _sync(home)
+
+
+def current_path(models: Path, name: str) -> Path:
+    """Folder of the live version.
+
+    Raises:
+        BundleError: there is none.
+    """
+    try:
+        return models / check_name(name) / str(int((models / name / "current").read_text("ascii")))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{models / name / 'current'} does not name a version: {error}") from error
+
+
+def model_names(models: Path) -> list[str]:
+    """Names in the repository that have a live version, sorted."""
+    return sorted(path.parent.name for path in models.glob("*/current") if NAME.fullmatch(path.parent.name))
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Read a bundle and check it: every digest, then that its fingerprint is what this code makes of it.
+
+    Raises:
+        BundleError: it is not whole, was changed, or was made by other feature code.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        name, version, digests = str(manifest["name"]), int(manifest["version"]), dict(manifest["files"])
+        for file, digest in digests.items():
+            if Path(file).name != file or hashlib.sha256((path / file).read_bytes()).hexdigest() != digest:
+                raise BundleError(f"bundle {path}: {file} is not what was published (its digest differs); publish it again")
+        schema = parse_schema((path / SCHEMA).read_text("utf-8"))
+        vocabularies = parse_vocabularies((path / VOCABULARIES).read_text("utf-8"), schema)
+        if {MODEL, SCHEMA, VOCABULARIES, GOLDENS} - set(digests):
+            raise BundleError(f"bundle {path}: {MANIFEST} does not list all of its files")
+    except (OSError, ValueError, KeyError, TypeError, SchemaError) as error:
+        raise BundleError(f"bundle {path} cannot be read: {error!r}") from error
+    ours = fingerprint(schema, vocabularies)
+    if manifest.get("fingerprint") != ours:
+        theirs = manifest.get("fingerprint")
+        raise BundleError(f"bundle {path}: made with feature contract {theirs}, this program has {ours}; train it again with this version")
+    return Bundle(path, name, version, ours, schema, vocabularies, manifest)
+
+
+def goldens_json(goldens: Sequence[Golden]) -> bytes:
+    """The goldens as the contents of `goldens.json`."""
+    return json.dumps([asdict(golden) for golden in goldens], ensure_ascii=False).encode()

@@ -1,0 +1,275 @@
+"""Values to tensors, in the request layout: user side `(R, W)`, history `(R, T, W)`, candidates `(R, C, W)`.
+
+The only code that does so. Training replays its log through it and the service calls it, so they cannot differ.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, repeat
+from typing import Any
+
+import numpy as np
+
+from .schema import IDENTITY, SIDES, Field, Layout, Schema, Side, Slot, lay_out
+from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
+
+Value = str | int | float | Sequence[str] | None
+Features = Mapping[str, Value]
+Feeds = dict[str, np.ndarray[Any, Any]]
+
+
+class FieldError(ValueError):
+    """A value does not fit its field. Carries where, so that a caller can point at it."""
+
+    def __init__(self, side: str, name: str, detail: str) -> None:
+        super().__init__(f"{side}.{name}: {detail}")
+        self.side, self.name, self.detail = side, name, detail
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Encoded fields of one part of a request: `ids (n, width)` int64 and `numbers (n, number_width)` float32."""
+
+    ids: Ids
+    numbers: Numbers
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: Any) -> "Block":
+        """The rows, in that order; `rows` of shape `(..., k)` gives blocks `(..., k, width)`."""
+        return Block(self.ids[rows], self.numbers[rows])
+
+    def beside(self, other: "Block") -> "Block":
+        """Both blocks' columns, this one's first."""
+        return Block(np.hstack([self.ids, other.ids]), np.hstack([self.numbers, other.numbers]))
+
+
+def clean(field: Field, value: Value) -> Value:
+    """A value from outside, in the form that encoding takes: text, a list of texts, a number, or None for missing.
+
+    Raises:
+        FieldError: the value is of the wrong type for the field, or not finite.
+    """
+    if value is None:
+        return None
+    if field.kind == "number":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= np.finfo(np.float32).max:
+            raise FieldError(field.side, field.name, "expected a finite number that fits float32")
+        return float(value)
+    if field.kind == "list":
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise FieldError(field.side, field.name, "expected a list of texts")
+        return [_text(field, element) for element in value]
+    return _text(field, value)
+
+
+def _text(field: Field, value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    # A float would be "25.0" here and "25" in the log: the very skew that this package exists to prevent.
+    raise FieldError(field.side, field.name, "expected a text or a whole number")
+
+
+class Encoder:
+    """Encodes fields as a schema and its vocabularies say."""
+
+    def __init__(self, schema: Schema, vocabularies: Vocabularies) -> None:
+        self.schema = schema
+        self.vocabularies = vocabularies
+        self.layouts = schema.layouts
+        self.sides: dict[Side, Layout] = {side: lay_out(schema.side(side)) for side in SIDES}
+        ad = self.layouts["ad"]
+        columns = {slot.field.name: slot for slot in (*ad.ids, *ad.numbers)}
+        history = [columns[name] for name in schema.history_fields]
+        self.history_ids = [c for s in history if s.field.kind != "number" for c in range(s.start, s.stop)]
+        self.history_numbers = [s.start for s in history if s.field.kind == "number"]
+
+    def encode(self, side: Side, columns: Mapping[str, Sequence[Any]], rows: int) -> Block:
+        """Encode `rows` rows of one side, given as clean columns by field name; an absent column is missing throughout."""
+        layout = self.sides[side]
+        ids = np.zeros((rows, layout.width), np.int64)
+        numbers = np.zeros((rows, layout.number_width), np.float32)
+        for slot in layout.ids:
+            ids[:, slot.columns] = self._ids(slot.field, columns.get(slot.field.name), rows)
+        for slot in layout.numbers:
+            numbers[:, slot.start] = self._numbers(slot.field, columns.get(slot.field.name), rows)
+        return Block(ids, numbers)
+
+    def _ids(self, field: Field, values: Sequence[Any] | None, rows: int) -> Ids:
+        missing = UNKNOWN if field.missing == "unknown" else PADDING
+        if values is None:
+            ids = np.zeros((rows, field.length), np.int64)
+        elif field.kind == "category":
+            ids = self.vocabularies.categories[field.vocabulary].encode(values)[:, None]
+        else:
+            ids = self._lists(field, values)
+        if missing:
+            ids[ids[:, 0] == PADDING, 0] = missing
+        return ids
+
+    def _lists(self, field: Field, values: Sequence[Sequence[str] | None]) -> Ids:
+        kept = [value[: field.length] if value else () for value in values]
+        lengths = np.fromiter(map(len, kept), np.int64, len(kept))
+        flat = self.vocabularies.categories[field.vocabulary].encode(list(chain.from_iterable(kept)))
+        ids = np.zeros((len(kept), field.length), np.int64)
+        ids[np.arange(field.length) < lengths[:, None]] = flat
+        return ids
+
+    def _numbers(self, field: Field, values: Sequence[float | None] | None, rows: int) -> Numbers:
+        raw = np.full(rows, np.nan) if values is None else np.array(values, np.float64)
+        raw = np.where(np.isnan(raw), float(field.missing), raw)
+        if field.transform == "log":
+            raw = np.sign(raw) * np.log1p(np.abs(raw))
+        elif field.transform == "standard":
+            moments = self.vocabularies.moments[field.path]
+            raw = (raw - moments.mean) / moments.deviation
+        return raw.astype(np.float32)
+
+    def encode_one(self, side: Side, features: Features, identity: str | None = None) -> Block:
+        """One row of one side, from values as they come from outside; `identity` is the user's or the ad's id.
+
+        Raises:
+            FieldError: a name that the schema does not have, or a value that does not fit its field.
+        """
+        columns: dict[str, Sequence[Any]] = {} if identity is None else {IDENTITY[side]: [identity]}
+        for name, value in features.items():
+            known = self.schema.field(side, name)
+            if known is None or name in IDENTITY.values():
+                raise FieldError(side, name, f"the schema {self.schema.name!r} has no such {side} feature")
+            columns[name] = [clean(known, value)]
+        return self.encode(side, columns, 1)
+
+    def unknown_ads(self, ad_ids: Sequence[str]) -> Block:
+        """Ads of which only the id is known: every other category is unknown, every number missing."""
+        rows = len(ad_ids)
+        block = self.encode("ad", {"ad_id": ad_ids}, rows)
+        for slot in self.layouts["ad"].ids:
+            if slot.field.name != "ad_id":
+                block.ids[:, slot.start] = UNKNOWN
+        return block
+
+    def history_of(self, ads: Block) -> Block:
+        """The history's columns of encoded ads `(..., width)`: what a behaviour on each of them is."""
+        return Block(ads.ids[..., self.history_ids], ads.numbers[..., self.history_numbers])
+
+    def overlay(self, block: Block, row: int, features: Features) -> None:
+        """Write the features sent with a candidate over its row of an ad block."""
+        sent = self.encode_one("ad", features)
+        layout = self.layouts["ad"]
+        for slots, target, source in ((layout.ids, block.ids, sent.ids), (layout.numbers, block.numbers, sent.numbers)):
+            for slot in _named(slots, features):
+                target[row, slot.columns] = source[0, slot.columns]
+
+
+def _named(slots: tuple[Slot, ...], names: Mapping[str, Any]) -> list[Slot]:
+    return [slot for slot in slots if slot.field.name in names]
+
+
+class AdTable:
+    """Encoded ads by id, as columns that grow. Row 0 is the padding ad, so a padded history is a plain `take`.
+
+    An ad that has left stays encoded, for the histories that contain it, but is no longer known as a candidate.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._rows: dict[str, int] = {}
+        layout = encoder.layouts["ad"]
+        self._block = Block(np.zeros((1, layout.width), np.int64), np.zeros((1, layout.number_width), np.float32))
+        self._active = np.zeros(1, np.bool_)
+
+    def __len__(self) -> int:
+        return int(np.count_nonzero(self._active[: len(self._rows) + 1]))
+
+    @property
+    def block(self) -> Block:
+        """All rows, the padding ad first; views into the table, not copies."""
+        return self._block.take(slice(len(self._rows) + 1))
+
+    def rows(self, ad_ids: Sequence[str]) -> Ids:
+        """Row of each ad, 0 where the table does not have it."""
+        return np.fromiter(map(self._rows.get, ad_ids, repeat(0)), np.int64, len(ad_ids))
+
+    def active(self, rows: Ids) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which rows are ads that have not left."""
+        return self._active[rows]
+
+    def put(self, ad_ids: Sequence[str], ads: Block, active: bool = True) -> None:
+        """Add ads, or replace those already there."""
+        for ad_id in ad_ids:
+            self._rows.setdefault(ad_id, len(self._rows) + 1)
+        self._grow(len(self._rows) + 1)
+        rows = self.rows(ad_ids)
+        self._block.ids[rows], self._block.numbers[rows], self._active[rows] = ads.ids, ads.numbers, active
+
+    def remove(self, ad_ids: Sequence[str]) -> None:
+        """Mark ads as gone; their rows stay for histories."""
+        self._active[self.rows(ad_ids)] = False
+
+    def _grow(self, rows: int) -> None:
+        have = len(self._active)
+        if rows <= have:
+            return
+        more = max(rows, have * 2) - have
+        self._block = Block(np.pad(self._block.ids, ((0, more), (0, 0))), np.pad(self._block.numbers, ((0, more), (0, 0))))
+        self._active = np.pad(self._active, (0, more))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request's values: a user with features and behaviours (oldest first), a context, and candidates.
+
+    `sent` holds the features that came with a candidate, by its position in `candidates`.
+    """
+
+    user_id: str
+    user: Features
+    context: Features
+    history: Sequence[str]
+    candidates: Sequence[str]
+    sent: Mapping[int, Features] = field(default_factory=dict)
+
+
+def encode_request(table: AdTable, request: Request) -> tuple[Feeds, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Tensors of one request `(1, ...)`, and which candidates `(C,)` the table knows.
+
+    Raises:
+        FieldError: a feature that the schema does not have, or a value that does not fit its field.
+    """
+    encoder = table.encoder
+    user = encoder.encode_one("user", request.user, request.user_id).beside(encoder.encode_one("context", request.context))
+    rows = table.rows(request.candidates)
+    known = table.active(rows)
+    ads = table.block.take(rows)
+    _fill_unknown(encoder, ads, request.candidates, ~known)
+    for row, features in request.sent.items():
+        encoder.overlay(ads, row, features)
+    history = _encode_history(table, request.history)
+    return feeds(encoder.schema, {"user": user, "history": history.take(np.s_[None]), "ad": ads.take(np.s_[None])}), known
+
+
+def _encode_history(table: AdTable, history: Sequence[str]) -> Block:
+    encoder = table.encoder
+    behaviours = history[max(0, len(history) - encoder.schema.history_length) :] if encoder.schema.history_length else []
+    rows = table.rows(behaviours) if behaviours else np.zeros(1, np.int64)
+    ads = table.block.take(rows)
+    _fill_unknown(encoder, ads, behaviours, (rows == 0)[: len(behaviours)])
+    return encoder.history_of(ads)
+
+
+def _fill_unknown(encoder: Encoder, ads: Block, ad_ids: Sequence[str], unknown: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+    where = np.flatnonzero(unknown).tolist()
+    if where:
+        filled = encoder.unknown_ads([ad_ids[i] for i in where])
+        ads.ids[where], ads.numbers[where] = filled.ids, filled.numbers
+
+
+def feeds(schema: Schema, blocks: Mapping[str, Block]) -> Feeds:
+    """The tensors that a network takes, by name, from the blocks of a request; blocks without columns are left out."""
+    return {
+        name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)
+        for name, (part, _) in schema.tensors.items()
+    }

@@ -1,0 +1,186 @@
+"""What is kept about users and ads between requests: packed user state, the store protocol, and a store in memory.
+
+Knows nothing about Redis (`service/store.py`) or about tensors (`encode.py`).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgpack
+
+from .encode import Features
+
+FORMAT = 1
+HISTORY_LIMIT = 1_000
+"""The most behaviours kept a user, whatever a schema asks for."""
+
+
+class StateError(ValueError):
+    """A packed value is not a state, or is another user's."""
+
+
+class StoreError(RuntimeError):
+    """The store did not answer; `reason` is a metric label, such as `store_timeout`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class ChangesLostError(RuntimeError):
+    """The change stream no longer reaches back to a cursor: the catalogue has to be read whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class UserState:
+    """A user's features and behaviours, oldest first; `ts` in seconds since 1970, beside `ad_ids`."""
+
+    features: Features = field(default_factory=dict)
+    ad_ids: Sequence[str] = ()
+    ts: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ad:
+    """An ad's features. One that is no longer `active` has left the catalogue but still stands in histories."""
+
+    ad_id: str
+    features: Features
+    active: bool = True
+
+
+def pack_user(user_id: str, state: UserState) -> bytes:
+    """A user's state as one value of the store; the newest `HISTORY_LIMIT` behaviours are kept."""
+    features = dict(state.features)
+    return _pack([FORMAT, user_id, features, list(state.ad_ids[-HISTORY_LIMIT:]), list(state.ts[-HISTORY_LIMIT:])])
+
+
+def unpack_user(user_id: str, value: bytes) -> UserState:
+    """The state in a packed value.
+
+    Raises:
+        StateError: the value is not a packed state, or is that of another user, which must never be ranked with.
+    """
+    document = _unpack(value)
+    shapes = (int, str, dict, list, list)
+    if not isinstance(document, list) or [type(part) for part in document] != list(shapes) or document[0] != FORMAT:
+        raise StateError(f"the value stored for user {user_id!r} is not a user state of format {FORMAT}")
+    _, owner, features, ad_ids, ts = document
+    if owner != user_id:
+        raise StateError("the value stored for a user names another user")
+    if len(ad_ids) != len(ts) or not all(type(ad_id) is str for ad_id in ad_ids):
+        raise StateError(f"the history stored for user {user_id!r} is damaged")
+    return UserState(features, ad_ids, ts)
+
+
+def pack_ad(ad: Ad) -> bytes:
+    """An ad as one value of the store."""
+    return _pack([FORMAT, ad.active, dict(ad.features)])
+
+
+def unpack_ad(ad_id: str, value: bytes) -> Ad:
+    """The ad in a packed value.
+
+    Raises:
+        StateError: the value is not a packed ad.
+    """
+    document = _unpack(value)
+    if not isinstance(document, list) or [type(part) for part in document] != [int, bool, dict] or document[0] != FORMAT:
+        raise StateError(f"the value stored for ad {ad_id!r} is not an ad of format {FORMAT}")
+    return Ad(ad_id, document[2], document[1])
+
+
+def _pack(document: object) -> bytes:
+    packed: bytes = msgpack.packb(document)
+    return packed
+
+
+def _unpack(value: bytes) -> Any:
+    try:
+        return msgpack.unpackb(value)
+    except ValueError as error:  # msgpack's own errors, and bad UTF-8, are ValueErrors
+        raise StateError(f"not a packed value: {error}") from error
+
+
+class Store(Protocol):
+    """Where users and ads are kept. Every method but `close` raises StoreError where the store does not answer."""
+
+    async def get_user(self, user_id: str) -> UserState | None:
+        """A user's state, None where the store has none. One round trip."""
+
+    async def put_users(self, users: Iterable[tuple[str, UserState]]) -> None:
+        """Write users' states over what was there."""
+
+    async def put_ads(self, ads: Iterable[Ad]) -> None:
+        """Write ads over what was there, and announce them to every ranker."""
+
+    def all_ads(self) -> AsyncIterator[list[Ad]]:
+        """The whole catalogue, those that have left included, in batches."""
+
+    async def cursor(self) -> str:
+        """The present end of the change stream, to be taken before `all_ads` is read."""
+
+    async def changed_ads(self, cursor: str, wait: float) -> tuple[list[Ad], str]:
+        """Ads that changed after the cursor, as they are now, and the next cursor; waits up to `wait` seconds for one.
+
+        Raises:
+            ChangesLostError: changes after the cursor have been trimmed, or the store was emptied.
+        """
+
+    async def ping(self) -> None:
+        """Return if the store answers."""
+
+    async def close(self) -> None:
+        """Let go of connections."""
+
+
+class MemoryStore:
+    """A store in this process's memory, packed as Redis holds it. For tests and for a service without Redis."""
+
+    def __init__(self) -> None:
+        self._users: dict[str, bytes] = {}
+        self._ads: dict[str, bytes] = {}
+        self._changes: list[str] = []
+        self._news = asyncio.Event()
+
+    async def get_user(self, user_id: str) -> UserState | None:
+        """See `Store`."""
+        value = self._users.get(user_id)
+        return None if value is None else unpack_user(user_id, value)
+
+    async def put_users(self, users: Iterable[tuple[str, UserState]]) -> None:
+        """See `Store`."""
+        self._users.update((user_id, pack_user(user_id, state)) for user_id, state in users)
+
+    async def put_ads(self, ads: Iterable[Ad]) -> None:
+        """See `Store`."""
+        packed: Mapping[str, bytes] = {ad.ad_id: pack_ad(ad) for ad in ads}
+        self._ads.update(packed)
+        self._changes.extend(packed)
+        self._news.set()
+
+    async def all_ads(self) -> AsyncIterator[list[Ad]]:
+        """See `Store`."""
+        yield [unpack_ad(ad_id, value) for ad_id, value in self._ads.items()]
+
+    async def cursor(self) -> str:
+        """See `Store`."""
+        return str(len(self._changes))
+
+    async def changed_ads(self, cursor: str, wait: float) -> tuple[list[Ad], str]:
+        """See `Store`."""
+        if int(cursor) == len(self._changes):
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), wait)
+        changed = dict.fromkeys(self._changes[int(cursor) :])
+        return [unpack_ad(ad_id, self._ads[ad_id]) for ad_id in changed], str(len(self._changes))
+
+    async def ping(self) -> None:
+        """See `Store`."""
+
+    async def close(self) -> None:
+        """See `Store`."""

@@ -1,0 +1,108 @@
+"""Values to ids. 0 is padding or missing, 1 is unknown, values start at 2. Ids stay int64: float32 loses them above 2**24."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
+import numpy.typing as npt
+
+from .schema import Schema
+
+PADDING, UNKNOWN, FIRST = 0, 1, 2
+ENCODING = 1
+"""Raise this whenever encoding changes what it does: it is part of every fingerprint, so old bundles are refused."""
+
+Ids = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float32]
+
+
+class Vocabulary:
+    """The values that training saw, in the order of their ids."""
+
+    def __init__(self, values: Sequence[str]) -> None:
+        self.values = tuple(values)
+        self._ids: dict[str | None, int] = {value: i for i, value in enumerate(self.values, FIRST)}
+        if len(self._ids) != len(self.values):
+            raise ValueError("a vocabulary names a value twice")
+
+    @property
+    def size(self) -> int:
+        """Ids in use, padding and unknown included: the height of an embedding table."""
+        return len(self.values) + FIRST
+
+    def encode(self, values: Sequence[str | None]) -> Ids:
+        """Ids `(n,)` of the values; None is padding."""
+        ids = np.fromiter(map(self._ids.get, values, repeat(UNKNOWN)), np.int64, len(values))
+        if None in values:
+            ids[[value is None for value in values]] = PADDING
+        return ids
+
+
+class HashBuckets:
+    """Values hashed into a fixed number of ids, for values too many or too new to list."""
+
+    def __init__(self, buckets: int) -> None:
+        self.buckets = buckets
+
+    @property
+    def size(self) -> int:
+        """Ids in use, padding and unknown included."""
+        return self.buckets + FIRST
+
+    def encode(self, values: Sequence[str | None]) -> Ids:
+        """Ids `(n,)` of the values; None is padding. CRC-32 because it is stable across machines and fast."""
+        buckets = self.buckets
+        ids = (PADDING if value is None else FIRST + zlib.crc32(value.encode()) % buckets for value in values)
+        return np.fromiter(ids, np.int64, len(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean and standard deviation of a number over the training split, for the `standard` transform."""
+
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabularies:
+    """Everything about values that is learned from the training split."""
+
+    categories: Mapping[str, Vocabulary | HashBuckets]
+    moments: Mapping[str, Moments]
+
+    def to_json(self) -> str:
+        """As the text of a bundle's `vocabularies.json`; hash buckets follow from the schema and are not written."""
+        listed = {name: list(v.values) for name, v in self.categories.items() if isinstance(v, Vocabulary)}
+        moments = {path: [m.mean, m.deviation] for path, m in self.moments.items()}
+        return json.dumps({"categories": listed, "moments": moments}, ensure_ascii=False, separators=(",", ":"))
+
+
+def parse_vocabularies(text: str, schema: Schema) -> Vocabularies:
+    """Read a `vocabularies.json`.
+
+    Raises:
+        ValueError: it is not JSON of that form, or lacks a vocabulary that the schema needs.
+    """
+    document = json.loads(text)
+    try:
+        listed, moments = document["categories"], document["moments"]
+        categories: dict[str, Vocabulary | HashBuckets] = {}
+        for field in schema.fields:
+            if field.kind != "number":
+                buckets = field.buckets
+                categories[field.vocabulary] = HashBuckets(buckets) if buckets else Vocabulary(listed[field.vocabulary])
+        standard = [field.path for field in schema.fields if field.transform == "standard"]
+        return Vocabularies(categories, {path: Moments(*map(float, moments[path])) for path in standard})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"vocabularies do not fit the schema {schema.name!r}: {error!r}") from error
+
+
+def fingerprint(schema: Schema, vocabularies: Vocabularies) -> str:
+    """What encoding does, in 16 hexadecimal digits: bundles and services that differ in it must not meet."""
+    parts = (str(ENCODING), schema.canonical(), vocabularies.to_json())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""The online road: a request becomes a ranking."""

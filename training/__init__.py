@@ -1,0 +1,1 @@
+"""The offline road: a log becomes a bundle."""

@@ -1,0 +1,1 @@
+"""Public data sets, one a file, and our own prepared form."""

@@ -1,0 +1,166 @@
+"""A prepared data set on disk: `schema.toml`, `{train,valid,test}/*.parquet`, and the tables `ads.parquet` and `users.parquet`.
+
+Columns of a split, values raw (encoding happens in `features/` when a model is trained):
+
+    label     Int8          0 or 1
+    user_id   String        ad_id String
+    ts        Int64         seconds since 1970; optional
+    history   List(String)  ad ids of the behaviours before the row, oldest first; where the schema has a history
+    user.X, context.X, ad.X: String (category), List(String) (list) or Float64 (number); null is missing
+
+A `user.X` or `ad.X` that a split lacks is looked up in `users.parquet` (user_id, user.X …) or `ads.parquet` (ad_id, ad.X …).
+Behaviours take their features from `ads.parquet`.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from features.schema import Field, Schema, SchemaError, parse_schema
+
+SPLITS = ("train", "valid", "test")
+DTYPES: dict[str, pl.DataType] = {"category": pl.String(), "list": pl.List(pl.String()), "number": pl.Float64()}
+
+
+class DataError(RuntimeError):
+    """A data set cannot be read or prepared; the message says where and what was wrong."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared data set that has been opened and whose columns fit its schema."""
+
+    folder: Path
+    schema: Schema
+
+    def files(self, split: str) -> list[Path]:
+        """The parquet files of a split, in order.
+
+        Raises:
+            DataError: the split has none.
+        """
+        files = sorted((self.folder / split).glob("*.parquet"))
+        if not files:
+            raise DataError(f"{self.folder / split} has no .parquet file; prepare the data set again, or choose another split")
+        return files
+
+    def frames(self, split: str) -> Iterator[pl.DataFrame]:
+        """The rows of a split, file by file, checked.
+
+        Raises:
+            DataError: a file cannot be read, lacks a column, or holds a label that is not 0 or 1.
+        """
+        for path in self.files(split):
+            frame = _read(path)
+            _check(frame, {"label": pl.Int8(), "user_id": pl.String(), "ad_id": pl.String()}, path)
+            if self.schema.history_length:
+                _check(frame, {"history": pl.List(pl.String())}, path)
+            bad = frame.filter(pl.col("label").is_null() | ~pl.col("label").is_in([0, 1]))
+            if len(bad):
+                raise DataError(f"{path}: {len(bad)} labels are not 0 or 1, the first is {bad['label'][0]}")
+            yield frame
+
+    def table(self, side: str) -> pl.DataFrame | None:
+        """`ads.parquet` for "ad", `users.parquet` for "user"; None where the data set has no such table."""
+        path = self.folder / f"{side}s.parquet"
+        if not path.exists():
+            return None
+        frame = _read(path)
+        key = f"{side}_id"
+        _check(frame, {key: pl.String()}, path)
+        if frame[key].is_duplicated().any() or frame[key].has_nulls():
+            raise DataError(f"{path}: {key} has duplicates or gaps; each row is one {side}")
+        return frame
+
+
+def open_prepared(folder: Path) -> Prepared:
+    """Open a prepared data set.
+
+    Raises:
+        DataError: the folder is not one.
+    """
+    try:
+        return Prepared(folder, parse_schema((folder / "schema.toml").read_text("utf-8")))
+    except (OSError, UnicodeDecodeError, SchemaError) as error:
+        raise DataError(f"{folder} is not a prepared data set: {folder / 'schema.toml'}: {error}") from error
+
+
+def column_of(frame: pl.DataFrame, field: Field) -> pl.Series | None:
+    """A field's column, or None where the frame has none; identities are the frame's own `user_id` and `ad_id`.
+
+    Raises:
+        DataError: the column is of another type than the field's kind says.
+    """
+    name = field.name if field.name in ("user_id", "ad_id") else field.path
+    if name not in frame.columns:
+        return None
+    column = frame[name]
+    if column.dtype != DTYPES[field.kind]:
+        raise DataError(f"column {name} is {column.dtype}; a {field.kind} needs {DTYPES[field.kind]}")
+    return column
+
+
+def _read(path: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _check(frame: pl.DataFrame, columns: Mapping[str, pl.DataType], path: Path) -> None:
+    for name, dtype in columns.items():
+        if name not in frame.columns:
+            raise DataError(f"{path}: column {name} is missing; it has {', '.join(frame.columns)}")
+        if frame[name].dtype != dtype:
+            raise DataError(f"{path}: column {name} is {frame[name].dtype}, expected {dtype}")
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """A staging folder that becomes `out` by one rename when the block ends well, and is gone when it does not.
+
+    Raises:
+        DataError: `out` exists already and holds something, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} already exists; name a new folder or remove it first")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            yield staging
+            staging.chmod(0o755)
+            staging.replace(out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror or error}; nothing was written") from error
+
+
+def write_tables(folder: Path, schema: Schema, ads: pl.DataFrame | None = None, users: pl.DataFrame | None = None) -> None:
+    """Write the schema and the tables of a data set into a (staging) folder."""
+    (folder / "schema.toml").write_text(schema.to_toml(), "utf-8")
+    for name, table in (("ads", ads), ("users", users)):
+        if table is not None:
+            table.write_parquet(folder / f"{name}.parquet")
+
+
+def write_split(folder: Path, split: str, frames: Iterable[pl.DataFrame]) -> int:
+    """Write a split's rows, one file a frame; how many rows there were.
+
+    Raises:
+        DataError: there was no row.
+    """
+    (folder / split).mkdir()
+    rows = 0
+    for i, frame in enumerate(frames):
+        frame.write_parquet(folder / split / f"{i:04}.parquet")
+        rows += len(frame)
+    if not rows:
+        raise DataError(f"the {split} split would be empty: there are too few rows to split, or the source is empty")
+    return rows

@@ -1,0 +1,1 @@
+"""CTR networks, one family a file, made of `blocks.py`."""
