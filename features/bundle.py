@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .encode import AdTable, Encoder, Features, Feeds, FieldError, Request, encode_request
+from .encode import AdTable, Encoder, Features, Feeds, Request, encode_request
 from .schema import Schema, SchemaError, parse_schema
 from .vocabulary import Numbers, Vocabularies, fingerprint, parse_vocabularies
 
@@ -75,7 +75,10 @@ class Bundle:
     @cached_property
     def goldens(self) -> list[Golden]:
         """The requests that the model must score as training did."""
-        return [Golden(**golden) for golden in json.loads((self.path / GOLDENS).read_text("utf-8"))]
+        try:
+            return [Golden(**golden) for golden in json.loads((self.path / GOLDENS).read_text("utf-8"))]
+        except (OSError, TypeError, ValueError) as error:
+            raise BundleError(f"bundle {self.path}: {GOLDENS} cannot be read: {error}") from error
 
     def check_goldens(self, score: Score) -> None:
         """Score the goldens and compare.
@@ -86,7 +89,7 @@ class Bundle:
         for i, golden in enumerate(self.goldens):
             try:
                 off = np.abs(score(golden.feeds(self.encoder))[0] - np.array(golden.p_click)).max()
-            except FieldError as error:
+            except ValueError as error:  # a FieldError, or probabilities of another shape
                 raise BundleError(f"bundle {self.path}: golden {i} cannot be encoded: {error}") from error
             if not off <= GOLDEN_TOLERANCE:
                 raise BundleError(f"bundle {self.path}: golden {i} is off by {off:.2g}, {GOLDEN_TOLERANCE} is allowed; publish it again")

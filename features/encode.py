@@ -10,20 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from .schema import IDENTITY, SIDES, Field, Layout, Schema, Side, Slot, lay_out
+from .schema import IDENTITY, SIDES, Field, Layout, Schema, Side, lay_out
 from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
 
 Value = str | int | float | Sequence[str] | None
 Features = Mapping[str, Value]
 Feeds = dict[str, np.ndarray[Any, Any]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class FieldError(ValueError):
-    """A value does not fit its field. Carries where, so that a caller can point at it."""
+    """A value does not fit its field. Carries where, so that a caller can point at it; `row` is a candidate's position."""
 
-    def __init__(self, side: str, name: str, detail: str) -> None:
+    def __init__(self, side: str, name: str, detail: str, row: int | None = None) -> None:
         super().__init__(f"{side}.{name}: {detail}")
-        self.side, self.name, self.detail = side, name, detail
+        self.side, self.name, self.detail, self.row = side, name, detail, row
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def clean(field: Field, value: Value) -> Value:
     if value is None:
         return None
     if field.kind == "number":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= np.finfo(np.float32).max:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
             raise FieldError(field.side, field.name, "expected a finite number that fits float32")
         return float(value)
     if field.kind == "list":
@@ -81,6 +83,7 @@ class Encoder:
         self.vocabularies = vocabularies
         self.layouts = schema.layouts
         self.sides: dict[Side, Layout] = {side: lay_out(schema.side(side)) for side in SIDES}
+        self._fields = {(field.side, field.name): field for field in schema.fields}
         ad = self.layouts["ad"]
         columns = {slot.field.name: slot for slot in (*ad.ids, *ad.numbers)}
         history = [columns[name] for name in schema.history_fields]
@@ -136,10 +139,7 @@ class Encoder:
         """
         columns: dict[str, Sequence[Any]] = {} if identity is None else {IDENTITY[side]: [identity]}
         for name, value in features.items():
-            known = self.schema.field(side, name)
-            if known is None or name in IDENTITY.values():
-                raise FieldError(side, name, f"the schema {self.schema.name!r} has no such {side} feature")
-            columns[name] = [clean(known, value)]
+            columns[name] = [clean(self._sendable(side, name), value)]
         return self.encode(side, columns, 1)
 
     def unknown_ads(self, ad_ids: Sequence[str]) -> Block:
@@ -155,17 +155,34 @@ class Encoder:
         """The history's columns of encoded ads `(..., width)`: what a behaviour on each of them is."""
         return Block(ads.ids[..., self.history_ids], ads.numbers[..., self.history_numbers])
 
-    def overlay(self, block: Block, row: int, features: Features) -> None:
-        """Write the features sent with a candidate over its row of an ad block."""
-        sent = self.encode_one("ad", features)
+    def overlay(self, block: Block, sent: Mapping[int, Features]) -> None:
+        """Write the features sent with candidates, by position, over their rows of an ad block.
+
+        Raises:
+            FieldError: as `encode_one` does, with the candidate's `row`.
+        """
+        columns: dict[str, tuple[list[int], list[Any]]] = {}
+        for row, features in sent.items():
+            for name, value in features.items():
+                rows, values = columns.setdefault(name, ([], []))
+                rows.append(row)
+                try:
+                    values.append(clean(self._sendable("ad", name), value))
+                except FieldError as error:
+                    raise FieldError(error.side, error.name, error.detail, row) from None
         layout = self.layouts["ad"]
-        for slots, target, source in ((layout.ids, block.ids, sent.ids), (layout.numbers, block.numbers, sent.numbers)):
-            for slot in _named(slots, features):
-                target[row, slot.columns] = source[0, slot.columns]
+        for slot in (slot for slot in layout.ids if slot.field.name in columns):
+            rows, values = columns[slot.field.name]
+            block.ids[rows, slot.columns] = self._ids(slot.field, values, len(rows))
+        for slot in (slot for slot in layout.numbers if slot.field.name in columns):
+            rows, values = columns[slot.field.name]
+            block.numbers[rows, slot.start] = self._numbers(slot.field, values, len(rows))
 
-
-def _named(slots: tuple[Slot, ...], names: Mapping[str, Any]) -> list[Slot]:
-    return [slot for slot in slots if slot.field.name in names]
+    def _sendable(self, side: Side, name: str) -> Field:
+        known = self._fields.get((side, name))
+        if known is None or name in IDENTITY.values():
+            raise FieldError(side, name, f"the schema {self.schema.name!r} has no such {side} feature")
+        return known
 
 
 class AdTable:
@@ -193,7 +210,7 @@ class AdTable:
         """Row of each ad, 0 where the table does not have it."""
         return np.fromiter(map(self._rows.get, ad_ids, repeat(0)), np.int64, len(ad_ids))
 
-    def active(self, rows: Ids) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def active(self, rows: Ids) -> Mask:
         """Which rows are ads that have not left."""
         return self._active[rows]
 
@@ -233,34 +250,54 @@ class Request:
     sent: Mapping[int, Features] = field(default_factory=dict)
 
 
-def encode_request(table: AdTable, request: Request) -> tuple[Feeds, np.ndarray[Any, np.dtype[np.bool_]]]:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What an ad table has of a request, copied out of it: candidates `ads (C, ...)`, behaviours `history (T, ...)`.
+
+    `known (C,)` says which candidates are in the catalogue, `behaviours` which ads the rows of the history are.
+    """
+
+    ads: Block
+    known: Mask
+    history: Block
+    seen: Mask
+    behaviours: Sequence[str]
+
+
+def look_up(table: AdTable, request: Request) -> Found:
+    """The ads of a request. Quick, and the only step that touches the table: `encode_found` may run in another thread."""
+    rows = table.rows(request.candidates)
+    length = table.encoder.schema.history_length
+    behaviours = request.history[max(0, len(request.history) - length) :] if length else []
+    behaved = table.rows(behaviours) if behaviours else np.zeros(1, np.int64)
+    return Found(table.block.take(rows), table.active(rows), table.block.take(behaved), behaved[: len(behaviours)] > 0, behaviours)
+
+
+def encode_found(encoder: Encoder, request: Request, found: Found) -> Feeds:
+    """Tensors of one request `(1, ...)`. Takes `found` over and writes into it.
+
+    Raises:
+        FieldError: a feature that the schema does not have, or a value that does not fit its field.
+    """
+    user = encoder.encode_one("user", request.user, request.user_id).beside(encoder.encode_one("context", request.context))
+    _fill_unknown(encoder, found.ads, request.candidates, ~found.known)
+    encoder.overlay(found.ads, request.sent)
+    _fill_unknown(encoder, found.history, found.behaviours, ~found.seen)
+    history = encoder.history_of(found.history)
+    return feeds(encoder.schema, {"user": user, "history": history.take(np.s_[None]), "ad": found.ads.take(np.s_[None])})
+
+
+def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
     """Tensors of one request `(1, ...)`, and which candidates `(C,)` the table knows.
 
     Raises:
         FieldError: a feature that the schema does not have, or a value that does not fit its field.
     """
-    encoder = table.encoder
-    user = encoder.encode_one("user", request.user, request.user_id).beside(encoder.encode_one("context", request.context))
-    rows = table.rows(request.candidates)
-    known = table.active(rows)
-    ads = table.block.take(rows)
-    _fill_unknown(encoder, ads, request.candidates, ~known)
-    for row, features in request.sent.items():
-        encoder.overlay(ads, row, features)
-    history = _encode_history(table, request.history)
-    return feeds(encoder.schema, {"user": user, "history": history.take(np.s_[None]), "ad": ads.take(np.s_[None])}), known
+    found = look_up(table, request)
+    return encode_found(table.encoder, request, found), found.known
 
 
-def _encode_history(table: AdTable, history: Sequence[str]) -> Block:
-    encoder = table.encoder
-    behaviours = history[max(0, len(history) - encoder.schema.history_length) :] if encoder.schema.history_length else []
-    rows = table.rows(behaviours) if behaviours else np.zeros(1, np.int64)
-    ads = table.block.take(rows)
-    _fill_unknown(encoder, ads, behaviours, (rows == 0)[: len(behaviours)])
-    return encoder.history_of(ads)
-
-
-def _fill_unknown(encoder: Encoder, ads: Block, ad_ids: Sequence[str], unknown: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+def _fill_unknown(encoder: Encoder, ads: Block, ad_ids: Sequence[str], unknown: Mask) -> None:
     where = np.flatnonzero(unknown).tolist()
     if where:
         filled = encoder.unknown_ads([ad_ids[i] for i in where])

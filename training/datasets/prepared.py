@@ -9,12 +9,15 @@ Columns of a split, values raw (encoding happens in `features/` when a model is 
     user.X, context.X, ad.X: String (category), List(String) (list) or Float64 (number); null is missing
 
 A `user.X` or `ad.X` that a split lacks is looked up in `users.parquet` (user_id, user.X …) or `ads.parquet` (ad_id, ad.X …).
-Behaviours take their features from `ads.parquet`.
+Behaviours take their features from `ads.parquet`. A split may have further columns, which training leaves alone.
+
+`histories.parquet` (user_id, history List(String), history_ts List(Int64)) is optional: each user's behaviours after the whole
+log, oldest first, with their times. `states.py` reads it.
 """
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +27,20 @@ import polars as pl
 from features.schema import Field, Schema, SchemaError, parse_schema
 
 SPLITS = ("train", "valid", "test")
+SHARES = (0.8, 0.1, 0.1)
+ROWS_PER_FILE = 100_000
 DTYPES: dict[str, pl.DataType] = {"category": pl.String(), "list": pl.List(pl.String()), "number": pl.Float64()}
+
+Progress = Callable[[int, int], None]
+"""Told how many rows of a preparation are written, and how many there are."""
 
 
 class DataError(RuntimeError):
     """A data set cannot be read or prepared; the message says where and what was wrong."""
+
+
+def silent(_done: int, _total: int) -> None:
+    """The progress of a preparation that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Prepared:
             DataError: a file cannot be read, lacks a column, or holds a label that is not 0 or 1.
         """
         for path in self.files(split):
-            frame = _read(path)
+            frame = read_parquet(path)
             _check(frame, {"label": pl.Int8(), "user_id": pl.String(), "ad_id": pl.String()}, path)
             if self.schema.history_length:
                 _check(frame, {"history": pl.List(pl.String())}, path)
@@ -67,14 +79,19 @@ class Prepared:
 
     def table(self, side: str) -> pl.DataFrame | None:
         """`ads.parquet` for "ad", `users.parquet` for "user"; None where the data set has no such table."""
-        path = self.folder / f"{side}s.parquet"
-        if not path.exists():
+        return _keyed(self.folder / f"{side}s.parquet", f"{side}_id")
+
+    def histories(self) -> pl.DataFrame | None:
+        """`histories.parquet`; None where the data set has no such table."""
+        path = self.folder / "histories.parquet"
+        frame = _keyed(path, "user_id")
+        if frame is None:
             return None
-        frame = _read(path)
-        key = f"{side}_id"
-        _check(frame, {key: pl.String()}, path)
-        if frame[key].is_duplicated().any() or frame[key].has_nulls():
-            raise DataError(f"{path}: {key} has duplicates or gaps; each row is one {side}")
+        _check(frame, {"history": pl.List(pl.String())}, path)
+        if "history_ts" in frame.columns:
+            _check(frame, {"history_ts": pl.List(pl.Int64())}, path)
+            if (frame["history"].list.len() != frame["history_ts"].list.len()).any():
+                raise DataError(f"{path}: history and history_ts differ in length")
         return frame
 
 
@@ -105,9 +122,36 @@ def column_of(frame: pl.DataFrame, field: Field) -> pl.Series | None:
     return column
 
 
-def _read(path: Path) -> pl.DataFrame:
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """A parquet file, or the named columns of it.
+
+    Raises:
+        DataError: it cannot be read as one, or lacks a column.
+    """
     try:
-        return pl.read_parquet(path)
+        return pl.read_parquet(path, columns=None if columns is None else list(columns), glob=False)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _keyed(path: Path, key: str) -> pl.DataFrame | None:
+    if not path.exists():
+        return None
+    frame = read_parquet(path)
+    _check(frame, {key: pl.String()}, path)
+    if frame[key].is_duplicated().any() or frame[key].has_nulls():
+        raise DataError(f"{path}: {key} has duplicates or gaps; each row is one {key.removesuffix('_id')}")
+    return frame
+
+
+def columns_of(path: Path) -> list[str]:
+    """The names of a parquet file's columns.
+
+    Raises:
+        DataError: it cannot be read as one.
+    """
+    try:
+        return list(pl.read_parquet_schema(path))
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
@@ -127,9 +171,9 @@ def writing(out: Path) -> Iterator[Path]:
     Raises:
         DataError: `out` exists already and holds something, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} already exists; name a new folder or remove it first")
     try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(f"{out} already exists; name a new folder or remove it first")
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
@@ -142,12 +186,24 @@ def writing(out: Path) -> Iterator[Path]:
         raise DataError(f"cannot write {out}: {error.strerror or error}; nothing was written") from error
 
 
+def write_table(folder: Path, name: str, table: pl.DataFrame) -> None:
+    """Write one parquet file into a (staging) folder.
+
+    Raises:
+        OSError: it cannot be written; polars reports a full disk as an error of its own, which `writing` would not know.
+    """
+    try:
+        table.write_parquet(folder / f"{name}.parquet")
+    except pl.exceptions.PolarsError as error:
+        raise OSError(f"{name}.parquet: {error}") from error
+
+
 def write_tables(folder: Path, schema: Schema, ads: pl.DataFrame | None = None, users: pl.DataFrame | None = None) -> None:
     """Write the schema and the tables of a data set into a (staging) folder."""
     (folder / "schema.toml").write_text(schema.to_toml(), "utf-8")
     for name, table in (("ads", ads), ("users", users)):
         if table is not None:
-            table.write_parquet(folder / f"{name}.parquet")
+            write_table(folder, name, table)
 
 
 def write_split(folder: Path, split: str, frames: Iterable[pl.DataFrame]) -> int:
@@ -159,8 +215,42 @@ def write_split(folder: Path, split: str, frames: Iterable[pl.DataFrame]) -> int
     (folder / split).mkdir()
     rows = 0
     for i, frame in enumerate(frames):
-        frame.write_parquet(folder / split / f"{i:04}.parquet")
+        write_table(folder / split, f"{i:04}", frame)
         rows += len(frame)
     if not rows:
         raise DataError(f"the {split} split would be empty: there are too few rows to split, or the source is empty")
     return rows
+
+
+def by_order(rows: int, shares: Sequence[float] = SHARES) -> dict[str, range]:
+    """The rows of each split where the first share of the rows trains, the next validates and the last tests."""
+    ends = [int(rows * share + 1e-6) for share in (shares[0], shares[0] + shares[1])]
+    return dict(zip(SPLITS, map(range, (0, *ends), (*ends, rows)), strict=True))
+
+
+def pieces(rows: range) -> list[range]:
+    """The rows in the pieces that make one file each."""
+    return [rows[start : start + ROWS_PER_FILE] for start in range(0, len(rows), ROWS_PER_FILE)]
+
+
+def write_splits(
+    folder: Path, splits: Mapping[str, range], frame: Callable[[range], pl.DataFrame], progress: Progress = silent
+) -> dict[str, int]:
+    """Write every split, piece by piece, so that only one `frame(rows)` is held at a time; rows by split.
+
+    Raises:
+        DataError: a split has no row.
+    """
+    total = sum(map(len, splits.values()))
+    progress(0, total)
+
+    def frames(rows: range, before: int) -> Iterator[pl.DataFrame]:
+        for piece in pieces(rows):
+            yield frame(piece)
+            before += len(piece)
+            progress(before, total)
+
+    written: dict[str, int] = {}
+    for split, rows in splits.items():
+        written[split] = write_split(folder, split, frames(rows, sum(written.values())))
+    return written

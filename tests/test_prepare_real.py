@@ -1,0 +1,79 @@
+"""The public data sets themselves, from ../shared/data, which is not part of the project."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from training.datasets import criteo, frappe, movielens, open_bandit
+from training.datasets.prepared import SPLITS, Prepared, open_prepared
+from training.datasets.states import ads, user_states
+
+SOURCES = Path(__file__).parent.parent.parent / "shared" / "data"
+pytestmark = pytest.mark.skipif(not SOURCES.is_dir(), reason=f"the public data sets are not in {SOURCES}")
+
+
+def whole(data: Prepared, *columns: str) -> pl.DataFrame:
+    return pl.concat([frame.select(columns) for split in SPLITS for frame in data.frames(split)])
+
+
+def clicks(data: Prepared) -> dict[str, int]:
+    return {split: sum(int(frame["label"].sum()) for frame in data.frames(split)) for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def ml(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    out = tmp_path_factory.mktemp("ml") / "out"
+    assert movielens.prepare(SOURCES / "ml-1m", out) == {"train": 800_167, "valid": 100_021, "test": 100_021}
+    return open_prepared(out)
+
+
+def test_movielens_has_the_protocol_s_clicks(ml: Prepared) -> None:
+    assert clicks(ml) == {"train": 463_078, "valid": 57_740, "test": 54_463}
+    assert len(list(ads(ml))) == 3_883
+    assert whole(ml, "ts")["ts"].is_sorted()
+    assert ml.table("ad")["ad.genres"].list.len().max() == ml.schema.field("ad", "genres").length
+
+
+def test_every_movielens_history_is_the_user_s_past(ml: Prepared) -> None:
+    past: dict[str, list[str]] = defaultdict(list)
+    wrong = 0
+    for user, movie, label, history in whole(ml, "user_id", "ad_id", "label", "history").iter_rows():
+        wrong += history != past[user][-50:]
+        if label:
+            past[user].append(movie)
+    assert wrong == 0
+    states = dict(user_states(ml))
+    assert {user: list(state.ad_ids) for user, state in states.items()} == {user: movies[-50:] for user, movies in past.items()}
+    assert all(list(state.ts) == sorted(state.ts) and set(state.features) == {"gender", "age", "occupation"} for state in states.values())
+
+
+def test_frappe_has_the_given_splits(tmp_path: Path) -> None:
+    assert frappe.prepare(SOURCES / "frappe_x1", tmp_path / "out") == {"train": 202_027, "valid": 57_722, "test": 28_860}
+    data = open_prepared(tmp_path / "out")
+    source = pl.read_csv(SOURCES / "frappe_x1" / "test.csv", infer_schema=False)
+    prepared = pl.concat(data.frames("test")).with_columns(pl.col("label").cast(pl.String))
+    assert prepared.rows() == source.rows()
+    per_item = whole(data, "ad_id", "context.cost").group_by("ad_id").agg(pl.col("context.cost").n_unique())
+    assert per_item["context.cost"].max() > 1  # or cost would belong to the ad
+
+
+def test_criteo_has_its_clicks(tmp_path: Path) -> None:
+    assert criteo.prepare(SOURCES / "criteo_10k", tmp_path / "out") == {"train": 8_000, "valid": 1_000, "test": 1_000}
+    data = open_prepared(tmp_path / "out")
+    assert sum(clicks(data).values()) == 2_182
+    last = (SOURCES / "criteo_10k" / "train.txt").read_text().splitlines()[-1].split("\t")
+    row = whole(data, *(f"ad.C{i}" for i in range(1, 27))).row(-1)
+    assert [value or "" for value in row] == last[14:]
+
+
+def test_open_bandit_has_its_clicks_and_propensities(tmp_path: Path) -> None:
+    assert open_bandit.prepare(SOURCES / "open_bandit", tmp_path / "out") == {"train": 8_000, "valid": 1_000, "test": 1_000}
+    data = open_prepared(tmp_path / "out")
+    assert sum(clicks(data).values()) == 38
+    log = whole(data, "propensity", "ad_id", "user_id", "context.position", "ts")
+    assert log["propensity"].unique().to_list() == [0.0125]
+    assert [log["ad_id"].n_unique(), log["user_id"].n_unique(), sorted(log["context.position"].unique())] == [80, 240, ["1", "2", "3"]]
+    assert log["ts"][0] == 1574553634
+    assert len(list(user_states(data))) == 240
