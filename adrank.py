@@ -1,5 +1,233 @@
-"""The command line: subcommands load what they need when they run."""
+"""The command line. It joins the offline and the online road, and loads of each only what a subcommand needs."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+# Threads that spin while they wait make training tens of times slower on a machine that does anything else.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
+FOLDER = click.Path(file_okay=False, path_type=Path)
+T = TypeVar("T")
 
 
-def main() -> None:
-    """Run `adrank`."""
+class Refusal(click.ClickException):
+    """Something a person can mend: one sentence, exit code 2."""
+
+    exit_code = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="adrank")
+def cli() -> None:
+    """Rank ads: train CTR models on an impression log, and serve them."""
+
+
+@cli.command(epilog="Example: adrank prepare movielens --source ml-1m --out data/ml-1m")
+@click.argument("data_set", type=click.Choice(DATA_SETS))
+@click.option("--source", type=click.Path(path_type=Path), required=True, help="The data set as published: a folder or a file.")
+@click.option("--out", type=FOLDER, required=True, help="The prepared data set; must not exist yet.")
+@click.option("--schema", type=click.Path(dir_okay=False, path_type=Path), help="For csv: the schema file, see docs/data.md.")
+def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None:
+    """Turn a data set as published into a prepared one."""
+    from importlib import import_module
+
+    if (data_set == "csv") != (schema is not None):
+        raise Refusal("csv needs --schema FILE (see docs/data.md)" if schema is None else f"--schema is for csv; {data_set} has its own")
+    module = import_module("training.datasets." + {"csv": "csv_table", "open-bandit": "open_bandit"}.get(data_set, data_set))
+    with progress_bar() as progress:
+        task = progress.add_task(f"preparing {data_set}", total=None)
+        options = [schema] if schema else []
+        rows = module.prepare(source, out, *options, lambda done, total: progress.update(task, completed=done, total=total))
+    print(f"{out}: " + ", ".join(f"{split} {count:,}" for split, count in rows.items()) + " rows")
+
+
+@cli.command(epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
+@click.option("--model", required=True, help="The network: deepfm or din.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
+@click.option("--name", help="Name in the repository; default: the network's.")
+@click.option("--seed", type=int, help="One seed makes a run repeatable to the last bit on one machine.")
+@click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the train split.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training or of the network.")
+def train(data: Path, model: str, models: Path, name: str | None, seed: int | None, epochs: int | None, settings: tuple[str, ...]) -> None:
+    """Train a network and publish it as a bundle, the new live version."""
+    given = dict(_pair(text) for text in settings)
+    given |= {key: str(value) for key, value in {"seed": seed, "epochs": epochs}.items() if value is not None}
+    with progress_bar() as progress:
+        path, trained = train_and_publish(data, model, models, name or model, given, progress)
+    _print_metrics(trained.metrics)
+    print(f"published {path}")
+
+
+def train_and_publish(data: Path, model: str, models: Path, name: str, given: dict[str, str], progress: "Progress") -> tuple[Path, Any]:
+    """Train a network with the settings `given` as texts, and publish it; the bundle's folder and what was trained."""
+    from features.bundle import check_name
+    from training.datasets.prepared import open_prepared
+    from training.export import export
+    from training.networks import NETWORKS
+    from training.train import TrainSettings, override, train
+
+    if model not in NETWORKS:
+        raise Refusal(f"there is no network {model!r}; there are {', '.join(NETWORKS)}")
+    check_name(name)
+    network, loop = override(NETWORKS[model].settings(), given), override(TrainSettings(), given)
+    if given:
+        known = ", ".join([*vars(network), *vars(loop)])
+        raise Refusal(f"--set {next(iter(given))}: no such setting; there are {known}")
+    prepared = open_prepared(data)
+    trained = train(prepared, model, network, loop, progress)
+    progress.add_task("exporting", total=None)
+    return export(prepared, trained, models, name), trained
+
+
+@cli.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")
+@click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
+@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def evaluate(bundle: Path, data: Path, split: str, as_json: bool) -> None:
+    """Measure a published bundle on a split, through ONNX Runtime."""
+    from features.bundle import load_bundle
+    from training.datasets.prepared import open_prepared
+    from training.export import evaluate_bundle
+
+    with progress_bar() as progress:
+        metrics = evaluate_bundle(load_bundle(bundle), open_prepared(data), split, progress)
+    if as_json:
+        print(json.dumps(metrics.as_dict()))
+    else:
+        _print_metrics({split: metrics})
+
+
+@cli.command(epilog="Example: adrank load --data data/ml-1m --redis redis://127.0.0.1:6379/0")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
+@click.option("--redis", help="The store's URL; default: ADRANK_REDIS, then redis://127.0.0.1:6379/0.")
+def load(data: Path, redis: str | None) -> None:
+    """Write a prepared data set's users, histories and ads into the store; running services follow."""
+    from service.settings import load_settings
+    from training.datasets.prepared import open_prepared
+
+    with progress_bar() as progress:
+        users, ads = asyncio.run(fill_store(open_prepared(data), load_settings({"redis": redis}), progress))
+    print(f"loaded {users:,} users and {ads:,} ads")
+
+
+async def fill_store(prepared: Any, settings: Any, progress: "Progress") -> tuple[int, int]:
+    """Write users and ads into the store that the settings name; how many of each."""
+    from service.app import open_store
+    from training.datasets.states import ads, user_states
+
+    store, counts = open_store(settings), {"users": 0, "ads": 0}
+
+    def counted(kind: str, items: Iterable[T]) -> Iterator[T]:
+        task = progress.add_task(f"loading {kind}", total=None)
+        for item in items:
+            counts[kind] += 1
+            yield item
+            progress.update(task, completed=counts[kind])
+        progress.update(task, total=counts[kind])
+
+    try:
+        await store.put_ads(counted("ads", ads(prepared)))
+        await store.put_users(counted("users", user_states(prepared)))
+    finally:
+        await store.close()
+    return counts["users"], counts["ads"]
+
+
+@cli.command(epilog="Example: adrank serve --models models --redis redis://127.0.0.1:6379/0 --workers 2")
+@click.option("--models", type=FOLDER, help="The model repository.")
+@click.option("--redis", help="The store's URL. A password belongs into ADRANK_REDIS, not on the command line.")
+@click.option("--host", help="Address to listen on; default 127.0.0.1.")
+@click.option("--port", type=int, help="Port to listen on; default 8000.")
+@click.option("--workers", type=int, help="Processes; default 1.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to score; default cpu.")
+def serve(**flags: Any) -> None:
+    """Answer POST /rank. Every flag is also a variable, such as ADRANK_PORT."""
+    from service.app import serve as run
+    from service.settings import load_settings
+
+    run(load_settings(flags))
+
+
+@cli.command(epilog="Example: adrank demo --once")
+@click.option("--once", is_flag=True, help="Print one ranking and stop.")
+@click.option("--port", type=int, default=8000, show_default=True, help="Port of the service.")
+@click.option(
+    "--dir", "folder", type=FOLDER, default="data/demo", show_default=True, help="Where the demo's data and models go, anew each time."
+)
+def demo(once: bool, port: int, folder: Path) -> None:
+    """Make a synthetic ad world, train DIN and DeepFM on its log, serve them, and rank for a user."""
+    from demo import run
+
+    run(folder, port, once)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise Refusal(f"--set {text}: expected KEY=VALUE")
+    return key, value
+
+
+def progress_bar() -> "Progress":
+    """A progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("split", "rows", "AUC", "GAUC", "log loss", "normalised entropy", "calibration error", "p(click) / clicks")
+    for split, m in metrics.items():
+        rates = (m.auc, m.gauc, m.log_loss, m.normalised_entropy, m.calibration_error, m.calibration_ratio)
+        table.add_row(split, f"{m.rows:,}", *(f"{value:.5f}" for value in rates))
+    Console().print(table)
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    """The errors whose text is a sentence for a person, of the parts that this subcommand has loaded."""
+    named = ("features.bundle.BundleError", "features.schema.SchemaError", "features.state.StoreError", "service.settings.SettingsError")
+    found = [
+        (sys.modules.get(module), name)
+        for module, _, name in (path.rpartition(".") for path in (*named, "training.datasets.prepared.DataError"))
+    ]
+    return tuple(getattr(module, name) for module, name in found if module)
+
+
+def main(run: Callable[..., Any] = cli) -> None:
+    """Run `adrank`: a mistake that a person can mend is one sentence and exit code 2, an interruption is exit code 130."""
+    try:
+        run(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if not isinstance(error, (*_mendable(), ValueError)) or os.environ.get("ADRANK_TRACE"):
+            raise
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

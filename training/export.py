@@ -1,0 +1,227 @@
+"""A trained network to a published bundle: the ONNX graph, proof that ONNX Runtime agrees with torch, goldens, one rename.
+
+The graph takes the tensors of `Schema.tensors` and gives `p_click (R, C)`, calibration included; R, C and T are dynamic.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import polars as pl
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from features.bundle import GOLDENS, MODEL, SCHEMA, VOCABULARIES, Bundle, BundleError, Golden, goldens_json, publish
+from features.encode import Encoder, Features, Feeds
+from features.schema import Schema, Side
+
+from .calibrate import Calibration
+from .datasets.encoded import encode_split
+from .datasets.prepared import Prepared, column_of
+from .evaluate import Metrics, measure
+from .networks.blocks import Part
+from .train import EVALUATION_ROWS, Trained
+
+TOLERANCE = 1e-5
+"""Largest difference of a probability between ONNX Runtime and torch. Both compute in float32, 6e-8 a rounding, but sum in
+another order: over sums of a few hundred terms that comes to about 1e-6, while a wrong operator is off by far more."""
+SIZES = (1, 2, 7, 64)
+"""Requests, candidates and behaviours that are tried: the sizes that exporters specialise on, an odd one, a large one."""
+GOLDEN_ROWS = 8
+CALIBRATION = "calibration.json"
+
+
+class Served(nn.Module):
+    """A network as it is served: logits to calibrated, sampling-corrected probabilities."""
+
+    def __init__(self, network: nn.Module, calibration: Calibration, schema: Schema) -> None:
+        super().__init__()
+        self.network = network
+        self.scale = calibration.scale
+        self.shift = calibration.shift + calibration.sampling
+        self.schema = schema
+
+    def forward(self, tensors: dict[str, Tensor]) -> Tensor:
+        """p(click) `(R, C)` of the tensors of `Schema.tensors`."""
+        some = tensors["ad_ids" if "ad_ids" in tensors else "ad_numbers"]
+        parts = []
+        for part, shape in (("user", some.shape[:1]), ("history", (*some.shape[:1], 1)), ("ad", some.shape[:2])):
+            ids, numbers = tensors.get(f"{part}_ids"), tensors.get(f"{part}_numbers")
+            if numbers is None:
+                numbers = torch.zeros((*(shape if ids is None else ids.shape[:-1]), 0))
+            if ids is None:
+                ids = torch.zeros((*numbers.shape[:-1], 0), dtype=torch.int64)
+            parts.append(Part(ids, numbers))
+        return torch.sigmoid(self.network(*parts) * self.scale + self.shift)
+
+
+def score(served: Served, feeds: Feeds) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """What torch says to a request's tensors: p(click) `(R, C)`."""
+    with torch.no_grad():
+        result: np.ndarray[Any, np.dtype[np.float32]] = served({name: torch.from_numpy(a) for name, a in feeds.items()}).numpy()
+        return result
+
+
+def to_onnx(served: Served) -> bytes:
+    """The graph, through torch's dynamo exporter."""
+    sample = {name: torch.from_numpy(array) for name, array in random_feeds(served.schema, {}, 3, 5, 4).items()}
+    dimensions = {"user": ("R",), "history": ("R", "T"), "ad": ("R", "C")}
+    shapes = {
+        name: dict.fromkeys(range(len(dimensions[part])), torch.export.Dim.DYNAMIC) for name, (part, _) in served.schema.tensors.items()
+    }
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter warns of its own internals
+        program = torch.onnx.export(
+            served,
+            kwargs={"tensors": sample},
+            dynamo=True,
+            external_data=False,
+            dynamic_shapes={"tensors": shapes},
+            input_names=list(sample),
+            output_names=["p_click"],
+            verbose=False,
+        )
+    assert program is not None  # noqa: S101  # it is only without dynamo
+    graph: bytes = program.model_proto.SerializeToString()
+    return graph
+
+
+def random_feeds(schema: Schema, sizes: dict[str, int], requests: int, behaviours: int, candidates: int, seed: int = 0) -> Feeds:
+    """Tensors of a random request; ids below the vocabularies' `sizes` (3 where not given), so 0 and 1 occur too."""
+    random = np.random.default_rng(seed)
+    axes = {"user": (requests,), "history": (requests, behaviours), "ad": (requests, candidates)}
+    feeds: Feeds = {}
+    for name, (part, width) in schema.tensors.items():
+        shape = (*axes[part], width)
+        if name.endswith("_numbers"):
+            feeds[name] = random.standard_normal(shape).astype(np.float32)
+            continue
+        slots = schema.layouts[part].ids
+        high = np.array([sizes.get(slot.field.vocabulary, 3) for slot in slots for _ in range(slot.field.length)])
+        feeds[name] = random.integers(0, high, shape)
+        if part == "history":
+            feeds[name][..., 0] = np.maximum(feeds[name][..., 0], 1)
+    return feeds
+
+
+def verify(graph: bytes, served: Served, sizes: dict[str, int]) -> float:
+    """Compare ONNX Runtime with torch over shapes, histories and orders; the largest difference seen.
+
+    Raises:
+        BundleError: they differ by more than `TOLERANCE`, or padding or order changes a score.
+    """
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for case, feeds, expected in _cases(served, sizes):
+        off = float(np.abs(session.run(None, feeds)[0] - expected).max())
+        worst = max(worst, off)
+        if not off <= TOLERANCE:
+            raise BundleError(f"ONNX Runtime and torch differ by {off:.2g} for {case}, {TOLERANCE} is allowed; nothing was published")
+    return worst
+
+
+def _cases(served: Served, sizes: dict[str, int]) -> Iterator[tuple[str, Feeds, np.ndarray[Any, Any]]]:
+    schema = served.schema
+    full = max(schema.history_length, 1)
+    for requests in SIZES:
+        for candidates in SIZES:
+            for behaviours in (*SIZES, full):
+                feeds = random_feeds(schema, sizes, requests, behaviours, candidates, seed=candidates)
+                yield f"R={requests}, C={candidates}, T={behaviours}", feeds, score(served, feeds)
+    feeds = random_feeds(schema, sizes, 3, full, 33)
+    expected = score(served, feeds)
+    order = np.random.default_rng(1).permutation(33)
+    permuted = {name: array[:, order] if name.startswith("ad_") else array for name, array in feeds.items()}
+    yield "candidates permuted", permuted, expected[:, order]
+    padded = {name: np.pad(array, ((0, 0), (0, 9), (0, 0))) if name.startswith("history_") else array for name, array in feeds.items()}
+    yield "padding added", padded, expected
+    empty = {name: np.zeros_like(array) if name.startswith("history_") else array for name, array in feeds.items()}
+    yield "an empty history", empty, score(served, empty)
+
+
+def make_goldens(data: Prepared, served: Served, encoder: Encoder) -> list[Golden]:
+    """Real requests of the valid split, the values as they come from outside, with torch's scores."""
+    frame = next(data.frames("valid")).head(5_000)
+    ads, users = data.table("ad"), data.table("user")
+    chosen = frame.sample(min(GOLDEN_ROWS, len(frame)), seed=1)
+    some_ads = chosen["ad_id"].unique(maintain_order=True).to_list()
+    goldens = []
+    for i, row in enumerate(chosen.iter_slices(1)):
+        history = row["history"][0].to_list() if encoder.schema.history_length and row["history"][0] is not None and i else []
+        named = sorted({*some_ads, *history})
+        features = {
+            ad_id: _features(found, encoder.schema, "ad") for ad_id in named if (found := _row(ads, chosen, "ad_id", ad_id)) is not None
+        }
+        user_id = row["user_id"][0]
+        user_row = _row(users, row, "user_id", user_id)
+        user = {} if user_row is None else _features(user_row, encoder.schema, "user")
+        golden = Golden(user_id, user, _features(row, encoder.schema, "context"), history, some_ads, features, [])
+        goldens.append(replace(golden, p_click=score(served, golden.feeds(encoder))[0].tolist()))
+    return goldens
+
+
+def _row(table: pl.DataFrame | None, rows: pl.DataFrame, key: str, value: str) -> pl.DataFrame | None:
+    found = (rows if table is None else table).filter(pl.col(key) == value).head(1)
+    return found if len(found) else None
+
+
+def _features(row: pl.DataFrame, schema: Schema, side: Side) -> Features:
+    features: dict[str, Any] = {}
+    for field in schema.side(side):
+        column = column_of(row, field)
+        if column is None or field.name in ("user_id", "ad_id") or column[0] is None:
+            continue
+        features[field.name] = column[0].to_list() if isinstance(column[0], pl.Series) else column[0]
+    return features
+
+
+def export(data: Prepared, trained: Trained, models: Path, name: str) -> Path:
+    """Export, verify and publish; the folder of the new version.
+
+    Raises:
+        BundleError: ONNX Runtime disagrees with torch, or the repository cannot be written.
+    """
+    encoder = trained.encoder
+    served = Served(trained.network, trained.calibration, encoder.schema).eval()
+    graph = to_onnx(served)
+    sizes = {vocabulary: v.size for vocabulary, v in encoder.vocabularies.categories.items()}
+    difference = verify(graph, served, sizes)
+    metrics = {split: m.as_dict() for split, m in trained.metrics.items()}
+    files = {
+        MODEL: graph,
+        SCHEMA: encoder.schema.to_toml().encode(),
+        VOCABULARIES: encoder.vocabularies.to_json().encode(),
+        GOLDENS: goldens_json(make_goldens(data, served, encoder)),
+        CALIBRATION: json.dumps(asdict(trained.calibration)).encode(),
+        "metrics.json": json.dumps(metrics, indent=1).encode(),
+    }
+    libraries = {library: version(library) for library in ("numpy", "torch", "onnx", "onnxruntime")}
+    facts = {"network": trained.family, "settings": trained.settings, "onnx_difference": difference, "libraries": libraries}
+    return publish(models, name, files, facts)
+
+
+def evaluate_bundle(bundle: Bundle, data: Prepared, split: str, progress: Progress) -> Metrics:
+    """Measure a bundle on a split as it would serve it, its rows encoded with its own vocabularies.
+
+    Raises:
+        DataError: the split is absent or does not fit the bundle's schema.
+    """
+    rows = encode_split(replace(data, schema=bundle.schema), split, bundle.encoder)
+    session = onnxruntime.InferenceSession(bundle.path / MODEL, providers=["CPUExecutionProvider"])
+    calibration = Calibration(**json.loads((bundle.path / CALIBRATION).read_text("utf-8")))
+    chunks = np.array_split(np.arange(len(rows)), range(EVALUATION_ROWS, len(rows), EVALUATION_ROWS))
+    scores = []
+    for chunk in progress.track(chunks, description=f"scoring {split}"):
+        parts = dict(zip(("user", "history", "ad"), rows.batch(chunk), strict=True))
+        feeds = {name: parts[part][0 if name.endswith("_ids") else 1].numpy() for name, (part, _) in bundle.schema.tensors.items()}
+        scores.append(session.run(None, feeds)[0][:, 0])
+    return measure(rows.labels, calibration.to_log(np.concatenate(scores)), rows.users)

@@ -1,0 +1,125 @@
+"""A synthetic ad world whose true p(click) is known: users with drifting interests, ads with quality, position bias.
+
+A click is a coin with
+    p(click) = sigmoid(base + interest · z[day, user, category of the ad] + quality[ad] + bias[slot] + bias[position])
+where z is a random walk that now and then starts anew, so that the recent history says what the profile cannot.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from features.schema import parse_schema
+
+from .datasets.history import Past
+from .datasets.prepared import write_split, write_table, write_tables, writing
+
+CATEGORIES = ("sports", "travel", "fashion", "games", "food", "finance", "music", "cars", "home", "health", "books", "pets")
+AGES = ("18-24", "25-34", "35-44", "45-54", "55+")
+SLOTS = ("feed", "sidebar", "story")
+SLOT_BIAS = np.array([0.3, -0.6, 0.0])
+POSITIONS = 8
+POSITION_BIAS = -0.2 * np.arange(POSITIONS)
+BASE, INTEREST, QUALITY = -1.7, 1.5, 0.5
+DAYS, DAY = 30, 86_400
+START = 1_767_225_600  # 2026-01-01, UTC
+SPLIT_DAYS = {"train": (0, 24), "valid": (24, 27), "test": (27, 30)}
+HISTORY = 30
+SCHEMA = f"""
+name = "world"
+[history]
+length = {HISTORY}
+fields = ["ad_id", "category"]
+[user.user_id]
+kind = "category"
+[user.age]
+kind = "category"
+[context.slot]
+kind = "category"
+[context.position]
+kind = "category"
+[ad.ad_id]
+kind = "category"
+[ad.category]
+kind = "category"
+[ad.brand]
+kind = "category"
+"""
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class World:
+    """Users and ads by number; `interests (DAYS, users, categories)`, `quality (ads,)`, `category (ads,)`, `age (users,)`."""
+
+    interests: Array
+    age: Array
+    category: Array
+    brand: Array
+    quality: Array
+
+    def p_click(self, day: Array | int, user: Array | int, ad: Array | int, slot: Array | int, position: Array | int) -> Array:
+        """True probabilities of impressions; the arrays broadcast, `position` counts from 0."""
+        interest = self.interests[day, user, self.category[ad]]
+        logit = BASE + INTEREST * interest + self.quality[ad] + SLOT_BIAS[slot] + POSITION_BIAS[position]
+        p: Array = 1 / (1 + np.exp(-logit))
+        return p
+
+    def ads(self) -> pl.DataFrame:
+        """`ads.parquet` of the world."""
+        ids = [f"a{ad}" for ad in range(len(self.quality))]
+        categories = [CATEGORIES[c] for c in self.category]
+        return pl.DataFrame({"ad_id": ids, "ad.category": categories, "ad.brand": [f"brand{b}" for b in self.brand]})
+
+    def users(self) -> pl.DataFrame:
+        """`users.parquet` of the world."""
+        return pl.DataFrame({"user_id": [f"u{user}" for user in range(len(self.age))], "user.age": [AGES[a] for a in self.age]})
+
+
+def make_world(users: int = 2_000, ads: int = 600, seed: int = 7) -> World:
+    """Draw a world; the same seed gives the same one."""
+    random = np.random.default_rng(seed)
+    age = random.integers(0, len(AGES), users)
+    taste = random.normal(0, 0.6, (len(AGES), len(CATEGORIES)))[age]
+    days = [taste + random.normal(0, 1, taste.shape)]
+    for _ in range(1, DAYS):
+        anew = random.random((users, 1)) < 0.04
+        drifted = taste + 0.97 * (days[-1] - taste) + random.normal(0, 0.22, taste.shape)
+        days.append(np.where(anew, taste + random.normal(0, 1, taste.shape), drifted))
+    category = random.integers(0, len(CATEGORIES), ads)
+    brand = category * 5 + random.integers(0, 5, ads)
+    return World(np.stack(days), age, category, brand, random.normal(0, QUALITY, ads))
+
+
+def write_log(world: World, out: Path, impressions: int = 200_000, seed: int = 7) -> dict[str, int]:
+    """Show ads at random and write the impressions with their clicks as a prepared data set; rows by split."""
+    random = np.random.default_rng(seed)
+    seconds = np.sort(random.integers(0, DAYS * DAY, impressions))
+    day = seconds // DAY
+    user = random.integers(0, len(world.age), impressions)
+    ad = random.integers(0, len(world.quality), impressions)
+    slot, position = random.integers(0, len(SLOTS), impressions), random.integers(0, POSITIONS, impressions)
+    click = random.random(impressions) < world.p_click(day, user, ad, slot, position)
+    log = pl.DataFrame(
+        {
+            "label": click.astype(np.int8),
+            "user_id": [f"u{u}" for u in user],
+            "ad_id": [f"a{a}" for a in ad],
+            "ts": seconds + START,
+            "context.slot": [SLOTS[s] for s in slot],
+            "context.position": [str(p + 1) for p in position],
+        }
+    )
+    past = Past(log, HISTORY)
+    frame = log.with_columns(history=past.histories(slice(None)))
+    with writing(out) as folder:
+        write_tables(folder, parse_schema(SCHEMA), world.ads(), world.users())
+        write_table(folder, "histories", past.after())
+        return {split: write_split(folder, split, [frame.filter(_between(day, *days))]) for split, days in SPLIT_DAYS.items()}
+
+
+def _between(day: Array, first: int, end: int) -> pl.Series:
+    return pl.Series((day >= first) & (day < end))
