@@ -4,6 +4,7 @@
 the goldens is passed in.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -171,9 +172,13 @@ def set_current(models: Path, name: str, version: int) -> None:
     """Make a version the live one, by one rename."""
     home = models / check_name(name)
     staged = home / f".current-{os.getpid()}"
-    _write(staged, f"{version}\n".encode())
-    staged.replace(home / "current")
-    _sync(home)
+    try:
+        _write(staged, f"{version}\n".encode())
+        staged.replace(home / "current")
+    finally:
+        staged.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the version is live; only a power cut could still undo it
+        _sync(home)
 
 
 def current_path(models: Path, name: str) -> Path:

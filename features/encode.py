@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from .schema import IDENTITY, SIDES, Field, Layout, Schema, Side, lay_out
+from .schema import FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, lay_out
 from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
 
 Value = str | int | float | Sequence[str] | None
 Features = Mapping[str, Value]
 Feeds = dict[str, np.ndarray[Any, Any]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class FieldError(ValueError):
@@ -60,7 +59,7 @@ def clean(field: Field, value: Value) -> Value:
             raise FieldError(field.side, field.name, "expected a finite number that fits float32")
         return float(value)
     if field.kind == "list":
-        if isinstance(value, str) or not isinstance(value, Sequence):
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence):
             raise FieldError(field.side, field.name, "expected a list of texts")
         return [_text(field, element) for element in value]
     return _text(field, value)

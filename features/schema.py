@@ -20,6 +20,7 @@ IDENTITY = {"user": "user_id", "ad": "ad_id"}
 MAX_LIST_LENGTH = 1_000
 MAX_HISTORY_LENGTH = 10_000
 MAX_BUCKETS = 2**31
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 class SchemaError(ValueError):
@@ -188,8 +189,8 @@ def _field(side: Side, name: str, entries: object) -> Field:
     _require(kind == "list" or field.length == 1, f"{where}: only a list has a length")
     _require(field.transform in TRANSFORMS, f"{where}: transform must be one of {', '.join(TRANSFORMS)}")
     if kind == "number":
-        is_number = isinstance(field.missing, int | float) and abs(field.missing) < float("inf")
-        _require(is_number, f"{where}: missing must be a finite number, the raw value that stands in")
+        is_number = isinstance(field.missing, int | float) and not isinstance(field.missing, bool) and abs(field.missing) <= FLOAT32_MAX
+        _require(is_number, f"{where}: missing must be a finite number that fits float32, the raw value that stands in")
         return field
     _require(field.transform == "none", f"{where}: only a number has a transform")
     _require(field.missing in MISSING_CATEGORY, f"{where}: missing must be one of {', '.join(MISSING_CATEGORY)}")

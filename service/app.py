@@ -1,0 +1,225 @@
+"""Composition: settings, store, models, catalogue and ranker become an application, and the application a server."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from features.bundle import BundleError, current_path, model_names
+from features.state import MemoryStore, Store, StoreError
+
+from .api import Edge, add_error_handlers, describe, rank_routes, state_routes
+from .catalogue import Catalogue
+from .metrics import Metrics, Registry
+from .models import Models, load_models
+from .ranker import Ranker
+from .settings import Settings, load_settings
+from .store import RedisStore
+
+LOOK_AGAIN_SECONDS = 1.0
+START_SECONDS = 10.0
+"""How long a process may get ready before it takes requests: beside workers that are ready, it would answer some of theirs with 503."""
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["stderr"], "level": "INFO"},
+}
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """The parts of one process, and what happens in them between requests."""
+
+    def __init__(self, settings: Settings, store: Store, metrics: Metrics) -> None:
+        self.settings, self.store, self.metrics = settings, store, metrics
+        self.ranker = Ranker(store, metrics, settings.scoring_threads)
+        self._waiting_for = "models are being loaded"
+        self._looked = False
+
+    async def run(self) -> None:
+        """Load the models, then load and follow the catalogue, for ever."""
+        settings = self.settings
+        log.info("models in %s, store %s, %d threads to score with", settings.models, settings.store_name, settings.scoring_threads)
+        while True:
+            try:
+                models = await self._load_models()
+                encoders = {model.bundle.fingerprint: model.bundle.encoder for model in models.loaded.values()}
+                catalogue = Catalogue(self.store, encoders, self.metrics)
+                self.ranker.use(models, catalogue)
+                self._looked = True
+                gc.freeze()  # what is loaded by now stays, and need not be searched for garbage in the middle of a request
+                await catalogue.follow()
+            except Exception:
+                log.exception("the service's background work failed in a way nobody foresaw, and starts over")
+                await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
+    async def _load_models(self) -> Models:
+        """Load what the repository has; where the default model is not usable, look again whenever a version is published."""
+        settings, seen = self.settings, None
+        while True:
+            live = _live_versions(settings)
+            if live != seen:
+                models = await asyncio.to_thread(load_models, settings.models, settings.device, settings.intra_op_threads, settings.model)
+                self._tell(models)
+                if models.ready:
+                    return models
+                seen, self._looked = live, True
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
+    async def settle(self) -> None:
+        """Wait until it is known whether this process can rank, `START_SECONDS` at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_SECONDS):
+                while not self._looked or (self.ranker.models.ready and not self._catalogue_tried):
+                    await asyncio.sleep(0.01)
+
+    @property
+    def _catalogue_tried(self) -> bool:
+        return self.ranker.catalogue.loaded or self.ranker.catalogue.reason is not None
+
+    def _tell(self, models: Models) -> None:
+        for name, model in models.loaded.items():
+            log.info("model %s version %s is loaded and warm (%s)", name, model.bundle.version, model.scorer.provider)
+            self.metrics.model(name, str(model.bundle.version), model.scorer.provider, model.bundle.fingerprint)
+        for name, reason in models.refused.items():
+            log.error("model %s is refused: %s", name, reason)
+        if not models.ready:
+            wanted = f"model {models.default} is not usable" if models.default else "no model is usable"
+            self._waiting_for = f"{wanted}; waiting for one to be published in {self.settings.models}"
+            log.warning("%s", self._waiting_for)
+            # Those that are loaded have no catalogue, so nothing is ranked until the default is there.
+            self.ranker.use(Models({}, models.refused, models.default), Catalogue(self.store, {}, self.metrics))
+
+    async def health(self) -> dict[str, Any]:
+        """What `/readyz` tells: ready, degraded (ranks, but without something) or unready, and why."""
+        models, catalogue = self.ranker.models, self.ranker.catalogue
+        store: dict[str, Any] = {"url": self.settings.store_name, "status": "up"}
+        try:
+            await self.store.ping()
+        except StoreError as error:
+            store |= {"status": "down", "reason": error.reason}
+        reasons = [] if models.ready else [self._waiting_for]
+        if models.ready and not catalogue.loaded:
+            reasons.append("the catalogue has not been loaded yet")
+        shaky = store["status"] == "down" or models.refused or catalogue.reason
+        return {
+            "status": "unready" if reasons else "degraded" if shaky else "ready",
+            "reasons": reasons,
+            "store": store,
+            "models": {"default": models.default, "loaded": sorted(models.loaded), "refused": models.refused},
+            "catalogue": {
+                "loaded": catalogue.loaded,
+                "ads": catalogue.ads,
+                "lag_seconds": round(catalogue.lag, 3),
+                "reason": catalogue.reason,
+            },
+        }
+
+
+def _live_versions(settings: Settings) -> dict[str, str]:
+    """The live version of each model, or what is wrong with it: it changes when a model is published."""
+    live = {}
+    for name in model_names(settings.models):
+        try:
+            live[name] = str(current_path(settings.models, name))
+        except BundleError as error:
+            live[name] = str(error)
+    return live
+
+
+def open_store(settings: Settings, on_damaged: Callable[[], None] = lambda: None) -> Store:
+    """The store that the settings name. Nothing is connected yet."""
+    if settings.redis.startswith("memory:"):
+        return MemoryStore()
+    return RedisStore(
+        settings.redis,
+        timeout=settings.store_timeout_ms / 1000,
+        ttl=settings.user_ttl_seconds,
+        connections=settings.max_inflight + 4,
+        on_damaged=on_damaged,
+    )
+
+
+def create_app(settings: Settings, store: Store | None = None, registry: Registry | None = None) -> FastAPI:
+    """The application. It answers at once and says on `/readyz` when it can rank; a store that is passed in stays the caller's."""
+    metrics = Metrics(registry)
+    service = Service(settings, store or open_store(settings, lambda: metrics.degraded("catalogue", "ad_damaged")), metrics)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        work = asyncio.create_task(service.run())
+        try:
+            await service.settle()
+            yield
+        finally:
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+            service.ranker.close()
+            if store is None:
+                await service.store.close()
+
+    app = FastAPI(
+        title="adrank", version="1", description="Ranks ads by p(click).", lifespan=lifespan, redoc_url=None, redirect_slashes=False
+    )
+    app.include_router(rank_routes(service.ranker, metrics, settings))
+    app.include_router(state_routes(service.ranker, metrics, service.health))
+    app.add_middleware(Edge, metrics=metrics)
+    add_error_handlers(app, metrics)
+    app.openapi = describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the document
+    app.state.service = service
+    return app
+
+
+def create_from_environment() -> FastAPI:
+    """The application of a worker process, whose settings `serve` put into the environment."""
+    return create_app(load_settings())
+
+
+def serve(settings: Settings) -> None:
+    """Run the server until it is told to stop (SIGTERM lets requests finish). Exits with 2 where the port is not to be had."""
+    refusal = _refusal(settings.host, settings.port)
+    if refusal:
+        sys.stderr.write(refusal + "\n")
+        raise SystemExit(2)
+    os.environ.update(settings.environment())
+    several = settings.workers > 1
+    with tempfile.TemporaryDirectory(prefix="adrank-metrics-") if several else contextlib.nullcontext() as folder:
+        if folder:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # the workers, which are fresh processes, import prometheus_client after this
+        uvicorn.run(
+            "service.app:create_from_environment",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=settings.workers,
+            access_log=False,
+            server_header=False,
+            log_config=LOGGING,
+            timeout_graceful_shutdown=settings.drain_seconds,
+        )
+
+
+def _refusal(host: str, port: int) -> str | None:
+    """Why the address cannot be listened on. Asked first: uvicorn would answer with a log and exit code 1."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --port or ADRANK_PORT"
+    return None

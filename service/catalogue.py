@@ -1,0 +1,133 @@
+"""The ad catalogue in memory: read whole from the store, then kept in step with its change stream.
+
+Knows nothing about requests. Everything here runs on the event loop, so that a table never changes under a reader.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from features.encode import AdTable, Encoder, FieldError, clean
+from features.schema import IDENTITY, Field
+from features.state import Ad, ChangesLostError, Store, StoreError
+
+from .metrics import Metrics
+
+AT_ONCE = 200
+"""Ads encoded before other work gets a turn on the event loop: about a millisecond."""
+POLL_SECONDS = 1.0
+BACK_OFF_SECONDS = (0.1, 5.0)
+
+log = logging.getLogger(__name__)
+
+
+class Catalogue:
+    """Encoded ads, one table for each distinct fingerprint among the models."""
+
+    def __init__(self, store: Store, encoders: Mapping[str, Encoder], metrics: Metrics) -> None:
+        self._store, self._encoders, self._metrics = store, dict(encoders), metrics
+        self._tables = self._empty()
+        self._in_step = self._began = time.monotonic()
+        self.loaded = False
+        """Whether all ads have been read once."""
+        self._emptied = False
+        self.reason: str | None = None
+        """Why the catalogue is not in step with the store, None while it is."""
+
+    def _empty(self) -> dict[str, AdTable]:
+        return {fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()}
+
+    def table(self, fingerprint: str) -> AdTable:
+        """The ads as the encoder of that fingerprint encodes them. Ask anew for each request: a re-read replaces it."""
+        return self._tables[fingerprint]
+
+    @property
+    def ads(self) -> int:
+        """Active ads."""
+        return min(map(len, self._tables.values()), default=0)
+
+    @property
+    def lag(self) -> float:
+        """Seconds since the catalogue was last known to be in step with the store, or since the start."""
+        return time.monotonic() - self._in_step
+
+    def observe(self) -> None:
+        """Set the gauges."""
+        self._metrics.catalogue(self.ads, self.lag)
+
+    async def follow(self) -> None:
+        """Load, then follow, for ever; what goes wrong with the store is waited out."""
+        pause, cursor = BACK_OFF_SECONDS[0], None
+        while True:
+            try:
+                cursor = await self.load() if cursor is None else await self._step(cursor)
+                pause, self.reason = BACK_OFF_SECONDS[0], "store_emptied" if self._emptied else None
+                continue
+            except ChangesLostError as error:
+                log.warning("reading the catalogue again: %s", error)
+                cursor = None
+            except StoreError as error:
+                if self.reason is None:
+                    log.warning("the catalogue is not followed for now: %s", error)
+                self.reason = error.reason
+            self.observe()
+            await asyncio.sleep(pause * random.uniform(0.5, 1))
+            pause = min(pause * 2, BACK_OFF_SECONDS[1])
+
+    async def load(self) -> str:
+        """Read all ads into fresh tables and swap them in, unless the store has lost them; the cursor to follow from."""
+        began, cursor, tables = time.monotonic(), await self._store.cursor(), self._empty()
+        async for ads in self._store.all_ads():
+            await self._put(tables, ads)
+        # A store that lost its data, by a restart without persistence say, must not take the ads from a service that has them.
+        self._emptied = self.ads > 0 and not any(len(table) for table in tables.values())
+        if self._emptied:
+            log.warning("the store has no ads any more; ranking goes on with the %d that are in memory: load them again", self.ads)
+            return cursor
+        self._tables, self.loaded, self._in_step = tables, True, began
+        self.observe()
+        log.info("catalogue loaded: %d active ads in %.1f s", self.ads, time.monotonic() - began)
+        return cursor
+
+    async def _step(self, cursor: str) -> str:
+        ads, cursor_after = await self._store.changed_ads(cursor, POLL_SECONDS)
+        asked = time.monotonic()
+        await self._put(self._tables, ads)
+        self._emptied &= not ads
+        self._in_step = asked
+        self.observe()
+        return cursor_after
+
+    async def _put(self, tables: Mapping[str, AdTable], ads: Sequence[Ad]) -> None:
+        for start in range(0, len(ads), AT_ONCE):
+            batch = ads[start : start + AT_ONCE]
+            for table in tables.values():
+                if mistyped := put_ads(table, batch):
+                    log.warning("%d ads are left out, they do not fit the schema; the first: %s", len(mistyped), mistyped[0])
+                    self._metrics.degraded("catalogue", "ad_mistyped", len(mistyped))
+            await asyncio.sleep(0)
+
+
+def put_ads(table: AdTable, ads: Sequence[Ad]) -> list[str]:
+    """Encode ads into a table; why each ad that does not fit the schema was left out."""
+    mistyped, fields = [], table.encoder.schema.side("ad")
+    for active in (True, False):
+        # An ad that was deleted outright has no features: those it had stay, for the histories that hold it.
+        kept: list[tuple[str, list[Any]]] = []
+        for ad in ads:
+            if ad.active == active and (active or ad.features):
+                try:
+                    kept.append((ad.ad_id, _clean(fields, ad)))
+                except FieldError as error:
+                    mistyped.append(f"{ad.ad_id!r} ({error})")
+        columns = dict(zip([field.name for field in fields], zip(*(row for _, row in kept), strict=True), strict=False))
+        table.put([ad_id for ad_id, _ in kept], table.encoder.encode("ad", columns, len(kept)), active)
+    table.remove([ad.ad_id for ad in ads if not ad.active])
+    return mistyped
+
+
+def _clean(fields: Sequence[Field], ad: Ad) -> list[Any]:
+    return [ad.ad_id if field.name == IDENTITY["ad"] else clean(field, ad.features.get(field.name)) for field in fields]

@@ -1,0 +1,98 @@
+"""What can go wrong with a request, said without HTTP, and the one table that gives each its status."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """One thing wrong in a request: the path to it in the caller's document, and what is wrong."""
+
+    path: Sequence[str | int]
+    detail: str
+
+    @property
+    def pointer(self) -> str:
+        """The path as a JSON pointer (RFC 6901); empty for the whole document."""
+        return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in self.path)
+
+
+class ServiceError(Exception):
+    """A request cannot be answered; `detail` says why and what to do, `mistakes` where."""
+
+    def __init__(self, detail: str, mistakes: Sequence[Mistake] = ()) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.mistakes = tuple(mistakes)
+
+
+class NotJsonError(ServiceError):
+    """The body is not JSON."""
+
+
+class NotJsonTypeError(ServiceError):
+    """The body says it is something else than JSON."""
+
+
+class TooLargeError(ServiceError):
+    """The body is over the limit."""
+
+
+class SlowBodyError(ServiceError):
+    """The body did not arrive in time."""
+
+
+class CallerLeftError(ServiceError):
+    """The caller closed the connection before the body was whole; nobody reads the answer."""
+
+
+class InvalidError(ServiceError):
+    """The request is JSON but not a valid request; `mistakes` name the fields."""
+
+
+class UnknownModelError(ServiceError):
+    """The request names a model that is not loaded."""
+
+
+class OverLimitError(ServiceError):
+    """Too many requests are being answered already."""
+
+
+class NotReadyError(ServiceError):
+    """There is no model to rank with yet."""
+
+
+class DeadlineError(ServiceError):
+    """The request's own deadline passed before its candidates were scored."""
+
+
+class ScoringError(ServiceError):
+    """The model failed on a request or cannot be loaded; the fault is the model's or the machine's, not the caller's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How an error is told: its HTTP status, its code (also the `outcome` of metrics), a title, seconds to wait before a retry."""
+
+    status: int
+    code: str
+    title: str
+    retry_after: int | None = None
+
+
+KINDS: dict[type[ServiceError], Kind] = {
+    NotJsonError: Kind(400, "not_json", "The body is not JSON"),
+    UnknownModelError: Kind(404, "unknown_model", "No such model"),
+    SlowBodyError: Kind(408, "slow_body", "The body did not arrive in time"),
+    TooLargeError: Kind(413, "too_large", "The body is too large"),
+    NotJsonTypeError: Kind(415, "not_json_type", "The content type is not JSON"),
+    InvalidError: Kind(422, "invalid", "The request is not valid"),
+    OverLimitError: Kind(429, "over_limit", "Too many requests at once", 1),
+    CallerLeftError: Kind(499, "caller_left", "The caller closed the connection"),
+    ScoringError: Kind(500, "scoring_failed", "The model could not score the request"),
+    NotReadyError: Kind(503, "not_ready", "The service is not ready", 2),
+    DeadlineError: Kind(504, "deadline", "The deadline passed"),
+}
+NOT_FOUND = Kind(404, "not_found", "No such page")
+WRONG_METHOD = Kind(405, "wrong_method", "The page does not take this method")
+UNEXPECTED = Kind(500, "unexpected", "The service made a mistake")

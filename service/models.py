@@ -1,0 +1,102 @@
+"""The models that are loaded: bundles checked against their digests, their contract and their goldens, and warmed up."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from features.bundle import MODEL, Bundle, BundleError, current_path, load_bundle, model_names
+from features.encode import Feeds
+from features.schema import Schema
+
+from .errors import NotReadyError, ScoringError, UnknownModelError
+from .scorer import Scorer
+
+WARM_SHAPES = ((1, 1), (1, 100), (50, 100), (50, 1_000))
+"""Behaviours and candidates of the requests that a model is warmed up with: its first runs of a size allocate."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A bundle with its model in memory. `loaded` in seconds since 1970."""
+
+    bundle: Bundle
+    scorer: Scorer
+    loaded: float
+
+    @property
+    def name(self) -> str:
+        """The name that requests call it by."""
+        return self.bundle.name
+
+    def facts(self) -> dict[str, str]:
+        """What an answer says about the model that made it."""
+        return {"name": self.bundle.name, "version": str(self.bundle.version), "schema": self.bundle.fingerprint}
+
+
+class Models:
+    """The models by name, why others were refused, and which one is for requests that name none."""
+
+    def __init__(self, loaded: Mapping[str, Model], refused: Mapping[str, str], chosen: str | None = None) -> None:
+        self.loaded, self.refused = dict(loaded), dict(refused)
+        self.default = chosen or min(self.loaded, default=None)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request that names no model can be ranked."""
+        return self.default in self.loaded
+
+    def label(self, name: str | None) -> str:
+        """The name as a label of metrics: that of a loaded model, whatever the caller asks for."""
+        wanted = name or self.default
+        return wanted if wanted is not None and wanted in self.loaded else "none"
+
+    def get(self, name: str | None) -> Model:
+        """The model of that name, or the default.
+
+        Raises:
+            UnknownModelError: there is none of that name.
+            NotReadyError: the default is not loaded, or none at all is.
+        """
+        if name is not None and name in self.loaded:
+            return self.loaded[name]
+        if name is not None and self.loaded:
+            raise UnknownModelError(f"no such model is loaded; there are: {', '.join(sorted(self.loaded))}")
+        if self.default is None or self.default not in self.loaded:
+            raise NotReadyError("no model is loaded; /readyz says why")
+        return self.loaded[self.default]
+
+
+def load_models(repository: Path, device: str, threads: int, chosen: str | None) -> Models:
+    """Load every model's live version; those that cannot be used are refused with the reason. Blocks for seconds."""
+    loaded, refused = {}, {}
+    for name in model_names(repository):
+        try:
+            loaded[name] = _load(current_path(repository, name), device, threads)
+        except (BundleError, ScoringError) as error:
+            refused[name] = str(error)
+    return Models(loaded, refused, chosen)
+
+
+def _load(path: Path, device: str, threads: int) -> Model:
+    bundle = load_bundle(path)
+    scorer = Scorer(path / MODEL, device, threads)
+    if bundle.name != path.parent.name:
+        raise BundleError(f"bundle {path} says that it is {bundle.name!r}; publish it under that name")
+    bundle.check_goldens(scorer.score)
+    for behaviours, candidates in WARM_SHAPES:
+        scorer.score(_blank(bundle.schema, behaviours, candidates))
+    return Model(bundle, scorer, time.time())
+
+
+def _blank(schema: Schema, behaviours: int, candidates: int) -> Feeds:
+    rows = {"user": (1,), "history": (1, max(1, min(behaviours, schema.history_length))), "ad": (1, candidates)}
+    return {
+        name: np.zeros((*rows[part], width), np.int64 if name.endswith("_ids") else np.float32)
+        for name, (part, width) in schema.tensors.items()
+    }

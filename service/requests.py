@@ -1,0 +1,126 @@
+"""From a body to a query: reads the wire format, and says of whatever is wrong where in the caller's own document it stands."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pydantic_core
+from pydantic import ValidationError
+
+from .errors import InvalidError, Mistake, NotJsonError
+from .ranker import MISTAKES_TOLD, Query
+from .wire import Behaviour, Candidate, Columns, RankRequest
+
+ERRORS_LISTED = 1_000
+POINTER_STEP = 128
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+FORMS = "a list of ad ids, a list of objects with ad_id, or an object of columns"
+
+
+def parse_request(body: bytes) -> RankRequest:
+    """Read a body.
+
+    Raises:
+        NotJsonError: it is not JSON.
+        InvalidError: it is not a request; its mistakes name the fields.
+    """
+    try:
+        return RankRequest.model_validate_json(body)
+    except ValidationError as error:
+        count = error.error_count()
+        if count > ERRORS_LISTED:  # listing them would hold up every other request
+            raise InvalidError(f"{count} things are wrong with the request, too many to list") from None
+        wrong = error.errors(include_url=False, include_input=False, include_context=False)
+    if wrong[0]["type"] == "json_invalid":
+        raise NotJsonError(wrong[0]["msg"])
+    mistakes = [_mistake(entry["loc"], entry["type"], entry["msg"]) for entry in wrong[:MISTAKES_TOLD]]
+    told = f"{count} things are" if count > 1 else "one thing is"
+    raise InvalidError(f"{told} wrong with the request; errors says where", mistakes)
+
+
+def sent_request_id(body: bytes) -> str | None:
+    """The request's own id, from a body that may be wrong elsewhere."""
+    try:
+        document = pydantic_core.from_json(body)
+    except ValueError:
+        return None
+    sent = document.get("request_id") if isinstance(document, dict) else None
+    return sent if isinstance(sent, str) and REQUEST_ID.fullmatch(sent) else None
+
+
+def _mistake(loc: Sequence[str | int], kind: str, message: str) -> Mistake:
+    path = list(loc[:1]) + list(loc[2:]) if loc[:1] == ("candidates",) else list(loc)  # without the union's tag
+    detail = message.removeprefix("Value error, ")
+    if path[-1:] == ["[key]"]:
+        path, detail = path[:-1], f"its name: {detail}"
+    if kind == "extra_forbidden":
+        detail = "unknown field"
+    elif kind == "union_tag_not_found":
+        detail = f"expected {FORMS}"
+    return Mistake(tuple(step if isinstance(step, int) else _short(step) for step in path), detail)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= POINTER_STEP else name[:POINTER_STEP] + "…"
+
+
+def to_query(request: RankRequest, most: int) -> Query:
+    """The request as the ranker takes it, the same for rows and columns; `most` candidates are allowed.
+
+    Raises:
+        InvalidError: too many candidates, columns of unequal length, or a history with only some times.
+    """
+    ad_ids, bids, sent = _columns(request.candidates)
+    if len(ad_ids) > most:
+        detail = f"{len(ad_ids)} candidates; at most {most} are ranked in one request"
+        raise InvalidError(detail, [Mistake(("candidates",), detail)])
+    user, options = request.user, request.options
+    deadline = None if options.deadline_ms is None else options.deadline_ms / 1000
+    return Query(
+        user_id=user.id,
+        user=user.features,
+        history=None if user.history is None else _in_time(user.history),
+        context=request.context,
+        ad_ids=ad_ids,
+        bids=bids,
+        sent=sent,
+        model=options.model,
+        top_k=options.top_k,
+        objective=options.objective,
+        explain=options.explain,
+        deadline=deadline,
+    )
+
+
+def _columns(candidates: Columns | list[Candidate] | list[str]) -> tuple[list[str], list[float | None], Mapping[int, dict[str, Any]]]:
+    if isinstance(candidates, Columns):
+        ad_ids, bids, features = candidates.ad_id, candidates.bid, candidates.features
+        for name, column in (("bid", bids), ("features", features)):
+            if column is not None and len(column) != len(ad_ids):
+                detail = f"{len(column)} values, but ad_id has {len(ad_ids)}"
+                raise InvalidError("the columns are not equally long", [Mistake(("candidates", name), detail)])
+        return ad_ids, bids or [None] * len(ad_ids), {i: sent for i, sent in enumerate(features or ()) if sent}
+    rows = [row for row in candidates if isinstance(row, Candidate)]
+    if not rows:
+        return [row for row in candidates if isinstance(row, str)], [None] * len(candidates), {}
+    return [row.ad_id for row in rows], [row.bid for row in rows], {i: row.features for i, row in enumerate(rows) if row.features}
+
+
+def _in_time(history: list[Behaviour]) -> list[str]:
+    """Ad ids, oldest first: by their times, or as sent where none has a time."""
+    times = [behaviour.ts for behaviour in history if behaviour.ts is not None]
+    if times and len(times) < len(history):
+        absent = next(i for i, behaviour in enumerate(history) if behaviour.ts is None)
+        detail = "missing, though other behaviours have one: send all times, or none"
+        raise InvalidError("the history has times for some behaviours only", [Mistake(("user", "history", absent, "ts"), detail)])
+    return [behaviour.ad_id for behaviour in sorted(history, key=lambda behaviour: behaviour.ts or 0)]
+
+
+def locate(request: RankRequest, mistake: Mistake) -> Mistake:
+    """A mistake's path, which speaks of rows, in the form that this caller sent."""
+    if isinstance(request.candidates, Columns) and mistake.path[0] == "candidates" and len(mistake.path) > 2:
+        _, row, name, *rest = mistake.path
+        return Mistake(("candidates", name, row, *rest), mistake.detail)
+    if mistake.path[0] == "candidates" and isinstance(request.candidates, list) and isinstance(request.candidates[0], str):
+        return Mistake(mistake.path[:2], f"{'.'.join(map(str, mistake.path[2:]))} {mistake.detail}")
+    return mistake

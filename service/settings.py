@@ -1,0 +1,119 @@
+"""The service's settings: flags over `ADRANK_*` variables over defaults, in one frozen object, checked before anything starts."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "ADRANK_"
+SCHEMES = ("redis", "rediss", "unix", "memory")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or impossible. The message is one sentence a person can act on."""
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Times are in the unit that the name ends in."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    models: Path = Path("models")
+    redis: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379/0"
+    """`redis://`, `rediss://`, `unix://`, or `memory://` for no Redis at all. May hold a password: log `store_name` instead."""
+    model: str | None = None
+    """The model of requests that name none; by default the first by name."""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65_535)] = 8000
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Requests that a worker scores at once; 0 is the processors this service may use, divided by its workers."""
+    intra_op_threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Threads that share the scoring of one request."""
+    store_timeout_ms: Annotated[float, Field(gt=0, le=60_000)] = 50
+    body_timeout_ms: Annotated[float, Field(gt=0, le=600_000)] = 5_000
+    """How long a caller may take to send its body: a slow one holds one of the `max_inflight` places."""
+    max_candidates: Annotated[int, Field(ge=1, le=100_000)] = 10_000
+    max_body_bytes: Annotated[int, Field(ge=1_024, le=2**30)] = 4 * 2**20
+    max_inflight: Annotated[int, Field(ge=1, le=100_000)] = 64
+    user_ttl_seconds: Annotated[int, Field(ge=1)] = 90 * 24 * 3600
+    drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 20
+    """How long requests may still take after SIGTERM."""
+
+    @field_validator("redis")
+    @classmethod
+    def _is_store(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            usable = parts.scheme in SCHEMES and parts.port != 0 and (bool(parts.hostname) or parts.scheme in ("unix", "memory"))
+        except ValueError:  # its text would quote the password
+            usable = False
+        if not usable:
+            raise ValueError("expected a URL such as redis://host:6379/0, rediss://…, unix:///path or memory://")
+        return url
+
+    @property
+    def store_name(self) -> str:
+        """The store's URL without its user name, password and options, for logs and answers."""
+        parts = urlsplit(self.redis)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    @property
+    def scoring_threads(self) -> int:
+        """Requests that a worker scores at once, the default worked out."""
+        return self.threads or max(1, processors() // self.workers)
+
+    def environment(self) -> dict[str, str]:
+        """The settings as `ADRANK_*` variables, to hand them to worker processes."""
+        return {PREFIX + name.upper(): str(value) for name, value in self.model_dump().items() if value is not None}
+
+
+def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from flags (None among them: not given), then the environment, then defaults.
+
+    Raises:
+        SettingsError: naming the setting, what was wrong with it, and for an unknown one what may have been meant.
+    """
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    for variable in sorted(name for name in os.environ if name.upper().startswith(PREFIX)):
+        if variable.upper() not in known:
+            raise SettingsError(f"{variable} is not a setting{_meant(variable.upper(), known)}")
+    try:
+        return Settings(**{name: value for name, value in (flags or {}).items() if value is not None})
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(mistake) for mistake in error.errors(include_input=False))) from None
+
+
+def _sentence(mistake: Mapping[str, Any]) -> str:
+    name = PREFIX + "_".join(map(str, mistake["loc"])).upper()
+    if mistake["type"] == "extra_forbidden":
+        return f"{name} is not a setting{_meant(name, [PREFIX + known.upper() for known in Settings.model_fields])}"
+    text = str(mistake["msg"]).removeprefix("Value error, ")
+    return f"setting {name}: {text[:1].lower()}{text[1:]}"
+
+
+def _meant(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else f"; the settings are {', '.join(known)}"
+
+
+def processors(cgroup: Path = CGROUP) -> int:
+    """Processors that this process may use: its affinity, or its cgroup's quota where that is less; at least 1."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(available, int(_quota(cgroup))))
+
+
+def _quota(cgroup: Path) -> float:
+    version_2, quota, period = cgroup / "cpu.max", cgroup / "cpu/cpu.cfs_quota_us", cgroup / "cpu/cpu.cfs_period_us"
+    try:
+        limit, _, each = version_2.read_text().partition(" ") if version_2.exists() else (quota.read_text(), "", period.read_text())
+        return 2**20 if limit.strip() in ("max", "-1") else int(limit) / int(each)
+    except (OSError, ValueError):
+        return 2**20

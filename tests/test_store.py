@@ -1,0 +1,351 @@
+"""The contract of `features.state.Store`, against memory and real servers; then what only Redis can get wrong."""
+
+import asyncio
+import random
+import time
+
+import msgpack
+import pytest
+import redis.asyncio
+from conftest import Server, free_port
+
+from features.state import Ad, ChangesLostError, MemoryStore, StoreError, UserState, pack_ad, pack_user
+from service.store import CHANGES, RedisStore, ads_key, user_key
+
+pytestmark = pytest.mark.anyio
+ODD = ["u", "u}{", "}", "{x}", "ü😀\u202e", "a\u0000b", "e\u0301", " ", "x" * 256]
+
+
+def redis_store(url, timeout=2.0, ttl=100, damaged=lambda: None):
+    return RedisStore(url, timeout=timeout, ttl=ttl, connections=70, on_damaged=damaged)
+
+
+@pytest.fixture
+async def raw(shared_server):
+    client = redis.asyncio.Redis.from_url(shared_server.url, protocol=2)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def redis_only(raw, shared_server):
+    store = redis_store(shared_server.url)
+    yield store
+    await store.close()
+
+
+@pytest.fixture(params=["memory", "redis-server", "valkey"])
+async def store(request, servers):
+    if request.param == "memory":
+        yield MemoryStore()
+        return
+    url = servers(request.param).url
+    async with redis.asyncio.Redis.from_url(url, protocol=2) as client:
+        await client.flushall()
+    store = redis_store(url)
+    yield store
+    await store.close()
+
+
+async def everything(store):
+    return {ad.ad_id: ad async for batch in store.all_ads() for ad in batch}
+
+
+class TestContract:
+    async def test_a_user_comes_back_as_put(self, store):
+        state = UserState({"age": "25", "interests": ["x"], "income": 1.5, "n": None}, ["a1", "a2"], [1, 2])
+        await store.put_users([("u1", state), ("u2", UserState())])
+        assert await store.get_user("u1") == state
+        assert await store.get_user("u2") == UserState({}, [], [])
+        assert await store.get_user("u3") is None
+
+    async def test_a_user_is_replaced(self, store):
+        await store.put_users([("u1", UserState({"age": "25"}))])
+        await store.put_users([("u1", UserState({}, ["a1"], [1]))])
+        assert await store.get_user("u1") == UserState({}, ["a1"], [1])
+
+    async def test_odd_ids_are_ids(self, store):
+        await store.put_users((user, UserState({"who": user})) for user in ODD)
+        await store.put_ads(Ad(ad_id, {"which": ad_id}) for ad_id in ODD)
+        for user in ODD:
+            assert (await store.get_user(user)).features == {"who": user}
+        assert {ad_id: ad.features["which"] for ad_id, ad in (await everything(store)).items()} == {each: each for each in ODD}
+
+    async def test_all_ads_are_read_and_the_last_write_counts(self, store):
+        await store.put_ads(Ad(f"a{i}", {"n": i}) for i in range(1_203))
+        await store.put_ads([Ad("a7", {"n": -7}), Ad("a8", {"n": 8}, active=False)])
+        ads = await everything(store)
+        assert len(ads) == 1_203
+        assert ads["a7"] == Ad("a7", {"n": -7})
+        assert not ads["a8"].active
+
+    async def test_changes_after_a_cursor_come_once_and_as_they_are_now(self, store):
+        await store.put_ads([Ad("before", {})])
+        cursor = await store.cursor()
+        await store.put_ads([Ad("a1", {"n": 1}), Ad("a2", {})])
+        await store.put_ads([Ad("a1", {"n": 2}, active=False)])
+        ads, after = await store.changed_ads(cursor, 0.01)
+        assert sorted(ads, key=lambda ad: ad.ad_id) == [Ad("a1", {"n": 2}, active=False), Ad("a2", {})]
+        assert await store.changed_ads(after, 0.01) == ([], after)
+        await store.put_ads([Ad("a3", {})])
+        assert [ad.ad_id for ad in (await store.changed_ads(after, 0.01))[0]] == ["a3"]
+
+    async def test_many_changes_come_in_the_end(self, store):
+        cursor, seen = await store.cursor(), set()
+        await store.put_ads(Ad(f"a{i}", {}) for i in range(6_001))
+        for _ in range(10):
+            ads, cursor = await store.changed_ads(cursor, 0.01)
+            seen |= {ad.ad_id for ad in ads}
+        assert len(seen) == 6_001
+
+    async def test_a_change_wakes_who_waits(self, store):
+        waiting = asyncio.create_task(store.changed_ads(await store.cursor(), 10))
+        await asyncio.sleep(0.05)
+        await store.put_ads([Ad("a1", {})])
+        ads, _ = await asyncio.wait_for(waiting, 2)
+        assert ads == [Ad("a1", {})]
+
+    async def test_waiting_ends(self, store):
+        began = time.monotonic()
+        assert (await store.changed_ads(await store.cursor(), 0.1))[0] == []
+        assert 0.05 < time.monotonic() - began < 2
+
+    async def test_ping(self, store):
+        await store.ping()
+
+
+class TestRedis:
+    async def test_one_round_trip_a_user(self, redis_only, raw):
+        await redis_only.put_users([("u1", UserState())])
+        await redis_only.get_user("u1")  # connects
+        await raw.config_resetstat()
+        for _ in range(20):
+            await redis_only.get_user("u1")
+        commands = await raw.info("commandstats")
+        assert {name: each["calls"] for name, each in commands.items() if name != "cmdstat_config|resetstat"} == {"cmdstat_get": 20}
+
+    async def test_keys_have_a_ttl_or_a_bound(self, redis_only, raw):
+        await redis_only.put_users([("u1", UserState())])
+        await redis_only.put_ads([Ad("a1", {})])
+        assert 0 < await raw.ttl(user_key("u1")) <= 100
+        assert sorted(await raw.keys()) == sorted([b"adrank:user:{u1}", ads_key("a1").encode(), CHANGES.encode()])
+
+    @pytest.mark.parametrize("value", [b"nonsense", b"", b"\xc1", msgpack.packb([1, "u1", {}, [], []])[:-1], pack_user("u2", UserState())])
+    async def test_a_damaged_or_foreign_value_is_never_ranked_with(self, redis_only, raw, value):
+        await raw.set(user_key("u1"), value)
+        with pytest.raises(StoreError) as caught:
+            await redis_only.get_user("u1")
+        assert caught.value.reason == "store_corrupt"
+
+    async def test_a_refusal_has_its_reason(self, redis_only, raw):
+        await raw.lpush(user_key("u1"), "x")
+        with pytest.raises(StoreError) as caught:
+            await redis_only.get_user("u1")
+        assert caught.value.reason == "store_error"
+
+    async def test_damaged_ads_are_left_out_and_counted(self, raw, shared_server):
+        damaged = []
+        store = redis_store(shared_server.url, damaged=lambda: damaged.append(1))
+        cursor = await store.cursor()
+        await store.put_ads([Ad("good", {}), Ad("bad", {})])
+        await raw.hset(ads_key("bad"), "bad", b"nonsense")
+        await raw.hset(ads_key("good"), b"\xff\xfe", pack_ad(Ad("x", {})))
+        assert set(await everything(store)) == {"good"}
+        assert len(damaged) == 2
+        assert (await store.changed_ads(cursor, 0.01))[0] == [Ad("good", {})]
+        assert len(damaged) == 3
+        await store.close()
+
+    async def test_an_ad_that_was_deleted_has_left(self, redis_only, raw):
+        cursor = await redis_only.cursor()
+        await redis_only.put_ads([Ad("a1", {"n": 1})])
+        await raw.hdel(ads_key("a1"), "a1")
+        assert (await redis_only.changed_ads(cursor, 0.01))[0] == [Ad("a1", {}, active=False)]
+
+
+class TestLostChanges:
+    """A cursor is good as long as no change after it has gone, and not a moment longer."""
+
+    async def put(self, store, *numbers):
+        for n in numbers:
+            await store.put_ads([Ad(f"a{n}", {})])
+
+    async def test_trimmed_past_the_cursor(self, redis_only, raw):
+        await self.put(redis_only, 1)
+        cursor = await redis_only.cursor()
+        await self.put(redis_only, 2, 3)
+        await raw.xtrim(CHANGES, maxlen=1, approximate=False)
+        with pytest.raises(ChangesLostError):
+            await redis_only.changed_ads(cursor, 0.01)
+
+    async def test_trimmed_past_a_cursor_of_an_empty_stream(self, redis_only, raw):
+        cursor = await redis_only.cursor()
+        await self.put(redis_only, 1, 2)
+        await raw.xtrim(CHANGES, maxlen=1, approximate=False)
+        with pytest.raises(ChangesLostError):
+            await redis_only.changed_ads(cursor, 0.01)
+
+    async def test_trimmed_up_to_the_cursor(self, redis_only, raw):
+        await self.put(redis_only, 1, 2)
+        cursor = await redis_only.cursor()
+        await self.put(redis_only, 3)
+        await raw.xtrim(CHANGES, maxlen=1, approximate=False)
+        ads, after = await redis_only.changed_ads(cursor, 0.01)
+        assert [ad.ad_id for ad in ads] == ["a3"]
+        await raw.xtrim(CHANGES, maxlen=0, approximate=False)
+        assert await redis_only.changed_ads(after, 0.01) == ([], after)
+        fresh = await redis_only.cursor()
+        await self.put(redis_only, 4)
+        assert [ad.ad_id for ad in (await redis_only.changed_ads(fresh, 0.01))[0]] == ["a4"]
+
+    async def test_trimmed_while_reading_batch_after_batch(self, redis_only, raw):
+        cursor, seen = await redis_only.cursor(), []
+        await self.put(redis_only, *range(20))
+        for keep in (12, 4, 1):
+            ads, cursor = await redis_only.changed_ads(cursor, 0.01)
+            seen += [ad.ad_id for ad in ads]
+            await raw.xtrim(CHANGES, maxlen=keep, approximate=False)
+        assert seen == [f"a{n}" for n in range(20)]
+
+    async def test_emptied(self, redis_only, raw):
+        await self.put(redis_only, 1)
+        cursor = await redis_only.cursor()
+        await asyncio.sleep(0.002)  # ids are milliseconds: an emptying within the same one could go unnoticed
+        await raw.flushall()
+        with pytest.raises(ChangesLostError):
+            await redis_only.changed_ads(cursor, 0.01)
+
+    @pytest.mark.parametrize("more", [1, 2, 3, 5])
+    async def test_emptied_and_filled_again(self, redis_only, raw, more):
+        await self.put(redis_only, 1, 2)
+        cursor = await redis_only.cursor()
+        await asyncio.sleep(0.002)  # ids are milliseconds: an emptying within the same one could go unnoticed
+        await raw.flushall()
+        await self.put(redis_only, *range(more))
+        with pytest.raises(ChangesLostError):
+            await redis_only.changed_ads(cursor, 0.01)
+
+    async def test_emptied_under_a_cursor_of_an_empty_stream(self, redis_only, raw):
+        cursor = await redis_only.cursor()
+        await self.put(redis_only, 1)
+        await raw.flushall()
+        await self.put(redis_only, 2)
+        assert [ad.ad_id for ad in (await redis_only.changed_ads(cursor, 0.01))[0]] == ["a2"]
+
+    async def test_failed_over_to_a_server_that_is_behind(self, redis_only, raw):
+        await self.put(redis_only, 1)
+        cursor = await redis_only.cursor()
+        await raw.delete(CHANGES)
+        await raw.xadd(CHANGES, {"ads": msgpack.packb(["old"])}, id="1-1")
+        with pytest.raises(ChangesLostError):
+            await redis_only.changed_ads(cursor, 0.01)
+
+    @pytest.mark.parametrize("entry", [{"ads": b"\xc1"}, {"ads": msgpack.packb([1])}, {"other": b""}])
+    async def test_a_damaged_entry(self, redis_only, raw, entry):
+        cursor = await redis_only.cursor()
+        await raw.xadd(CHANGES, entry)
+        with pytest.raises(ChangesLostError):
+            await redis_only.changed_ads(cursor, 0.01)
+
+
+class TestOutage:
+    async def reason(self, store):
+        began = time.monotonic()
+        with pytest.raises(StoreError) as caught:
+            await store.get_user("u1")
+        return caught.value.reason, time.monotonic() - began
+
+    async def test_down_then_up(self, server):
+        store = redis_store(server.url, timeout=0.5)
+        await store.put_users([("u1", UserState())])
+        assert await store.get_user("u1")
+        server.stop()
+        for _ in range(3):
+            reason, seconds = await self.reason(store)
+            assert reason == "store_unreachable"
+            assert seconds < 0.5
+        server.start()
+        assert await store.get_user("u1") is None
+        await store.close()
+
+    async def test_paused_then_resumed(self, server):
+        store = redis_store(server.url, timeout=0.05)
+        await store.put_users([("u1", UserState())])
+        await store.get_user("u1")
+        server.pause()
+        for _ in range(3):
+            reason, seconds = await self.reason(store)
+            assert reason == "store_timeout"
+            assert 0.04 < seconds < 0.3
+        server.resume()
+        await asyncio.sleep(0.1)
+        assert await store.get_user("u1") == UserState({}, [], [])
+        await store.close()
+
+    async def test_a_wrong_password(self):
+        server = Server("valkey", "--requirepass", "secret")
+        try:
+            url = server.url.replace("//", "//:wrong@")
+            store = redis_store(url, timeout=1)
+            with pytest.raises(StoreError) as caught:
+                await store.get_user("u1")
+            assert "wrong" not in str(caught.value).replace("WRONGPASS", "").replace("wrong number", "")
+            await store.close()
+            store = redis_store(server.url.replace("//", "//:secret@"), timeout=1)
+            await store.ping()
+            await store.close()
+        finally:
+            server.stop()
+
+
+async def test_no_command_spans_two_slots_of_a_cluster(tmp_path):
+    """One node that holds every slot refuses whatever a cluster of many would."""
+    nodes = ("--cluster-config-file", str(tmp_path / "nodes.conf"), "--cluster-port", str(free_port()))
+    server = Server("valkey", "--cluster-enabled", "yes", *nodes)
+    try:
+        async with redis.asyncio.Redis.from_url(server.url, protocol=2) as raw:
+            await raw.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+            async with asyncio.timeout(10):
+                while b"cluster_state:ok" not in await raw.execute_command("CLUSTER", "INFO"):
+                    await asyncio.sleep(0.05)
+            with pytest.raises(redis.exceptions.RedisError, match=r"(?i)slot"):
+                await raw.mget("a", "b")
+        store = redis_store(server.url)
+        cursor = await store.cursor()
+        await store.put_users((f"u{i}", UserState({"n": i})) for i in range(100))
+        await store.put_ads(Ad(f"a{i}", {}) for i in range(600))
+        assert (await store.get_user("u7")).features == {"n": 7}
+        assert len(await everything(store)) == len((await store.changed_ads(cursor, 0.01))[0]) == 600
+        await store.close()
+    finally:
+        server.stop()
+
+
+async def test_no_answer_carries_another_users_state(redis_only):
+    """Cancelled and timed-out requests leave connections; whoever gets one next must not read the reply that was not awaited."""
+    chance = random.Random(7)
+    users = [f"u{i}" for i in range(200)]
+    await redis_only.put_users((user, UserState({"who": user}, [f"ad-of-{user}"], [1])) for user in users)
+    outcomes = {"own": 0, "cancelled": 0, "timeout": 0}
+
+    async def ask(user):
+        try:
+            async with asyncio.timeout(chance.choice([0.0005, 0.002, 0.01, 10])):
+                state = await redis_only.get_user(user)
+        except TimeoutError:
+            outcomes["timeout"] += 1
+            return
+        assert state == UserState({"who": user}, [f"ad-of-{user}"], [1])
+        outcomes["own"] += 1
+
+    for _ in range(20):
+        tasks = [asyncio.create_task(ask(chance.choice(users))) for _ in range(60)]
+        await asyncio.sleep(chance.uniform(0, 0.005))
+        for task in chance.sample(tasks, 15):
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        outcomes["cancelled"] += sum(isinstance(result, asyncio.CancelledError) for result in results)
+        unexpected = [result for result in results if isinstance(result, Exception)]
+        assert not unexpected
+    assert min(outcomes.values()) > 20, outcomes
