@@ -25,7 +25,8 @@ from training.datasets.prepared import open_prepared
 from training.datasets.states import user_states
 from training.world import DAYS, SLOTS, World, make_world, write_log
 
-SETTINGS = {"epochs": "3", "batch": "512", "learning_rate": "0.003", "embedding_l2": "0.00001", "embedding": "8"}
+LOOP = {"epochs": "4", "batch": "512", "learning_rate": "0.003", "embedding_l2": "0.00001", "embedding": "8"}
+NETWORKS = {"deepfm": LOOP, "din": {**LOOP, "attention": "32-16", "hidden": "64-32"}}
 CANDIDATES = 12
 BEHAVIOURS = 10
 START_SECONDS = 60
@@ -44,8 +45,8 @@ def run(folder: Path, port: int, once: bool) -> None:
     with progress_bar() as progress:
         progress.add_task("making the world", total=None)
         write_log(world, data)
-        for network in ("deepfm", "din"):
-            train_and_publish(data, network, models, network, dict(SETTINGS), progress)
+        for network, chosen in NETWORKS.items():
+            train_and_publish(data, network, models, network, dict(chosen), progress)
     with ValkeyServer(config={"save": ""}) as valkey:
         settings = load_settings({"models": models, "redis": valkey.connection_url, "port": port, "model": "din"})
         with progress_bar() as progress:
@@ -53,8 +54,8 @@ def run(folder: Path, port: int, once: bool) -> None:
         with _service(settings, folder / "service.log") as url:
             user, request = _request(world)
             answer = _post(url, request)
-            console.print(_behaviours(world, user, data))
-            console.print(_ranking(world, user, request, answer))
+            console.print(f"\nWhat user u{user} clicked last, newest first", _behaviours(world, user, data))
+            console.print("What adrank makes of the candidates", _ranking(world, user, request, answer))
             model, took = answer["model"], answer["timings_ms"]["total"]
             console.print(f"{model['name']} {model['version']} ranked {CANDIDATES} ads in {took:.1f} ms")
             if not once:
@@ -92,9 +93,9 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -
 
 
 def _request(world: World) -> tuple[int, dict[str, Any]]:
-    """A user with a clear taste, and candidates at random."""
-    random = np.random.default_rng(3)
-    user = int(world.interests[-1].max(1).argmax())
+    """A user, and candidates at random."""
+    random = np.random.default_rng(1)
+    user = int(random.integers(len(world.age)))
     ads = random.choice(len(world.quality), CANDIDATES, replace=False)
     context = {"slot": SLOTS[0], "position": "1"}
     return user, {"user": {"id": f"u{user}"}, "context": context, "candidates": [f"a{ad}" for ad in ads]}
@@ -110,7 +111,7 @@ def _post(url: str, request: Mapping[str, Any]) -> dict[str, Any]:
 def _behaviours(world: World, user: int, data: Path) -> Table:
     state = next(state for user_id, state in user_states(open_prepared(data)) if user_id == f"u{user}")
     category = dict(world.ads().select("ad_id", "ad.category").iter_rows())
-    table = Table("clicked", "ad", "category", title=f"What user u{user} clicked last, newest first")
+    table = Table("clicked", "ad", "category")
     for ad_id, ts in list(zip(state.ad_ids, state.ts, strict=True))[: -BEHAVIOURS - 1 : -1]:
         table.add_row(f"{datetime.fromtimestamp(ts, UTC):%d %b %H:%M}", ad_id, category[ad_id])
     return table
@@ -118,7 +119,7 @@ def _behaviours(world: World, user: int, data: Path) -> Table:
 
 def _ranking(world: World, user: int, request: Mapping[str, Any], answer: Mapping[str, Any]) -> Table:
     category = dict(world.ads().select("ad_id", "ad.category").iter_rows())
-    table = Table("rank", "ad", "category", "p(click)", "true p(click)", title="What adrank makes of the candidates")
+    table = Table("rank", "ad", "category", "p(click)", "true p(click)")
     for ad in answer["ads"]:
         truth = world.p_click(DAYS - 1, user, int(ad["ad_id"][1:]), SLOTS.index(request["context"]["slot"]), 0)
         table.add_row(str(ad["rank"]), ad["ad_id"], category[ad["ad_id"]], f"{ad['p_click']:.3f}", f"{truth:.3f}")

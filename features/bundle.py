@@ -215,7 +215,8 @@ def load_bundle(path: Path) -> Bundle:
         if {MODEL, SCHEMA, VOCABULARIES, GOLDENS} - set(digests):
             raise BundleError(f"bundle {path}: {MANIFEST} does not list all of its files")
     except (OSError, ValueError, KeyError, TypeError, SchemaError) as error:
-        raise BundleError(f"bundle {path} cannot be read: {error!r}") from error
+        what = error if isinstance(error, OSError) else repr(error)
+        raise BundleError(f"bundle {path} cannot be read: {what}") from error
     ours = fingerprint(schema, vocabularies)
     if manifest.get("fingerprint") != ours:
         theirs = manifest.get("fingerprint")

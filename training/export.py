@@ -77,7 +77,8 @@ def to_onnx(served: Served) -> bytes:
     shapes = {
         name: dict.fromkeys(range(len(dimensions[part])), torch.export.Dim.DYNAMIC) for name, (part, _) in served.schema.tensors.items()
     }
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for chatty in ("torch.onnx", "onnxscript"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns of its own internals
         program = torch.onnx.export(
@@ -222,6 +223,11 @@ def evaluate_bundle(bundle: Bundle, data: Prepared, split: str, progress: Progre
     scores = []
     for chunk in progress.track(chunks, description=f"scoring {split}"):
         parts = dict(zip(("user", "history", "ad"), rows.batch(chunk), strict=True))
-        feeds = {name: parts[part][0 if name.endswith("_ids") else 1].numpy() for name, (part, _) in bundle.schema.tensors.items()}
+        feeds = {name: _laid_out(parts[part], name).numpy() for name, (part, _) in bundle.schema.tensors.items()}
         scores.append(session.run(None, feeds)[0][:, 0])
     return measure(rows.labels, calibration.to_log(np.concatenate(scores)), rows.users)
+
+
+def _laid_out(part: Part, name: str) -> Tensor:
+    values = part.ids if name.endswith("_ids") else part.numbers
+    return values if part.rows is None else values[part.rows]

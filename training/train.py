@@ -21,7 +21,7 @@ from .datasets.encoded import Batch, Rows, encode_split, learn_vocabularies
 from .datasets.prepared import Prepared
 from .evaluate import Metrics, measure
 from .networks import NETWORKS
-from .networks.blocks import Embeddings, Fields
+from .networks.blocks import Embeddings, Fields, Part
 
 EVALUATION_ROWS = 4096
 
@@ -35,7 +35,9 @@ class TrainSettings:
     batch: int = 2048
     learning_rate: float = 1e-3
     drop: float = 0.1
-    """Factor on the learning rate after an epoch without gain on valid."""
+    """Factor on the learning rate after an epoch without gain."""
+    gain: float = 0.0
+    """How much AUC an epoch has to gain on valid to count as one."""
     patience: int = 2
     """Epochs without gain in a row that end the training."""
     embedding_l2: float = 0.01
@@ -56,6 +58,11 @@ class Epoch:
     learning_rate: float
     train_loss: float
     valid: Metrics
+
+    def line(self) -> str:
+        """The epoch in a line, for people who wait."""
+        valid = f"valid AUC {self.valid.auc:.5f}, log loss {self.valid.log_loss:.5f}"
+        return f"epoch {self.number:2}: learning rate {self.learning_rate:.0e}, train loss {self.train_loss:.5f}, {valid}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,13 @@ def train(data: Prepared, family: str, network_settings: Any, settings: TrainSet
 
 
 def fit_network(network: nn.Module, rows: Rows, valid: Rows, settings: TrainSettings, progress: Progress) -> list[Epoch]:
-    """Train in place until valid stops gaining; the network ends with the weights of its best epoch, in evaluation mode."""
+    """Train in place until valid stops gaining; the network ends with the weights of its best epoch, in evaluation mode.
+
+    Raises:
+        ValueError: a batch would have less than two rows.
+    """
+    if min(settings.batch, len(rows)) < 2:
+        raise ValueError(f"a batch needs at least 2 rows to normalise over: batch is {settings.batch}, the train split has {len(rows)}")
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, fused=True)
     order = np.random.default_rng(settings.seed)
     decay = EmbeddingDecay(network, rows, settings)
@@ -108,8 +121,9 @@ def fit_network(network: nn.Module, rows: Rows, valid: Rows, settings: TrainSett
         network.train()
         losses = []
         shuffled = order.permutation(len(rows))
-        batches = np.array_split(shuffled, range(settings.batch, len(rows), settings.batch))
-        for chosen in progress.track(batches, description=f"epoch {number}, best valid AUC {best_score:.4f}"):
+        # A last row alone joins the batch before it: batch normalisation needs two.
+        batches = np.array_split(shuffled, range(settings.batch, len(rows) - 1, settings.batch))
+        for chosen in progress.track(batches, description=f"epoch {number}"):
             batch = rows.batch(chosen)
             logits = network(*batch).squeeze(1)
             loss = F.binary_cross_entropy_with_logits(logits, torch.from_numpy(rows.labels[chosen]))
@@ -122,10 +136,14 @@ def fit_network(network: nn.Module, rows: Rows, valid: Rows, settings: TrainSett
         p_click = Calibration().on_log(predict(network, valid))
         metrics = measure(valid.labels, p_click, valid.users)
         epochs.append(Epoch(number, optimiser.param_groups[0]["lr"], float(np.mean(losses)), metrics))
+        progress.console.print(epochs[-1].line(), soft_wrap=True)
         # AUC chooses, because Platt scaling repairs the rest; a split with one class only has none.
         score = metrics.auc if np.isfinite(metrics.auc) else -metrics.log_loss
+        gained = score > best_score + settings.gain
         if score > best_score:
-            best, best_score, stale = _weights(network), score, 0
+            best, best_score = _weights(network), score
+        if gained:
+            stale = 0
             continue
         stale += 1
         if stale >= settings.patience:
@@ -162,15 +180,17 @@ class EmbeddingDecay:
             for embeddings in self.embeddings:
                 _gradient(embeddings).add_(embeddings.table.weight, alpha=self.l2)
         for embeddings, counts in zip(self.embeddings, self.counts, strict=False):
-            rows = torch.unique(torch.cat([ids.flatten() for ids in _table_rows(embeddings, batch)]))
+            rows = torch.unique(torch.cat([embeddings.table_rows(name, part.ids).flatten() for name, part in _parts(batch, embeddings)]))
             _gradient(embeddings)[rows] += embeddings.table.weight[rows] * (self.l2 / counts[rows])[:, None]
 
     @staticmethod
     def _occurrences(embeddings: Embeddings, rows: Rows) -> Tensor:
         total = torch.zeros(embeddings.table.num_embeddings)
         for start in range(0, len(rows), EVALUATION_ROWS):
-            for ids in _table_rows(embeddings, rows.batch(np.arange(start, min(start + EVALUATION_ROWS, len(rows))))):
-                total += torch.bincount(ids.flatten(), minlength=len(total))
+            for name, part in _parts(rows.batch(np.arange(start, min(start + EVALUATION_ROWS, len(rows)))), embeddings):
+                times = torch.ones(len(part.ids)) if part.rows is None else torch.bincount(part.rows.flatten()).float()
+                ids = embeddings.table_rows(name, part.ids).flatten(1)
+                total += torch.bincount(ids.flatten(), times.repeat_interleave(ids.shape[1]), minlength=len(total))
         return total.clamp(min=1)
 
 
@@ -180,10 +200,8 @@ def _gradient(embeddings: Embeddings) -> Tensor:
     return gradient
 
 
-def _table_rows(embeddings: Embeddings, batch: Batch) -> Iterator[Tensor]:
-    for name, part in zip(("user", "history", "ad"), batch, strict=True):
-        if name in embeddings:
-            yield embeddings.table_rows(name, part.ids)
+def _parts(batch: Batch, embeddings: Embeddings) -> Iterator[tuple[str, Part]]:
+    return ((name, part) for name, part in zip(("user", "history", "ad"), batch, strict=True) if name in embeddings)
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
@@ -195,6 +213,7 @@ def _deterministic(settings: TrainSettings) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.manual_seed(settings.seed)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a tenth of the time, for memory that is written anyway
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:

@@ -1,8 +1,9 @@
 """A synthetic ad world whose true p(click) is known: users with drifting interests, ads with quality, position bias.
 
 A click is a coin with
-    p(click) = sigmoid(base + interest · z[day, user, category of the ad] + quality[ad] + bias[slot] + bias[position])
-where z is a random walk that now and then starts anew, so that the recent history says what the profile cannot.
+    p(click) = sigmoid(base + interest[day, user, category of the ad] + quality[ad] + bias[slot] + bias[position])
+where a user's interest is the taste of the age group and, far stronger, two favourite categories that change now and then, so that
+the recent history says what the profile cannot.
 """
 
 from dataclasses import dataclass
@@ -17,17 +18,19 @@ from features.schema import parse_schema
 from .datasets.history import Past
 from .datasets.prepared import write_split, write_table, write_tables, writing
 
-CATEGORIES = ("sports", "travel", "fashion", "games", "food", "finance", "music", "cars", "home", "health", "books", "pets")
+CATEGORIES = ("sports", "travel", "fashion", "games", "food", "finance", "music", "cars")
 AGES = ("18-24", "25-34", "35-44", "45-54", "55+")
 SLOTS = ("feed", "sidebar", "story")
 SLOT_BIAS = np.array([0.3, -0.6, 0.0])
 POSITIONS = 8
 POSITION_BIAS = -0.2 * np.arange(POSITIONS)
-BASE, INTEREST, QUALITY = -1.7, 1.5, 0.5
+BASE, FAVOURITE, TASTE, QUALITY = -2.2, 2.8, 0.4, 0.5
+FAVOURITES, DRIFT = 2, 0.01
+"""Favourite categories of a user, and how likely one of them changes in a day."""
 DAYS, DAY = 30, 86_400
 START = 1_767_225_600  # 2026-01-01, UTC
 SPLIT_DAYS = {"train": (0, 24), "valid": (24, 27), "test": (27, 30)}
-HISTORY = 30
+HISTORY = 20
 SCHEMA = f"""
 name = "world"
 [history]
@@ -64,7 +67,7 @@ class World:
     def p_click(self, day: Array | int, user: Array | int, ad: Array | int, slot: Array | int, position: Array | int) -> Array:
         """True probabilities of impressions; the arrays broadcast, `position` counts from 0."""
         interest = self.interests[day, user, self.category[ad]]
-        logit = BASE + INTEREST * interest + self.quality[ad] + SLOT_BIAS[slot] + POSITION_BIAS[position]
+        logit = BASE + interest + self.quality[ad] + SLOT_BIAS[slot] + POSITION_BIAS[position]
         p: Array = 1 / (1 + np.exp(-logit))
         return p
 
@@ -79,22 +82,25 @@ class World:
         return pl.DataFrame({"user_id": [f"u{user}" for user in range(len(self.age))], "user.age": [AGES[a] for a in self.age]})
 
 
-def make_world(users: int = 2_000, ads: int = 600, seed: int = 7) -> World:
+def make_world(users: int = 800, ads: int = 400, seed: int = 7) -> World:
     """Draw a world; the same seed gives the same one."""
     random = np.random.default_rng(seed)
     age = random.integers(0, len(AGES), users)
-    taste = random.normal(0, 0.6, (len(AGES), len(CATEGORIES)))[age]
-    days = [taste + random.normal(0, 1, taste.shape)]
-    for _ in range(1, DAYS):
-        anew = random.random((users, 1)) < 0.04
-        drifted = taste + 0.97 * (days[-1] - taste) + random.normal(0, 0.22, taste.shape)
-        days.append(np.where(anew, taste + random.normal(0, 1, taste.shape), drifted))
+    taste = random.normal(0, TASTE, (len(AGES), len(CATEGORIES)))[age]
+    loved = np.argsort(random.random((users, len(CATEGORIES))))[:, :FAVOURITES]
+    days = []
+    for _ in range(DAYS):
+        loves = np.zeros(taste.shape)
+        np.put_along_axis(loves, loved, FAVOURITE, axis=1)
+        days.append(taste + loves)
+        changed = random.random(users) < DRIFT
+        loved[changed, random.integers(0, FAVOURITES)] = random.integers(0, len(CATEGORIES), changed.sum())
     category = random.integers(0, len(CATEGORIES), ads)
     brand = category * 5 + random.integers(0, 5, ads)
     return World(np.stack(days), age, category, brand, random.normal(0, QUALITY, ads))
 
 
-def write_log(world: World, out: Path, impressions: int = 200_000, seed: int = 7) -> dict[str, int]:
+def write_log(world: World, out: Path, impressions: int = 160_000, seed: int = 7) -> dict[str, int]:
     """Show ads at random and write the impressions with their clicks as a prepared data set; rows by split."""
     random = np.random.default_rng(seed)
     seconds = np.sort(random.integers(0, DAYS * DAY, impressions))

@@ -37,11 +37,12 @@ class Rows:
         return len(self.labels)
 
     def batch(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
-        """The tensors of some rows: `user (R, W)`, `history (R, T, W)` cut to the longest there, `ad (R, 1, W)`."""
+        """The tensors of some rows: `user (R, W)`, `history (R, T)` cut to the longest there, `ad (R, 1, W)`."""
         history = self.history[rows]
         longest = max(1, int((history > 0).sum(1).max(initial=0)))
-        past = self.behaviours.take(history[:, :longest])
-        return tuple(_part(block) for block in (self.user.take(rows), past, self.ad.take(rows[:, None])))  # type: ignore[return-value]
+        distinct, at = np.unique(history[:, :longest], return_inverse=True)
+        past = _part(self.behaviours.take(distinct))._replace(rows=torch.from_numpy(at.reshape(len(rows), longest)))
+        return _part(self.user.take(rows)), past, _part(self.ad.take(rows[:, None]))
 
 
 def _part(block: Block) -> Part:
@@ -182,5 +183,5 @@ def _rows(ad_ids: pl.Series, table: AdTable) -> Ids:
     missing = [value for value, row in zip(values, table.rows(values), strict=True) if not row]
     if missing:
         table.put(missing, table.encoder.unknown_ads(missing), active=False)
-    rows: Ids = ad_ids.replace_strict(unique, table.rows(values), return_dtype=pl.Int64).to_numpy()
-    return rows
+    rows = ad_ids.replace_strict(unique, table.rows(values), return_dtype=pl.Int64).to_numpy()
+    return rows.astype(np.int64, copy=False)  # polars gives an empty column no type

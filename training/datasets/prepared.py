@@ -72,6 +72,7 @@ class Prepared:
             _check(frame, {"label": pl.Int8(), "user_id": pl.String(), "ad_id": pl.String()}, path)
             if self.schema.history_length:
                 _check(frame, {"history": pl.List(pl.String())}, path)
+            _check(frame, {f.path: DTYPES[f.kind] for f in self.schema.fields if f.path in frame.columns}, path)
             bad = frame.filter(pl.col("label").is_null() | ~pl.col("label").is_in([0, 1]))
             if len(bad):
                 raise DataError(f"{path}: {len(bad)} labels are not 0 or 1, the first is {bad['label'][0]}")

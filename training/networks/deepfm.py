@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .blocks import Embeddings, Fields, Part, Tower, behaviours
+from .blocks import Embeddings, Fields, Part, Tower
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,14 @@ class DeepFM(nn.Module):
         total = u.sum(1).unsqueeze(1) + a.sum(2)
         squares = u.square().sum(1).unsqueeze(1) + a.square().sum(2)
         pairs = 0.5 * (total.square() - squares).sum(-1)
-        logits: Tensor = linear + pairs + self.tower(u.flatten(1), a.flatten(2)) + self.bias
+        request = u.flatten(1) if u.shape[1] else u.squeeze(2)  # ONNX cannot flatten nothing
+        logits: Tensor = linear + pairs + self.tower(request, a.flatten(2)) + self.bias
         return logits
 
     def _request(self, embed: Embeddings, user: Part, history: Part) -> Tensor:
         vectors = [embed("user", user)] if "user" in embed else []
         if "history" in embed:
-            mask = behaviours(history.ids)
+            mask = history.behaviours()
             count = mask.sum(1).clamp(min=1)[:, None, None]
             vectors.append((embed("history", history) * mask[..., None, None]).sum(1) / count)
         if not vectors:  # every field is the ad's: no vectors, (R, 0, 1), which broadcast against any width

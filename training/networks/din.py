@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import BatchNorm, Dice, Embeddings, Fields, Part, Tower, behaviours
+from .blocks import BatchNorm, Dice, Embeddings, Fields, Part, Tower
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class LocalActivation(nn.Module):
 
     def forward(self, candidates: Tensor, history: Tensor, mask: Tensor) -> Tensor:
         """Interests `(R, C, D)` of `candidates (R, C, D)` in `history (R, T, D)`, where `mask (R, T)` says what is no padding."""
-        # W [q; k; q - k; q * k] = (Wq + Wd) q + (Wk - Wd) k + Wp (q * k): two of the three do not need every pair.
+        # W [q; k; q - k; q * k] = (Wq + Wd) q + ((Wk - Wd) + Wp diag(q)) k: one matrix a candidate, so that every pair costs one product.
         wq, wk, wd, wp = self.first.weight.chunk(4, dim=1)
-        pairs = candidates.unsqueeze(2) * history.unsqueeze(1)
-        once = F.linear(candidates, wq + wd, self.first.bias).unsqueeze(2) + F.linear(history, wk - wd).unsqueeze(1)
-        weights = self.rest(once + F.linear(pairs, wp)).squeeze(-1)
+        matrices = (wk - wd).T + candidates.unsqueeze(-1) * wp.T
+        once = F.linear(candidates, wq + wd, self.first.bias).unsqueeze(2)
+        weights = self.rest(history.unsqueeze(1) @ matrices + once).squeeze(-1)
         if self.softmax:
             weights = weights.masked_fill(~mask.unsqueeze(1), -1e9).softmax(-1)
         return torch.matmul(weights * mask.unsqueeze(1), history)
@@ -75,7 +75,7 @@ class DIN(nn.Module):
         """Logits `(R, C)` of `user (R, W)`, `history (R, T, W)` and candidates `ad (R, C, W)`."""
         ads = self.embed("ad", ad)
         past = self.embed("history", history).flatten(2)
-        interests = self.attention(ads[:, :, self.shared].flatten(2), past, behaviours(history.ids))
+        interests = self.attention(ads[:, :, self.shared].flatten(2), past, history.behaviours())
         request = self.embed("user", user).flatten(1) if "user" in self.embed else past.new_zeros((len(past), 0))
         candidates = torch.cat([interests, ads.flatten(2)], dim=-1)
         logits: Tensor = self.tower(self.norms[0](request), self.norms[1](candidates))

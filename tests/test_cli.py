@@ -1,0 +1,185 @@
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bundles
+import pytest
+import small
+from click.testing import CliRunner
+from conftest import Server
+
+import adrank
+from features.bundle import current_path, load_bundle
+from service.store import RedisStore
+from tests.test_datasets import ROOT
+
+SCHEMA = """
+name = "shop"
+history = { length = 5, fields = ["ad_id"] }
+[table]
+label = "clicked"
+[user]
+user_id = { kind = "category" }
+age = { kind = "category" }
+[ad]
+ad_id = { kind = "category" }
+price = { kind = "number" }
+"""
+HEAD = "clicked,user_id,age,ad_id,price\n"
+QUICK = ["--epochs", "1", "--set", "batch=32", "--set", "embedding=4", "--set", "hidden=8", "--set", "threads=1"]
+
+
+def log(rows: int = 150) -> str:
+    return HEAD + "".join(f"{(i * 7) % 3 % 2},u{i % 9},{20 + i % 9},a{(i * 5) % 7},{i % 7}.5\n" for i in range(rows))
+
+
+def write(folder: Path, text: str | bytes, name: str = "log.csv") -> Path:
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder / name
+
+
+def run(*words: object) -> tuple[int, str, str]:
+    """Run `adrank` in this process; its exit code, and what it printed and what it complained of."""
+    code: Any = 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as complaint:
+        try:
+            adrank.main(partial(adrank.cli, [str(word) for word in words], prog_name="adrank"))
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), complaint.getvalue()
+
+
+def refused(answer: tuple[int, str, str], message: str) -> None:
+    """One sentence that says this, exit code 2, and nothing on standard output."""
+    code, out, complaint = answer
+    last = complaint.strip().splitlines()[-1]
+    assert code == 2, complaint
+    assert out == ""
+    assert "Traceback" not in complaint
+    assert last.startswith("Error: ")
+    assert re.search(message, last), last
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.data_set(tmp_path_factory.mktemp("small"), rows=(130, 60, 60)).folder
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "evaluate", "load", "serve", "demo"])
+def test_every_subcommand_explains_itself(name: str) -> None:
+    shown = CliRunner().invoke(adrank.cli, [name, "--help"])
+    assert shown.exit_code == 0
+    assert f"Example: adrank {name} " in shown.output
+    assert name in adrank.cli.commands
+    assert f"\n  {name} " in CliRunner().invoke(adrank.cli, ["-h"]).output
+
+
+def test_every_subcommand_is_tested_above() -> None:
+    listed = test_every_subcommand_explains_itself.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    assert set(adrank.cli.commands) == set(listed)
+
+
+@pytest.mark.anyio
+async def test_a_table_becomes_a_model_and_users_in_the_store(tmp_path: Path, server: Server) -> None:
+    source, schema, out, models = write(tmp_path, log()), write(tmp_path, SCHEMA, "my.toml"), tmp_path / "out", tmp_path / "models"
+    assert run("prepare", "csv", "--source", source, "--out", out, "--schema", schema)[:2] == (
+        0,
+        f"{out}: train 120, valid 15, test 15 rows\n",
+    )
+    code, printed, complaint = run("train", "--data", out, "--model", "deepfm", "--models", models, "--name", "shop", *QUICK, "--seed", 3)
+    assert code == 0, complaint
+    path = current_path(models, "shop")
+    assert printed.endswith(f"published {path}\n")
+    assert "log loss" in printed
+    assert "epoch  1" in complaint
+    bundle = load_bundle(path)
+    assert (bundle.manifest["settings"]["seed"], bundle.manifest["settings"]["hidden"]) == (3, [8])
+
+    code, printed, _ = run("evaluate", "--bundle", path, "--data", out, "--json")
+    measured = json.loads(printed)
+    assert code == 0
+    assert measured == pytest.approx(json.loads((path / "metrics.json").read_text())["test"], abs=1e-5)
+    assert measured["rows"] == 15
+    code, printed, _ = run("evaluate", "--bundle", path, "--data", out, "--split", "valid")
+    assert (code, "valid" in printed) == (0, True)
+
+    # `load` runs a loop of its own, so not in this test's thread.
+    done = subprocess.run(
+        [sys.executable, "-m", "adrank", "load", "--data", out, "--redis", server.url],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "loaded 9 users and 7 ads\n"), done.stderr
+    store = RedisStore(server.url, timeout=5, ttl=1000, connections=1, on_damaged=lambda: None)
+    state = await store.get_user("u1")
+    assert state is not None
+    assert state.features == {"age": "21"}
+    assert len(state.ad_ids) == 5
+    assert sorted([ad.ad_id async for batch in store.all_ads() for ad in batch]) == [f"a{i}" for i in range(7)]
+    await store.close()
+
+
+def test_a_full_disk_while_publishing_is_a_sentence_and_leaves_the_live_version(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ("train", "--data", data, "--model", "deepfm", "--models", tmp_path, *QUICK)
+    live = bundles.publish(tmp_path, "deepfm")
+    before = sorted(path for path in tmp_path.rglob("*"))
+
+    def full(_handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused(run(*train), f"^Error: cannot publish deepfm in {tmp_path}: No space left on device; nothing was published$")
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert current_path(tmp_path, "deepfm") == live
+
+    changed = bytearray((live / "model.onnx").read_bytes())
+    changed[100] ^= 1
+    (live / "model.onnx").write_bytes(changed)
+    refused(run("evaluate", "--bundle", live, "--data", data), r"model\.onnx is not what was published")
+    refused(
+        run("evaluate", "--bundle", tmp_path / "1", "--data", data),
+        r"1 cannot be read: \[Errno 2\] No such file or directory: .*manifest\.json",
+    )
+
+
+def test_ctrl_c_while_training_publishes_nothing(tmp_path: Path, data: Path) -> None:
+    words = [
+        "train",
+        "--data",
+        data,
+        "--model",
+        "deepfm",
+        "--models",
+        tmp_path / "models",
+        "--set",
+        "patience=100000",
+        "--epochs",
+        "100000",
+    ]
+    with (tmp_path / "log").open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "adrank", *map(str, words)], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
+        )
+    until = time.monotonic() + 60
+    while "epoch  2" not in (tmp_path / "log").read_text():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert not (tmp_path / "models").exists()

@@ -1,0 +1,115 @@
+import pytest
+import small
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.test_deepfm import CLOSE, HISTORY_AND_ADS, ONLY_ADS, check_candidates, check_empty, check_padding
+from training.networks.blocks import Part
+from training.networks.din import DIN, LocalActivation
+
+PART_OF_AN_AD = small.SCHEMA.replace('"ad_id", "genre", "tags", "price"', '"ad_id", "price", "genre"')
+SCHEMAS = [small.SCHEMA, PART_OF_AN_AD, HISTORY_AND_ADS]
+
+
+def unit(softmax: bool, width: int = 3) -> LocalActivation:
+    torch.manual_seed(0)
+    built = LocalActivation(width, (6, 4), softmax)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.normal_(std=0.7)
+        for name, buffer in built.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+    return built.eval()
+
+
+def literal_weights(block: LocalActivation, q: Tensor, k: Tensor) -> Tensor:
+    """The MLP of fig. 2 over [q, k, q - k, q * k] `(R, C, T)`."""
+    q, k = torch.broadcast_tensors(q.unsqueeze(2), k.unsqueeze(1))
+    x = F.linear(torch.cat([q, k, q - k, q * k], dim=-1), block.first.weight, block.first.bias)
+    return block.rest(x).squeeze(-1)
+
+
+def test_local_activation_is_an_mlp_over_q_k_their_difference_and_their_product() -> None:
+    block = unit(softmax=False)
+    q, k, mask = torch.randn(2, 5, 3), torch.randn(2, 4, 3), torch.tensor([[True] * 4, [True, True, False, False]])
+    with torch.no_grad():
+        weights = literal_weights(block, q, k)
+        expected = torch.stack([sum(weights[r, :, t, None] * k[r, t] for t in range(4) if mask[r, t]) for r in range(2)])
+        assert torch.allclose(block(q, k, mask), expected, atol=1e-5)
+        # The weights are not normalised: twice the same history, twice the interest (DIN paper, section 4.3).
+        twice = block(q, torch.cat([k, k], dim=1), torch.cat([mask, mask], dim=1))
+        assert torch.allclose(twice, 2 * expected, atol=1e-5)
+
+
+def test_with_softmax_the_weights_sum_to_one_over_what_is_no_padding() -> None:
+    block = unit(softmax=True)
+    q, k = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    with torch.no_grad():
+        scores = literal_weights(block, q, k)
+        for r, length in enumerate((4, 2)):
+            expected = scores[r, :, :length].softmax(-1) @ k[r, :length]
+            assert torch.allclose(block(q, k, mask)[r], expected, atol=1e-5)
+        nothing = block(q, k, torch.zeros_like(mask))
+        assert not nothing.any()
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("text", SCHEMAS)
+def test_logits_are_the_tower_over_user_interests_and_ad(text: str, softmax: bool) -> None:
+    network = small.network("din", text, softmax=softmax)
+    assert isinstance(network, DIN)
+    user, history, ad = small.parts(text)
+    with torch.no_grad():
+        ads, past = network.embed("ad", ad), network.embed("history", history)
+        layouts = network.embed.layouts
+        names = {part: [s.field.name for s in (*layouts[part].ids, *layouts[part].numbers)] for part in ("ad", "history")}
+        q = torch.cat([ads[:, :, names["ad"].index(name)] for name in names["history"]], dim=-1)
+        interests = network.attention(q, past.flatten(2), history.ids[..., 0] > 0)
+        request = network.embed("user", user).flatten(1) if "user" in network.embed else torch.zeros(3, 0)
+        request, candidates = network.norms[0](request), network.norms[1](torch.cat([interests, ads.flatten(2)], dim=-1))
+        logits = network(user, history, ad)
+        assert torch.allclose(logits, network.tower(request, candidates), **CLOSE)
+        assert logits.shape == (3, 5)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("text", SCHEMAS)
+def test_candidates_are_scored_each_by_itself(text: str, softmax: bool) -> None:
+    check_candidates(small.network("din", text, softmax=softmax), text)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_padding_changes_nothing(softmax: bool) -> None:
+    check_padding(small.network("din", softmax=softmax))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_an_empty_history_is_finite_and_leaves_finite_gradients(softmax: bool) -> None:
+    check_empty(small.network("din", softmax=softmax))
+
+
+@pytest.mark.parametrize("family", ["deepfm", "din"])
+def test_a_schema_of_ads_and_history_alone_trains(family: str) -> None:
+    network = small.network(family, HISTORY_AND_ADS).train()
+    logits = network(*small.parts(HISTORY_AND_ADS))
+    logits.sum().backward()
+    assert torch.isfinite(logits).all()
+
+
+def test_a_schema_without_history_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^DIN weighs a user's behaviours, and this schema has no \[history\]; train deepfm instead$"):
+        small.network("din", ONLY_ADS)
+
+
+def test_another_history_gives_another_interest_for_each_candidate() -> None:
+    network = small.network("din")
+    user, history, ad = small.parts()
+    other = Part(history.ids.clone(), history.numbers)
+    other.ids[:, 0, 0] = 3
+    with torch.no_grad():
+        change = network(user, other, ad) - network(user, history, ad)
+    assert change.abs().amax() > 1e-2
+    assert change.std(1).amax() > 1e-3

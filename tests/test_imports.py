@@ -1,0 +1,33 @@
+"""What each side loads, in a fresh process. That the service loads no torch is in test_service_process.py."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.test_datasets import ROOT
+
+FRAMEWORKS = {"torch", "onnx", "onnxruntime", "polars", "sklearn", "rich", "fastapi", "starlette", "pydantic", "redis", "prometheus_client"}
+SIDES = {"training", "service"}
+
+
+def loaded(code: str) -> set[str]:
+    """Top-level names that a fresh process has loaded after the code."""
+    program = f"import sys\n{code}\nprint(*{{name.split('.')[0] for name in sys.modules}}, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+def test_the_contract_needs_no_framework_and_neither_side() -> None:
+    names = loaded("import features.bundle, features.encode, features.state")
+    assert "features" in names
+    assert names & (FRAMEWORKS | SIDES) == set()
+
+
+def test_the_command_line_loads_nothing_until_it_runs() -> None:
+    assert loaded("import adrank\nadrank.cli(['--help'], standalone_mode=False)") & (FRAMEWORKS | SIDES | {"numpy"}) == set()
+
+
+@pytest.mark.parametrize("module", ["training.world", "training.datasets.states"])
+def test_training_never_loads_the_service(module: str) -> None:
+    assert loaded(f"import {module}") & {"service", "fastapi", "redis"} == set()

@@ -1,0 +1,141 @@
+"""What a person can mend is one sentence and exit code 2, and leaves nothing behind."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import small
+from conftest import free_port
+
+from tests.test_cli import HEAD, QUICK, SCHEMA, log, refused, run, write
+from tests.test_datasets import movielens_source
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.data_set(tmp_path_factory.mktemp("small"), rows=(130, 60, 60)).folder
+
+
+def copied(data: Path, out: Path) -> Path:
+    """The data set, to be damaged."""
+    for path in data.rglob("*"):
+        if path.is_file():
+            (out / path.relative_to(data)).parent.mkdir(parents=True, exist_ok=True)
+            (out / path.relative_to(data)).write_bytes(path.read_bytes())
+    return out
+
+
+BAD_TABLES = [
+    (log().replace("clicked", "click", 1), "clicked"),
+    (log().replace(",price", "", 1), r"log\.csv"),
+    (log() + "2,u1,25,a1,3\n", r"log\.csv.*line 152.*clicked"),
+    (log() + ",u1,25,a1,3\n", r"log\.csv.*line 152.*clicked"),
+    (log() + "0,u1,25,a1,dear\n", r"log\.csv.*line 152.*price"),
+    (HEAD, "empty|no row|too few"),
+    (log(3), "the valid split would be empty"),
+    ("", r"log\.csv"),
+    (b"PAR1\x00\x01\x02nonsense", r"log\.csv"),
+    (b"\x89PNG\r\n\x1a\n\xff\xfe", r"log\.csv"),
+]
+
+
+@pytest.mark.parametrize(("table", "message"), BAD_TABLES)
+def test_a_table_that_does_not_fit_is_a_sentence(tmp_path: Path, table: str | bytes, message: str) -> None:
+    source, schema = write(tmp_path, table), write(tmp_path, SCHEMA, "my.toml")
+    refused(run("prepare", "csv", "--source", source, "--out", tmp_path / "out", "--schema", schema), message)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "my.toml"]
+
+
+def test_a_preparation_that_cannot_be_is_a_sentence(tmp_path: Path) -> None:
+    source, schema, out = write(tmp_path, log()), write(tmp_path, SCHEMA, "my.toml"), tmp_path / "out"
+    refused(run("prepare", "csv", "--source", source, "--out", out), "csv needs --schema FILE")
+    refused(run("prepare", "frappe", "--source", source, "--out", out, "--schema", schema), "--schema is for csv")
+    refused(run("prepare", "csv", "--source", tmp_path / "absent", "--out", out, "--schema", schema), "absent")
+    refused(run("prepare", "csv", "--source", source, "--out", out, "--schema", tmp_path / "absent"), "absent")
+    refused(run("prepare", "csv", "--source", source, "--out", out, "--schema", write(tmp_path, "[ad", "bad.toml")), r"bad\.toml: Expected")
+    refused(run("prepare", "csv", "--source", source, "--out", tmp_path, "--schema", schema), "already exists")
+    refused(run("prepare", "movielens", "--source", tmp_path, "--out", out), r"users\.dat")
+    refused(run("prepare", "criteo", "--source", movielens_source(tmp_path), "--out", out), r"train\.txt")
+    code, _, complaint = run("prepare", "netflix", "--source", source, "--out", out)
+    assert code == 2
+    assert "'netflix' is not one of 'movielens'" in complaint
+    assert not out.exists()
+
+
+def _drop(column: str) -> Callable[[pl.DataFrame], pl.DataFrame]:
+    return lambda frame: frame.drop(column)
+
+
+BAD_DATA: list[tuple[str, Callable[[pl.DataFrame], pl.DataFrame] | bytes | None, str]] = [
+    ("train", _drop("label"), r"train/0\.parquet: column label is missing"),
+    ("valid", _drop("ad_id"), r"valid/0\.parquet: column ad_id is missing"),
+    ("test", _drop("history"), r"test/0\.parquet: column history is missing"),
+    ("train", lambda frame: frame.with_columns(label=pl.lit(2, pl.Int8)), "130 labels are not 0 or 1, the first is 2"),
+    ("test", lambda frame: frame.with_columns(label=pl.lit(None, pl.Int8)), "60 labels are not 0 or 1, the first is None"),
+    (
+        "train",
+        lambda frame: frame.with_columns(pl.col("user.income").cast(pl.String)),
+        r"train/0\.parquet: column user\.income is String, expected Float64",
+    ),
+    ("valid", lambda frame: frame.clear(), "the valid split of .* has no row"),
+    ("train", lambda frame: frame.clear(), "the train split"),
+    ("test", lambda frame: frame.clear(), "the test split of .* has no row"),
+    ("train", lambda frame: frame.head(1), "at least 2 rows"),
+    ("valid", b"label,ad_id\n0,a1\n", r"valid/0\.parquet cannot be read as parquet"),
+    ("train", b"", r"train/0\.parquet cannot be read as parquet"),
+    ("test", None, r"test has no \.parquet file"),
+]
+
+
+@pytest.mark.parametrize(("split", "damage", "message"), BAD_DATA)
+def test_a_data_set_that_is_none_is_a_sentence(tmp_path: Path, data: Path, split: str, damage: Any, message: str) -> None:
+    folder = copied(data, tmp_path / "data")
+    file = folder / split / "0.parquet"
+    if damage is None:
+        file.unlink()
+    elif isinstance(damage, bytes):
+        file.write_bytes(damage)
+    else:
+        damage(pl.read_parquet(file)).write_parquet(file)
+    refused(run("train", "--data", folder, "--model", "deepfm", "--models", tmp_path / "models", *QUICK), message)
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "wide"], "there is no network 'wide'; there are deepfm, din$"),
+        (["--model", "deepfm", "--name", "../x"], "'../x' is not a model name"),
+        (["--model", "deepfm", "--set", "colour=red"], "--set colour: no such setting; there are embedding, hidden"),
+        (["--model", "deepfm", "--set", "softmax=true"], "--set softmax: no such setting"),
+        (["--model", "deepfm", "--set", "epochs"], "--set epochs: expected KEY=VALUE"),
+        (["--model", "deepfm", "--set", "=3"], "--set =3: expected KEY=VALUE"),
+        (["--model", "deepfm", "--set", "hidden=big"], "--set hidden=big: expected a value such as 200-80"),
+        (["--model", "deepfm", "--set", "regularise=l1"], "regularise is 'l1'; it must be table or batch"),
+        (["--model", "deepfm", "--set", "batch=1"], "at least 2 rows"),
+        (["--model", "deepfm", "--set", "batch=0"], "at least 2 rows"),
+        (["--model", "deepfm", "--set", "learning_rate=-1"], "[Ll]earning.rate"),
+        (["--model", "deepfm", "--set", "dropout=2"], "dropout"),
+    ],
+)
+def test_a_setting_that_is_none_is_a_sentence(tmp_path: Path, data: Path, words: list[str], message: str) -> None:
+    refused(run("train", "--data", data, "--models", tmp_path / "models", *words), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_mistakes_of_training_are_sentences(tmp_path: Path, data: Path) -> None:
+    models = tmp_path / "models"
+    refused(run("train", "--data", tmp_path, "--model", "deepfm", "--models", models), "is not a prepared data set")
+    folder = copied(data, tmp_path / "data")
+    (folder / "schema.toml").write_text(small.SCHEMA.replace(small.HISTORY, ""))
+    refused(run("train", "--data", folder, "--model", "din", "--models", models), r"this schema has no \[history\]; train deepfm instead")
+    (folder / "schema.toml").write_text(small.SCHEMA.replace('kind = "list"', 'kind = "set"', 1))
+    refused(run("train", "--data", folder, "--model", "din", "--models", models), r"schema\.toml: field user.interests: kind is 'set'")
+    assert not models.exists()
+
+
+def test_a_store_that_is_not_there_is_a_sentence(data: Path) -> None:
+    refused(run("load", "--data", data, "--redis", f"redis://127.0.0.1:{free_port()}/0"), "the store cannot be reached")
+    refused(run("load", "--data", data, "--redis", "http://x"), "ADRANK_REDIS: expected a URL such as redis://")

@@ -1,0 +1,232 @@
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+import torch
+
+from features.encode import Encoder
+from training.calibrate import Calibration
+from training.datasets.encoded import Rows, encode_split, learn_vocabularies
+from training.datasets.prepared import Prepared
+from training.evaluate import auc
+from training.networks.blocks import Embeddings, Part
+from training.networks.deepfm import DeepFMSettings
+from training.networks.din import DINSettings
+from training.train import EmbeddingDecay, Trained, TrainSettings, fit_network, override, predict
+from training.world import make_world, write_log
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return small.data_set(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def rows(data: Prepared) -> tuple[Rows, Rows]:
+    # By the vocabularies of `small`, so that `small.network` fits them.
+    return encode_split(data, "train", small.encoder()), encode_split(data, "valid", small.encoder())
+
+
+def weights(trained: Trained) -> list[bytes]:
+    return [value.numpy().tobytes() for value in trained.network.state_dict().values()]
+
+
+@pytest.mark.parametrize("family", ["deepfm", "din"])
+def test_a_seed_repeats_to_the_last_bit_and_another_differs(data: Prepared, family: str) -> None:
+    dropout = replace(small.NETWORK_SETTINGS[family], dropout=0.2)  # what it drops is a draw too
+    small.NETWORK_SETTINGS[family], before = dropout, small.NETWORK_SETTINGS[family]
+    try:
+        first = small.quick(data, family)
+        torch.manual_seed(99)  # what was drawn before does not matter
+        again, other = small.quick(data, family), small.quick(data, family, seed=2)
+    finally:
+        small.NETWORK_SETTINGS[family] = before
+    assert weights(first) == weights(again)
+    assert (first.metrics, first.epochs, first.calibration) == (again.metrics, again.epochs, again.calibration)
+    assert weights(first) != weights(other)
+    assert first.metrics["test"].log_loss != other.metrics["test"].log_loss
+
+
+def test_what_was_trained_is_measured_calibrated_and_described(data: Prepared) -> None:
+    trained = small.quick(data, epochs=3)
+    assert not trained.network.training
+    assert [epoch.number for epoch in trained.epochs] == [1, 2, 3]
+    assert trained.epochs[-1].train_loss < trained.epochs[0].train_loss
+    valid = encode_split(data, "valid", trained.encoder)
+    p_click = trained.calibration.on_log(predict(trained.network, valid))
+    assert trained.metrics["valid"].auc == auc(valid.labels, p_click)
+    assert trained.metrics["valid"].calibration_ratio == pytest.approx(1.0, abs=1e-3)  # Platt's shift is fitted there
+    assert (trained.metrics["valid"].rows, trained.metrics["test"].rows) == (100, 100)
+    assert trained.settings | {"epochs": 3, "embedding": 4, "hidden": (8,), "threads": 1} == trained.settings
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_training_stops_drops_its_rate_and_ends_with_its_best_epoch(rows: tuple[Rows, Rows]) -> None:
+    train, valid = rows
+    noise = replace(train, labels=np.random.default_rng(5).integers(0, 2, len(train)).astype(np.float32))  # only to be learned by heart
+    settings = TrainSettings(epochs=40, batch=64, learning_rate=0.05, drop=0.5, patience=3, embedding_l2=0.0)
+    network = small.network("deepfm")
+    epochs = fit_network(network, noise, valid, settings, small.quiet())
+    scores = [epoch.valid.auc for epoch in epochs]
+    best = int(np.argmax(scores))
+    assert len(epochs) < 40
+    # The last gain on all before is `patience` epochs before the end, and it is the best.
+    assert len(epochs) - 1 - best == 3
+    rate = 0.05
+    for i, epoch in enumerate(epochs):
+        assert epoch.learning_rate == pytest.approx(rate)
+        if i and scores[i] <= max(scores[:i]):
+            rate *= 0.5
+    assert rate < 0.05
+    assert not network.training
+    p_click = Calibration().on_log(predict(network, valid))
+    assert auc(valid.labels, p_click) == scores[best] > scores[-1]
+    assert epochs[-1].train_loss < epochs[0].train_loss
+
+
+def test_a_gain_too_small_counts_for_none_but_its_weights_are_kept(rows: tuple[Rows, Rows]) -> None:
+    train, valid = rows
+    network = small.network("deepfm")
+    settings = TrainSettings(epochs=20, batch=64, learning_rate=3e-3, patience=3, gain=1.0)
+    epochs = fit_network(network, train, valid, settings, small.quiet())
+    scores = [epoch.valid.auc for epoch in epochs]
+    assert len(epochs) == 4  # the first is always a gain
+    assert max(scores) > scores[0]
+    assert auc(valid.labels, predict(network, valid)) == max(scores)
+
+
+def test_every_step_decays_the_embeddings(rows: tuple[Rows, Rows]) -> None:
+    norms = []
+    for l2 in (0.0, 1.0):
+        network = small.network("deepfm")
+        fit_network(network, rows[0], rows[1], TrainSettings(epochs=1, batch=20, learning_rate=0.02, embedding_l2=l2), small.quiet())
+        norms.append([float(embeddings.table.weight.detach().norm()) for embeddings in tables(network)])
+    assert all(decayed < 0.8 * free for free, decayed in zip(*norms, strict=True))
+
+
+@pytest.mark.parametrize("family", ["deepfm", "din"])
+def test_a_last_row_alone_is_no_batch(rows: tuple[Rows, Rows], family: str) -> None:
+    train, valid = rows
+    for batch in (13, 23, 299, 300, 1000):  # 300 rows: 23 · 13 + 1, 13 · 23 + 1, one row over, even, all at once
+        [epoch] = fit_network(small.network(family), train, valid, TrainSettings(epochs=1, batch=batch), small.quiet())
+        assert np.isfinite(epoch.train_loss)
+
+
+def test_a_batch_of_one_row_is_refused(rows: tuple[Rows, Rows]) -> None:
+    with pytest.raises(ValueError, match="a batch needs at least 2 rows to normalise over: batch is 1, the train split has 300"):
+        fit_network(small.network("deepfm"), rows[0], rows[1], TrainSettings(batch=1), small.quiet())
+
+
+def test_a_valid_split_of_one_class_is_chosen_by_log_loss(rows: tuple[Rows, Rows]) -> None:
+    train, valid = rows
+    clicks = replace(valid, labels=np.zeros(len(valid), np.float32))
+    epochs = fit_network(small.network("deepfm"), train, clicks, TrainSettings(epochs=2, batch=64), small.quiet())
+    assert len(epochs) == 2
+    assert np.isnan(epochs[0].valid.auc)
+
+
+def test_predictions_do_not_depend_on_how_rows_are_batched(rows: tuple[Rows, Rows]) -> None:
+    network = small.network("din")
+    whole = predict(network, rows[0])
+    for chosen in (np.array([5]), np.array([7, 3, 250]), np.arange(100)):
+        with torch.no_grad():
+            assert np.allclose(network(*rows[0].batch(chosen)).squeeze(1).numpy(), whole[chosen], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["deepfm", "din"])
+def test_it_learns_more_than_the_ad_s_own_click_rate(tmp_path: Path, family: str) -> None:
+    write_log(make_world(users=60, ads=40, seed=1), tmp_path / "world", impressions=16_000, seed=1)
+    world = Prepared(tmp_path / "world", small.schema((tmp_path / "world" / "schema.toml").read_text()))
+    trained = small.quick(world, family, epochs=2, batch=256, learning_rate=0.01)
+    encoder = Encoder(world.schema, learn_vocabularies(world))
+    train, test = (encode_split(world, split, encoder) for split in ("train", "test"))
+    ads = train.ad.ids[:, 0]
+    clicks, shown = (np.bincount(ads, w, minlength=int(ads.max()) + 1) for w in (train.labels, np.ones(len(train))))
+    baseline = auc(test.labels, ((clicks + 1) / (shown + 4))[test.ad.ids[:, 0]])
+    assert 0.52 < baseline < 0.75  # it says something, not all
+    assert trained.metrics["test"].auc > baseline + 0.03
+
+
+def gradients(network: torch.nn.Module) -> list[torch.Tensor]:
+    return [embeddings.table.weight.grad for embeddings in tables(network)]  # type: ignore[misc]
+
+
+def tables(network: torch.nn.Module) -> list[Embeddings]:
+    return [module for module in network.modules() if isinstance(module, Embeddings)]
+
+
+@pytest.mark.parametrize(("family", "count"), [("deepfm", 2), ("din", 1)])
+def test_table_decay_is_the_gradient_of_half_lambda_times_the_squares(rows: tuple[Rows, Rows], family: str, count: int) -> None:
+    settings, batch = TrainSettings(embedding_l2=0.3), rows[0].batch(np.arange(10))
+    network = small.network(family)
+    network(*batch).sum().backward()
+    EmbeddingDecay(network, rows[0], settings).add_gradient(batch)
+    added = [gradient.clone() for gradient in gradients(network)]
+    assert len(added) == count  # DeepFM's first-order table decays too
+    network.zero_grad()
+    (network(*batch).sum() + 0.3 / 2 * sum(e.table.weight.square().sum() for e in tables(network))).backward()
+    for ours, autograd in zip(added, gradients(network), strict=True):
+        assert torch.allclose(ours, autograd, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["deepfm", "din"])
+def test_batch_decay_is_for_the_rows_of_the_batch_by_their_share(rows: tuple[Rows, Rows], family: str) -> None:
+    train = rows[0]
+    network = small.network(family)
+    decay = EmbeddingDecay(network, train, TrainSettings(embedding_l2=0.3, regularise="batch"))
+    batch = train.batch(np.array([4, 8]))
+    network(*batch).sum().backward()
+    before = [gradient.clone() for gradient in gradients(network)]
+    decay.add_gradient(batch)
+    for embeddings, gradient, old in zip(tables(network), gradients(network), before, strict=True):
+        # Eq. 6: n times in the training split, in the batch or not. Counted value by value.
+        times, present = np.zeros(len(gradient)), np.zeros(len(gradient), bool)
+        for i in range(len(train)):
+            for row in used(embeddings, train, i):
+                times[row] += 1
+                present[row] |= i in (4, 8)
+        weight = embeddings.table.weight.detach().numpy()
+        expected = np.where(present[:, None], 0.3 * weight / np.maximum(times, 1)[:, None], 0.0)
+        assert np.allclose((gradient - old).numpy(), expected, atol=1e-6)
+        assert present[1:].sum() > 5
+        assert not present.all()
+
+
+def used(embeddings: Embeddings, train: Rows, i: int) -> list[int]:
+    found: list[int] = []
+    for name, part in zip(("user", "history", "ad"), train.batch(np.array([i])), strict=True):
+        whole = part if part.rows is None else Part(part.ids[part.rows], part.numbers[part.rows])
+        found += [row for row in embeddings.table_rows(name, whole.ids).flatten().tolist() if row]
+    return found
+
+
+def test_another_way_to_regularise_is_refused(rows: tuple[Rows, Rows]) -> None:
+    with pytest.raises(ValueError, match="regularise is 'l1'; it must be table or batch"):
+        EmbeddingDecay(small.network("din"), rows[0], TrainSettings(regularise="l1"))
+
+
+def test_settings_are_read_as_their_types_say() -> None:
+    given = {"epochs": "7", "learning_rate": "1e-2", "regularise": "batch", "hidden": "400-400", "softmax": "True", "mystery": "1"}
+    loop = override(TrainSettings(), given)
+    assert (loop.epochs, loop.learning_rate, loop.regularise) == (7, 0.01, "batch")
+    network = override(DINSettings(), given)
+    assert asdict(network) == {**asdict(DINSettings()), "hidden": (400, 400), "softmax": True}
+    assert given == {"mystery": "1"}
+    assert override(DeepFMSettings(), {}) == DeepFMSettings()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "example"),
+    [
+        ("hidden", "400,400", "200-80"),
+        ("hidden", "", "200-80"),
+        ("embedding", "1.5", "16"),
+        ("dropout", "x", "0.1"),
+        ("softmax", "1", "False"),
+    ],
+)
+def test_a_text_that_is_no_such_setting_is_refused(name: str, text: str, example: str) -> None:
+    with pytest.raises(ValueError, match=f"^--set {name}={text}: expected a value such as {example}$"):
+        override(DINSettings(), {name: text})

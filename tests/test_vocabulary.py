@@ -1,0 +1,114 @@
+import json
+
+import numpy as np
+import pytest
+import small
+from hypothesis import given
+from hypothesis import strategies as st
+
+from features import vocabulary
+from features.vocabulary import HashBuckets, Moments, Vocabularies, Vocabulary, fingerprint, parse_vocabularies
+from tests.test_datasets import patient
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+
+
+def test_ids_are_padding_unknown_and_then_the_values_in_order() -> None:
+    ids = Vocabulary(["b", "a", ""]).encode(["a", None, "b", "c", ""])
+    assert ids.tolist() == [3, 0, 2, 1, 4]
+    assert ids.dtype == np.int64
+    assert Vocabulary(["b", "a", ""]).size == 5
+    assert Vocabulary([]).encode([None, "x"]).tolist() == [0, 1]
+    assert Vocabulary(["a"]).encode([]).shape == (0,)
+
+
+def test_ids_of_different_texts_that_look_alike_differ() -> None:
+    values = ["\u00e9", "e\u0301", "A", "a", "1", "01"]  # é as one code point, and as two
+    assert Vocabulary(values).encode([*values, "1 "]).tolist() == [2, 3, 4, 5, 6, 7, 1]
+
+
+def test_a_vocabulary_that_names_a_value_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        Vocabulary(["a", "b", "a"])
+
+
+def test_hash_buckets_give_the_same_ids_on_every_machine_and_for_ever() -> None:
+    # CRC-32 of the UTF-8 text; ids 0 and 1 stay free. These numbers stand in bundles: to change them, raise ENCODING.
+    assert HashBuckets(1000).encode(["a1", "u1", "", "é", "日本", None, "a" * 1000]).tolist() == [397, 424, 2, 328, 758, 0, 93]
+    assert HashBuckets(1).encode(["a1", None, "u1"]).tolist() == [2, 0, 2]
+    assert HashBuckets(1000).size == 1002
+
+
+@patient
+@given(st.lists(st.none() | texts), st.integers(1, 2**31))
+def test_hash_buckets_stay_between_2_and_their_size(values: list[str | None], buckets: int) -> None:
+    ids = HashBuckets(buckets).encode(values)
+    for value, id_ in zip(values, ids.tolist(), strict=True):
+        assert id_ == 0 if value is None else 2 <= id_ < buckets + 2
+
+
+@patient
+@given(st.lists(texts, unique=True), st.lists(texts))
+def test_a_vocabulary_encodes_many_values_as_it_does_one(known: list[str], values: list[str]) -> None:
+    table = Vocabulary(known)
+    expected = [known.index(value) + 2 if value in known else 1 for value in values]
+    assert table.encode(values).tolist() == expected
+    assert [int(table.encode([value])[0]) for value in values] == expected
+
+
+def test_vocabularies_written_and_read_are_the_same() -> None:
+    schema, ours = small.schema(), small.vocabularies()
+    again = parse_vocabularies(ours.to_json(), schema)
+    assert again.to_json() == ours.to_json()
+    assert again.moments == {"user.income": Moments(20.0, 5.0)}
+    assert {name: v.values for name, v in again.categories.items() if isinstance(v, Vocabulary)}["genre"] == small.GENRES
+    buckets = again.categories["user_id"]
+    assert isinstance(buckets, HashBuckets)
+    assert buckets.buckets == 50
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d["categories"].pop("genre"),
+        lambda d: d["categories"].update(genre=3),
+        lambda d: d["categories"].update(genre=["a", "a"]),
+        lambda d: d["moments"].pop("user.income"),
+        lambda d: d["moments"].update({"user.income": [1]}),
+        lambda d: d["moments"].update({"user.income": ["x", "y"]}),
+        lambda d: d.pop("categories"),
+    ],
+)
+def test_damaged_vocabularies_are_a_value_error(damage) -> None:
+    document = json.loads(small.vocabularies().to_json())
+    damage(document)
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse_vocabularies(json.dumps(document), small.schema())
+    assert type(caught.value) is ValueError
+    for text in ("", "[]", "3", "{"):
+        with pytest.raises(ValueError, match=r"."):
+            parse_vocabularies(text, small.schema())
+
+
+def test_the_fingerprint_changes_with_whatever_changes_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(text: str = small.SCHEMA, **changed: object) -> str:
+        ours = small.vocabularies(text)
+        return fingerprint(small.schema(text), Vocabularies(**{"categories": ours.categories, "moments": ours.moments, **changed}))
+
+    categories = dict(small.vocabularies().categories)
+    prints = [
+        of(),
+        of(small.SCHEMA.replace("length = 4", "length = 5")),
+        of(small.SCHEMA.replace("buckets = 50", "buckets = 51")),
+        of(small.SCHEMA.replace("missing = 10", "missing = 11")),
+        of(small.SCHEMA.replace('transform = "log"', 'transform = "none"')),
+        of(small.SCHEMA.replace('missing = "unknown"', 'missing = "padding"', 1)),
+        of(categories={**categories, "genre": Vocabulary(["comedy", "drama", "news"])}),
+        of(categories={**categories, "genre": Vocabulary([*small.GENRES, "new"])}),
+        of(moments={"user.income": Moments(20.0, 5.1)}),
+    ]
+    assert of() == prints[0]
+    assert len(prints[0]) == 16
+    monkeypatch.setattr(vocabulary, "ENCODING", vocabulary.ENCODING + 1)
+    prints.append(of())
+    assert len(set(prints)) == len(prints)
