@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ MODEL, SCHEMA, VOCABULARIES, GOLDENS, MANIFEST = "model.onnx", "schema.toml", "v
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 GOLDEN_TOLERANCE = 1e-5
 """float32 sums in another order, on another CPU, move a probability by about 1e-7 a layer; a wrong input moves it far more."""
+ABANDONED_SECONDS = 24 * 3600
 
 Score = Callable[[Feeds], Numbers]
 
@@ -123,6 +125,7 @@ def publish(models: Path, name: str, files: Mapping[str, bytes], facts: Mapping[
     home = models / check_name(name)
     try:
         home.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(home)
         with tempfile.TemporaryDirectory(prefix=".publishing-", dir=home, ignore_cleanup_errors=True) as staging:
             version = _free_version(home)
             schema = parse_schema(files[SCHEMA].decode())
@@ -144,6 +147,13 @@ def publish(models: Path, name: str, files: Mapping[str, bytes], facts: Mapping[
     except OSError as error:
         raise BundleError(f"cannot publish {name} in {models}: {error.strerror or error}; nothing was published") from error
     return home / str(version)
+
+
+def _clear_abandoned(home: Path) -> None:
+    """Remove what a publisher that was killed has left; one that is at work is younger."""
+    for staging in home.glob(".publishing-*"):
+        if time.time() - staging.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _free_version(home: Path) -> int:
@@ -207,6 +217,8 @@ def load_bundle(path: Path) -> Bundle:
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         name, version, digests = str(manifest["name"]), int(manifest["version"]), dict(manifest["files"])
+        if (path.resolve().parent.name, path.resolve().name) != (name, str(version)):
+            raise BundleError(f"bundle {path}: {MANIFEST} says {name} {version}, which is not its folder; publish it again")
         for file, digest in digests.items():
             if Path(file).name != file or hashlib.sha256((path / file).read_bytes()).hexdigest() != digest:
                 raise BundleError(f"bundle {path}: {file} is not what was published (its digest differs); publish it again")

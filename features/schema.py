@@ -189,6 +189,7 @@ def _field(side: Side, name: str, entries: object) -> Field:
     _require(kind == "list" or field.length == 1, f"{where}: only a list has a length")
     _require(field.transform in TRANSFORMS, f"{where}: transform must be one of {', '.join(TRANSFORMS)}")
     if kind == "number":
+        _require((field.buckets, field.min_count) == (0, 1), f"{where}: a number has neither buckets nor min_count")
         is_number = isinstance(field.missing, int | float) and not isinstance(field.missing, bool) and abs(field.missing) <= FLOAT32_MAX
         _require(is_number, f"{where}: missing must be a finite number that fits float32, the raw value that stands in")
         return field

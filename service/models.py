@@ -86,8 +86,6 @@ def load_models(repository: Path, device: str, threads: int, chosen: str | None)
 def _load(path: Path, device: str, threads: int) -> Model:
     bundle = load_bundle(path)
     scorer = Scorer(path / MODEL, device, threads)
-    if bundle.name != path.parent.name:
-        raise BundleError(f"bundle {path} says that it is {bundle.name!r}; publish it under that name")
     bundle.check_goldens(scorer.score)
     for behaviours, candidates in WARM_SHAPES:
         scorer.score(_blank(bundle.schema, behaviours, candidates))

@@ -55,6 +55,24 @@ def test_versions_are_times_and_two_in_one_second_differ(tmp_path: Path, monkeyp
     assert [load_bundle(path).version for path in paths] == [20260102030405, 20260102030406, 20260102030407]
 
 
+@pytest.mark.parametrize(("fact", "value"), [("name", "other"), ("version", 20260102030405)])
+def test_a_manifest_that_does_not_belong_to_its_folder_is_refused(tmp_path: Path, fact: str, value: object) -> None:
+    manifest = bundles.publish(tmp_path) / bundle.MANIFEST
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), fact: value}))
+    with pytest.raises(BundleError, match="which is not its folder"):
+        load_bundle(manifest.parent)
+
+
+def test_what_a_killed_publisher_left_is_cleared_a_day_later(tmp_path: Path) -> None:
+    old, young = tmp_path / "din" / ".publishing-old", tmp_path / "din" / ".publishing-young"
+    for staging in (old, young):
+        (staging / "20260102030405").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    bundles.publish(tmp_path, "din")
+    assert not old.exists()
+    assert young.exists()
+
+
 def test_an_earlier_version_can_be_made_current(tmp_path: Path) -> None:
     first, second = bundles.publish(tmp_path), bundles.publish(tmp_path)
     assert current_path(tmp_path, "din") == second

@@ -95,6 +95,7 @@ def test_blocks_without_columns_are_no_tensors() -> None:
         ('kind = "category"\nbuckets = 2147483649', "buckets must be"),
         ('kind = "category"\nmin_count = 0', "min_count must be"),
         ('kind = "category"\nvocabulary = ""', "vocabulary must be"),
+        ('kind = "number"\nmin_count = 2', "a number has neither buckets nor min_count"),
         ('kind = "category"\nvocabulary = 3', "vocabulary must be"),
         ('kind = "category"\nlength = 2', "only a list has a length"),
         ('kind = "list"\nlength = 0', "length must be"),

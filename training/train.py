@@ -18,7 +18,7 @@ from features.encode import Encoder
 
 from .calibrate import Calibration, fit
 from .datasets.encoded import Batch, Rows, encode_split, learn_vocabularies
-from .datasets.prepared import Prepared
+from .datasets.prepared import SPLITS, Prepared
 from .evaluate import Metrics, measure
 from .networks import NETWORKS
 from .networks.blocks import Embeddings, Fields, Part
@@ -86,6 +86,8 @@ def train(data: Prepared, family: str, network_settings: Any, settings: TrainSet
         DataError: a split is absent or empty, or a column does not fit the schema.
         ValueError: the network cannot be built for this schema.
     """
+    for split in SPLITS:
+        data.files(split)  # an absent test split would be found after hours
     with _deterministic(settings):
         with _step(progress, "learning vocabularies"):
             encoder = Encoder(data.schema, learn_vocabularies(data))
