@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ import click
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
+MENDABLE = (
+    ("features.bundle", "BundleError"),
+    ("features.schema", "SchemaError"),
+    ("features.state", "StoreError"),
+    ("service.settings", "SettingsError"),
+    ("training.datasets.prepared", "DataError"),
+    ("training.train", "TrainError"),
+    ("demo", "DemoError"),
+)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -157,27 +166,15 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _mendable() -> tuple[type[Exception], ...]:
-    """The errors whose text is a sentence for a person, of the parts that this subcommand has loaded."""
-    named = (
-        "features.bundle.BundleError",
-        "features.schema.SchemaError",
-        "features.state.StoreError",
-        "service.settings.SettingsError",
-        "training.datasets.prepared.DataError",
-        "demo.DemoError",
-    )
-    found = [
-        (sys.modules.get(module), name)
-        for module, _, name in (path.rpartition(".") for path in (*named, "training.datasets.prepared.DataError"))
-    ]
-    return tuple(getattr(module, name) for module, name in found if module)
+def _is_mendable(error: Exception) -> bool:
+    """Whether the text of an error is a sentence for a person; a class that was never imported was never raised."""
+    return any(isinstance(error, getattr(sys.modules.get(module), name, ())) for module, name in MENDABLE)
 
 
-def main(run: Callable[..., Any] = cli) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run `adrank`: a mistake that a person can mend is one sentence and exit code 2, an interruption is exit code 130."""
     try:
-        run(standalone_mode=False)
+        cli(words, prog_name="adrank", standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
@@ -186,7 +183,7 @@ def main(run: Callable[..., Any] = cli) -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except Exception as error:
-        if not isinstance(error, (*_mendable(), ValueError)) or os.environ.get("ADRANK_TRACE"):
+        if not _is_mendable(error):
             raise
         sys.stderr.write(f"Error: {error}\n")
         sys.exit(2)

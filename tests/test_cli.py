@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def run(*words: object) -> tuple[int, str, str]:
     code: Any = 0
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as complaint:
         try:
-            adrank.main(partial(adrank.cli, [str(word) for word in words], prog_name="adrank"))
+            adrank.main([str(word) for word in words])
         except SystemExit as stop:
             code = stop.code
     return code, out.getvalue(), complaint.getvalue()

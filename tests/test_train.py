@@ -115,7 +115,7 @@ def test_a_last_row_alone_is_no_batch(rows: tuple[Rows, Rows], family: str) -> N
 
 
 def test_a_batch_of_one_row_is_refused(rows: tuple[Rows, Rows]) -> None:
-    with pytest.raises(ValueError, match="a batch needs at least 2 rows to normalise over: batch is 1, the train split has 300"):
+    with pytest.raises(ValueError, match="batch is 1; it must be at least 2 rows, to normalise over"):
         fit_network(small.network("deepfm"), rows[0], rows[1], TrainSettings(batch=1), small.quiet())
 
 

@@ -29,7 +29,7 @@ from .datasets.prepared import Prepared, column_of
 from .evaluate import Metrics, measure
 from .networks import NETWORKS
 from .networks.blocks import Part
-from .train import EVALUATION_ROWS, Trained, TrainSettings, override, train
+from .train import EVALUATION_ROWS, Trained, TrainError, TrainSettings, override, train
 
 TOLERANCE = 1e-5
 """Largest difference of a probability between ONNX Runtime and torch. Both compute in float32, 6e-8 a rounding, but sum in
@@ -192,16 +192,16 @@ def train_and_publish(
     """Train a network with the settings `given` as texts, and publish it; the bundle's folder and what was trained.
 
     Raises:
-        ValueError: there is no such network or setting, or the network cannot be built for this schema.
+        TrainError: there is no such network or setting, or the network cannot be built for this schema.
         DataError: the data set cannot be read.
         BundleError: as `export` does.
     """
     if family not in NETWORKS:
-        raise ValueError(f"there is no network {family!r}; there are {', '.join(NETWORKS)}")
+        raise TrainError(f"there is no network {family!r}; there are {', '.join(NETWORKS)}")
     rest = dict(given)
     network, loop = override(NETWORKS[family].settings(), rest), override(TrainSettings(), rest)
     if rest:
-        raise ValueError(f"--set {next(iter(rest))}: no such setting; there are {', '.join([*vars(network), *vars(loop)])}")
+        raise TrainError(f"--set {next(iter(rest))}: no such setting; there are {', '.join([*vars(network), *vars(loop)])}")
     trained = train(data, family, network, loop, progress)
     task = progress.add_task("exporting", total=1)
     path = export(data, trained, models, name)

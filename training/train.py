@@ -26,6 +26,10 @@ from .networks.blocks import Embeddings, Fields, Part
 EVALUATION_ROWS = 4096
 
 
+class TrainError(ValueError):
+    """A training cannot be as asked for; the message says why."""
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """How to train; the widths of a network are the network's own settings."""
@@ -48,6 +52,24 @@ class TrainSettings:
     """Largest norm of a step's gradient."""
     threads: int = 0
     """Threads of torch; 0 is as many as the machine allows. Another number may give other last bits."""
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("seed", self.seed >= 0, "at least 0"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch", self.batch >= 2, "at least 2 rows, to normalise over"),
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("drop", 0 < self.drop <= 1, "above 0, at most 1"),
+            ("gain", self.gain >= 0, "at least 0"),
+            ("patience", self.patience >= 1, "at least 1"),
+            ("embedding_l2", self.embedding_l2 >= 0, "at least 0"),
+            ("regularise", self.regularise in ("table", "batch"), "table or batch"),
+            ("clip", self.clip > 0, "above 0"),
+            ("threads", self.threads >= 0, "at least 0"),
+        )
+        wrong = [f"{name} is {getattr(self, name)!r}; it must be {rule}" for name, fits, rule in rules if not fits]
+        if wrong:
+            raise TrainError(", and ".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -84,7 +106,7 @@ def train(data: Prepared, family: str, network_settings: Any, settings: TrainSet
 
     Raises:
         DataError: a split is absent or empty, or a column does not fit the schema.
-        ValueError: the network cannot be built for this schema.
+        TrainError: the network cannot be built for this schema.
     """
     for split in SPLITS:
         data.files(split)  # an absent test split would be found after hours
@@ -93,7 +115,10 @@ def train(data: Prepared, family: str, network_settings: Any, settings: TrainSet
             encoder = Encoder(data.schema, learn_vocabularies(data))
         with _step(progress, "encoding"):
             rows, valid = encode_split(data, "train", encoder), encode_split(data, "valid", encoder)
-        network = NETWORKS[family](Fields.of(data.schema, encoder.vocabularies), network_settings)
+        try:
+            network = NETWORKS[family](Fields.of(data.schema, encoder.vocabularies), network_settings)
+        except ValueError as error:
+            raise TrainError(str(error)) from error
         epochs = fit_network(network, rows, valid, settings, progress)
         del rows
         logits = predict(network, valid)
@@ -110,10 +135,10 @@ def fit_network(network: nn.Module, rows: Rows, valid: Rows, settings: TrainSett
     """Train in place until valid stops gaining; the network ends with the weights of its best epoch, in evaluation mode.
 
     Raises:
-        ValueError: a batch would have less than two rows.
+        TrainError: a batch would have less than two rows.
     """
-    if min(settings.batch, len(rows)) < 2:
-        raise ValueError(f"a batch needs at least 2 rows to normalise over: batch is {settings.batch}, the train split has {len(rows)}")
+    if len(rows) < 2:
+        raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {len(rows)}")
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, fused=True)
     order = np.random.default_rng(settings.seed)
     decay = EmbeddingDecay(network, rows, settings)
@@ -169,8 +194,6 @@ class EmbeddingDecay:
     """L2 of the embeddings, added to the gradient of a step rather than to the loss: the same sum, without the graph."""
 
     def __init__(self, network: nn.Module, rows: Rows, settings: TrainSettings) -> None:
-        if settings.regularise not in ("table", "batch"):
-            raise ValueError(f"regularise is {settings.regularise!r}; it must be table or batch")
         self.l2 = settings.embedding_l2
         self.embeddings = [module for module in network.modules() if isinstance(module, Embeddings)]
         self.counts = [self._occurrences(e, rows) for e in self.embeddings] if settings.regularise == "batch" else []
@@ -236,7 +259,7 @@ def override(settings: Any, given: dict[str, str]) -> Any:
     """A settings object with some values replaced, read from texts as their types say; what it does not have stays in `given`.
 
     Raises:
-        ValueError: a text is not of the setting's type.
+        TrainError: a text is not of the setting's type.
     """
     changes: dict[str, Any] = {}
     for name in [name for name in given if hasattr(settings, name)]:
@@ -254,4 +277,4 @@ def _read(name: str, text: str, now: object) -> object:
         return type(now)(text)  # type: ignore[call-arg]
     except (KeyError, ValueError) as error:
         example = "-".join(map(str, now)) if isinstance(now, tuple) else now
-        raise ValueError(f"--set {name}={text}: expected a value such as {example}") from error
+        raise TrainError(f"--set {name}={text}: expected a value such as {example}") from error
