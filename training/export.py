@@ -136,7 +136,7 @@ def _cases(served: Served, sizes: dict[str, int]) -> Iterator[tuple[str, Feeds, 
     full = max(schema.history_length, 1)
     for requests in SIZES:
         for candidates in SIZES:
-            for behaviours in (*SIZES, full):
+            for behaviours in (*SIZES, full) if schema.history else (1,):
                 feeds = random_feeds(schema, sizes, requests, behaviours, candidates, seed=candidates)
                 yield f"R={requests}, C={candidates}, T={behaviours}", feeds, score(served, feeds)
     feeds = random_feeds(schema, sizes, 3, full, 33)

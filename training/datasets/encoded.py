@@ -68,19 +68,15 @@ def learn_vocabularies(data: Prepared) -> Vocabularies:
                 sums[field.path].append((len(known), float(known.sum()), float((known**2).sum())))
             elif column is not None and field.kind != "number" and not field.buckets:
                 counts[field.vocabulary].append(_counts(column))
-        if schema.history_length and not (identity := schema.field("ad", "ad_id") or _no_identity(schema)).buckets:
-            behaviours = _counts(frame["history"])
-            # A behaviour repeats with every later row of its user: it makes a value known, but not frequent.
-            counts[identity.vocabulary].append(behaviours.with_columns(count=pl.lit(1, pl.UInt32)))
+        if schema.history and not schema.history[0].buckets:
+            # A behaviour repeats with every later row of its user: it makes an ad known, and counts once a file.
+            behaviours = _counts(frame["history"]).with_columns(count=pl.lit(1, pl.UInt32))
+            counts[schema.history[0].vocabulary].append(behaviours)
     categories: dict[str, Vocabulary | HashBuckets] = {}
     for field in schema.fields:
         if field.kind != "number":
             categories[field.vocabulary] = HashBuckets(field.buckets) if field.buckets else _vocabulary(counts[field.vocabulary], field)
     return Vocabularies(categories, {path: _moments(parts, path) for path, parts in sums.items()})
-
-
-def _no_identity(schema: Schema) -> Field:
-    raise DataError(f"schema {schema.name!r} has a history but no [ad.ad_id]")
 
 
 def _counts(column: pl.Series) -> pl.DataFrame:
