@@ -86,17 +86,6 @@ def test_training_stops_drops_its_rate_and_ends_with_its_best_epoch(rows: tuple[
     assert epochs[-1].train_loss < epochs[0].train_loss
 
 
-def test_a_gain_too_small_counts_for_none_but_its_weights_are_kept(rows: tuple[Rows, Rows]) -> None:
-    train, valid = rows
-    network = small.network("deepfm")
-    settings = TrainSettings(epochs=20, batch=64, learning_rate=3e-3, patience=3, gain=1.0)
-    epochs = fit_network(network, train, valid, settings, small.quiet())
-    scores = [epoch.valid.auc for epoch in epochs]
-    assert len(epochs) == 4  # the first is always a gain
-    assert max(scores) > scores[0]
-    assert auc(valid.labels, predict(network, valid)) == max(scores)
-
-
 def test_every_step_decays_the_embeddings(rows: tuple[Rows, Rows]) -> None:
     norms = []
     for l2 in (0.0, 1.0):

@@ -39,9 +39,7 @@ class TrainSettings:
     batch: int = 2048
     learning_rate: float = 1e-3
     drop: float = 0.1
-    """Factor on the learning rate after an epoch without gain."""
-    gain: float = 0.0
-    """How much AUC an epoch has to gain on valid to count as one."""
+    """Factor on the learning rate after an epoch without gain on valid."""
     patience: int = 2
     """Epochs without gain in a row that end the training."""
     embedding_l2: float = 0.01
@@ -60,7 +58,6 @@ class TrainSettings:
             ("batch", self.batch >= 2, "at least 2 rows, to normalise over"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("drop", 0 < self.drop <= 1, "above 0, at most 1"),
-            ("gain", self.gain >= 0, "at least 0"),
             ("patience", self.patience >= 1, "at least 1"),
             ("embedding_l2", self.embedding_l2 >= 0, "at least 0"),
             ("regularise", self.regularise in ("table", "batch"), "table or batch"),
@@ -166,11 +163,8 @@ def fit_network(network: nn.Module, rows: Rows, valid: Rows, settings: TrainSett
         progress.console.print(epochs[-1].line(), soft_wrap=True)
         # AUC chooses, because Platt scaling repairs the rest; a split with one class only has none.
         score = metrics.auc if np.isfinite(metrics.auc) else -metrics.log_loss
-        gained = score > best_score + settings.gain
         if score > best_score:
-            best, best_score = _weights(network), score
-        if gained:
-            stale = 0
+            best, best_score, stale = _weights(network), score, 0
             continue
         stale += 1
         if stale >= settings.patience:
