@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,6 +146,8 @@ def demo(once: bool, port: int, folder: Path) -> None:
     """Make a synthetic ad world, train DIN and DeepFM on its log, serve them, and rank for a user."""
     from demo import run
 
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: the store and the service end with the demo
+        signal.signal(ending, signal.default_int_handler)
     run(folder, port, once)
 
 
