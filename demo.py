@@ -27,7 +27,7 @@ from training.export import train_and_publish
 from training.progress import progress_bar
 from training.world import DAYS, SLOTS, World, make_world, write_log
 
-LOOP = {"epochs": "4", "batch": "512", "learning_rate": "0.003", "embedding_l2": "0.00001", "embedding": "8"}
+LOOP = {"epochs": "4", "batch": "512", "learning_rate": "0.003", "embedding_l2": "0.00001", "embedding": "8", "threads": "1"}
 NETWORKS = {"deepfm": LOOP, "din": {**LOOP, "attention": "32-16", "hidden": "64-32"}}
 CANDIDATES = 12
 BEHAVIOURS = 10
