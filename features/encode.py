@@ -81,6 +81,7 @@ class Encoder:
         self.schema = schema
         self.vocabularies = vocabularies
         self.layouts = schema.layouts
+        self.tensors = schema.tensors
         self.sides: dict[Side, Layout] = {side: lay_out(schema.side(side)) for side in SIDES}
         self._fields = {(field.side, field.name): field for field in schema.fields}
         ad = self.layouts["ad"]
@@ -176,6 +177,13 @@ class Encoder:
         for slot in (slot for slot in layout.numbers if slot.field.name in columns):
             rows, values = columns[slot.field.name]
             block.numbers[rows, slot.start] = self._numbers(slot.field, values, len(rows))
+
+    def feeds(self, blocks: Mapping[str, Block]) -> Feeds:
+        """The tensors that a network takes, by name, from the blocks of a request; blocks without columns are left out."""
+        return {
+            name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)
+            for name, (part, _) in self.tensors.items()
+        }
 
     def _sendable(self, side: Side, name: str) -> Field:
         known = self._fields.get((side, name))
@@ -283,7 +291,7 @@ def encode_found(encoder: Encoder, request: Request, found: Found) -> Feeds:
     encoder.overlay(found.ads, request.sent)
     _fill_unknown(encoder, found.history, found.behaviours, ~found.seen)
     history = encoder.history_of(found.history)
-    return feeds(encoder.schema, {"user": user, "history": history.take(np.s_[None]), "ad": found.ads.take(np.s_[None])})
+    return encoder.feeds({"user": user, "history": history.take(np.s_[None]), "ad": found.ads.take(np.s_[None])})
 
 
 def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
@@ -301,11 +309,3 @@ def _fill_unknown(encoder: Encoder, ads: Block, ad_ids: Sequence[str], unknown: 
     if where:
         filled = encoder.unknown_ads([ad_ids[i] for i in where])
         ads.ids[where], ads.numbers[where] = filled.ids, filled.numbers
-
-
-def feeds(schema: Schema, blocks: Mapping[str, Block]) -> Feeds:
-    """The tensors that a network takes, by name, from the blocks of a request; blocks without columns are left out."""
-    return {
-        name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)
-        for name, (part, _) in schema.tensors.items()
-    }

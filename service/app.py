@@ -191,8 +191,7 @@ def create_from_environment() -> FastAPI:
 
 def serve(settings: Settings) -> None:
     """Run the server until it is told to stop (SIGTERM lets requests finish). Exits with 2 where the port is not to be had."""
-    refusal = _refusal(settings.host, settings.port)
-    if refusal:
+    if refusal := port_refusal(settings.host, settings.port):
         sys.stderr.write(refusal + "\n")
         raise SystemExit(2)
     os.environ.update(settings.environment())
@@ -213,7 +212,7 @@ def serve(settings: Settings) -> None:
         )
 
 
-def _refusal(host: str, port: int) -> str | None:
+def port_refusal(host: str, port: int) -> str | None:
     """Why the address cannot be listened on. Asked first: uvicorn would answer with a log and exit code 1."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -1,4 +1,5 @@
 import re
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -24,3 +25,18 @@ def test_the_demo_prints_a_ranking_beside_the_truth(
     assert shown == sorted(shown, reverse=True)
     assert re.search(r"din \d{14} ranked 12 ads in \d+\.\d ms", printed)
     assert "curl" not in printed
+
+
+def test_a_folder_that_no_demo_made_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "models" / "mine"
+    mine.mkdir(parents=True)
+    with pytest.raises(demo.DemoError, match="is not a folder that a demo made"):
+        demo.run(tmp_path, free_port(), once=True)
+    assert mine.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_a_port_in_use_is_told_before_the_training(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(demo.DemoError, match="cannot listen on"):
+        demo.run(tmp_path / "new", taken.getsockname()[1], once=True)
+    assert not (tmp_path / "new").exists()

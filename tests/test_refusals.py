@@ -118,6 +118,7 @@ def test_a_data_set_that_is_none_is_a_sentence(tmp_path: Path, data: Path, split
         (["--model", "deepfm", "--set", "batch=0"], "at least 2 rows"),
         (["--model", "deepfm", "--set", "learning_rate=-1"], "[Ll]earning.rate"),
         (["--model", "deepfm", "--set", "dropout=2"], "dropout"),
+        (["--model", "deepfm", "--seed", "9" * 30], "seed is 9+; it must be at least 0, and below"),
     ],
 )
 def test_a_setting_that_is_none_is_a_sentence(tmp_path: Path, data: Path, words: list[str], message: str) -> None:

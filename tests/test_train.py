@@ -14,7 +14,7 @@ from training.evaluate import auc
 from training.networks.blocks import Embeddings, Part
 from training.networks.deepfm import DeepFMSettings
 from training.networks.din import DINSettings
-from training.train import EmbeddingDecay, Trained, TrainSettings, fit_network, override, predict
+from training.train import EmbeddingDecay, Trained, TrainError, TrainSettings, fit_network, override, predict
 from training.world import make_world, write_log
 
 
@@ -219,3 +219,14 @@ def test_settings_are_read_as_their_types_say() -> None:
 def test_a_text_that_is_no_such_setting_is_refused(name: str, text: str, example: str) -> None:
     with pytest.raises(ValueError, match=f"^--set {name}={text}: expected a value such as {example}$"):
         override(DINSettings(), {name: text})
+
+
+def test_a_training_that_diverges_is_a_sentence(rows: tuple[Rows, Rows]) -> None:
+    with pytest.raises(TrainError, match=r"diverged in epoch 1; try a learning_rate below 1e\+30"):
+        fit_network(small.network("deepfm"), rows[0], rows[1], TrainSettings(epochs=1, batch=64, learning_rate=1e30), small.quiet())
+
+
+def test_the_facts_tell_the_threads_that_trained(data: Prepared) -> None:
+    before = torch.get_num_threads()
+    assert small.quick(data, "deepfm", threads=before + 1).settings["threads"] == before + 1
+    assert torch.get_num_threads() == before

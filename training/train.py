@@ -53,7 +53,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         rules = (
-            ("seed", self.seed >= 0, "at least 0"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0, and below 2**63"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch", self.batch >= 2, "at least 2 rows, to normalise over"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
@@ -124,7 +124,7 @@ def train(data: Prepared, family: str, network_settings: Any, settings: TrainSet
         with _step(progress, "measuring on test"):
             test = encode_split(data, "test", encoder)
             metrics["test"] = measure(test.labels, calibration.on_log(predict(network, test)), test.users)
-    facts = {**vars(network_settings), **vars(settings), "threads": torch.get_num_threads()}
+        facts = {**vars(network_settings), **vars(settings), "threads": torch.get_num_threads()}
     return Trained(family, network, encoder, calibration, epochs, metrics, facts)
 
 
@@ -132,7 +132,7 @@ def fit_network(network: nn.Module, rows: Rows, valid: Rows, settings: TrainSett
     """Train in place until valid stops gaining; the network ends with the weights of its best epoch, in evaluation mode.
 
     Raises:
-        TrainError: a batch would have less than two rows.
+        TrainError: a batch would have less than two rows, or the weights are no numbers any more.
     """
     if len(rows) < 2:
         raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {len(rows)}")
@@ -158,6 +158,8 @@ def fit_network(network: nn.Module, rows: Rows, valid: Rows, settings: TrainSett
             optimiser.step()
             losses.append(loss.item())
         p_click = Calibration().on_log(predict(network, valid))
+        if not np.isfinite(p_click).all():
+            raise TrainError(f"the training diverged in epoch {number}; try a learning_rate below {optimiser.param_groups[0]['lr']:g}")
         metrics = measure(valid.labels, p_click, valid.users)
         epochs.append(Epoch(number, optimiser.param_groups[0]["lr"], float(np.mean(losses)), metrics))
         progress.console.print(epochs[-1].line(), soft_wrap=True)
