@@ -14,13 +14,13 @@ from typing import TextIO
 import numpy as np
 import polars as pl
 
+from features.schema import FLOAT32_MAX
 from features.vocabulary import Ids
 
 from .prepared import DataError, columns_of, read_parquet
 
 CHUNK = 20_000
 """Rows held as Python texts at a time."""
-LARGEST_NUMBER = float(np.finfo(np.float32).max)
 LARGEST_WHOLE = 2.0**53
 """Above it a float no longer tells neighbouring whole numbers apart."""
 MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
@@ -87,7 +87,7 @@ class Table:
     def numbers(self, name: str) -> pl.Series:
         """A column of numbers, as Float64; empty and NaN are null."""
         values = self._floats(name)
-        bad = self.column(name).is_not_null() & (values.is_null() | (values.fill_nan(0).abs() > LARGEST_NUMBER))
+        bad = self.column(name).is_not_null() & (values.is_null() | (values.fill_nan(0).abs() > FLOAT32_MAX))
         self.refuse(name, bad, "a finite number that fits float32, or nothing")
         return values.fill_nan(None)
 
