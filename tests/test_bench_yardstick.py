@@ -1,0 +1,131 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Server
+from rich.console import Console
+
+from benchmarks import scoring, yardstick
+from benchmarks.population import fill
+from benchmarks.rowwise import repeated
+from benchmarks.yardstick import Built, Yardstick, build
+from features.bundle import GOLDEN_TOLERANCE, current_path, load_bundle
+from features.schema import parse_schema
+from service.scorer import Scorer
+from service.store import RedisStore
+from training.networks.deepfm import DeepFMSettings
+from training.networks.din import DINSettings
+
+NARROW = {
+    "din-100": DINSettings(embedding=4, attention=(10, 6), hidden=(16, 8), dropout=0.0),
+    "deepfm-20": DeepFMSettings(embedding=4, hidden=(16, 16, 16), dropout=0.0),
+}
+
+
+def small(name: str) -> Yardstick:
+    """A yardstick in all but its widths and numbers."""
+    whole = yardstick.YARDSTICKS[name](ads=300)
+    sizes = {vocabulary: min(size, 300) for vocabulary, size in whole.population.sizes.items()}
+    return replace(whole, settings=NARROW[name], population=replace(whole.population, sizes=sizes))
+
+
+@pytest.fixture(scope="module", params=list(NARROW))
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(small(request.param), tmp_path_factory.mktemp("bench"))
+
+
+@pytest.mark.parametrize("behaviours", [0, 1, 7, 100, 130])
+@pytest.mark.parametrize("candidates", [1, 2, 50])
+def test_the_rowwise_graph_gives_the_scores_of_the_exported_one(built: Built, candidates: int, behaviours: int) -> None:
+    ours, theirs = scoring.scores_of(built.graph), scoring.scores_rowwise(built.rowwise)
+    for feeds in scoring.requests(built, candidates, behaviours):
+        assert np.abs(ours(feeds) - theirs(repeated(feeds))).max() < 1e-5
+
+
+def test_probabilities_spread_and_nothing_folds_away(built: Built) -> None:
+    score = scoring.scores_of(built.graph)
+    p = np.concatenate([score(feeds).ravel() for feeds in scoring.requests(built, 200, 100, 20)])
+    low, high = np.quantile(p, (0.02, 0.98))
+    assert low < 0.05
+    assert high > 0.7
+    assert p.max() < 0.9999
+    feeds = scoring.requests(built, 50, 100, 1)[0]
+    for name, array in feeds.items():  # every column of every tensor matters
+        for column in range(array.shape[-1]):
+            changed = array.copy()
+            changed[..., column] = np.where(array[..., column] > 2, 2, 3)
+            assert np.abs(score({**feeds, name: changed}) - score(feeds)).max() > 1e-4, (name, column)
+
+
+def test_it_is_a_bundle_that_the_service_takes(built: Built) -> None:
+    bundle = load_bundle(current_path(built.models, built.yardstick.name))
+    bundle.check_goldens(Scorer(built.graph, "cpu", 1).score)
+    assert len(bundle.goldens) == yardstick.GOLDEN_REQUESTS
+    assert len({round(p, 6) for golden in bundle.goldens for p in golden.p_click}) > 50
+    assert GOLDEN_TOLERANCE == 1e-5
+    length = bundle.schema.history_length
+    assert [len(golden.history) for golden in bundle.goldens] == [length] * len(bundle.goldens)
+
+
+def test_it_is_built_once_and_again_when_it_or_its_code_has_changed(built: Built, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder, before = built.models.parent.parent, built.graph.stat().st_mtime_ns
+    again = build(built.yardstick, folder)
+    assert (again, again.graph.stat().st_mtime_ns) == (built, before)
+    key = yardstick._key(built.yardstick)
+    assert key != yardstick._key(replace(built.yardstick, population=replace(built.yardstick.population, seed=5)))
+    (tmp_path / "training").mkdir()
+    monkeypatch.setattr(yardstick, "ROOT", tmp_path)
+    monkeypatch.setattr(yardstick, "SOURCES", ("training",))
+    keys = set()
+    for text in ("a", "b"):
+        (tmp_path / "training" / "export.py").write_text(text)
+        keys.add(yardstick._key(built.yardstick))
+    assert len(keys | {key}) == 3
+
+
+@pytest.mark.anyio
+async def test_the_store_is_filled_with_what_the_model_knows(server: Server, built: Built) -> None:
+    population = built.yardstick.population
+    await fill(population, server.url)
+    store = RedisStore(server.url, timeout=5, ttl=1000, connections=1, on_damaged=lambda: None)
+    ads = {ad.ad_id: ad.features async for batch in store.all_ads() for ad in batch}
+    assert sorted(ads) == sorted(population.ad_ids)
+    encoder = population.encoder
+    for ad_id, features in list(ads.items())[:20]:
+        assert encoder.encode_one("ad", features, ad_id).ids.min() > 1
+    state = await store.get_user("u7")
+    await store.close()
+    assert state is not None
+    assert len(state.ad_ids) == len(state.ts) == population.schema.history_length
+    assert list(state.ts) == sorted(state.ts)
+    assert encoder.encode_one("user", state.features, "u7").ids.min() > 1
+    assert dict(population.users())["u7"].ad_ids == state.ad_ids
+
+
+def test_scoring_compares_graphs_and_shows_them(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, other = scoring.scores_of(built.graph), scoring.scores_rowwise(built.rowwise)
+    timings = scoring.compare(built, {"exported": ours, "same": ours}, other, 5, 3, rounds=3)
+    assert [t.graph for t in timings] == ["exported", "same", "row-wise"]
+    assert timings[-1].ratio == 1.0
+    assert all(t.request_us == pytest.approx(t.candidate_us * 5, rel=0.01) for t in timings)
+    assert 0 < timings[0].difference < 1e-5  # type: ignore[operator]
+    off = scoring.compare(built, {"wrong": lambda feeds: ours(feeds) + 0.25}, other, 5, 3, rounds=3)
+    assert off[0].difference == pytest.approx(0.25, abs=1e-5)
+    scoring.show(timings, Console(width=120))
+    assert built.yardstick.name in capsys.readouterr().out
+
+
+def test_a_variant_is_a_file_of_the_bundle_or_a_path(built: Built) -> None:
+    assert scoring._variants(["int8=model.onnx"], built.bundle) == {"int8": built.graph}
+    assert scoring._variants([f"row={built.rowwise}"], built.bundle) == {"row": built.rowwise}
+    for wrong in ("model.onnx", "int8=absent.onnx"):
+        with pytest.raises(scoring.click.BadParameter, match="expected NAME=FILE"):
+            scoring._variants([wrong], built.bundle)
+
+
+def test_every_field_of_the_yardsticks_is_there() -> None:
+    din, deepfm = (make().population.schema for make in yardstick.YARDSTICKS.values())
+    assert (len(din.side("user")), len(din.side("ad")), din.history_length, len(din.history)) == (1, 2, 100, 2)
+    assert (len(deepfm.side("user")), len(deepfm.side("ad")), deepfm.history_length) == (8, 12, 0)
+    assert parse_schema(deepfm.to_toml()) == deepfm
