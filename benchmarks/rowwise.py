@@ -109,7 +109,7 @@ class RowwiseDIN(nn.Module):
         layers = [nn.Linear(attention.first.in_features, attention.first.out_features)]
         layers[0].load_state_dict(attention.first.state_dict())
         self.attention = nn.Sequential(*layers, *(Activation(layer) if isinstance(layer, Dice) else layer for layer in attention.rest))
-        norms = [_affine(norm) for norm in network.norms]  # type: ignore[arg-type]
+        norms = [_affine(norm) for norm in network.tower.norms]  # type: ignore[arg-type]
         self.scale, self.shift = (nn.Parameter(torch.cat(halves)) for halves in zip(*norms, strict=True))
         self.mlp, self.output = _mlp(network.tower), Output(served)
 

@@ -29,14 +29,19 @@ from .datasets.prepared import Prepared, column_of
 from .evaluate import Metrics, measure
 from .networks import NETWORKS
 from .networks.blocks import Part
-from .train import EVALUATION_ROWS, Trained, TrainError, TrainSettings, override, train
+from .networks.folded import TILE, folded
+from .train import Trained, TrainError, TrainSettings, override, train
 
 TOLERANCE = 1e-5
 """Largest difference of a probability between ONNX Runtime and torch. Both compute in float32, 6e-8 a rounding, but sum in
 another order: over sums of a few hundred terms that comes to about 1e-6, while a wrong operator is off by far more."""
 SIZES = (1, 2, 7, 64)
 """Requests, candidates and behaviours that are tried: the sizes that exporters specialise on, an odd one, a large one."""
+SAMPLE = (3, 31, 41)
+"""Requests, behaviours and candidates of the request that is traced: no size derived from them, such as the number of tiles, is 1."""
 GOLDEN_ROWS = 8
+SCORED_ROWS = 128
+"""Requests of one candidate that are scored at once; a served graph holds a matrix for each behaviour of each of them."""
 CALIBRATION = "calibration.json"
 
 
@@ -46,6 +51,7 @@ class Served(nn.Module):
     def __init__(self, network: nn.Module, calibration: Calibration, schema: Schema) -> None:
         super().__init__()
         self.network = network
+        self.calibration = calibration
         self.scale = calibration.scale
         self.shift = calibration.shift + calibration.sampling
         self.schema = schema
@@ -71,9 +77,10 @@ def score(served: Served, feeds: Feeds) -> np.ndarray[Any, np.dtype[np.float32]]
         return result
 
 
-def to_onnx(served: Served) -> bytes:
-    """The graph, through torch's dynamo exporter."""
-    sample = {name: torch.from_numpy(array) for name, array in random_feeds(served.schema, {}, 3, 5, 4).items()}
+def to_onnx(served: Served, tile: int | None = TILE) -> bytes:
+    """The graph of the folded network, through torch's dynamo exporter; `tile` as `networks.folded` takes it."""
+    served = Served(folded(served.network, tile), served.calibration, served.schema).eval()
+    sample = {name: torch.from_numpy(array) for name, array in random_feeds(served.schema, {}, *SAMPLE).items()}
     dimensions = {"user": ("R",), "history": ("R", "T"), "ad": ("R", "C")}
     shapes = {
         name: dict.fromkeys(range(len(dimensions[part])), torch.export.Dim.DYNAMIC) for name, (part, _) in served.schema.tensors.items()
@@ -243,7 +250,7 @@ def evaluate_bundle(bundle: Bundle, data: Prepared, split: str, progress: Progre
     rows = encode_split(replace(data, schema=bundle.schema), split, bundle.encoder)
     session = onnxruntime.InferenceSession(bundle.path / MODEL, providers=["CPUExecutionProvider"])
     calibration = Calibration(**json.loads((bundle.path / CALIBRATION).read_text("utf-8")))
-    chunks = np.array_split(np.arange(len(rows)), range(EVALUATION_ROWS, len(rows), EVALUATION_ROWS))
+    chunks = np.array_split(np.arange(len(rows)), range(SCORED_ROWS, len(rows), SCORED_ROWS))
     scores = []
     for chunk in progress.track(chunks, description=f"scoring {split}"):
         parts = dict(zip(("user", "history", "ad"), rows.batch(chunk), strict=True))

@@ -62,8 +62,8 @@ class Embeddings(nn.Module):
     def __init__(self, fields: Fields, width: int) -> None:
         super().__init__()
         self.layouts = {name: layout for name, layout in fields.layouts.items() if fields.count(name)}
-        starts, rows = {}, 1
-        for vocabulary, size in sorted(fields.sizes.items()):
+        self.sizes, starts, rows = dict(sorted(fields.sizes.items())), {}, 1
+        for vocabulary, size in self.sizes.items():
             starts[vocabulary] = rows - 1  # id 1 is the vocabulary's first row
             rows += size - 1
         self.table = nn.Embedding(rows, width, padding_idx=PADDING)
@@ -72,8 +72,7 @@ class Embeddings(nn.Module):
             self.table.weight[PADDING].zero_()
         self.scales = nn.ParameterDict()
         for name, layout in self.layouts.items():
-            offsets = [starts[slot.field.vocabulary] for slot in layout.ids for _ in range(slot.field.length)]
-            self.register_buffer(f"{name}_offsets", torch.tensor(offsets, dtype=torch.int64), persistent=False)
+            self.register_buffer(f"{name}_offsets", offsets_of(layout, starts), persistent=False)
             self.scales[name] = nn.Parameter(torch.empty(layout.number_width, width).normal_(std=1e-2))
 
     def __contains__(self, name: str) -> bool:
@@ -104,6 +103,11 @@ class Embeddings(nn.Module):
                 vectors = vectors.sum(-2, keepdim=True) / counts.unsqueeze(-1).to(values.dtype)
             pooled.append(vectors)
         return torch.cat(pooled, dim=-2)
+
+
+def offsets_of(layout: Layout, starts: Mapping[str, int]) -> Tensor:
+    """What to add to the ids of a part `(..., W)` to have rows of a table, where each vocabulary `starts` (W,)."""
+    return torch.tensor([starts[slot.field.vocabulary] for slot in layout.ids for _ in range(slot.field.length)], dtype=torch.int64)
 
 
 class SplitLinear(nn.Linear):
@@ -147,10 +151,15 @@ class Dice(nn.Module):
 
 
 class Tower(nn.Module):
-    """The MLP of a network, from [request side, candidate] to one logit a candidate; its first layer is split."""
+    """The MLP of a network, from [request side, candidate] to one logit a candidate; its first layer is split.
+
+    With `dice` its activations are Dice instead of batch norm and ReLU, and its input is normalised: decayed embeddings are tiny,
+    and Dice, unlike batch norm before ReLU, would let them stay so.
+    """
 
     def __init__(self, request: int, candidate: int, hidden: tuple[int, ...], dropout: float, dice: bool = False) -> None:
         super().__init__()
+        self.norms = nn.ModuleList([BatchNorm(request), BatchNorm(candidate)] if dice else [])
         self.first = SplitLinear(request, candidate, hidden[0])
         rest: list[nn.Module] = []
         for i, width in enumerate(hidden):
@@ -165,5 +174,7 @@ class Tower(nn.Module):
 
     def forward(self, request: Tensor, candidate: Tensor) -> Tensor:
         """Logits `(R, C)` from `request (R, request)` and `candidate (R, C, candidate)`."""
+        if self.norms:
+            request, candidate = self.norms[0](request), self.norms[1](candidate)
         logits: Tensor = self.rest(self.first(request, candidate))
         return logits.squeeze(-1)

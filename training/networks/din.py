@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import BatchNorm, Dice, Embeddings, Fields, Part, Tower
+from .blocks import Dice, Embeddings, Fields, Part, Tower
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,7 @@ class DIN(nn.Module):
         interest = len(self.shared) * width
         self.attention = LocalActivation(interest, settings.attention, settings.softmax)
         candidate = interest + fields.count("ad") * width
-        # The paper is silent on it, the authors' program normalises the MLP's input: decayed embeddings are tiny, and Dice,
-        # unlike DeepFM's batch norm before ReLU, lets them stay so.
-        self.norms = nn.ModuleList([BatchNorm(fields.count("user") * width), BatchNorm(candidate)])
+        # The paper is silent on a normalised input of the MLP; the authors' program has it.
         self.tower = Tower(fields.count("user") * width, candidate, settings.hidden, settings.dropout, dice=True)
 
     def forward(self, user: Part, history: Part, ad: Part) -> Tensor:
@@ -78,5 +76,5 @@ class DIN(nn.Module):
         interests = self.attention(ads[:, :, self.shared].flatten(2), past, history.behaviours())
         request = self.embed("user", user).flatten(1) if "user" in self.embed else past.new_zeros((len(past), 0))
         candidates = torch.cat([interests, ads.flatten(2)], dim=-1)
-        logits: Tensor = self.tower(self.norms[0](request), self.norms[1](candidates))
+        logits: Tensor = self.tower(request, candidates)
         return logits
