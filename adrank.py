@@ -70,7 +70,7 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training or of the network.")
 def train(data: Path, model: str, models: Path, name: str | None, seed: int | None, epochs: int | None, settings: tuple[str, ...]) -> None:
     """Train a network and publish it as a bundle, the new live version."""
-    from features.bundle import check_name
+    from features.bundle import check_name, read_manifest
     from training.datasets.prepared import open_prepared
     from training.export import train_and_publish
     from training.progress import progress_bar
@@ -82,6 +82,9 @@ def train(data: Path, model: str, models: Path, name: str | None, seed: int | No
         path, trained = train_and_publish(open_prepared(data), model, models, name or model, given, progress)
     _print_metrics(trained.metrics)
     print(f"published {path}")
+    if int8 := read_manifest(path).get("int8"):
+        moves = ", ".join(f"{name} {move:+.2g}" for name, move in int8["moved"].items())
+        print(f"int8 is not served: {int8['refused']}" if int8["refused"] else f"int8 may be served; on test it moves {moves}")
 
 
 @cli.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")

@@ -138,7 +138,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 @pytest.fixture(scope="module")
 def published(sampled: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
     trained = small.quick(sampled, "din")
-    return trained, export.export(sampled, trained, tmp_path_factory.mktemp("models"), "m")
+    return trained, export.export(sampled, trained, tmp_path_factory.mktemp("models"), "m", small.quiet())
 
 
 def test_a_bundle_reproduces_its_goldens_in_onnx_runtime(published: tuple[Trained, Path]) -> None:
@@ -176,7 +176,7 @@ def test_a_graph_that_disagrees_is_not_published(
 ) -> None:
     trained, path = published
     other = replace(trained, calibration=replace(trained.calibration, shift=trained.calibration.shift + 0.01))
-    monkeypatch.setattr(export, "to_onnx", lambda _: (path / "model.onnx").read_bytes())
+    monkeypatch.setattr(export, "to_onnx", lambda *_, **__: (path / "model.onnx").read_bytes())
     with pytest.raises(BundleError, match=r"differ by .* nothing was published"):
-        export.export(sampled, other, tmp_path / "models", "m")
+        export.export(sampled, other, tmp_path / "models", "m", small.quiet())
     assert not (tmp_path / "models").exists()

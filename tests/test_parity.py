@@ -52,7 +52,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     expected = {}
     for family in FAMILIES:
         trained = small.quick(data, family, epochs=1, batch=512, learning_rate=0.01)
-        export(data, trained, folder / "models", family)
+        export(data, trained, folder / "models", family, small.quiet())
         expected[family] = _of_training(data, trained)
     return Trial(data, rows, users, folder / "models", expected)
 

@@ -19,17 +19,19 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from features.bundle import GOLDENS, MODEL, SCHEMA, VOCABULARIES, Bundle, BundleError, Golden, goldens_json, publish
+from features.bundle import CUDA_MODEL, GOLDENS, INT8_MODEL, MODEL, SCHEMA, VOCABULARIES, Bundle, BundleError, Golden, goldens_json, publish
 from features.encode import Encoder, Features, Feeds
 from features.schema import Schema, Side
 
 from .calibrate import Calibration
-from .datasets.encoded import encode_split
+from .datasets.encoded import Rows, encode_split
 from .datasets.prepared import Prepared, column_of
 from .evaluate import Metrics, measure
 from .networks import NETWORKS
 from .networks.blocks import Part
+from .networks.din import LocalActivation
 from .networks.folded import TILE, folded
+from .quantise import moved, quantised, refusal
 from .train import Trained, TrainError, TrainSettings, override, train
 
 TOLERANCE = 1e-5
@@ -42,6 +44,8 @@ SAMPLE = (3, 31, 41)
 GOLDEN_ROWS = 8
 SCORED_ROWS = 128
 """Requests of one candidate that are scored at once; a served graph holds a matrix for each behaviour of each of them."""
+SHOWN_ROWS = 16_384
+"""Rows of the train split that int8 scales are taken from."""
 CALIBRATION = "calibration.json"
 
 
@@ -211,52 +215,81 @@ def train_and_publish(
         raise TrainError(f"--set {next(iter(rest))}: no such setting; there are {', '.join([*vars(network), *vars(loop)])}")
     trained = train(data, family, network, loop, progress)
     task = progress.add_task("exporting", total=1)
-    path = export(data, trained, models, name)
+    path = export(data, trained, models, name, progress)
     progress.update(task, completed=1)
     return path, trained
 
 
-def export(data: Prepared, trained: Trained, models: Path, name: str) -> Path:
-    """Export, verify and publish; the folder of the new version.
+def export(data: Prepared, trained: Trained, models: Path, name: str, progress: Progress) -> Path:
+    """Export, verify and publish; the folder of the new version. Where the settings ask for int8, such a graph too, if it passes.
 
     Raises:
         BundleError: ONNX Runtime disagrees with torch, or the repository cannot be written.
     """
     encoder = trained.encoder
     served = Served(trained.network, trained.calibration, encoder.schema).eval()
-    graph = to_onnx(served)
+    graphs = {MODEL: to_onnx(served)}
+    if any(isinstance(block, LocalActivation) for block in trained.network.modules()):
+        graphs[CUDA_MODEL] = to_onnx(served, tile=None)  # tiles are for a processor's cache
     sizes = {vocabulary: v.size for vocabulary, v in encoder.vocabularies.categories.items()}
-    difference = verify(graph, served, sizes)
+    difference = max(verify(graph, served, sizes) for graph in graphs.values())
+    goldens = make_goldens(data, served, encoder)
+    facts: dict[str, Any] = {"network": trained.family, "settings": trained.settings, "onnx_difference": difference}
+    if trained.settings["int8"]:
+        coarse, facts["int8"] = _int8(data, trained, graphs[MODEL], progress)
+        if facts["int8"]["refused"] is None:
+            graphs[INT8_MODEL] = coarse
+            session = onnxruntime.InferenceSession(coarse, providers=["CPUExecutionProvider"])
+            goldens = [replace(golden, p_click_int8=session.run(None, golden.feeds(encoder))[0][0].tolist()) for golden in goldens]
     metrics = {split: m.as_dict() for split, m in trained.metrics.items()}
     files = {
-        MODEL: graph,
+        **graphs,
         SCHEMA: encoder.schema.to_toml().encode(),
         VOCABULARIES: encoder.vocabularies.to_json().encode(),
-        GOLDENS: goldens_json(make_goldens(data, served, encoder)),
+        GOLDENS: goldens_json(goldens),
         CALIBRATION: json.dumps(asdict(trained.calibration)).encode(),
         "metrics.json": json.dumps(metrics, indent=1).encode(),
     }
-    libraries = {library: version(library) for library in ("numpy", "torch", "onnx", "onnxruntime")}
-    facts = {"network": trained.family, "settings": trained.settings, "onnx_difference": difference, "libraries": libraries}
+    facts["libraries"] = {library: version(library) for library in ("numpy", "torch", "onnx", "onnxruntime")}
     return publish(models, name, files, facts)
 
 
-def evaluate_bundle(bundle: Bundle, data: Prepared, split: str, progress: Progress) -> Metrics:
-    """Measure a bundle on a split as it would serve it, its rows encoded with its own vocabularies.
+def _int8(data: Prepared, trained: Trained, graph: bytes, progress: Progress) -> tuple[bytes, dict[str, Any]]:
+    """The graph in int8, and how it does on test beside the graph itself."""
+    shown, judged = encode_split(data, "train", trained.encoder), encode_split(data, "test", trained.encoder)
+    some = np.random.default_rng(1).permutation(len(shown))[:SHOWN_ROWS]
+    schema = trained.encoder.schema
+    coarse = quantised(graph, (_feeds(schema, shown, chunk) for chunk in _chunks(np.sort(some))))
+    exact, rough = (_measured(each, schema, trained.calibration, judged, progress) for each in (graph, coarse))
+    moves = moved(exact, rough)
+    return coarse, {"moved": moves, "refused": refusal(moves)}
+
+
+def evaluate_bundle(bundle: Bundle, data: Prepared, split: str, progress: Progress, graph: str = MODEL) -> Metrics:
+    """Measure a bundle, by one of its graphs, on a split as it would serve it, its rows encoded with its own vocabularies.
 
     Raises:
         DataError: the split is absent or does not fit the bundle's schema.
     """
     rows = encode_split(replace(data, schema=bundle.schema), split, bundle.encoder)
-    session = onnxruntime.InferenceSession(bundle.path / MODEL, providers=["CPUExecutionProvider"])
     calibration = Calibration(**json.loads((bundle.path / CALIBRATION).read_text("utf-8")))
-    chunks = np.array_split(np.arange(len(rows)), range(SCORED_ROWS, len(rows), SCORED_ROWS))
-    scores = []
-    for chunk in progress.track(chunks, description=f"scoring {split}"):
-        parts = dict(zip(("user", "history", "ad"), rows.batch(chunk), strict=True))
-        feeds = {name: _laid_out(parts[part], name).numpy() for name, (part, _) in bundle.schema.tensors.items()}
-        scores.append(session.run(None, feeds)[0][:, 0])
+    return _measured((bundle.path / graph).read_bytes(), bundle.schema, calibration, rows, progress)
+
+
+def _measured(graph: bytes, schema: Schema, calibration: Calibration, rows: Rows, progress: Progress) -> Metrics:
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    chunks = progress.track(_chunks(np.arange(len(rows))), description="scoring")
+    scores = [session.run(None, _feeds(schema, rows, chunk))[0][:, 0] for chunk in chunks]
     return measure(rows.labels, calibration.to_log(np.concatenate(scores)), rows.users)
+
+
+def _chunks(rows: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    return np.array_split(rows, range(SCORED_ROWS, len(rows), SCORED_ROWS))
+
+
+def _feeds(schema: Schema, rows: Rows, chunk: np.ndarray[Any, Any]) -> Feeds:
+    parts = dict(zip(("user", "history", "ad"), rows.batch(chunk), strict=True))
+    return {name: _laid_out(parts[part], name).numpy() for name, (part, _) in schema.tensors.items()}
 
 
 def _laid_out(part: Part, name: str) -> Tensor:

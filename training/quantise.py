@@ -1,0 +1,70 @@
+"""A served graph in int8: its matrix products take bytes, everything between them stays float32.
+
+The scales are fixed beforehand, from rows of the log, rather than worked out from each request: a candidate's score must not
+depend on which others it is ranked with.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import onnx
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from features.encode import Feeds
+
+from .evaluate import Metrics
+
+AUC, SHARE = 0.0005, 0.005
+"""How far AUC may move, and by which share log loss and the calibration ratio may."""
+
+
+class Shown(CalibrationDataReader):  # type: ignore[misc]
+    """Requests on which to see what values there are, as ONNX Runtime asks for them."""
+
+    def __init__(self, requests: Iterable[Feeds]) -> None:
+        self._requests: Iterator[Feeds] = iter(requests)
+
+    def get_next(self) -> Feeds | None:
+        """The next, None after the last."""
+        return next(self._requests, None)
+
+
+def quantised(graph: bytes, requests: Iterable[Feeds]) -> bytes:
+    """The graph with int8 weights, a scale an output column, in each product, and uint8 inputs that span what `requests` show."""
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)  # it recommends steps that have been done, or that this graph does not need
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "int8.onnx"
+            quantize_static(
+                onnx.load_from_string(graph),
+                str(path),
+                Shown(requests),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+            )
+            return path.read_bytes()
+    finally:
+        root.setLevel(level)
+
+
+def moved(exact: Metrics, coarse: Metrics) -> dict[str, float]:
+    """What int8 does to the measures that its gate is about: AUC as a difference, the others as a share."""
+    return {
+        "auc": coarse.auc - exact.auc,
+        "log_loss": coarse.log_loss / exact.log_loss - 1,
+        "calibration_ratio": coarse.calibration_ratio / exact.calibration_ratio - 1,
+    }
+
+
+def refusal(moves: dict[str, float]) -> str | None:
+    """Why int8 is not to be served, None where it may be."""
+    allowed = {"auc": AUC, "log_loss": SHARE, "calibration_ratio": SHARE}
+    told = [f"{name} moves by {move:+.2g}, {allowed[name]} is allowed" for name, move in moves.items() if not abs(move) <= allowed[name]]
+    return "; ".join(told) or None
