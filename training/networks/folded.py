@@ -238,8 +238,8 @@ class FoldedActivation(nn.Module):
 
     def _matrices(self, q: Tensor, history: Tensor) -> Tensor:
         """A matrix `(D + 1, H)` for each behaviour `(D,)`."""
-        rows: Tensor = self.matrices(history)
-        return rows.view(*rows.shape[:-1], q.shape[-1], -1)
+        rows: Tensor = self.matrices(history.reshape(-1, history.shape[-1]))  # 2-D: the bias joins the product
+        return rows.view(*history.shape[:-1], q.shape[-1], -1)
 
     def _mlp(self, x: Tensor, activations: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
         """From what the first layer gives `(..., H)` to weights `(..., 1)`."""
