@@ -1,7 +1,8 @@
 """The networks as textbooks compute them, to measure against: one row a candidate, the request repeated in each.
 
-They take their weights from ours, so their scores are equal. Where textbooks differ, the fastest form in ONNX Runtime is taken, as
-measured: one embedding table with offsets, Dice as x (α + p (1 - α)), batch norms folded into a scale and a shift.
+They take their weights from ours, so their scores are equal. `textbook` is what published programs export: an embedding a field,
+Dice over a batch norm, p x + (1 - p) α x. `row-wise` is the fastest form of the same rows in ONNX Runtime that we found: one table
+with offsets, Dice as x (α + p (1 - α)), batch norms folded into a scale and a shift. DeepFM's batch norms are folded in both.
 """
 
 import logging
@@ -31,6 +32,38 @@ class Table(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """See the class."""
         return nn.functional.embedding(ids + self.get_buffer("offsets"), self.weight)
+
+
+class FieldTables(nn.Module):
+    """The same vectors from an embedding a column."""
+
+    def __init__(self, embed: Embeddings, sizes: Mapping[str, int], *parts: str) -> None:
+        super().__init__()
+        columns = [_column(embed, sizes, part, column) for part in parts for column in range(embed.layouts[part].width)]
+        self.columns = nn.ModuleList(nn.Embedding.from_pretrained(column) for column in columns)  # type: ignore[no-untyped-call]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """See `Table`."""
+        return torch.stack([column(ids[..., i]) for i, column in enumerate(self.columns)], dim=-2)
+
+
+class TextbookDice(nn.Module):
+    """Dice over the last axis, as published programs write it."""
+
+    def __init__(self, dice: Dice) -> None:
+        super().__init__()
+        self.norm, self.alpha = _plain(dice.norm), nn.Parameter(dice.alpha.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        p = torch.sigmoid(self.norm(x.flatten(0, -2)).view(x.shape))
+        return p * x + (1 - p) * self.alpha * x
+
+
+def _plain(norm: nn.BatchNorm1d) -> nn.BatchNorm1d:
+    plain = nn.BatchNorm1d(norm.num_features, norm.eps, affine=norm.affine)
+    plain.load_state_dict(norm.state_dict())
+    return plain
 
 
 def _column(embed: Embeddings, sizes: Mapping[str, int], part: str, column: int) -> Tensor:
@@ -77,7 +110,7 @@ class Output(nn.Module):
         return torch.sigmoid(logits * self.scale + self.shift)
 
 
-def _mlp(tower: Tower) -> nn.Sequential:
+def _mlp(tower: Tower, textbook: bool) -> nn.Sequential:
     """The layers of a tower, a batch norm behind a linear layer folded into it."""
     layers: list[nn.Module] = []
     for layer in (tower.first, *tower.rest):
@@ -92,26 +125,31 @@ def _mlp(tower: Tower) -> nn.Sequential:
             before.weight.data = before.weight.data * scale[:, None]
             before.bias.data = before.bias.data * scale + shift
         elif isinstance(layer, Dice):
-            layers.append(Activation(layer))
+            layers.append(_dice(layer, textbook))
         elif isinstance(layer, nn.ReLU):
             layers.append(nn.ReLU())
     return nn.Sequential(*layers)
 
 
+def _dice(dice: Dice, textbook: bool) -> nn.Module:
+    return TextbookDice(dice) if textbook else Activation(dice)
+
+
 class RowwiseDIN(nn.Module):
     """DIN of one row a candidate: attention over the concatenation of query, key, difference and product."""
 
-    def __init__(self, served: Served, network: DIN, sizes: Mapping[str, int]) -> None:
+    def __init__(self, served: Served, network: DIN, sizes: Mapping[str, int], textbook: bool) -> None:
         super().__init__()
-        self.user, self.history, self.ad = (Table(network.embed, sizes, part) for part in ("user", "history", "ad"))
+        table = FieldTables if textbook else Table
+        self.user, self.history, self.ad = (table(network.embed, sizes, part) for part in ("user", "history", "ad"))
         self.shared = network.shared
         attention = network.attention
         layers = [nn.Linear(attention.first.in_features, attention.first.out_features)]
         layers[0].load_state_dict(attention.first.state_dict())
-        self.attention = nn.Sequential(*layers, *(Activation(layer) if isinstance(layer, Dice) else layer for layer in attention.rest))
+        self.attention = nn.Sequential(*layers, *(_dice(layer, textbook) if isinstance(layer, Dice) else layer for layer in attention.rest))
         norms = [_affine(norm) for norm in network.tower.norms]  # type: ignore[arg-type]
         self.scale, self.shift = (nn.Parameter(torch.cat(halves)) for halves in zip(*norms, strict=True))
-        self.mlp, self.output = _mlp(network.tower), Output(served)
+        self.mlp, self.output = _mlp(network.tower, textbook), Output(served)
 
     def forward(self, user_ids: Tensor, history_ids: Tensor, ad_ids: Tensor) -> Tensor:
         """p(click) `(N,)` of `user_ids (N, Wu)`, `history_ids (N, T, Wh)` and `ad_ids (N, Wa)`."""
@@ -129,11 +167,12 @@ class RowwiseDIN(nn.Module):
 class RowwiseDeepFM(nn.Module):
     """DeepFM of one row a candidate, without a history."""
 
-    def __init__(self, served: Served, network: DeepFM, sizes: Mapping[str, int]) -> None:
+    def __init__(self, served: Served, network: DeepFM, sizes: Mapping[str, int], textbook: bool) -> None:
         super().__init__()
-        self.first, self.second = (Table(embed, sizes, "user", "ad") for embed in (network.first, network.second))
+        table = FieldTables if textbook else Table
+        self.first, self.second = (table(embed, sizes, "user", "ad") for embed in (network.first, network.second))
         self.bias = nn.Parameter(network.bias.detach().clone())
-        self.mlp, self.output = _mlp(network.tower), Output(served)
+        self.mlp, self.output = _mlp(network.tower, textbook), Output(served)
 
     def forward(self, user_ids: Tensor, ad_ids: Tensor) -> Tensor:
         """p(click) `(N,)` of `user_ids (N, Wu)` and `ad_ids (N, Wa)`."""
@@ -150,11 +189,12 @@ def repeated(feeds: Feeds) -> Feeds:
     return {name: array[0] if name == "ad_ids" else np.repeat(array, count, axis=0) for name, array in feeds.items()}
 
 
-def rowwise_onnx(served: Served, sizes: Mapping[str, int]) -> bytes:
+def rowwise_onnx(served: Served, sizes: Mapping[str, int], textbook: bool = False) -> bytes:
     """The row-wise graph with the weights of a served network, over any number of rows and behaviours."""
     network = served.network
     assert isinstance(network, DIN | DeepFM)
-    rowwise = (RowwiseDIN(served, network, sizes) if isinstance(network, DIN) else RowwiseDeepFM(served, network, sizes)).eval()
+    kind = RowwiseDIN if isinstance(network, DIN) else RowwiseDeepFM
+    rowwise = kind(served, network, sizes, textbook).eval()  # type: ignore[arg-type]
     sample = repeated(random_feeds(served.schema, {}, 1, 4, 5))
     dynamic = {name: dict.fromkeys(range(array.ndim - 1), torch.export.Dim.DYNAMIC) for name, array in sample.items()}
     for chatty in ("torch.onnx", "onnxscript"):

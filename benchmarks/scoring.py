@@ -1,7 +1,7 @@
-"""The exported graph against the row-wise one, and against any other: one thread of ONNX Runtime, CPU time, interleaved rounds.
+"""The exported graph and its int8 form against the row-wise ones: one thread of ONNX Runtime, CPU time, interleaved rounds.
 
 python -m benchmarks.scoring --rounds 30 --json data/bench/scoring.json
-python -m benchmarks.scoring --yardstick din-100 --variant int8=model.int8.onnx
+python -m benchmarks.scoring --yardstick din-100 --variant plain=model.cuda.onnx
 """
 
 import json
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from features.bundle import INT8_MODEL
 from features.encode import Feeds
 from service.scorer import Scorer
 from training.export import random_feeds
@@ -26,7 +27,7 @@ from training.progress import progress_bar
 from .rowwise import repeated
 from .yardstick import FOLDER, YARDSTICKS, Built, build
 
-OURS, ROWWISE = "exported", "row-wise"
+OURS, INT8, ROWWISE, TEXTBOOK = "exported", "int8", "row-wise", "textbook"
 COMPARED = (50, 200, 500)
 CANDIDATES = (50, 100, 200, 500, 1_000, 2_000, 5_000)
 HISTORIES = (0, 25, 50, 100, 200, 500)
@@ -39,7 +40,10 @@ Score = Callable[[Feeds], np.ndarray[Any, np.dtype[np.float32]]]
 
 @dataclass(frozen=True)
 class Timing:
-    """What a graph took at one size: medians over the rounds, in microseconds of CPU; `ratio` is the row-wise graph's over its own."""
+    """What a graph took at one size: medians over the rounds, in microseconds of CPU, and how many times longer others took.
+
+    Of the ratios the median over the rounds, and the 10th and 90th percentile.
+    """
 
     yardstick: str
     graph: str
@@ -47,11 +51,10 @@ class Timing:
     behaviours: int
     request_us: float
     candidate_us: float
-    ratio: float | None = None
-    ratio_low: float | None = None
-    ratio_high: float | None = None
+    textbook: Sequence[float] = ()
+    rowwise: Sequence[float] = ()
     difference: float | None = None
-    """Largest difference of a probability from the row-wise graph's."""
+    """Largest difference of a probability from the textbook graph's."""
 
 
 def scores_of(graph: Path) -> Score:
@@ -103,32 +106,35 @@ def rounds_of(graphs: Mapping[str, tuple[Score, Sequence[Feeds]]], rounds: int) 
     return {name: np.array(taken) for name, taken in seconds.items()}
 
 
-def compare(built: Built, graphs: Mapping[str, Score], rowwise: Score, candidates: int, behaviours: int, rounds: int) -> list[Timing]:
-    """Every graph and the row-wise one at one size."""
+def compare(built: Built, graphs: Mapping[str, Score], peers: Mapping[str, Score], candidates: int, rounds: int) -> list[Timing]:
+    """Every graph and the row-wise peers at one size."""
+    behaviours = built.yardstick.population.schema.history_length
     ours = requests(built, candidates, behaviours)
     theirs = [repeated(feeds) for feeds in ours]
-    seconds = rounds_of({**{name: (score, ours) for name, score in graphs.items()}, ROWWISE: (rowwise, theirs)}, rounds)
-    expected = [rowwise(feeds) for feeds in theirs]
+    turns = {**{name: (score, ours) for name, score in graphs.items()}, **{name: (score, theirs) for name, score in peers.items()}}
+    seconds = rounds_of(turns, rounds)
+    expected = [peers[TEXTBOOK](feeds) for feeds in theirs]
     timings = []
     for name, taken in seconds.items():
-        ratio = np.quantile(seconds[ROWWISE] / taken, (0.5, 0.1, 0.9)).tolist()
-        off = 0.0 if name == ROWWISE else max(float(np.abs(graphs[name](a) - b).max()) for a, b in zip(ours, expected, strict=True))
-        timings.append(_timing(built, name, candidates, behaviours, taken, (*ratio, off)))
+        off = max(float(np.abs(turns[name][0](feeds) - b).max()) for feeds, b in zip(turns[name][1], expected, strict=True))
+        ratios = [np.quantile(seconds[peer] / taken, (0.5, 0.1, 0.9)).tolist() for peer in (TEXTBOOK, ROWWISE)]
+        timings.append(_timing(built, name, candidates, behaviours, taken, (*ratios, off)))
     return timings
 
 
-def _timing(built: Built, graph: str, candidates: int, behaviours: int, seconds: Any, compared: Sequence[float] = ()) -> Timing:
+def _timing(built: Built, graph: str, candidates: int, behaviours: int, seconds: Any, compared: Sequence[Any] = ()) -> Timing:
     request = float(np.median(seconds)) * 1e6
     return Timing(built.yardstick.name, graph, candidates, behaviours, round(request, 1), round(request / candidates, 4), *compared)
 
 
 def measure(built: Built, variants: Mapping[str, Path], rounds: int, progress: Progress) -> list[Timing]:
-    """The exported graph and its variants against the row-wise one, then alone over candidates and over history lengths."""
-    graphs = {name: scores_of(path) for name, path in {OURS: built.graph, **variants}.items()}
-    rowwise, full = scores_rowwise(built.rowwise), built.yardstick.population.schema.history_length
+    """The exported graph and its variants against the row-wise ones, then alone over candidates and over history lengths."""
+    graphs = {name: scores_of(path) for name, path in {OURS: built.graph, **_int8(built), **variants}.items()}
+    peers = {TEXTBOOK: scores_rowwise(built.textbook), ROWWISE: scores_rowwise(built.rowwise)}
+    full = built.yardstick.population.schema.history_length
     timings = []
     for candidates in progress.track(COMPARED, description=f"{built.yardstick.name} against row-wise"):
-        timings += compare(built, graphs, rowwise, candidates, full, rounds)
+        timings += compare(built, graphs, peers, candidates, rounds)
     sizes = [(candidates, full) for candidates in CANDIDATES if candidates not in COMPARED]
     sizes += [(200, behaviours) for behaviours in HISTORIES if full and behaviours != full]
     for candidates, behaviours in progress.track(sizes, description=f"{built.yardstick.name} over sizes"):
@@ -138,13 +144,20 @@ def measure(built: Built, variants: Mapping[str, Path], rounds: int, progress: P
     return timings
 
 
+def _int8(built: Built) -> dict[str, Path]:
+    path = built.bundle / INT8_MODEL
+    return {INT8: path} if path.exists() else {}
+
+
 def show(timings: Sequence[Timing], console: Console) -> None:
     """A table of all."""
-    table = Table("model", "graph", "C", "T", "µs", "µs / C", "× row-wise", "10–90 %", "max diff")
+    table = Table("model", "graph", "C", "T", "µs", "µs / C", "× textbook", "× row-wise", "max diff")
     for t in timings:
         sizes = (t.yardstick, t.graph, str(t.candidates), str(t.behaviours), f"{t.request_us:,.0f}", f"{t.candidate_us:.2f}")
-        compared = ("", "", "") if t.ratio is None else (f"{t.ratio:.2f}", f"{t.ratio_low:.2f}–{t.ratio_high:.2f}", f"{t.difference:.1e}")
-        table.add_row(*sizes, *compared)
+        ratios = ("{:.2f} ({:.2f}–{:.2f})".format(*ratio) if ratio else "" for ratio in (t.textbook, t.rowwise))
+        table.add_row(*sizes, *ratios, "" if t.difference is None else f"{t.difference:.1e}")
+    for column in table.columns:
+        column.no_wrap = True
     console.print(table)
 
 
@@ -161,7 +174,7 @@ def main(names: Sequence[str], given: Sequence[str], rounds: int, folder: Path, 
         for name in names or YARDSTICKS:
             built = build(YARDSTICKS[name](), folder)
             timings += measure(built, _variants(given, built.bundle), rounds, progress)
-    show(timings, Console())
+    show(timings, Console(width=max(Console().width, 120)))
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps([asdict(timing) for timing in timings], indent=1))

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 from torch import nn
 
-from features.bundle import GOLDENS, MODEL, SCHEMA, VOCABULARIES, Golden, current_path, goldens_json, publish
+from features.bundle import CUDA_MODEL, GOLDENS, INT8_MODEL, MODEL, SCHEMA, VOCABULARIES, Golden, current_path, goldens_json, publish
 from features.encode import Encoder, Feeds
 from features.schema import Schema, parse_schema
 from training.calibrate import Calibration
@@ -24,6 +25,7 @@ from training.networks import NETWORKS
 from training.networks.blocks import Dice, Fields
 from training.networks.deepfm import DeepFMSettings
 from training.networks.din import DINSettings
+from training.quantise import quantised
 
 from .population import Population
 from .rowwise import rowwise_onnx
@@ -33,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = (
     "training/networks",
     "training/export.py",
+    "training/quantise.py",
     "features",
     *(f"benchmarks/{name}.py" for name in ("population", "rowwise", "yardstick")),
 )
@@ -74,6 +77,7 @@ class Built:
     models: Path
     bundle: Path
     rowwise: Path
+    textbook: Path
 
     @property
     def graph(self) -> Path:
@@ -119,7 +123,7 @@ def build(yardstick: Yardstick, folder: Path = FOLDER) -> Built:
             _write(yardstick, Path(staging) / "built")
             (Path(staging) / "built").rename(home)
     models = home / "models"
-    return Built(yardstick, models, current_path(models, yardstick.name), home / "rowwise.onnx")
+    return Built(yardstick, models, current_path(models, yardstick.name), home / "rowwise.onnx", home / "textbook.onnx")
 
 
 def clear(folder: Path = FOLDER) -> None:
@@ -138,14 +142,20 @@ def _key(yardstick: Yardstick) -> str:
 
 def _write(yardstick: Yardstick, home: Path) -> None:
     served, encoder = make(yardstick), yardstick.population.encoder
+    graph = to_onnx(served)
+    pays = NETWORKS[yardstick.family].int8_pays
+    rough = quantised(graph, _requests(served.schema, yardstick.population.heights, 8)) if pays else None
     files = {
-        MODEL: to_onnx(served),
+        MODEL: graph,
+        CUDA_MODEL: to_onnx(served, tile=None),
+        **({INT8_MODEL: rough} if rough else {}),
         SCHEMA: encoder.schema.to_toml().encode(),
         VOCABULARIES: encoder.vocabularies.to_json().encode(),
-        GOLDENS: goldens_json(_goldens(yardstick.population, served, encoder)),
+        GOLDENS: goldens_json(_goldens(yardstick.population, served, encoder, rough)),
     }
     publish(home / "models", yardstick.name, files, {"network": yardstick.family, "settings": vars(yardstick.settings)})
-    (home / "rowwise.onnx").write_bytes(rowwise_onnx(served, yardstick.population.heights))
+    for name in ("rowwise", "textbook"):
+        (home / f"{name}.onnx").write_bytes(rowwise_onnx(served, yardstick.population.heights, textbook=name == "textbook"))
 
 
 def make(yardstick: Yardstick, seed: int = 1) -> Served:
@@ -198,15 +208,18 @@ def _requests(schema: Schema, sizes: Mapping[str, int], count: int) -> list[Feed
     return [random_feeds(schema, dict(sizes), 32, max(schema.history_length, 1), 8, seed) for seed in range(count)]
 
 
-def _goldens(population: Population, served: Served, encoder: Encoder) -> list[Golden]:
+def _goldens(population: Population, served: Served, encoder: Encoder, rough: bytes | None) -> list[Golden]:
     random = np.random.default_rng([population.seed, 4])
     ads = {ad.ad_id: ad.features for ad in population.ads()}
     users = list(population.users())
+    session = onnxruntime.InferenceSession(rough, providers=["CPUExecutionProvider"]) if rough else None
     goldens = []
     for i in random.integers(len(users), size=GOLDEN_REQUESTS).tolist():
         user_id, state = users[i]
         candidates = random.choice(population.ad_ids, GOLDEN_CANDIDATES, replace=False).tolist()
         known = {ad_id: ads[ad_id] for ad_id in {*candidates, *state.ad_ids}}
         golden = Golden(user_id, state.features, {}, list(state.ad_ids), candidates, known, [])
-        goldens.append(replace(golden, p_click=score(served, golden.feeds(encoder))[0].tolist()))
+        feeds = golden.feeds(encoder)
+        golden = replace(golden, p_click=score(served, feeds)[0].tolist())
+        goldens.append(replace(golden, p_click_int8=session.run(None, feeds)[0][0].tolist()) if session else golden)
     return goldens

@@ -37,10 +37,11 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("behaviours", [0, 1, 7, 100, 130])
 @pytest.mark.parametrize("candidates", [1, 2, 50])
-def test_the_rowwise_graph_gives_the_scores_of_the_exported_one(built: Built, candidates: int, behaviours: int) -> None:
-    ours, theirs = scoring.scores_of(built.graph), scoring.scores_rowwise(built.rowwise)
+def test_the_rowwise_graphs_give_the_scores_of_the_exported_one(built: Built, candidates: int, behaviours: int) -> None:
+    ours, peers = scoring.scores_of(built.graph), [scoring.scores_rowwise(path) for path in (built.rowwise, built.textbook)]
     for feeds in scoring.requests(built, candidates, behaviours):
-        assert np.abs(ours(feeds) - theirs(repeated(feeds))).max() < 1e-5
+        for theirs in peers:
+            assert np.abs(ours(feeds) - theirs(repeated(feeds))).max() < 1e-5
 
 
 def test_probabilities_spread_and_nothing_folds_away(built: Built) -> None:
@@ -104,13 +105,14 @@ async def test_the_store_is_filled_with_what_the_model_knows(server: Server, bui
 
 
 def test_scoring_compares_graphs_and_shows_them(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
-    ours, other = scoring.scores_of(built.graph), scoring.scores_rowwise(built.rowwise)
-    timings = scoring.compare(built, {"exported": ours, "same": ours}, other, 5, 3, rounds=3)
-    assert [t.graph for t in timings] == ["exported", "same", "row-wise"]
-    assert timings[-1].ratio == 1.0
+    ours = scoring.scores_of(built.graph)
+    peers = {"textbook": scoring.scores_rowwise(built.textbook), "row-wise": scoring.scores_rowwise(built.rowwise)}
+    timings = scoring.compare(built, {"exported": ours, "same": ours}, peers, 5, rounds=3)
+    assert [t.graph for t in timings] == ["exported", "same", "textbook", "row-wise"]
+    assert list(timings[-2].textbook) == list(timings[-1].rowwise) == [1.0, 1.0, 1.0]
     assert all(t.request_us == pytest.approx(t.candidate_us * 5, rel=0.01) for t in timings)
     assert 0 < timings[0].difference < 1e-5  # type: ignore[operator]
-    off = scoring.compare(built, {"wrong": lambda feeds: ours(feeds) + 0.25}, other, 5, 3, rounds=3)
+    off = scoring.compare(built, {"wrong": lambda feeds: ours(feeds) + 0.25}, peers, 5, rounds=3)
     assert off[0].difference == pytest.approx(0.25, abs=1e-5)
     scoring.show(timings, Console(width=120))
     assert built.yardstick.name in capsys.readouterr().out

@@ -18,7 +18,7 @@ from training.datasets.prepared import Prepared
 from training.evaluate import Metrics, measure
 from training.export import Served, evaluate_bundle, random_feeds, to_onnx
 from training.quantise import moved, quantised, refusal
-from training.train import Trained
+from training.train import Trained, TrainError
 
 
 def metrics(p: float = 0.1) -> Metrics:
@@ -108,3 +108,9 @@ def test_int8_is_not_made_unasked(published: tuple[Prepared, Trained, Path], tmp
     data, model, _ = published
     plain = replace(model, settings={**model.settings, "int8": False})
     assert "int8" not in load_bundle(export.export(data, plain, tmp_path, "m", small.quiet())).manifest
+
+
+def test_int8_for_din_is_refused_before_training(published: tuple[Prepared, Trained, Path], tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="int8 makes din no faster and less exact; leave it out"):
+        export.train_and_publish(published[0], "din", tmp_path, "m", {"int8": "true"}, small.quiet())
+    assert not list(tmp_path.iterdir())

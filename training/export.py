@@ -213,6 +213,8 @@ def train_and_publish(
     network, loop = override(NETWORKS[family].settings(), rest), override(TrainSettings(), rest)
     if rest:
         raise TrainError(f"--set {next(iter(rest))}: no such setting; there are {', '.join([*vars(network), *vars(loop)])}")
+    if loop.int8 and not NETWORKS[family].int8_pays:
+        raise TrainError(f"--set int8=true: int8 makes {family} no faster and less exact; leave it out")
     trained = train(data, family, network, loop, progress)
     task = progress.add_task("exporting", total=1)
     path = export(data, trained, models, name, progress)

@@ -24,6 +24,7 @@ class DeepFM(nn.Module):
     """Logits `(R, C)` of a request's parts. What concerns the request side alone is computed once a request."""
 
     settings = DeepFMSettings
+    int8_pays = True
 
     def __init__(self, fields: Fields, settings: DeepFMSettings) -> None:
         super().__init__()

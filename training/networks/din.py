@@ -53,6 +53,7 @@ class DIN(nn.Module):
     """Logits `(R, C)` of a request's parts."""
 
     settings = DINSettings
+    int8_pays = False  # its time goes to what lies between the products
 
     def __init__(self, fields: Fields, settings: DINSettings) -> None:
         super().__init__()
