@@ -1,5 +1,6 @@
 """A model in ONNX Runtime. The only module that knows it; knows nothing about features, users or HTTP."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from .errors import ScoringError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 OUTPUT = "p_click"
+SLICE = 512
+"""Most candidates of one run: what the model keeps of them in between stays in the caches, however many a request has."""
 # ONNX Runtime's exceptions share no base below Exception.
 FAILURES = tuple(kind for kind in vars(states).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
@@ -40,11 +43,19 @@ class Scorer:
             raise ScoringError(f"{model} has no output {OUTPUT}")
 
     def score(self, feeds: Feeds) -> Numbers:
-        """The probabilities `(R, C)` float32 of a click. Blocks: call it off the event loop.
+        """The probabilities `(R, C)` float32 of a click; more than `SLICE` candidates in slices of equal size. Blocks.
 
         Raises:
             ScoringError: a tensor is missing, the model failed, or what it gave has another shape.
         """
+        candidates = next(tensor.shape[1] for name, tensor in feeds.items() if name.startswith("ad_"))
+        slices = -(-candidates // SLICE)
+        if slices <= 1:
+            return self._run(feeds)
+        edges = [candidates * i // slices for i in range(slices + 1)]
+        return np.concatenate([self._run(_candidates(feeds, slice(*edge))) for edge in pairwise(edges)], axis=1)
+
+    def _run(self, feeds: Feeds) -> Numbers:
         try:
             wanted = {name: feeds[name] for name in self.inputs}
             (scores,) = self._session.run([OUTPUT], wanted)
@@ -57,6 +68,10 @@ class Scorer:
             raise ScoringError(f"the model gave {scores.dtype} {scores.shape}, expected float32 {shape}")
         answer: Numbers = scores
         return answer
+
+
+def _candidates(feeds: Feeds, some: slice) -> Feeds:
+    return {name: tensor[:, some] if name.startswith("ad_") else tensor for name, tensor in feeds.items()}
 
 
 def _options(threads: int) -> ort.SessionOptions:

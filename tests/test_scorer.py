@@ -1,10 +1,11 @@
 import bundles
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from features.encode import AdTable, Request, encode_request
 from service.errors import ScoringError
-from service.scorer import Scorer
+from service.scorer import SLICE, Scorer
 
 
 @pytest.fixture
@@ -27,6 +28,25 @@ def test_scores_as_the_graph_says(path):
     assert scores.shape == (1, 3)
     # sums of a dozen float32 in another order
     np.testing.assert_allclose(scores, bundles.expected(feeds()), atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, SLICE, SLICE + 1, 2 * SLICE + 1, 10_000])
+def test_slices_change_no_score(path, count):
+    """The model is elementwise over the candidates, so the scores are the same to the last bit."""
+    whole = feeds([f"a{i}" for i in range(count)])
+    once = ort.InferenceSession(path).run(None, whole)[0]
+    assert np.array_equal(Scorer(path, "cpu", 1).score(whole), once)
+
+
+def test_slices_are_as_equal_as_can_be(path, monkeypatch):
+    runs = []
+    scorer = Scorer(path, "cpu", 1)
+    run = scorer._run
+    monkeypatch.setattr(scorer, "_run", lambda feeds: runs.append(feeds["ad_ids"].shape[1]) or run(feeds))
+    scorer.score(feeds([f"a{i}" for i in range(2 * SLICE + 1)]))
+    assert sum(runs) == 2 * SLICE + 1
+    assert len(runs) == 3
+    assert max(runs) - min(runs) <= 1
 
 
 def test_a_tensor_that_the_model_does_not_take_is_left_out(path):
