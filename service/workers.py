@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 
 import uvicorn
@@ -23,10 +24,10 @@ from uvicorn.config import STARTUP_FAILURE
 from .server import Connection, Member, Server
 from .settings import Settings, load_settings
 
-BACKLOG = 2048
+BACKLOG = 2048  # connections that wait to be accepted
 RESTART_SECONDS = 2.0
 """From one start of a worker to the next in its place at the earliest: one that always dies must not keep the machine busy."""
-BALANCE_SECONDS = 1.0
+BALANCE_SECONDS = 0.5
 """Between two looks at whether a worker has more connections than its share."""
 FULL_SECONDS = 0.05
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -215,6 +216,7 @@ class Parent:
         ours.setblocking(False)
         worker = Worker(SPAWN.Process(target=work, args=(theirs,)), ours)
         # It inherits the mask: Ctrl-C reaches all processes of a terminal, and only the parent is to act on it.
+        resource_tracker.ensure_running()  # else the first start does so, which unblocks the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         worker.process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -271,7 +273,10 @@ class Parent:
                     await asyncio.sleep(FULL_SECONDS)
 
     def _hand_over(self, connection: socket.socket) -> bool:
-        for worker in sorted((w for w in self._workers if w.ready), key=lambda w: (w.connections, w.turn)):
+        ready = [worker for worker in self._workers if worker.ready]
+        least = min((worker.connections for worker in ready), default=0)
+        # One more is as good as the least: beside one idle connection, one-request connections would all go to the other worker.
+        for worker in sorted(ready, key=lambda w: (max(w.connections, least + 1), w.turn)):
             if worker.tell(b"+", [connection.fileno()]):
                 worker.connections += 1
                 worker.turn = next(self._turns)

@@ -122,7 +122,7 @@ async def test_connections_are_shared_evenly_however_they_are_opened(repository)
                 await caller.close()
             for caller in closing:
                 await caller.ask()
-            # Some closed and opened again; a worker may have been given one before it was known to have lost one.
+            # Some closed and opened again: within one of each other is as good as even, and what is not is evened out.
             await until_spread(client, callers, [4, 4])
 
 
@@ -261,7 +261,6 @@ async def test_ctrl_c_while_workers_start_ends_all_without_a_traceback(repositor
     async with asyncio.timeout(20):
         while len([child for child in psutil.Process(process.pid).children() if "spawn_main" in "".join(child.cmdline())]) < 2:
             await asyncio.sleep(0.01)
-    await asyncio.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = await asyncio.to_thread(process.communicate, timeout=15)
     assert process.returncode == 0, said
