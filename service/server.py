@@ -54,14 +54,37 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.server_state: State = State()
+        self._adopting: set[asyncio.Task[None]] = set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Bid every client farewell, then close what is idle and wait for the rest, as uvicorn does."""
+        """Take what has connected by now, bid every client farewell, then close what is idle and wait for the rest, as uvicorn does."""
         self.server_state.surplus = math.inf
+        for listener in sockets or []:
+            with contextlib.suppress(OSError):
+                while True:
+                    self._adopt(listener.accept()[0])
+        for server in self.servers:
+            server.close()
         until = time.monotonic() + FAREWELL_SECONDS
+        await asyncio.gather(asyncio.sleep(TICK_SECONDS), *self._adopting)
         while self.server_state.connections and not self.force_exit and time.monotonic() < until:
             await asyncio.sleep(TICK_SECONDS)
         await super().shutdown(sockets)
+
+    def _adopt(self, connection: socket.socket) -> None:
+        task = asyncio.ensure_future(self._connect(connection))
+        self._adopting.add(task)
+        task.add_done_callback(self._adopting.discard)
+
+    async def _connect(self, connection: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self._connection, connection)
+        except OSError:  # its client has left already
+            connection.close()
+            self.server_state.on_closed()
+
+    def _connection(self) -> asyncio.Protocol:
+        return Connection(self.config, self.server_state, self.lifespan.state)
 
 
 class Member(Server):
@@ -76,7 +99,6 @@ class Member(Server):
         self.server_state.on_closed = self._count_closed
         self._pair = pair
         self._closed = 0
-        self._adopting: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start without a socket to listen on, and say so."""
@@ -97,11 +119,6 @@ class Member(Server):
             self._report()
         return await super().on_tick(counter)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End gently, those connections included that have only just come."""
-        await asyncio.gather(*self._adopting)
-        await super().shutdown(sockets)
-
     def _hear(self) -> None:
         while True:
             try:
@@ -111,22 +128,13 @@ class Member(Server):
             except ConnectionResetError:  # the other process died; what it had sent is still to be read
                 continue
             if handles:
-                task = asyncio.ensure_future(self._adopt(socket.socket(fileno=handles[0])))
-                self._adopting.add(task)
-                task.add_done_callback(self._adopting.discard)
+                self._adopt(socket.socket(fileno=handles[0]))
             elif message:
                 self.server_state.surplus = int(message)
             else:
                 asyncio.get_running_loop().remove_reader(self._pair)
                 self.should_exit = True
                 return
-
-    async def _adopt(self, connection: socket.socket) -> None:
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(self._connection, connection)
-        except OSError:  # its client has left already
-            connection.close()
-            self._count_closed()
 
     def _count_closed(self) -> None:
         self._closed += 1
@@ -136,6 +144,3 @@ class Member(Server):
         with contextlib.suppress(OSError):  # no room now, or the other process died, which is heard of elsewhere
             self._pair.send(b"%d" % self._closed)
             self._closed = 0
-
-    def _connection(self) -> asyncio.Protocol:
-        return Connection(self.config, self.server_state, self.lifespan.state)
