@@ -40,7 +40,7 @@ class Service:
     async def run(self) -> None:
         """Load the models, then load and follow the catalogue, for ever."""
         settings = self.settings
-        log.info("models in %s, store %s, %d threads to score with", settings.models, settings.store_name, settings.scoring_threads)
+        log.info("models in %s, store %s", settings.models, settings.store_name)
         while True:
             try:
                 models = await self._load_models()

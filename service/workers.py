@@ -22,7 +22,7 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
 from .server import Connection, Member, Server
-from .settings import Settings, load_settings
+from .settings import Settings, load_settings, processors
 
 BACKLOG = 2048  # connections that wait to be accepted
 RESTART_SECONDS = 2.0
@@ -59,6 +59,7 @@ def serve(settings: Settings) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy, not imported yet, would start a thread for each processor of the host
     config = _config(settings)
     log.info("listening on %s", ", ".join(_name(listener) for listener in listeners))
+    _tell_threads(settings)
     if settings.workers == 1:
         server = Server(config)
         with contextlib.suppress(KeyboardInterrupt):
@@ -70,6 +71,14 @@ def serve(settings: Settings) -> None:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # the workers, which are fresh processes, import prometheus_client after this
         if not asyncio.run(Parent(settings, listeners).run()):
             raise SystemExit(STARTUP_FAILURE)
+
+
+def _tell_threads(settings: Settings) -> None:
+    usable, limit = processors()
+    scoring = f"{settings.workers} x {settings.scoring_threads} requests scored at once, {settings.intra_op_threads} thread(s) each"
+    log.info("%d processor(s) by %s; %s", usable, limit, scoring)
+    if settings.device == "cpu" and settings.workers * settings.scoring_threads * settings.intra_op_threads > usable:
+        log.warning("more is scored at once than there are processors: answers wait for each other; lower --workers to %d", usable)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

@@ -1,6 +1,7 @@
 import bundles
 import numpy as np
 import onnxruntime as ort
+import psutil
 import pytest
 
 from features.encode import AdTable, Request, encode_request
@@ -77,3 +78,12 @@ def test_what_is_not_a_model_is_refused(tmp_path):
 def test_cuda_without_cuda_is_refused(path):
     with pytest.raises(ScoringError, match="device cuda is not available"):
         Scorer(path, "cuda", 1)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_model_brings_as_many_threads_as_it_is_told_to(path, threads):
+    """The one that asks is the first of them; pools of the size of the host would show here."""
+    before = psutil.Process().num_threads()
+    scorer = Scorer(path, "cpu", threads)
+    scorer.score(feeds())
+    assert psutil.Process().num_threads() - before == threads - 1

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -299,6 +300,27 @@ async def test_a_worker_that_cannot_start_ends_the_service_and_says_why(tmp_path
     assert done.returncode == 3
     assert "this one is broken" in done.stderr
     assert "ended with exit code 1 before any was ready; its log above says why" in done.stderr
+
+
+async def test_a_process_has_no_threads_but_its_own_and_says_what_it_was_sized_to(repository):
+    async with serving(repository, "memory://", threads=1) as client:
+        await client.rank()
+        # The loop, the one that scores, asyncio's for blocking work, and one that onnxruntime starts when it is imported.
+        assert psutil.Process(client.process.pid).num_threads() <= 4
+        count = len(os.sched_getaffinity(0))
+        assert re.search(rf"[1-{count}] processor\(s\) by (affinity|quota); 1 x 1 requests scored at once", client.log.read_text())
+        assert "more is scored at once" not in client.log.read_text()
+
+
+async def test_more_workers_than_processors_are_warned_of(repository):
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        async with serving(repository, "memory://", workers=2) as client:
+            assert "1 processor(s) by affinity; 2 x 1 requests" in client.log.read_text()
+            assert "answers wait for each other; lower --workers to 1" in client.log.read_text()
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
