@@ -7,15 +7,14 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
 
 from features.encode import Feeds
 from features.vocabulary import Numbers
 
 from .errors import DeadlineError, OverLimitError, ScoringError, ServiceError
 from .metrics import Metrics, Stages
+from .scorer import Scorer, TiledScorer
 from .tiles import MOST, TILE, candidates_of, tiles_of
 
 WAIT_SECONDS = 0.001
@@ -23,13 +22,6 @@ WAIT_SECONDS = 0.001
 EARLY_SECONDS = 0.002
 """How long before a deadline a batch begins at the latest, or as long as the last one took."""
 QUEUE_TILES = 8 * MOST
-
-
-class Joint(Protocol):
-    """Scores requests together, in a thread of its own."""
-
-    def submit(self, requests: Sequence[Feeds]) -> "Future[list[Numbers]]":
-        """Begin; the probabilities `(1, C)` of each request, or the error of all."""
 
 
 @dataclass(eq=False, slots=True)
@@ -87,17 +79,18 @@ class Batcher:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._queues: dict[Joint, Queue] = {}
+        self._queues: dict[TiledScorer, Queue] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def score(self, scorer: Joint, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
-        """The probabilities `(1, C)` of a request; `deadline` in seconds from its beginning.
+    async def score(self, scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
+        """The probabilities `(C,)` of a request; `deadline` in seconds from its beginning.
 
         Raises:
             OverLimitError: too much waits already.
             DeadlineError: the deadline passed before the run began.
             ScoringError: the model failed on the batch.
         """
+        assert isinstance(scorer, TiledScorer)  # noqa: S101  # models.py loads no other for a device that is batched for
         tiles = tiles_of(feeds)
         queued = sum(queue.tiles for queue in self._queues.values())
         if queued and queued + tiles > QUEUE_TILES:
@@ -119,7 +112,7 @@ class Batcher:
         for queue in self._queues.values():
             _give_up(queue.waiting)
 
-    async def _serve(self, scorer: Joint, queue: Queue) -> None:
+    async def _serve(self, scorer: TiledScorer, queue: Queue) -> None:
         """Run what comes for one model, until nothing does: a model that was replaced is not kept."""
         batch: list[Waiting] = []
         try:
@@ -131,7 +124,7 @@ class Batcher:
             del self._queues[scorer]
             _give_up((*batch, *queue.waiting))  # none, unless this task was cancelled or has a fault
 
-    async def _run(self, scorer: Joint, queue: Queue, batch: Sequence[Waiting], reason: str) -> None:
+    async def _run(self, scorer: TiledScorer, queue: Queue, batch: Sequence[Waiting], reason: str) -> None:
         began = time.perf_counter()
         self._metrics.batch(sum(candidates_of(request.feeds) for request in batch), reason)
         for request in batch:
@@ -145,7 +138,7 @@ class Batcher:
             if request.answer.done():  # its caller has left
                 continue
             if error is None:
-                request.answer.set_result(run.result()[i])
+                request.answer.set_result(run.result()[i][0])
             else:  # each caller its own, since raising one adds to its traceback
                 request.answer.set_exception(type(error)(error.detail) if isinstance(error, ServiceError) else error)
 

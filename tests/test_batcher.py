@@ -19,7 +19,7 @@ from service.tiles import MOST, TILE
 pytestmark = pytest.mark.anyio
 
 
-class Failing:
+class Failing(TiledScorer):
     """A model that fails on some of its runs, as told in advance."""
 
     def __init__(self, scorer, runs):
@@ -33,7 +33,7 @@ class Failing:
         return self.scorer.submit(requests)
 
 
-class Held:
+class Held(TiledScorer):
     """A model that begins no run until it is let go, and notes the candidates of each."""
 
     def __init__(self, scorer):
@@ -103,7 +103,7 @@ def test_each_caller_gets_what_it_would_get_alone(scorers, requests, failing, sm
         tensors = request(wanted["candidates"], wanted["behaviours"], seed)
         await asyncio.sleep(wanted["comes"] / 1000)
         scores = await batcher.score(models[wanted["model"]], tensors, Stages(), wanted["deadline"])
-        np.testing.assert_allclose(scores, bundles.expected(tensors, wanted["model"]), atol=1e-6)
+        np.testing.assert_allclose(scores, bundles.expected(tensors, wanted["model"])[0], atol=1e-6)
 
     async def everything():
         batcher, models = Batcher(Metrics()), [Failing(scorer, failing) for scorer in scorers]
@@ -146,7 +146,7 @@ async def test_what_comes_during_a_run_is_the_next_batch(held):
     await asyncio.sleep(0.01)
     assert held.sizes == [[5]]
     held.go.set()
-    assert [scores.shape for scores in await asyncio.gather(first, *others)] == [(1, 5), (1, 7), (1, 8), (1, 9)]
+    assert [scores.shape for scores in await asyncio.gather(first, *others)] == [(5,), (7,), (8,), (9,)]
     assert held.sizes == [[5], [7, 8, 9]]
     assert counted(metrics) == ({"timer": 1, "idle": 1}, 29)
 
@@ -163,8 +163,8 @@ async def test_a_full_batch_does_not_wait(scorers, monkeypatch):
 async def test_a_request_larger_than_a_batch_is_scored_whole(scorers):
     batcher, large = Batcher(Metrics()), request(MOST * TILE + 5)
     answers = await asyncio.gather(*(batcher.score(scorers[0], tensors, Stages(), None) for tensors in (request(3), large, request(4))))
-    np.testing.assert_allclose(answers[1], bundles.expected(large), atol=1e-6)
-    assert [scores.shape[1] for scores in answers] == [3, MOST * TILE + 5, 4]
+    np.testing.assert_allclose(answers[1], bundles.expected(large)[0], atol=1e-6)
+    assert [len(scores) for scores in answers] == [3, MOST * TILE + 5, 4]
 
 
 async def test_a_batch_begins_in_time_for_a_deadline(scorers, monkeypatch):
@@ -205,7 +205,7 @@ async def test_too_much_that_waits_is_refused(held):
     assert len(await asyncio.gather(*asking)) == 3 + QUEUE_TILES // 64
     # The last holds two of 64 tiles, so it was full; those of 64 tiles went by twos.
     assert counted(metrics) == ({"timer": 1, "full": QUEUE_TILES // MOST}, 3 + QUEUE_TILES * TILE)
-    assert (await batcher.score(held, request(1), Stages(), None)).shape == (1, 1)
+    assert (await batcher.score(held, request(1), Stages(), None)).shape == (1,)
 
 
 async def test_an_error_is_every_callers_own(scorers):
