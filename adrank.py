@@ -20,6 +20,7 @@ MENDABLE = (
     ("features.schema", "SchemaError"),
     ("features.state", "StoreError"),
     ("service.settings", "SettingsError"),
+    ("service.workers", "ListenError"),
     ("training.datasets.prepared", "DataError"),
     ("training.train", "TrainError"),
     ("demo", "DemoError"),
@@ -133,8 +134,8 @@ def load(data: Path, redis: str | None) -> None:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to score; default cpu.")
 def serve(**flags: Any) -> None:
     """Answer POST /rank. Every flag is also a variable, such as ADRANK_PORT."""
-    from service.app import serve as run
     from service.settings import load_settings
+    from service.workers import serve as run
 
     run(load_settings(flags))
 

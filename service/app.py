@@ -1,18 +1,13 @@
-"""Composition: settings, store, models, catalogue and ranker become an application, and the application a server."""
+"""Composition: settings, store, models, catalogue and ranker become an application."""
 
 import asyncio
 import contextlib
 import gc
 import logging
-import os
-import socket
-import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 
 from features.bundle import BundleError, current_path, model_names
@@ -29,13 +24,6 @@ from .store import RedisStore
 LOOK_AGAIN_SECONDS = 1.0
 START_SECONDS = 10.0
 """How long a process may get ready before it takes requests: beside workers that are ready, it would answer some of theirs with 503."""
-LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "root": {"handlers": ["stderr"], "level": "INFO"},
-}
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +40,7 @@ class Service:
     async def run(self) -> None:
         """Load the models, then load and follow the catalogue, for ever."""
         settings = self.settings
-        log.info("models in %s, store %s, %d threads to score with", settings.models, settings.store_name, settings.scoring_threads)
+        log.info("models in %s, store %s", settings.models, settings.store_name)
         while True:
             try:
                 models = await self._load_models()
@@ -187,38 +175,3 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
 def create_from_environment() -> FastAPI:
     """The application of a worker process, whose settings `serve` put into the environment."""
     return create_app(load_settings())
-
-
-def serve(settings: Settings) -> None:
-    """Run the server until it is told to stop (SIGTERM lets requests finish). Exits with 2 where the port is not to be had."""
-    if refusal := port_refusal(settings.host, settings.port):
-        sys.stderr.write(refusal + "\n")
-        raise SystemExit(2)
-    os.environ.update(settings.environment())
-    several = settings.workers > 1
-    with tempfile.TemporaryDirectory(prefix="adrank-metrics-") if several else contextlib.nullcontext() as folder:
-        if folder:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # the workers, which are fresh processes, import prometheus_client after this
-        uvicorn.run(
-            "service.app:create_from_environment",
-            factory=True,
-            host=settings.host,
-            port=settings.port,
-            workers=settings.workers,
-            access_log=False,
-            server_header=False,
-            log_config=LOGGING,
-            timeout_graceful_shutdown=settings.drain_seconds,
-        )
-
-
-def port_refusal(host: str, port: int) -> str | None:
-    """Why the address cannot be listened on. Asked first: uvicorn would answer with a log and exit code 1."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --port or ADRANK_PORT"
-    return None

@@ -21,6 +21,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 BEHAVIOURS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
+ROWS = (1, 64, 128, 256, 512, 1_024, 2_048, 4_096, 8_192)
 CLICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1)
 
 Registry = CollectorRegistry
@@ -77,6 +78,8 @@ class Metrics:
         self._candidates = Histogram("adrank_candidates", "Candidates of a request", buckets=CANDIDATES, registry=r)
         self._history = Histogram("adrank_history_length", "Behaviours that a request is ranked with", buckets=BEHAVIOURS, registry=r)
         self._p_click = Histogram("adrank_p_click", "Predicted probabilities of a click", ["model"], buckets=CLICKS, registry=r)
+        self._batch_rows = Histogram("adrank_batch_rows", "Candidates that are scored together", buckets=ROWS, registry=r)
+        self._flushes = Counter("adrank_batch_flush", "Batches by why they began", ["reason"], registry=r)
         self._inflight = Gauge("adrank_inflight_requests", "Rankings under way", registry=r, multiprocess_mode="livesum")
         self._shed = Counter("adrank_shed", "Rankings refused to protect the service", ["reason"], registry=r)
         self._degraded = Counter("adrank_degraded", "Rankings that did without something", ["stage", "reason"], registry=r)
@@ -136,6 +139,11 @@ class Metrics:
             if count:
                 histogram._buckets[bucket].inc(int(count))
         histogram._sum.inc(float(finite.sum()))
+
+    def batch(self, rows: int, reason: str) -> None:
+        """Count a batch of so many candidates, and why it began when it did."""
+        self._batch_rows.observe(rows)
+        self._flushes.labels(reason).inc()
 
     def shed(self, reason: str) -> None:
         """Count a ranking that was refused."""

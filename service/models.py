@@ -13,10 +13,7 @@ from features.encode import Feeds
 from features.schema import Schema
 
 from .errors import NotReadyError, ScoringError, UnknownModelError
-from .scorer import Scorer
-
-WARM_SHAPES = ((1, 1), (1, 100), (50, 100), (50, 1_000))
-"""Behaviours and candidates of the requests that a model is warmed up with: its first runs of a size allocate."""
+from .scorer import Scorer, TiledScorer
 
 log = logging.getLogger(__name__)
 
@@ -85,15 +82,16 @@ def load_models(repository: Path, device: str, threads: int, chosen: str | None)
 
 def _load(path: Path, device: str, threads: int) -> Model:
     bundle = load_bundle(path)
-    scorer = Scorer(path / MODEL, device, threads)
+    schema = bundle.schema
+    scorer = TiledScorer(path / MODEL, device, schema.history_length) if device == "cuda" else Scorer(path / MODEL, device, threads)
     bundle.check_goldens(scorer.score)
-    for behaviours, candidates in WARM_SHAPES:
-        scorer.score(_blank(bundle.schema, behaviours, candidates))
+    for behaviours, candidates in scorer.warm_up(schema.history_length):
+        scorer.score(_blank(schema, behaviours, candidates))
     return Model(bundle, scorer, time.time())
 
 
 def _blank(schema: Schema, behaviours: int, candidates: int) -> Feeds:
-    rows = {"user": (1,), "history": (1, max(1, min(behaviours, schema.history_length))), "ad": (1, candidates)}
+    rows = {"user": (1,), "history": (1, behaviours), "ad": (1, candidates)}
     return {
         name: np.zeros((*rows[part], width), np.int64 if name.endswith("_ids") else np.float32)
         for name, (part, width) in schema.tensors.items()

@@ -1,5 +1,9 @@
 """A model in ONNX Runtime. The only module that knows it; knows nothing about features, users or HTTP."""
 
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +14,28 @@ from features.encode import Feeds
 from features.vocabulary import Numbers
 
 from .errors import ScoringError
+from .tiles import TILE, Shape, candidates_of, fill, runs, shape_of, shapes, take_apart
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CUDA_OPTIONS = {"use_tf32": "0"}  # tensor cores round float32 to 10 bits, and the goldens would not hold
+CUDA_GRAPHS = {"enable_cuda_graph": "1", **CUDA_OPTIONS}
+INSTALL = (
+    "pip install 'adrank[gpu]', then pip uninstall onnxruntime, which hides it, and "
+    "pip install --force-reinstall --no-deps onnxruntime-gpu; it needs an NVIDIA GPU with its driver, CUDA 13 and cuDNN 9"
+)
 OUTPUT = "p_click"
+TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
+SLICE = 512
+"""Most candidates of one run: what the model keeps of them in between stays in the caches, however many a request has."""
+WARM_SHAPES = ((1, 1), (1, 100), (50, 100), (50, 1_000))
 # ONNX Runtime's exceptions share no base below Exception.
-FAILURES = tuple(kind for kind in vars(states).values() if isinstance(kind, type) and issubclass(kind, Exception))
+FAILURES: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(kind for kind in vars(states).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+)
+MISFITS: tuple[type[Exception], ...] = (TypeError, ValueError, *FAILURES)
+
+log = logging.getLogger(__name__)
 
 
 class Scorer:
@@ -28,23 +49,32 @@ class Scorer:
         """
         self.provider = PROVIDERS[device]
         if self.provider not in ort.get_available_providers():
-            raise ScoringError(f"device {device} is not available: this onnxruntime lacks {self.provider}; install onnxruntime-gpu")
-        try:
-            self._session = ort.InferenceSession(str(model), _options(threads), providers=[self.provider])
-        except FAILURES as error:
-            raise ScoringError(f"{model} cannot be loaded: {error}") from error
+            raise ScoringError(f"device {device} is not available: this onnxruntime lacks {self.provider}; {INSTALL}")
+        self._session = _open(model, self.provider, _options(threads))
         if self.provider not in self._session.get_providers():  # it falls back to the CPU by itself, many times slower
-            raise ScoringError(f"device {device} is not available: {self.provider} did not start; see the log for the library it misses")
+            raise ScoringError(f"device {device} is not available: {self.provider} did not start, the log says what it misses; {INSTALL}")
         self.inputs = tuple(entry.name for entry in self._session.get_inputs())
         if OUTPUT not in [entry.name for entry in self._session.get_outputs()]:
             raise ScoringError(f"{model} has no output {OUTPUT}")
 
     def score(self, feeds: Feeds) -> Numbers:
-        """The probabilities `(R, C)` float32 of a click. Blocks: call it off the event loop.
+        """The probabilities `(R, C)` float32 of a click; more than `SLICE` candidates in slices of equal size. Blocks.
 
         Raises:
             ScoringError: a tensor is missing, the model failed, or what it gave has another shape.
         """
+        candidates = candidates_of(feeds)
+        slices = -(-candidates // SLICE)
+        if slices <= 1:
+            return self._run(feeds)
+        edges = [candidates * i // slices for i in range(slices + 1)]
+        return np.concatenate([self._run(_candidates(feeds, slice(*edge))) for edge in pairwise(edges)], axis=1)
+
+    def warm_up(self, history_length: int) -> list[tuple[int, int]]:
+        """Behaviours and candidates of requests to score before the first real one: first runs of a size allocate."""
+        return [(max(1, min(behaviours, history_length)), candidates) for behaviours, candidates in WARM_SHAPES]
+
+    def _run(self, feeds: Feeds) -> Numbers:
         try:
             wanted = {name: feeds[name] for name in self.inputs}
             (scores,) = self._session.run([OUTPUT], wanted)
@@ -57,6 +87,101 @@ class Scorer:
             raise ScoringError(f"the model gave {scores.dtype} {scores.shape}, expected float32 {shape}")
         answer: Numbers = scores
         return answer
+
+
+class TiledScorer(Scorer):
+    """Scores requests together, in runs of a few fixed shapes at fixed addresses, so that CUDA replays what it recorded of each.
+
+    All runs are of one thread: ONNX Runtime keeps what is recorded by thread. Everything but the provider is the same on the CPU.
+    """
+
+    def __init__(self, model: Path, device: str, history_length: int) -> None:
+        """Load a model onto `cpu` or `cuda`, for histories of that length.
+
+        Raises:
+            ScoringError: as for `Scorer`, or the model's inputs are not those of a schema.
+        """
+        super().__init__(model, device, 1)
+        self._device, self._history_length = device, history_length
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._bound: dict[Shape, Bound] = {}
+
+    def submit(self, requests: Sequence[Feeds]) -> "Future[list[Numbers]]":
+        """Begin to score requests `(1, ...)` together: the probabilities `(1, C)` of each, or the `ScoringError` of all."""
+        return self._thread.submit(self._score_all, requests)
+
+    def score(self, feeds: Feeds) -> Numbers:
+        """See `Scorer`."""
+        count = next(iter(feeds.values())).shape[0]
+        requests = [{name: tensor[row : row + 1] for name, tensor in feeds.items()} for row in range(count)]
+        return np.concatenate(self.submit(requests).result())
+
+    def warm_up(self, history_length: int) -> list[tuple[int, int]]:
+        """See `Scorer`: every shape."""
+        return [(shape.behaviours, shape.tiles * TILE) for shape in shapes(history_length)]
+
+    def _score_all(self, requests: Sequence[Feeds]) -> list[Numbers]:
+        scores: list[Numbers] = [np.empty((1, candidates_of(feeds)), np.float32) for feeds in requests]
+        try:
+            for run in runs(requests):
+                bound = self._shaped(shape_of(run, requests, self._history_length))
+                fill(bound.inputs, run, requests)
+                take_apart(bound.run(), run, [each[0] for each in scores])
+        except KeyError as error:
+            raise ScoringError(f"the model takes {error.args[0]}, which its schema does not make") from error
+        except MISFITS as error:
+            raise ScoringError(f"the model failed: {error}") from error
+        return scores
+
+    def _shaped(self, shape: Shape) -> "Bound":
+        if shape not in self._bound:
+            self._bound[shape] = Bound(self._session, shape, self._device, len(self._bound) + 1)
+        return self._bound[shape]
+
+
+class Bound:
+    """One shape's tensors, on the host to be filled and on the device to be read, which stay where they are."""
+
+    def __init__(self, session: ort.InferenceSession, shape: Shape, device: str, number: int) -> None:
+        """Allocate them; `number`, from 1, is the shape's own, under which CUDA records its run."""
+        axes = {"user": (shape.tiles,), "history": shape, "ad": (shape.tiles, TILE)}
+        self.inputs: Feeds = {}
+        self._session, self._binding, self._options = session, session.io_binding(), ort.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(number))
+        self._values = {}
+        for entry in session.get_inputs():
+            size = (*axes[entry.name.partition("_")[0]], entry.shape[-1])
+            self.inputs[entry.name] = np.zeros(size, TYPES[entry.type])
+            self._values[entry.name] = ort.OrtValue.ortvalue_from_shape_and_type(size, TYPES[entry.type], device, 0)
+            self._binding.bind_ortvalue_input(entry.name, self._values[entry.name])
+        self._output = ort.OrtValue.ortvalue_from_shape_and_type((shape.tiles, TILE), np.float32, device, 0)
+        self._binding.bind_ortvalue_output(OUTPUT, self._output)
+
+    def run(self) -> Numbers:
+        """The scores `(tiles, TILE)` of what `inputs` hold; good until the next run."""
+        for name, value in self._values.items():
+            value.update_inplace(self.inputs[name])
+        self._session.run_with_iobinding(self._binding, self._options)
+        scores: Numbers = self._output.numpy()
+        return scores
+
+
+def _candidates(feeds: Feeds, some: slice) -> Feeds:
+    return {name: tensor[:, some] if name.startswith("ad_") else tensor for name, tensor in feeds.items()}
+
+
+def _open(model: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        if provider == PROVIDERS["cuda"]:
+            ort.preload_dlls()  # CUDA and cuDNN where pip has put them
+            try:
+                return ort.InferenceSession(str(model), options, providers=[(provider, CUDA_GRAPHS)], enable_fallback=0)
+            except FAILURES as error:  # a graph with a loop, or with a step that only the CPU has
+                log.warning("%s is run step by step, without CUDA graphs: %s", model, error)
+                return ort.InferenceSession(str(model), options, providers=[(provider, CUDA_OPTIONS)], enable_fallback=0)
+        return ort.InferenceSession(str(model), options, providers=[provider])
+    except FAILURES as error:
+        raise ScoringError(f"{model} cannot be loaded: {error}") from error
 
 
 def _options(threads: int) -> ort.SessionOptions:

@@ -4,7 +4,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     @property
     def scoring_threads(self) -> int:
         """Requests that a worker scores at once, the default worked out."""
-        return self.threads or max(1, processors() // self.workers)
+        return self.threads or max(1, processors().usable // self.workers)
 
     def environment(self) -> dict[str, str]:
         """The settings as `ADRANK_*` variables, to hand them to worker processes."""
@@ -104,10 +104,18 @@ def _meant(name: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; the settings are {', '.join(known)}"
 
 
-def processors(cgroup: Path = CGROUP) -> int:
-    """Processors that this process may use: its affinity, or its cgroup's quota where that is less; at least 1."""
+class Processors(NamedTuple):
+    """How many processors this process may use, and what limits them: `affinity` or `quota`."""
+
+    usable: int
+    limit: str
+
+
+def processors(cgroup: Path = CGROUP) -> Processors:
+    """What the process's affinity leaves it, or its cgroup's quota where that is less; at least 1, parts of one do not count."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(available, int(_quota(cgroup))))
+    quota = int(_quota(cgroup))
+    return Processors(max(1, quota), "quota") if quota < available else Processors(available, "affinity")
 
 
 def _quota(cgroup: Path) -> float:

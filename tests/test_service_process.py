@@ -1,7 +1,6 @@
 """The real server in processes of its own, on real stores: what only shows there."""
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -12,57 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import bundles
-import httpx
 import pytest
-from conftest import Client, free_port, until_ready
-
-from features.state import Ad, UserState
-from service.store import RedisStore
+from conftest import Client, until_ready
+from processes import ROOT, SERVE, environment, fill, serving
 
 pytestmark = pytest.mark.anyio
-ROOT = Path(__file__).parent.parent
-SERVE = "from service.app import serve; from service.settings import load_settings; serve(load_settings())"
 TIMEOUT_MS = 100
-
-
-def environment(**settings):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("ADRANK_", "PROMETHEUS_"))}
-    return clean | {"PYTHONPATH": str(ROOT)} | {f"ADRANK_{name.upper()}": str(value) for name, value in settings.items()}
-
-
-@contextlib.asynccontextmanager
-async def serving(models, redis, **settings):
-    """The server, and a client of it, once it is ready; its log goes to a file."""
-    port = free_port()
-    log = models.parent / f"log-{port}"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVE], env=environment(models=models, redis=redis, port=port, **settings), stderr=out, stdout=out
-        )
-    try:
-        async with Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            client.process, client.log = process, log
-            async with asyncio.timeout(30):
-                while process.poll() is None:
-                    with contextlib.suppress(httpx.TransportError):
-                        await client.get("/livez")
-                        break
-                    await asyncio.sleep(0.05)
-            assert process.poll() is None, log.read_text()
-            await until_ready(client)
-            yield client
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        process.wait(15)
-
-
-async def fill(url):
-    store = RedisStore(url, timeout=2, ttl=1000, connections=4, on_damaged=lambda: None)
-    await store.put_users((f"u{i}", UserState({"age": ("25", "35")[i % 2], "income": float(i)}, [f"a{i % 30}"], [1])) for i in range(60))
-    await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
-    await store.close()
 
 
 @pytest.fixture
@@ -80,7 +34,7 @@ def test_the_service_never_imports_torch():
 
 
 def test_a_wrong_setting_stops_the_start():
-    done = subprocess.run([sys.executable, "-c", SERVE], env=environment(prot=1), capture_output=True, text=True, check=False)
+    done = subprocess.run(SERVE, env=environment(prot=1), capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "ADRANK_PROT is not a setting; did you mean ADRANK_PORT?" in done.stderr
 
@@ -90,9 +44,10 @@ def test_a_port_in_use_is_one_sentence():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = subprocess.run([sys.executable, "-c", SERVE], env=environment(port=port), capture_output=True, text=True, check=False)
+        done = subprocess.run(SERVE, env=environment(port=port), capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another with --port or ADRANK_PORT\n"
+    why = f"cannot listen on 127.0.0.1 port {port}: Address already in use"
+    assert done.stderr == f"Error: {why}; choose another with --host and --port, or ADRANK_HOST and ADRANK_PORT\n"
 
 
 async def test_two_workers_are_counted_together_and_drain(repository, filled):

@@ -68,19 +68,28 @@ def test_workers_get_the_same_settings(monkeypatch):
     assert load_settings() == settings
 
 
-@pytest.mark.parametrize(("text", "most"), [("150000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("nonsense", None)])
-def test_processors_follow_the_quota(tmp_path, text, most):
+@pytest.mark.parametrize(("text", "limit"), [("150000 100000", "quota"), ("50000 100000", "quota"), ("max 100000", ""), ("nonsense", "")])
+def test_processors_follow_the_quota(tmp_path, text, limit):
     unlimited = processors(tmp_path / "absent")
+    assert unlimited == (len(os.sched_getaffinity(0)), "affinity")
     (tmp_path / "cpu.max").write_text(text)
-    assert processors(tmp_path) == (unlimited if most is None else most)
-    assert unlimited >= 1
+    assert processors(tmp_path) == ((1, limit) if limit and unlimited.usable > 1 else unlimited)
 
 
 def test_processors_follow_an_old_quota(tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu/cpu.cfs_quota_us").write_text("100000\n")
     (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert processors(tmp_path) == 1
+    assert processors(tmp_path).usable == 1
+
+
+def test_processors_follow_the_affinity(tmp_path):
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        assert processors(tmp_path) == (1, "affinity")
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 def test_threads_are_divided_by_workers():

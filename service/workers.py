@@ -1,0 +1,307 @@
+"""`adrank serve`: one process, or several and a parent that hands each connection to the one that has the fewest.
+
+The parent accepts and the workers answer: where all of them accept, the kernel gives each connection to whoever wakes first.
+"""
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+import time
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnProcess
+
+import uvicorn
+from uvicorn.config import STARTUP_FAILURE
+
+from .server import Connection, Member, Server
+from .settings import Settings, load_settings, processors
+
+BACKLOG = 2048  # connections that wait to be accepted
+RESTART_SECONDS = 2.0
+"""From one start of a worker to the next in its place at the earliest: one that always dies must not keep the machine busy."""
+BALANCE_SECONDS = 0.5
+"""Between two looks at whether a worker has more connections than its share."""
+FULL_SECONDS = 0.05
+ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["stderr"], "level": "INFO"},
+}
+SPAWN = multiprocessing.get_context("spawn")
+
+log = logging.getLogger(__name__)
+
+
+class ListenError(RuntimeError):
+    """The address cannot be listened on; the message says why and what to do."""
+
+
+def serve(settings: Settings) -> None:
+    """Run the server until it is told to stop; requests that are on their way are answered first.
+
+    Raises:
+        ListenError: the port is not to be had.
+        SystemExit: no worker could be started.
+    """
+    listeners = listen(settings.host, settings.port)
+    os.environ.update(settings.environment())
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy, not imported yet, would start a thread for each processor of the host
+    config = _config(settings)
+    log.info("listening on %s", ", ".join(_name(listener) for listener in listeners))
+    _tell_threads(settings)
+    if settings.workers == 1:
+        server = Server(config)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(listeners)
+        if not server.started:
+            raise SystemExit(STARTUP_FAILURE)
+        return
+    with tempfile.TemporaryDirectory(prefix="adrank-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # the workers, which are fresh processes, import prometheus_client after this
+        if not asyncio.run(Parent(settings, listeners).run()):
+            raise SystemExit(STARTUP_FAILURE)
+
+
+def _tell_threads(settings: Settings) -> None:
+    usable, limit = processors()
+    scoring = f"{settings.workers} x {settings.scoring_threads} requests scored at once, {settings.intra_op_threads} thread(s) each"
+    log.info("%d processor(s) by %s; %s", usable, limit, scoring)
+    if settings.device == "cpu" and settings.workers * settings.scoring_threads * settings.intra_op_threads > usable:
+        log.warning("more is scored at once than there are processors: answers wait for each other; lower --workers to %d", usable)
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on all addresses of the host.
+
+    Raises:
+        ListenError: there are none, or the port is taken on one of them.
+    """
+    listeners: list[socket.socket] = []
+    refusal: OSError | None = None
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            try:
+                listeners.append(socket.create_server(address, family=family, backlog=BACKLOG))
+            except OSError as error:
+                refusal = error
+                if error.errno not in ABSENT:  # such as ::1 of localhost on a machine without IPv6
+                    raise
+        if refusal and not listeners:
+            raise refusal
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        why = f"cannot listen on {host} port {port}: {_reason(error)}"
+        raise ListenError(f"{why}; choose another with --host and --port, or ADRANK_HOST and ADRANK_PORT") from error
+    for listener in listeners:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each connection inherits it
+    return listeners
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
+
+
+def _name(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _config(settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        "service.app:create_from_environment",
+        factory=True,
+        http=Connection,
+        ws="none",
+        access_log=False,
+        server_header=False,
+        log_config=LOGGING,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=settings.drain_seconds,
+    )
+
+
+def work(pair: socket.socket) -> None:
+    """What a worker process does; its settings are in the environment."""
+    Member(_config(load_settings()), pair).run()
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker process as its parent sees it. `connections` were handed to it and not reported closed, the last one at `turn`."""
+
+    process: SpawnProcess
+    pair: socket.socket
+    started: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    leaving: bool = False
+    connections: int = 0
+    turn: int = 0
+    surplus: int = 0
+
+    def tell(self, message: bytes, handles: list[int]) -> bool:
+        """Whether the worker was told: not if it has hundreds of messages to read, or is gone."""
+        try:
+            socket.send_fds(self.pair, [message], handles)
+        except OSError:
+            return False
+        return True
+
+    def leave(self) -> None:
+        """Say that no more connections will come: it ends when it has answered what it has."""
+        self.ready, self.leaving = False, True
+        with contextlib.suppress(OSError):
+            self.pair.shutdown(socket.SHUT_WR)
+
+
+class Parent:
+    """Accepts connections, hands them out, and replaces workers that die."""
+
+    def __init__(self, settings: Settings, listeners: list[socket.socket]) -> None:
+        self._settings, self._listeners = settings, listeners
+        self._workers: list[Worker] = []
+        self._turns = itertools.count(1)
+        self._ending, self._ended = asyncio.Event(), asyncio.Event()
+        self._proven = self._failed = False
+
+    async def run(self) -> bool:
+        """Serve until told to stop; False where the first workers could not start."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        for _ in range(self._settings.workers):
+            self._start()
+        for listener in self._listeners:
+            listener.setblocking(False)
+        tasks = [asyncio.create_task(work) for work in (*map(self._accept, self._listeners), self._balance())]
+        await self._ending.wait()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._drain()
+        return not self._failed
+
+    def _end(self) -> None:
+        if self._ending.is_set():  # told twice: at once, then
+            self._kill()
+        self._ending.set()
+
+    async def _drain(self) -> None:
+        """Hand out what clients have connected by now, and let the workers answer."""
+        for listener in self._listeners:
+            with listener, contextlib.suppress(OSError):
+                while True:
+                    with listener.accept()[0] as connection:
+                        self._hand_over(connection)
+        for worker in self._workers:
+            if worker.ready:
+                worker.leave()
+            elif not worker.leaving:
+                worker.process.kill()
+        if self._workers:
+            limit = asyncio.get_running_loop().call_later(self._settings.drain_seconds + 5, self._kill)
+            await self._ended.wait()
+            limit.cancel()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+
+    def _start(self) -> None:
+        if self._ending.is_set():
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        worker = Worker(SPAWN.Process(target=work, args=(theirs,)), ours)
+        # It inherits the mask: Ctrl-C reaches all processes of a terminal, and only the parent is to act on it.
+        resource_tracker.ensure_running()  # else the first start does so, which unblocks the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        worker.process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        theirs.close()
+        self._workers.append(worker)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(worker.pair, self._hear, worker)
+        loop.add_reader(worker.process.sentinel, self._bury, worker)
+
+    def _hear(self, worker: Worker) -> None:
+        try:
+            closed = worker.pair.recv(32)
+        except BlockingIOError:
+            return
+        except OSError:
+            closed = b""
+        if closed:
+            worker.ready = not worker.leaving
+            self._proven = True
+            worker.connections -= int(closed)
+        else:
+            asyncio.get_running_loop().remove_reader(worker.pair)
+            worker.leave()
+
+    def _bury(self, worker: Worker) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(worker.process.sentinel)
+        loop.remove_reader(worker.pair)
+        worker.process.join()
+        worker.pair.close()
+        self._workers.remove(worker)
+        if self._ending.is_set():
+            if not self._workers:
+                self._ended.set()
+        elif self._proven:
+            log.warning("worker %d ended with exit code %s; another takes its place", worker.process.pid, worker.process.exitcode)
+            loop.call_later(max(0.0, worker.started + RESTART_SECONDS - time.monotonic()), self._start)
+        else:
+            code = worker.process.exitcode
+            log.error("worker %d ended with exit code %s before any was ready; its log above says why", worker.process.pid, code)
+            self._failed = True
+            self._end()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError as error:  # it left while it waited, or there are no more file descriptors
+                log.warning("a connection could not be accepted: %s", _reason(error))
+                await asyncio.sleep(FULL_SECONDS)
+                continue
+            with connection:  # the worker gets a handle of its own
+                while not self._hand_over(connection):
+                    await asyncio.sleep(FULL_SECONDS)
+
+    def _hand_over(self, connection: socket.socket) -> bool:
+        ready = [worker for worker in self._workers if worker.ready]
+        least = min((worker.connections for worker in ready), default=0)
+        # One more is as good as the least: beside one idle connection, one-request connections would all go to the other worker.
+        for worker in sorted(ready, key=lambda w: (max(w.connections, least + 1), w.turn)):
+            if worker.tell(b"+", [connection.fileno()]):
+                worker.connections += 1
+                worker.turn = next(self._turns)
+                return True
+        return False
+
+    async def _balance(self) -> None:
+        """Ask workers with more than their share to end some connections: their clients come back, to another.
+
+        Without it a worker that took a dead one's place would wait for new clients, and one whose clients left for others to leave.
+        """
+        while True:
+            await asyncio.sleep(BALANCE_SECONDS)
+            ready = [worker for worker in self._workers if worker.ready]
+            share = -(-sum(worker.connections for worker in ready) // max(1, len(ready)))
+            for worker in ready:
+                surplus = max(0, worker.connections - share)
+                if (surplus or worker.surplus) and worker.tell(b"%d" % surplus, []):
+                    worker.surplus = surplus

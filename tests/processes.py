@@ -1,0 +1,61 @@
+"""Real servers in processes of their own, for the tests that need them."""
+
+import asyncio
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import bundles
+import httpx
+from conftest import Client, free_port, until_ready
+
+from features.state import Ad, UserState
+from service.store import RedisStore
+
+ROOT = Path(__file__).parent.parent
+SERVE = (sys.executable, "-m", "adrank", "serve")
+
+
+def environment(**settings):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("ADRANK_", "PROMETHEUS_"))}
+    return clean | {"PYTHONPATH": str(ROOT)} | {f"ADRANK_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+@contextlib.asynccontextmanager
+async def serving(models, redis, **settings):
+    """The server, and a client of it, once it is ready; its log goes to a file."""
+    port, host = free_port(), settings.get("host", "127.0.0.1")
+    log = models.parent / f"log-{port}"
+    with log.open("wb") as out:
+        process = subprocess.Popen(SERVE, env=environment(models=models, redis=redis, port=port, **settings), stderr=out, stdout=out)
+    try:
+        async with Client(base_url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", timeout=20) as client:
+            client.process, client.log = process, log
+            async with asyncio.timeout(30):
+                while process.poll() is None:
+                    with contextlib.suppress(httpx.TransportError):
+                        await client.get("/livez")
+                        break
+                    await asyncio.sleep(0.05)
+            assert process.poll() is None, log.read_text()
+            await until_ready(client)
+            yield client
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        process.wait(15)
+
+
+async def fill(url):
+    store = RedisStore(url, timeout=2, ttl=1000, connections=4, on_damaged=lambda: None)
+    await store.put_users((f"u{i}", UserState({"age": ("25", "35")[i % 2], "income": float(i)}, [f"a{i % 30}"], [1])) for i in range(60))
+    await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
+    await store.close()
+
+
+def workers_of(client):
+    """Ids of the worker processes that ever started, in the order of their starting."""
+    return [int(pid) for pid in re.findall(r"Started server process \[(\d+)\]", client.log.read_text())]

@@ -1,0 +1,353 @@
+"""Several workers: who gets which connection, and what becomes of connections and requests when processes come and go."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import free_port
+from processes import SERVE, environment, serving, workers_of
+from prometheus_client.mmap_dict import MmapedDict
+
+from service.workers import ListenError, listen
+
+pytestmark = pytest.mark.anyio
+
+
+class Caller:
+    """One keep-alive connection, so that a test decides when it opens and closes."""
+
+    def __init__(self, client):
+        self._at = (client.base_url.host, client.base_url.port)
+        self.reader = self.writer = None
+
+    async def ask(self, path="/livez"):
+        """The status of the answer; opens the connection where it is not open, closes it where the answer says so."""
+        if self.writer is None:
+            self.reader, self.writer = await asyncio.open_connection(*self._at)
+        self.writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        head = (await self.reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        await self.reader.readexactly(length)
+        if b"connection: close" in head:
+            await self.close()
+        return int(head.split()[1])
+
+    @property
+    def port(self):
+        return self.writer.get_extra_info("sockname")[1]
+
+    async def close(self):
+        if self.writer:
+            self.writer.close()
+            with contextlib.suppress(OSError):
+                await self.writer.wait_closed()
+        self.writer = None
+
+
+def owners(client):
+    """The worker of each open connection, by the client's port."""
+    return {
+        connection.raddr.port: pid
+        for pid in workers_of(client)
+        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        for connection in psutil.Process(pid).net_connections("tcp")
+        if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == client.base_url.port
+    }
+
+
+def spread(client, callers):
+    """How many of these callers each worker has, the fewest first."""
+    having = owners(client)
+    by_worker = Counter(having.get(caller.port) for caller in callers if caller.writer)
+    alive = [pid for pid in workers_of(client) if psutil.pid_exists(pid)]
+    return sorted(by_worker[pid] for pid in alive)
+
+
+async def until_spread(client, callers, wanted):
+    """Keeps asking, which must go well, until the callers' connections are spread so."""
+    async with asyncio.timeout(20):
+        while spread(client, callers) != wanted:
+            assert [await caller.ask() for caller in callers] == [200] * len(callers)
+            await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def two_workers(repository, **settings):
+    """Two workers that are both ready, without any connection of this test."""
+    async with serving(repository, "memory://", workers=2, **settings) as client:
+        await until_both_are_ready(client)
+        client.callers = [Caller(client) for _ in range(8)]
+        try:
+            yield client
+        finally:
+            for caller in client.callers:
+                await caller.close()
+
+
+async def until_both_are_ready(client):
+    """Waits until new connections go to both: each worker alive gets one of two that are open at once."""
+    async with asyncio.timeout(30):
+        while True:
+            pair = [Caller(client), Caller(client)]
+            for caller in pair:
+                await caller.ask()
+            having = owners(client)
+            both = {having.get(caller.port) for caller in pair if caller.writer} - {None}
+            for caller in pair:
+                await caller.close()
+            if len(both) == 2:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_connections_are_shared_evenly_however_they_are_opened(repository):
+    async with two_workers(repository) as client:
+        callers = client.callers
+        assert await asyncio.gather(*(caller.ask() for caller in callers)) == [200] * 8
+        assert spread(client, callers) == [4, 4]  # opened at once
+        for caller in callers:
+            await caller.close()
+        for caller in callers:
+            await caller.ask()
+        assert spread(client, callers) == [4, 4]  # opened one by one
+        for closing in (callers[:3], callers[::2], callers[5:]):
+            for caller in closing:
+                await caller.close()
+            for caller in closing:
+                await caller.ask()
+            # Some closed and opened again: within one of each other is as good as even, and what is not is evened out.
+            await until_spread(client, callers, [4, 4])
+
+
+async def test_a_worker_whose_callers_left_gets_some_of_the_others(repository):
+    async with two_workers(repository) as client:
+        for caller in client.callers:
+            await caller.ask()
+        having = owners(client)
+        left = having[client.callers[0].port]
+        staying = [caller for caller in client.callers if having[caller.port] != left]
+        for caller in set(client.callers) - set(staying):
+            await caller.close()
+        assert spread(client, staying) == [0, 4]
+        await until_spread(client, staying, [2, 2])
+
+
+async def test_connections_of_one_request_each_are_shared_too(repository):
+    async with two_workers(repository) as client:
+        (folder,) = (
+            line.partition("=")[2]
+            for line in Path(f"/proc/{workers_of(client)[0]}/environ").read_text().split("\0")
+            if line.startswith("PROMETHEUS_MULTIPROC_DIR=")
+        )
+
+        def answered():
+            return [
+                sum(value for key, value, *_ in MmapedDict.read_all_values_from_file(path) if '"/readyz"' in key and "_total" in key)
+                for path in sorted(Path(folder).glob("counter_*.db"))
+            ]
+
+        async def ask(times):
+            for _ in range(times):
+                caller = Caller(client)
+                assert await caller.ask("/readyz") == 200
+                await caller.close()
+
+        for at_once in (1, 4):
+            before = answered()
+            await asyncio.gather(*(ask(100 // at_once) for _ in range(at_once)))
+            async with asyncio.timeout(10):
+                while sum(answered()) - sum(before) < 100:
+                    await asyncio.sleep(0.05)
+            assert min(now - then for now, then in zip(answered(), before, strict=True)) >= 40
+
+
+async def test_a_worker_that_is_killed_is_replaced_and_gets_its_share(repository):
+    async with two_workers(repository) as client:
+        for caller in client.callers:
+            await caller.ask()
+        victim = workers_of(client)[0]
+        os.kill(victim, signal.SIGKILL)
+        async with asyncio.timeout(30):
+            while len(workers_of(client)) < 3 or spread(client, client.callers) != [4, 4]:
+                for caller in client.callers:
+                    try:
+                        assert await caller.ask() == 200
+                    except (OSError, asyncio.IncompleteReadError):
+                        await caller.close()
+                await asyncio.sleep(0.02)
+        assert f"worker {victim} ended with exit code -9; another takes its place" in client.log.read_text()
+
+
+async def ask_until_refused(client, caller, keep, asked):
+    """Requests until no connection can be had any more; each that could be sent must be answered well."""
+    while True:
+        try:
+            if caller.writer is None:
+                caller.reader, caller.writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+        except ConnectionRefusedError:
+            return
+        assert await caller.ask() == 200
+        asked[keep] += 1
+        if not keep:
+            await caller.close()
+        await asyncio.sleep(0.01)
+
+
+async def drained(client, stop, until):
+    """Keeps asking while processes are stopped; none of it may fail."""
+    asked = Counter()
+    asking = [asyncio.create_task(ask_until_refused(client, caller, i < 6, asked)) for i, caller in enumerate(client.callers)]
+    await asyncio.sleep(0.3)
+    stop()
+    await until(asking)
+    return asked
+
+
+async def test_sigterm_answers_all_that_was_asked(repository):
+    async with two_workers(repository) as client:
+        asked = await drained(client, client.process.terminate, lambda asking: asyncio.gather(*asking))
+        assert client.process.wait(15) == 0
+        assert min(asked[True], asked[False]) > 10
+        assert not any(psutil.pid_exists(pid) for pid in workers_of(client))
+        assert "Traceback" not in client.log.read_text()
+
+
+async def test_one_worker_answers_all_that_was_asked_too(repository):
+    async with serving(repository, "memory://") as client:
+        client.callers = [Caller(client) for _ in range(6)]
+        await drained(client, client.process.terminate, lambda asking: asyncio.gather(*asking))
+        for caller in client.callers:
+            await caller.close()
+        assert client.process.wait(15) == -signal.SIGTERM
+        assert "Traceback" not in client.log.read_text()
+
+
+async def test_a_worker_that_is_told_to_end_is_replaced_and_loses_nothing(repository):
+    async with two_workers(repository) as client:
+        told = workers_of(client)[0]
+
+        async def until(asking):
+            async with asyncio.timeout(30):
+                while psutil.pid_exists(told) or len(workers_of(client)) < 3:
+                    await asyncio.sleep(0.05)
+            assert not any(task.done() for task in asking)
+            client.process.terminate()
+            await asyncio.gather(*asking)
+
+        await drained(client, lambda: os.kill(told, signal.SIGTERM), until)
+        assert f"worker {told} ended with exit code 0; another takes its place" in client.log.read_text()
+
+
+async def test_ctrl_c_ends_all_processes_without_a_traceback(repository):
+    async with two_workers(repository) as client:
+        await client.callers[0].ask()
+        for pid in (client.process.pid, *workers_of(client)):  # as a terminal does
+            os.kill(pid, signal.SIGINT)
+        assert client.process.wait(15) == 0
+        assert not any(psutil.pid_exists(pid) for pid in workers_of(client))
+        assert "Traceback" not in client.log.read_text()
+
+
+async def test_ctrl_c_while_workers_start_ends_all_without_a_traceback(repository):
+    settings = environment(models=repository, redis="memory://", port=free_port(), workers=2)
+    process = subprocess.Popen(SERVE, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    async with asyncio.timeout(20):
+        while len([child for child in psutil.Process(process.pid).children() if "spawn_main" in "".join(child.cmdline())]) < 2:
+            await asyncio.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = await asyncio.to_thread(process.communicate, timeout=15)
+    assert process.returncode == 0, said
+    assert b"Traceback" not in said
+
+
+async def test_workers_end_when_their_parent_is_killed(repository):
+    async with two_workers(repository) as client:
+        await client.callers[0].ask()
+        client.process.kill()
+        async with asyncio.timeout(15):
+            while any(psutil.pid_exists(pid) for pid in workers_of(client)):
+                await asyncio.sleep(0.05)
+        assert "Traceback" not in client.log.read_text()
+
+
+async def test_while_a_worker_stands_still_the_other_answers_and_then_it_does(repository):
+    async with two_workers(repository) as client:
+        standing = workers_of(client)[0]
+        os.kill(standing, signal.SIGSTOP)
+        try:
+            asking = [asyncio.create_task(caller.ask()) for caller in client.callers]
+            async with asyncio.timeout(10):
+                while sum(task.done() for task in asking) < 4:
+                    await asyncio.sleep(0.02)
+        finally:
+            os.kill(standing, signal.SIGCONT)
+        assert await asyncio.gather(*asking) == [200] * 8
+
+
+async def test_a_worker_that_cannot_start_ends_the_service_and_says_why(tmp_path):
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('this one is broken')")
+    settings = environment(models=tmp_path, redis="memory://", port=free_port(), workers=2)
+    settings["PYTHONPATH"] = f"{tmp_path}:{settings['PYTHONPATH']}"
+    done = await asyncio.to_thread(subprocess.run, SERVE, env=settings, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 3
+    assert "this one is broken" in done.stderr
+    assert "ended with exit code 1 before any was ready; its log above says why" in done.stderr
+
+
+async def test_a_process_has_no_threads_but_its_own_and_says_what_it_was_sized_to(repository):
+    async with serving(repository, "memory://", threads=1) as client:
+        await client.rank()
+        # The loop, the one that scores, asyncio's for blocking work, and one that onnxruntime starts when it is imported.
+        assert psutil.Process(client.process.pid).num_threads() <= 4
+        count = len(os.sched_getaffinity(0))
+        assert re.search(rf"[1-{count}] processor\(s\) by (affinity|quota); 1 x 1 requests scored at once", client.log.read_text())
+        assert "more is scored at once" not in client.log.read_text()
+
+
+async def test_more_workers_than_processors_are_warned_of(repository):
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        async with serving(repository, "memory://", workers=2) as client:
+            assert "1 processor(s) by affinity; 2 x 1 requests" in client.log.read_text()
+            assert "answers wait for each other; lower --workers to 1" in client.log.read_text()
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_it_listens_on_ipv6(repository, workers):
+    with contextlib.closing(socket.socket(socket.AF_INET6)) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+    async with serving(repository, "memory://", host="::1", workers=workers) as client:
+        assert (await client.get("/livez")).status_code == 200
+        assert f"listening on http://[::1]:{client.base_url.port}" in client.log.read_text()
+
+
+async def test_all_addresses_of_a_name_are_listened_on():
+    addresses = {info[4][0] for info in socket.getaddrinfo("localhost", 1, type=socket.SOCK_STREAM)}
+    listeners = listen("localhost", free_port())
+    try:
+        assert {listener.getsockname()[0] for listener in listeners} <= addresses
+        assert "127.0.0.1" in {listener.getsockname()[0] for listener in listeners}
+        assert all(listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for listener in listeners)
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])
+async def test_an_address_that_is_not_ours_is_refused_with_a_sentence(host):
+    with pytest.raises(ListenError, match=rf"^cannot listen on {host} port 8000: .+; choose another with --host and --port"):
+        listen(host, 8000)
