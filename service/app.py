@@ -148,7 +148,6 @@ def open_store(settings: Settings, on_damaged: Callable[[], None] = lambda: None
         settings.redis,
         timeout=settings.store_timeout_ms / 1000,
         ttl=settings.user_ttl_seconds,
-        connections=settings.max_inflight + 4,
         on_damaged=on_damaged,
     )
 
