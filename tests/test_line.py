@@ -190,13 +190,20 @@ async def test_the_greeting_comes_first_and_one_that_is_refused_is_told(echo):
 def test_a_reply_that_came_while_the_loop_was_busy_is_no_timeout(new_loop):
     server = Server("valkey")
 
+    async def block(seconds):
+        time.sleep(seconds)  # as a model does that runs on the event loop
+
     async def ask():
         line = Line(Address("127.0.0.1", server.port), 0.02)
         await line.ask(b"SET", b"k", b"v")
         for busy in (0.03, 0.1):
-            asking = asyncio.ensure_future(line.ask(b"GET", b"k"))
+            asking = asyncio.create_task(line.ask(b"GET", b"k"))
+            blocking = asyncio.create_task(block(busy))  # in the same turn of the loop, so that uvloop has sent nothing yet
+            assert await asking == b"v"
+            await blocking
+            asking = asyncio.create_task(line.ask(b"GET", b"k"))
             await asyncio.sleep(0)  # it is sent
-            time.sleep(busy)  # as a model does that runs on the event loop
+            time.sleep(busy)
             assert await asking == b"v"
         server.pause()
         with pytest.raises(TimeoutError):  # the guard does not wait for ever
