@@ -18,10 +18,6 @@ REFUSED_SECONDS = 0.1
 """How long after a failed attempt to connect nobody tries again: a store that is down is not to be asked once a request."""
 SILENT_SECONDS = 1.0
 """A connection that owes replies and has been silent for so long is given up, since it may be half open."""
-GRACE_SECONDS = 0.002
-"""A last look after the timeout. A model that runs on the event loop keeps replies from being read, and with uvloop even
-commands from being sent, which is done when all that is ready has run: the store is not to be blamed for that.
-"""
 MOST_WAITING = 10_000
 NOT_SERVING = ("LOADING", "NOAUTH", "WRONGPASS", "ERR max number of clients reached")
 _INCOMPLETE = object()
@@ -134,7 +130,7 @@ class _Connection(asyncio.Protocol):
         self._waiting.append((future, until))
         self._transport.write(hiredis.pack_command(command))  # type: ignore[arg-type]  # its stub wants one word
         if self._timer is None:
-            self._timer = self._loop.call_at(until, self._look_again, until)
+            self._timer = self._loop.call_at(until, self._give_up, until)
         return future
 
     def connection_made(self, transport: Any) -> None:
@@ -163,16 +159,15 @@ class _Connection(asyncio.Protocol):
                 future.set_exception(LostError(f"the connection was lost: {exc or 'the server closed it'}"))
         self._waiting.clear()
 
-    def _look_again(self, overdue: float) -> None:
-        self._timer = self._loop.call_later(GRACE_SECONDS, self._give_up, overdue)
-
     def _give_up(self, overdue: float) -> None:
-        """Time is up for those who wait until `overdue`."""
+        """Time is up for those who wait until `overdue`. Asyncio and uvloop both read their sockets before they run timers, so a
+        reply that came while a model kept the event loop is not blamed on the store; `asyncio.timeout` would drop it.
+        """
         for future, until in self._waiting:
             if until <= overdue and not future.done():
                 future.set_exception(TimeoutError())
         following = min((until for future, until in self._waiting if not future.done()), default=None)
-        self._timer = None if following is None else self._loop.call_at(following, self._look_again, following)
+        self._timer = None if following is None else self._loop.call_at(following, self._give_up, following)
         if self._waiting and self._loop.time() - self._heard > self._silence:
             self.close()
 
