@@ -132,6 +132,7 @@ def load(data: Path, redis: str | None) -> None:
 @click.option("--port", type=int, help="Port to listen on; default 8000.")
 @click.option("--workers", type=int, help="Processes; default 1.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to score; default cpu.")
+@click.option("--precision", type=click.Choice(["float32", "int8"]), help="int8 where a bundle has it; default float32.")
 def serve(**flags: Any) -> None:
     """Answer POST /rank. Every flag is also a variable, such as ADRANK_PORT."""
     from service.settings import load_settings

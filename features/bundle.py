@@ -75,6 +75,11 @@ class Bundle:
     vocabularies: Vocabularies
     manifest: Mapping[str, Any]
 
+    @property
+    def files(self) -> frozenset[str]:
+        """Names of its files, each checked against its digest."""
+        return frozenset(self.manifest["files"])
+
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder of this bundle's schema and vocabularies."""

@@ -19,6 +19,10 @@ Feeds = dict[str, np.ndarray[Any, Any]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
+IDENTITIES = frozenset(IDENTITY.values())
+_NO_NUMBERS: Numbers = np.zeros((1, 0), np.float32)
+
+
 class FieldError(ValueError):
     """A value does not fit its field. Carries where, so that a caller can point at it; `row` is a candidate's position."""
 
@@ -74,6 +78,11 @@ def _text(field: Field, value: object) -> str:
     raise FieldError(field.side, field.name, "expected a text or a whole number")
 
 
+def _missing(field: Field) -> int:
+    """The first id of a category or a list that is missing."""
+    return UNKNOWN if field.missing == "unknown" else PADDING
+
+
 class Encoder:
     """Encodes fields as a schema and its vocabularies say."""
 
@@ -87,8 +96,8 @@ class Encoder:
         ad = self.layouts["ad"]
         columns = {slot.field.name: slot for slot in (*ad.ids, *ad.numbers)}
         history = [columns[name] for name in schema.history_fields]
-        self.history_ids = [c for s in history if s.field.kind != "number" for c in range(s.start, s.stop)]
-        self.history_numbers = [s.start for s in history if s.field.kind == "number"]
+        self.history_ids = np.array([c for s in history if s.field.kind != "number" for c in range(s.start, s.stop)], np.int64)
+        self.history_numbers = np.array([s.start for s in history if s.field.kind == "number"], np.int64)
 
     def encode(self, side: Side, columns: Mapping[str, Sequence[Any]], rows: int) -> Block:
         """Encode `rows` rows of one side, given as clean columns by field name; an absent column is missing throughout."""
@@ -102,14 +111,14 @@ class Encoder:
         return Block(ids, numbers)
 
     def _ids(self, field: Field, values: Sequence[Any] | None, rows: int) -> Ids:
-        missing = UNKNOWN if field.missing == "unknown" else PADDING
+        missing = _missing(field)
         if values is None:
             ids = np.zeros((rows, field.length), np.int64)
         elif field.kind == "category":
             ids = self.vocabularies.categories[field.vocabulary].encode(values)[:, None]
         else:
             ids = self._lists(field, values)
-        if missing:
+        if missing != PADDING:
             ids[ids[:, 0] == PADDING, 0] = missing
         return ids
 
@@ -137,10 +146,48 @@ class Encoder:
         Raises:
             FieldError: a name that the schema does not have, or a value that does not fit its field.
         """
-        columns: dict[str, Sequence[Any]] = {} if identity is None else {IDENTITY[side]: [identity]}
-        for name, value in features.items():
-            columns[name] = [clean(self._sendable(side, name), value)]
-        return self.encode(side, columns, 1)
+        ids, numbers = self._row(side, features, identity)
+        return Block(np.array([ids], np.int64), np.concatenate([_NO_NUMBERS, *numbers], 1))
+
+    def encode_user(self, user_id: str, user: Features, context: Features) -> Block:
+        """The row of the part `user`: the user's fields, then the context's. Raises as `encode_one` does."""
+        (ids, numbers), (more_ids, more_numbers) = self._row("user", user, user_id), self._row("context", context, None)
+        return Block(np.array([ids + more_ids], np.int64), np.concatenate([_NO_NUMBERS, *numbers, *more_numbers], 1))
+
+    def _row(self, side: Side, features: Features, identity: str | None) -> tuple[list[int], list[Numbers]]:
+        """Ids and numbers `(1, 1)` of one row. Value by value, since a column of one costs as much as a column of hundreds."""
+        values: dict[str, Any] = {name: clean(self._sendable(side, name), value) for name, value in features.items()}
+        if identity is not None:
+            values[IDENTITY[side]] = identity
+        ids: list[int] = []
+        for slot in self.sides[side].ids:
+            ids += self._ids_of_one(slot.field, values.get(slot.field.name))
+        return ids, [self._numbers(slot.field, [values.get(slot.field.name)], 1)[:, None] for slot in self.sides[side].numbers]
+
+    def _ids_of_one(self, field: Field, value: Any) -> list[int]:
+        lookup = self.vocabularies.categories[field.vocabulary]
+        if field.kind == "category":
+            return [lookup.id(value) or _missing(field)]
+        found = [lookup.id(element) for element in value[: field.length]] if value else [_missing(field)]
+        return found + [PADDING] * (field.length - len(found))
+
+    def usable(self, side: Side, stored: Features) -> tuple[dict[str, Value], int]:
+        """Clean stored features that the schema knows, and how many it knows but cannot read: they are not the caller's fault."""
+        kept: dict[str, Value] = {}
+        mistyped = 0
+        for name, value in stored.items():
+            known = self._fields.get((side, name))
+            if known is not None and name not in IDENTITIES:
+                try:
+                    kept[name] = clean(known, value)
+                except FieldError:
+                    mistyped += 1
+        return kept, mistyped
+
+    def newest(self, history: Sequence[str]) -> Sequence[str]:
+        """The behaviours that the schema has room for, of a history that ends with the newest."""
+        length = self.schema.history_length
+        return history[max(0, len(history) - length) :] if length else ()
 
     def unknown_ads(self, ad_ids: Sequence[str]) -> Block:
         """Ads of which only the id is known: every other category is unknown, every number missing."""
@@ -153,7 +200,7 @@ class Encoder:
 
     def history_of(self, ads: Block) -> Block:
         """The history's columns of encoded ads `(..., width)`: what a behaviour on each of them is."""
-        return Block(ads.ids[..., self.history_ids], ads.numbers[..., self.history_numbers])
+        return Block(ads.ids.take(self.history_ids, -1), ads.numbers.take(self.history_numbers, -1))
 
     def overlay(self, block: Block, sent: Mapping[int, Features]) -> None:
         """Write the features sent with candidates, by position, over their rows of an ad block.
@@ -179,15 +226,15 @@ class Encoder:
             block.numbers[rows, slot.start] = self._numbers(slot.field, values, len(rows))
 
     def feeds(self, blocks: Mapping[str, Block]) -> Feeds:
-        """The tensors that a network takes, by name, from the blocks of a request; blocks without columns are left out."""
+        """The tensors that a network takes, by name, from the blocks of one request; blocks without columns are left out."""
         return {
-            name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)
+            name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)[None if part != "user" else ...]
             for name, (part, _) in self.tensors.items()
         }
 
     def _sendable(self, side: Side, name: str) -> Field:
         known = self._fields.get((side, name))
-        if known is None or name in IDENTITY.values():
+        if known is None or name in IDENTITIES:
             raise FieldError(side, name, f"the schema {self.schema.name!r} has no such {side} feature")
         return known
 
@@ -212,6 +259,10 @@ class AdTable:
     def block(self) -> Block:
         """All rows, the padding ad first; views into the table, not copies."""
         return self._block.take(slice(len(self._rows) + 1))
+
+    def take(self, rows: Ids) -> Block:
+        """A copy of the rows."""
+        return Block(self._block.ids.take(rows, 0), self._block.numbers.take(rows, 0))
 
     def rows(self, ad_ids: Sequence[str]) -> Ids:
         """Row of each ad, 0 where the table does not have it."""
@@ -257,51 +308,26 @@ class Request:
     sent: Mapping[int, Features] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What an ad table has of a request, copied out of it: candidates `ads (C, ...)`, behaviours `history (T, ...)`.
-
-    `known (C,)` says which candidates are in the catalogue, `behaviours` which ads the rows of the history are.
-    """
-
-    ads: Block
-    known: Mask
-    history: Block
-    seen: Mask
-    behaviours: Sequence[str]
-
-
-def look_up(table: AdTable, request: Request) -> Found:
-    """The ads of a request. Quick, and the only step that touches the table: `encode_found` may run in another thread."""
-    rows = table.rows(request.candidates)
-    length = table.encoder.schema.history_length
-    behaviours = request.history[max(0, len(request.history) - length) :] if length else []
-    behaved = table.rows(behaviours) if behaviours else np.zeros(1, np.int64)
-    return Found(table.block.take(rows), table.active(rows), table.block.take(behaved), behaved[: len(behaviours)] > 0, behaviours)
-
-
-def encode_found(encoder: Encoder, request: Request, found: Found) -> Feeds:
-    """Tensors of one request `(1, ...)`. Takes `found` over and writes into it.
-
-    Raises:
-        FieldError: a feature that the schema does not have, or a value that does not fit its field.
-    """
-    user = encoder.encode_one("user", request.user, request.user_id).beside(encoder.encode_one("context", request.context))
-    _fill_unknown(encoder, found.ads, request.candidates, ~found.known)
-    encoder.overlay(found.ads, request.sent)
-    _fill_unknown(encoder, found.history, found.behaviours, ~found.seen)
-    history = encoder.history_of(found.history)
-    return encoder.feeds({"user": user, "history": history.take(np.s_[None]), "ad": found.ads.take(np.s_[None])})
-
-
 def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
     """Tensors of one request `(1, ...)`, and which candidates `(C,)` the table knows.
 
     Raises:
         FieldError: a feature that the schema does not have, or a value that does not fit its field.
     """
-    found = look_up(table, request)
-    return encode_found(table.encoder, request, found), found.known
+    encoder = table.encoder
+    user = encoder.encode_user(request.user_id, request.user, request.context)
+    rows = table.rows(request.candidates)
+    ads, known = table.take(rows), table.active(rows)
+    if not known.all():
+        _fill_unknown(encoder, ads, request.candidates, ~known)
+    if request.sent:
+        encoder.overlay(ads, request.sent)
+    behaviours = encoder.newest(request.history)
+    behaved = table.rows(behaviours) if behaviours else np.zeros(1, np.int64)
+    past = table.take(behaved)
+    if behaviours and not behaved.all():
+        _fill_unknown(encoder, past, behaviours, behaved == 0)
+    return encoder.feeds({"user": user, "history": encoder.history_of(past), "ad": ads}), known
 
 
 def _fill_unknown(encoder: Encoder, ads: Block, ad_ids: Sequence[str], unknown: Mask) -> None:

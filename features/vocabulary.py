@@ -28,18 +28,20 @@ class Vocabulary:
         self._ids: dict[str | None, int] = {value: i for i, value in enumerate(self.values, FIRST)}
         if len(self._ids) != len(self.values):
             raise ValueError("a vocabulary names a value twice")
+        self._ids[None] = PADDING
 
     @property
     def size(self) -> int:
         """Ids in use, padding and unknown included: the height of an embedding table."""
         return len(self.values) + FIRST
 
+    def id(self, value: str | None) -> int:
+        """The id of one value; None is padding."""
+        return self._ids.get(value, UNKNOWN)
+
     def encode(self, values: Sequence[str | None]) -> Ids:
-        """Ids `(n,)` of the values; None is padding."""
-        ids = np.fromiter(map(self._ids.get, values, repeat(UNKNOWN)), np.int64, len(values))
-        if None in values:
-            ids[[value is None for value in values]] = PADDING
-        return ids
+        """Ids `(n,)` of the values, each as `id` gives it."""
+        return np.fromiter(map(self._ids.get, values, repeat(UNKNOWN)), np.int64, len(values))
 
 
 class HashBuckets:
@@ -53,11 +55,13 @@ class HashBuckets:
         """Ids in use, padding and unknown included."""
         return self.buckets + FIRST
 
+    def id(self, value: str | None) -> int:
+        """The id of one value; None is padding. CRC-32 because it is stable across machines and fast."""
+        return PADDING if value is None else FIRST + zlib.crc32(value.encode()) % self.buckets
+
     def encode(self, values: Sequence[str | None]) -> Ids:
-        """Ids `(n,)` of the values; None is padding. CRC-32 because it is stable across machines and fast."""
-        buckets = self.buckets
-        ids = (PADDING if value is None else FIRST + zlib.crc32(value.encode()) % buckets for value in values)
-        return np.fromiter(ids, np.int64, len(values))
+        """Ids `(n,)` of the values, each as `id` gives it."""
+        return np.fromiter(map(self.id, values), np.int64, len(values))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,16 @@
 
 import asyncio
 import logging
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import pydantic_core
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import errors
@@ -21,8 +20,10 @@ from .metrics import CONTENT_TYPE, Metrics, Stages
 from .ranker import Query, Ranker
 from .requests import locate, parse_request, sent_request_id, to_query
 from .settings import Settings
-from .wire import Problem, RankAnswer, RankRequest, answer
+from .wire import Problem, RankAnswer, RankRequest, Wire, answer
 
+RANKED = {"/rank": "rank", "/v1/rank": "rank_v1"}
+"""The paths that rank, and their names in the OpenAPI document."""
 REFERENCE = "#/components/schemas/{model}"
 ROUTES = frozenset({"/rank", "/v1/rank", "/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/docs", "/openapi.json"})
 
@@ -31,85 +32,118 @@ def _content(kind: str, model: str) -> dict[str, Any]:
     return {"content": {kind: {"schema": {"$ref": REFERENCE.format(model=model)}}}}
 
 
-RANK_ERRORS: dict[int | str, dict[str, Any]] = {
-    kind.status: {"description": kind.title, **_content("application/problem+json", "Problem")}
+RANK_ERRORS: dict[str, dict[str, Any]] = {
+    str(kind.status): {"description": kind.title, **_content("application/problem+json", "Problem")}
     for error, kind in errors.KINDS.items()
     if error is not errors.CallerLeftError
 }
-RANK_BODY = {"requestBody": {"required": True, **_content("application/json", "RankRequest")}}
+MODELS: tuple[tuple[type[Wire], Literal["validation", "serialization"]], ...] = (
+    (RankRequest, "validation"),
+    (RankAnswer, "serialization"),
+    (Problem, "validation"),
+)
+RANK_OPERATION = {
+    "summary": "Rank",
+    "description": "Rank ads for a user, the likeliest click first.",
+    "requestBody": {"required": True, **_content("application/json", "RankRequest")},
+    "responses": {"200": {"description": "Successful Response", **_content("application/json", "RankAnswer")}, **RANK_ERRORS},
+}
 
 log = logging.getLogger(__name__)
 Health = Callable[[], Awaitable[dict[str, Any]]]
 
 
-def rank_routes(ranker: Ranker, metrics: Metrics, settings: Settings) -> APIRouter:
-    """`POST /rank` and `/v1/rank`."""
-    router = APIRouter()
-    places = asyncio.Semaphore(settings.max_inflight)
+class RankEndpoint:
+    """`POST /rank` and `/v1/rank`, as plain ASGI: a framework's way from a request to an answer costs more than the ranking."""
 
-    @router.post("/rank", responses={200: {"model": RankAnswer}, **RANK_ERRORS}, openapi_extra=RANK_BODY, operation_id="rank")
-    @router.post("/v1/rank", responses={200: {"model": RankAnswer}, **RANK_ERRORS}, openapi_extra=RANK_BODY, operation_id="rank_v1")
-    async def rank(request: Request) -> Response:
+    def __init__(self, ranker: Ranker, metrics: Metrics, settings: Settings) -> None:
+        self._ranker, self._metrics, self._settings = ranker, metrics, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Rank ads for a user, the likeliest click first."""
-        if places.locked():
-            raise errors.OverLimitError(f"{settings.max_inflight} requests are being ranked already; try again")
-        async with places:
-            with metrics.ranking() as stages:
-                return Response(await _rank(request, stages), media_type="application/json")
-
-    async def _rank(request: Request, stages: Stages) -> bytes:
-        body = await read_body(request, settings.max_body_bytes, settings.body_timeout_ms / 1000)
-        with stages.stage("parse"):
-            wire, query = _read(request, body, settings.max_candidates)
-        request.state.observed.model = ranker.models.label(query.model)
         try:
-            ranking = await ranker.rank(query, stages)
+            body = await self._answer(scope, receive)
+        except ServiceError as error:
+            kind = errors.KINDS[type(error)]
+            if kind.retry_after is not None:
+                self._metrics.shed(kind.code)
+            await problem(scope, kind, error.detail, error.mistakes)(scope, receive, send)
+            return
+        headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _answer(self, scope: Scope, receive: Receive) -> bytes:
+        settings, metrics = self._settings, self._metrics
+        if metrics.under_way >= settings.max_inflight:
+            raise errors.OverLimitError(f"{settings.max_inflight} requests are being ranked already; try again")
+        metrics.under_way += 1
+        try:
+            body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_ms / 1000)
+            return await self._rank(scope["state"], body)
+        finally:
+            metrics.under_way -= 1
+
+    async def _rank(self, state: dict[str, Any], body: bytes) -> bytes:
+        stages: Stages = state["observed"]
+        stages.enter("parse")
+        wire, query = _read(state, body, self._settings.max_candidates)
+        stages.model = self._ranker.models.label(query.model)
+        try:
+            ranking = await self._ranker.rank(query, stages)
         except errors.InvalidError as error:
             raise errors.InvalidError(error.detail, [locate(wire, mistake) for mistake in error.mistakes]) from None
-        with stages.stage("post"):
-            return answer(request.state.request_id, ranking, stages)
-
-    return router
+        return answer(state["request_id"], ranking, stages)
 
 
-def _read(request: Request, body: bytes, most: int) -> tuple[RankRequest, Query]:
+def _read(state: dict[str, Any], body: bytes, most: int) -> tuple[RankRequest, Query]:
     """The request, its id noted for the answer even if the rest of it is wrong."""
     try:
         wire = parse_request(body)
-        request.state.request_id = wire.request_id or request.state.request_id
+        state["request_id"] = wire.request_id or state["request_id"]
         return wire, to_query(wire, most)
     except errors.InvalidError:
-        request.state.request_id = sent_request_id(body) or request.state.request_id
+        state["request_id"] = sent_request_id(body) or state["request_id"]
         raise
 
 
-async def read_body(request: Request, limit: int, seconds: float) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit: int, seconds: float) -> bytes:
     """The body, of at most `limit` bytes however it is sent, arriving within `seconds`.
 
     Raises:
         ServiceError: it is not JSON by its type, too large, too slow, or its sender left.
     """
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
+    if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
         raise errors.NotJsonTypeError("send the header Content-Type: application/json")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise errors.NotJsonTypeError("send the body as it is, without a Content-Encoding")
-    declared = request.headers.get("content-length", "0")
-    too_large = errors.TooLargeError(f"the body is over the limit of {limit} bytes")
-    if declared.isdecimal() and int(declared) > limit:
-        raise too_large
-    body = bytearray()
+    declared = headers.get(b"content-length", b"0")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit)
     try:
         async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise too_large
+            return await _whole(receive, limit)
     except TimeoutError:
         raise errors.SlowBodyError(f"the body did not arrive within {seconds:g} s") from None
-    except ClientDisconnect:
-        raise errors.CallerLeftError("the caller left before the body was whole") from None
-    return bytes(body)
+
+
+async def _whole(receive: Receive, limit: int) -> bytes:
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise errors.CallerLeftError("the caller left before the body was whole")
+        parts.append(message.get("body", b""))
+        size, more = size + len(parts[-1]), message.get("more_body", False)
+        if size > limit:
+            raise _too_large(limit)
+    return b"".join(parts)
+
+
+def _too_large(limit: int) -> errors.TooLargeError:
+    return errors.TooLargeError(f"the body is over the limit of {limit} bytes")
 
 
 def state_routes(ranker: Ranker, metrics: Metrics, health: Health) -> APIRouter:
@@ -134,6 +168,7 @@ def state_routes(ranker: Ranker, metrics: Metrics, health: Health) -> APIRouter:
     async def exposition() -> Response:
         """The metrics, for Prometheus."""
         ranker.catalogue.observe()
+        metrics.flush()
         return Response(await asyncio.to_thread(metrics.exposition), headers={"content-type": CONTENT_TYPE})
 
     @router.get("/v1/models")
@@ -141,7 +176,13 @@ def state_routes(ranker: Ranker, metrics: Metrics, health: Health) -> APIRouter:
         """The models that are loaded, and those that were refused."""
         known = ranker.models
         loaded = [
-            {**model.facts(), "default": name == known.default, "provider": model.scorer.provider, "loaded": model.loaded}
+            {
+                **model.facts(),
+                "default": name == known.default,
+                "provider": model.scorer.provider,
+                "precision": model.precision,
+                "loaded": model.loaded,
+            }
             for name, model in sorted(known.loaded.items())
         ]
         return _json({"models": loaded, "refused": known.refused})
@@ -180,56 +221,46 @@ def problem(scope: Scope, kind: Kind, detail: str, mistakes: Sequence[Mistake] =
 
 
 class Edge:
-    """The process's edge: every request gets an id, is counted and timed, and whatever goes wrong inside becomes a problem."""
+    """The process's edge: every request gets an id, is counted and timed, and whatever goes wrong inside becomes a problem.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    Rankings leave for their endpoint from here; all else is FastAPI's.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, rank: RankEndpoint) -> None:
+        self._app, self._metrics, self._rank = app, metrics, rank
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
-        state["request_id"] = uuid.uuid4().hex
-        with self._metrics.request(scope["path"] if scope["path"] in ROUTES else "other") as state["observed"]:
-            async with _whatever_happens(scope, receive, send) as noting:
-                await self._app(scope, receive, noting)
-            state["observed"].finish()
+        path, state = scope["path"], scope.setdefault("state", {})
+        state["request_id"] = os.urandom(16).hex()
+        state["observed"] = stages = self._metrics.begin(path if path in ROUTES else "other")
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [*message["headers"], (b"x-request-id", state["request_id"].encode())]
+            await send(message)
+
+        try:
+            await (self._rank if path in RANKED and scope["method"] == "POST" else self._app)(scope, receive, noting)
+            stages.finish()
+        except Exception:
+            log.exception("request %s failed in a way nobody foresaw", state["request_id"])
+            response = problem(scope, errors.UNEXPECTED, "the service made a mistake; its log has it under this request_id")
+            if begun:
+                raise
+            await response(scope, receive, noting)
+        finally:
+            self._metrics.end(stages)
 
 
-@asynccontextmanager
-async def _whatever_happens(scope: Scope, receive: Receive, send: Send) -> AsyncIterator[Send]:
-    """A `send` that adds the request's id; what nobody foresaw is logged, and answered if no answer has begun."""
-    begun = False
-
-    async def noting(message: Message) -> None:
-        nonlocal begun
-        if message["type"] == "http.response.start":
-            begun = True
-            message["headers"] = [*message["headers"], (b"x-request-id", scope["state"]["request_id"].encode())]
-        await send(message)
-
-    try:
-        yield noting
-    except Exception:
-        log.exception("request %s failed in a way nobody foresaw", scope["state"]["request_id"])
-        response = problem(scope, errors.UNEXPECTED, "the service made a mistake; its log has it under this request_id")
-        if begun:
-            raise
-        await response(scope, receive, noting)
-
-
-def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Errors of the service and of routing, as problems."""
-
-    async def told(request: Request, error: Exception) -> Response:
-        if isinstance(error, ServiceError):
-            kind = errors.KINDS[type(error)]
-            if kind.retry_after is not None:
-                metrics.shed(kind.code)
-            return problem(request.scope, kind, error.detail, error.mistakes)
-        raise error
+def add_error_handlers(app: FastAPI) -> None:
+    """Errors of routing, as problems."""
 
     async def routing(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
@@ -237,8 +268,13 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         kind = errors.WRONG_METHOD if error.status_code == 405 else errors.NOT_FOUND
         return problem(request.scope, kind, "see /docs for what there is", headers=error.headers)
 
-    app.add_exception_handler(ServiceError, told)
     app.add_exception_handler(HTTPException, routing)
+
+
+def add_rank(app: FastAPI, endpoint: RankEndpoint, metrics: Metrics) -> None:
+    """Put the endpoint at the edge. The routes behind it are there for who asks with another method than POST."""
+    app.router.routes += [Route(path, endpoint, methods=["POST"], include_in_schema=False) for path in RANKED]
+    app.add_middleware(Edge, metrics=metrics, rank=endpoint)
 
 
 def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
@@ -247,9 +283,11 @@ def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            operations = {path: {"post": {**RANK_OPERATION, "operationId": name}} for path, name in RANKED.items()}
+            document["paths"] = {**operations, **document["paths"]}
             components = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (RankRequest, Problem):
-                described = model.model_json_schema(ref_template=REFERENCE)
+            for model, mode in MODELS:
+                described = model.model_json_schema(ref_template=REFERENCE, mode=mode)
                 components.update(described.pop("$defs", {}))
                 components[model.__name__] = described
             app.openapi_schema = document

@@ -13,15 +13,18 @@ from fastapi import FastAPI
 from features.bundle import BundleError, current_path, model_names
 from features.state import MemoryStore, Store, StoreError
 
-from .api import Edge, add_error_handlers, describe, rank_routes, state_routes
+from .api import RankEndpoint, add_error_handlers, add_rank, describe, state_routes
+from .batcher import Batcher
 from .catalogue import Catalogue
 from .metrics import Metrics, Registry
 from .models import Models, load_models
 from .ranker import Ranker
+from .scoring import Inline, Pool, Scoring
 from .settings import Settings, load_settings
 from .store import RedisStore
 
 LOOK_AGAIN_SECONDS = 1.0
+FLUSH_SECONDS = 0.5
 START_SECONDS = 10.0
 """How long a process may get ready before it takes requests: beside workers that are ready, it would answer some of theirs with 503."""
 
@@ -33,7 +36,7 @@ class Service:
 
     def __init__(self, settings: Settings, store: Store, metrics: Metrics) -> None:
         self.settings, self.store, self.metrics = settings, store, metrics
-        self.ranker = Ranker(store, metrics, settings.scoring_threads)
+        self.ranker = Ranker(store, metrics, _scoring(settings, metrics))
         self._waiting_for = "models are being loaded"
         self._looked = False
 
@@ -54,13 +57,19 @@ class Service:
                 log.exception("the service's background work failed in a way nobody foresaw, and starts over")
                 await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
+    async def flush(self) -> None:
+        """Write what requests have noted into the metrics now and then, for ever: another worker may be the one that is scraped."""
+        while True:
+            await asyncio.sleep(FLUSH_SECONDS)
+            self.metrics.flush()
+
     async def _load_models(self) -> Models:
         """Load what the repository has; where the default model is not usable, look again whenever a version is published."""
         settings, seen = self.settings, None
         while True:
             live = _live_versions(settings)
             if live != seen:
-                models = await asyncio.to_thread(load_models, settings.models, settings.device, settings.intra_op_threads, settings.model)
+                models = await asyncio.to_thread(load_models, settings)
                 self._tell(models)
                 if models.ready:
                     return models
@@ -117,6 +126,13 @@ class Service:
         }
 
 
+def _scoring(settings: Settings, metrics: Metrics) -> Scoring:
+    """Where the models run: on a device in batches, on the event loop, or in threads where a worker has several processors."""
+    if settings.device == "cuda":
+        return Batcher(metrics)
+    return Inline() if settings.scoring_threads == 1 else Pool(settings.scoring_threads)
+
+
 def _live_versions(settings: Settings) -> dict[str, str]:
     """The live version of each model, or what is wrong with it: it changes when a model is published."""
     live = {}
@@ -136,7 +152,6 @@ def open_store(settings: Settings, on_damaged: Callable[[], None] = lambda: None
         settings.redis,
         timeout=settings.store_timeout_ms / 1000,
         ttl=settings.user_ttl_seconds,
-        connections=settings.max_inflight + 4,
         on_damaged=on_damaged,
     )
 
@@ -148,14 +163,15 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        work = asyncio.create_task(service.run())
+        work = [asyncio.create_task(service.run()), asyncio.create_task(service.flush())]
         try:
             await service.settle()
             yield
         finally:
-            work.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await work
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+            metrics.flush()
             service.ranker.close()
             if store is None:
                 await service.store.close()
@@ -163,10 +179,9 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
     app = FastAPI(
         title="adrank", version="1", description="Ranks ads by p(click).", lifespan=lifespan, redoc_url=None, redirect_slashes=False
     )
-    app.include_router(rank_routes(service.ranker, metrics, settings))
     app.include_router(state_routes(service.ranker, metrics, service.health))
-    app.add_middleware(Edge, metrics=metrics)
-    add_error_handlers(app, metrics)
+    add_rank(app, RankEndpoint(service.ranker, metrics, settings), metrics)
+    add_error_handlers(app)
     app.openapi = describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the document
     app.state.service = service
     return app

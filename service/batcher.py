@@ -91,6 +91,7 @@ class Batcher:
             ScoringError: the model failed on the batch.
         """
         assert isinstance(scorer, TiledScorer)  # noqa: S101  # models.py loads no other for a device that is batched for
+        stages.enter(None)  # the batch tells how long its requests waited and were scored
         tiles = tiles_of(feeds)
         queued = sum(queue.tiles for queue in self._queues.values())
         if queued and queued + tiles > QUEUE_TILES:

@@ -4,11 +4,10 @@ With several workers the serve command sets PROMETHEUS_MULTIPROC_DIR before this
 there, and whichever worker is scraped adds them up. No label holds what a caller can choose.
 """
 
+import collections
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,38 +26,50 @@ CLICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0
 Registry = CollectorRegistry
 
 
-@dataclass(slots=True)
-class Observed:
-    """How a request went, filled in while it is answered."""
+STAGES = ("parse", "features", "queue", "inference", "post")
+ROWS_KEPT = 256
+"""Requests noted before they are written into the metrics even if nobody asks: writing them all takes about a millisecond."""
 
-    model: str = "none"
-    outcome: str = "cut_off"
+
+class Stages:
+    """How one request goes: what it is counted under, the seconds that its stages take, and what it was ranked with.
+
+    Plain attributes, filled in while it is answered: a metric of prometheus_client takes microseconds to observe, and a request
+    has twenty, so `Metrics.flush` writes those of many requests at once.
+    """
+
+    def __init__(self, route: str) -> None:
+        self.route, self.model, self.outcome = route, "none", "cut_off"
+        self.began = self.since = time.perf_counter()
+        self.ended = self.began
+        self.seconds: dict[str, float] = {}
+        self.stage: str | None = None
+        self.user: str | None = None
+        """Whether the store had the user: hit, miss or error, None where it was not asked."""
+        self.candidates: int | None = None
+        self.known = self.behaviours = 0
+        self.degraded: Sequence[tuple[str, str]] = ()
+        self.scores: Numbers | None = None
 
     def finish(self) -> None:
         """The request was answered: well, unless something else has been noted."""
         if self.outcome == "cut_off":
             self.outcome = "ok"
 
+    def enter(self, stage: str | None) -> None:
+        """A stage begins, so the one before it ends; None: only that. Stretches of a stage add up."""
+        now = time.perf_counter()
+        if self.stage is not None:
+            self.add(self.stage, now - self.since)
+        self.stage, self.since = stage, now
 
-class Stages:
-    """Seconds that the stages of one request took. Observed when the request ends, however it ends."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time one stretch of a stage; stretches add up."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - began)
-
-    def add(self, name: str, seconds: float) -> None:
+    def add(self, stage: str, seconds: float) -> None:
         """Add a stretch that was timed elsewhere."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def ranked_with(self, behaviours: int, known: int, candidates: int) -> None:
+        """Note the sizes of the request, and how many of its candidates the catalogue has."""
+        self.behaviours, self.known, self.candidates = behaviours, known, candidates
 
     @property
     def total(self) -> float:
@@ -71,6 +82,9 @@ class Metrics:
 
     def __init__(self, registry: Registry | None = None) -> None:
         self.registry = r = registry or CollectorRegistry()
+        self._rows: list[Stages] = []
+        self.under_way = 0
+        """Rankings under way now."""
         self._requests = Counter("adrank_requests", "Requests answered", ["route", "model", "outcome"], registry=r)
         labels = ["route", "outcome"]
         self._durations = Histogram("adrank_request_duration_seconds", "From a request to its answer", labels, buckets=SECONDS, registry=r)
@@ -92,53 +106,49 @@ class Metrics:
         loaded = "When a model was loaded, of the worker that did so last"
         self._loaded = Gauge("adrank_model_loaded_timestamp_seconds", loaded, ["model"], registry=r, multiprocess_mode="livemax")
 
-    @contextmanager
-    def request(self, route: str) -> Iterator[Observed]:
-        """Count and time a request, whatever becomes of it."""
-        observed, began = Observed(), time.perf_counter()
-        try:
-            yield observed
-        finally:
-            self._requests.labels(route, observed.model, observed.outcome).inc()
-            self._durations.labels(route, observed.outcome).observe(time.perf_counter() - began)
+    def begin(self, route: str) -> Stages:
+        """A request begins; `end` is to be called whatever becomes of it."""
+        return Stages(route)
 
-    @contextmanager
-    def ranking(self) -> Iterator[Stages]:
-        """Time the stages of a ranking that is under way."""
-        stages = Stages()
-        with self._inflight.track_inprogress():
-            try:
-                yield stages
-            finally:
-                for name, seconds in dict(stages.seconds).items():  # a copy: a caller who left leaves a thread adding to it
-                    self._stages.labels(name).observe(seconds)
+    def end(self, stages: Stages) -> None:
+        """The request is over."""
+        stages.enter(None)
+        stages.ended = stages.since
+        self._rows.append(stages)
+        if len(self._rows) >= ROWS_KEPT:
+            self.flush()
 
-    @contextmanager
-    def lookup(self, group: str) -> Iterator[list[object]]:
-        """Count a look-up: a miss unless something is put into the list, an error if it raises."""
-        found: list[object] = []
-        result = "error"
-        try:
-            yield found
-            result = "hit" if found else "miss"
-        finally:
-            self._lookups.labels(group, result).inc()
+    def flush(self) -> None:
+        """Write what has been noted into the metrics. To be called on the event loop: before a scrape, now and then, and at the end."""
+        rows, self._rows = self._rows, []
+        self._inflight.set(self.under_way)
+        for counted, count in collections.Counter((row.route, row.model, row.outcome) for row in rows).items():
+            self._requests.labels(*counted).inc(count)
+        durations, clicks = collections.defaultdict(list), collections.defaultdict(list)
+        for row in rows:
+            durations[row.route, row.outcome].append(row.ended - row.began)
+            if row.scores is not None:
+                clicks[row.model].append(row.scores)
+        for labels, seconds in durations.items():
+            _observe(self._durations.labels(*labels), SECONDS, seconds)
+        for model, scores in clicks.items():
+            together = np.concatenate(scores)
+            _observe(self._p_click.labels(model), CLICKS, together[np.isfinite(together)])
+        self._flush_rankings([row for row in rows if row.seconds])
 
-    def ranked_with(self, behaviours: int, known: int, candidates: int) -> None:
-        """Observe the sizes of a request, and how many of its candidates the catalogue has."""
-        self._candidates.observe(candidates)
-        self._history.observe(behaviours)
+    def _flush_rankings(self, rows: Sequence[Stages]) -> None:
+        for stage in STAGES:
+            _observe(self._stages.labels(stage), SECONDS, [row.seconds[stage] for row in rows if stage in row.seconds])
+        for result, count in collections.Counter(row.user for row in rows if row.user is not None).items():
+            self._lookups.labels("user", result).inc(count)
+        for degraded, count in collections.Counter(each for row in rows for each in row.degraded).items():
+            self._degraded.labels(*degraded).inc(count)
+        sized = [row for row in rows if row.candidates is not None]
+        candidates, known = [row.candidates or 0 for row in sized], sum(row.known for row in sized)
+        _observe(self._candidates, CANDIDATES, candidates)
+        _observe(self._history, BEHAVIOURS, [row.behaviours for row in sized])
         self._lookups.labels("ad", "hit").inc(known)
-        self._lookups.labels("ad", "miss").inc(candidates - known)
-
-    def clicks(self, model: str, scores: Numbers) -> None:
-        """Observe probabilities `(C,)`; in bulk, since `observe` for each of 10,000 would take longer than scoring them."""
-        histogram = self._p_click.labels(model)
-        finite = scores[np.isfinite(scores)].astype(np.float64)
-        for bucket, count in enumerate(np.bincount(np.searchsorted(CLICKS, finite), minlength=len(CLICKS) + 1)):
-            if count:
-                histogram._buckets[bucket].inc(int(count))
-        histogram._sum.inc(float(finite.sum()))
+        self._lookups.labels("ad", "miss").inc(sum(candidates) - known)
 
     def batch(self, rows: int, reason: str) -> None:
         """Count a batch of so many candidates, and why it began when it did."""
@@ -164,7 +174,7 @@ class Metrics:
         self._loaded.labels(name).set(time.time())
 
     def exposition(self) -> bytes:
-        """All metrics as Prometheus reads them; those of every worker where there are several."""
+        """All metrics that have been flushed, as Prometheus reads them; those of every worker where there are several."""
         folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         if not folder:
             return generate_latest(self.registry)
@@ -172,6 +182,16 @@ class Metrics:
         together = CollectorRegistry()
         MultiProcessCollector(together, folder)  # type: ignore[no-untyped-call]
         return generate_latest(together)
+
+
+def _observe(histogram: Histogram, bounds: Sequence[float], values: Sequence[float] | Numbers) -> None:
+    """Observe many values. prometheus_client has only `observe`, one at a time: this adds to the counts that it adds to."""
+    if len(values):
+        exact = np.asarray(values, np.float64)
+        for bucket, count in enumerate(np.bincount(np.searchsorted(bounds, exact)).tolist()):
+            if count:
+                histogram._buckets[bucket].inc(count)
+        histogram._sum.inc(float(exact.sum()))
 
 
 def _bury_the_dead(folder: Path) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from features.bundle import MODEL, Bundle, BundleError, current_path, load_bundle, model_names
+from features.bundle import CUDA_MODEL, INT8_MODEL, MODEL, Bundle, BundleError, current_path, load_bundle, model_names
 from features.encode import Feeds
 from features.schema import Schema
 
 from .errors import NotReadyError, ScoringError, UnknownModelError
 from .scorer import Scorer, TiledScorer
+from .settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ class Model:
     bundle: Bundle
     scorer: Scorer
     loaded: float
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
@@ -69,25 +71,39 @@ class Models:
         return self.loaded[self.default]
 
 
-def load_models(repository: Path, device: str, threads: int, chosen: str | None) -> Models:
+def load_models(settings: Settings) -> Models:
     """Load every model's live version; those that cannot be used are refused with the reason. Blocks for seconds."""
     loaded, refused = {}, {}
-    for name in model_names(repository):
+    for name in model_names(settings.models):
         try:
-            loaded[name] = _load(current_path(repository, name), device, threads)
+            loaded[name] = _load(current_path(settings.models, name), settings)
         except (BundleError, ScoringError) as error:
             refused[name] = str(error)
-    return Models(loaded, refused, chosen)
+    return Models(loaded, refused, settings.model)
 
 
-def _load(path: Path, device: str, threads: int) -> Model:
+def _load(path: Path, settings: Settings) -> Model:
     bundle = load_bundle(path)
-    schema = bundle.schema
-    scorer = TiledScorer(path / MODEL, device, schema.history_length) if device == "cuda" else Scorer(path / MODEL, device, threads)
-    bundle.check_goldens(scorer.score)
+    schema, graph = bundle.schema, graph_of(bundle, settings)
+    scorer: Scorer
+    if settings.device == "cuda":
+        scorer = TiledScorer(path / graph, settings.device, schema.history_length)
+    else:
+        scorer = Scorer(path / graph, settings.device, settings.intra_op_threads)
+    bundle.check_goldens(scorer.score, graph)
     for behaviours, candidates in scorer.warm_up(schema.history_length):
         scorer.score(_blank(schema, behaviours, candidates))
-    return Model(bundle, scorer, time.time())
+    return Model(bundle, scorer, time.time(), "int8" if graph == INT8_MODEL else "float32")
+
+
+def graph_of(bundle: Bundle, settings: Settings) -> str:
+    """The file of a bundle to score with. Where int8 did not pass its gate, float32 goes on: slower, but right."""
+    if settings.device == "cuda":
+        return CUDA_MODEL if CUDA_MODEL in bundle.files else MODEL
+    if settings.precision == "int8" and INT8_MODEL not in bundle.files:
+        refused = bundle.manifest.get("int8", {}).get("refused", "it was not asked for; train with --set int8=true")
+        log.warning("model %s version %d has no int8 graph (%s), so it is scored in float32", bundle.name, bundle.version, refused)
+    return INT8_MODEL if settings.precision == "int8" and INT8_MODEL in bundle.files else MODEL
 
 
 def _blank(schema: Schema, behaviours: int, candidates: int) -> Feeds:

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pydantic_core
 from pydantic import ValidationError
 
 from .errors import InvalidError, Mistake, NotJsonError
-from .ranker import MISTAKES_TOLD, Query
+from .ranker import MISTAKES_TOLD, Bids, Query
 from .wire import Behaviour, Candidate, Columns, RankRequest
 
 ERRORS_LISTED = 1_000
@@ -92,18 +93,26 @@ def to_query(request: RankRequest, most: int) -> Query:
     )
 
 
-def _columns(candidates: Columns | list[Candidate] | list[str]) -> tuple[list[str], list[float | None], Mapping[int, dict[str, Any]]]:
+def _columns(candidates: Columns | list[Candidate] | list[str]) -> tuple[list[str], Bids | None, Mapping[int, dict[str, Any]]]:
     if isinstance(candidates, Columns):
         ad_ids, bids, features = candidates.ad_id, candidates.bid, candidates.features
         for name, column in (("bid", bids), ("features", features)):
             if column is not None and len(column) != len(ad_ids):
                 detail = f"{len(column)} values, but ad_id has {len(ad_ids)}"
                 raise InvalidError("the columns are not equally long", [Mistake(("candidates", name), detail)])
-        return ad_ids, bids or [None] * len(ad_ids), {i: sent for i, sent in enumerate(features or ()) if sent}
+        return ad_ids, _bids(bids), {i: sent for i, sent in enumerate(features or ()) if sent}
     rows = [row for row in candidates if isinstance(row, Candidate)]
     if not rows:
-        return [row for row in candidates if isinstance(row, str)], [None] * len(candidates), {}
-    return [row.ad_id for row in rows], [row.bid for row in rows], {i: row.features for i, row in enumerate(rows) if row.features}
+        return cast("list[str]", candidates), None, {}
+    return [row.ad_id for row in rows], _bids([row.bid for row in rows]), {i: row.features for i, row in enumerate(rows) if row.features}
+
+
+def _bids(bids: Sequence[float | None] | None) -> Bids | None:
+    """NaN where there is none; None where there is none at all."""
+    if bids is None:
+        return None
+    numbers = np.array(bids, np.float64)
+    return None if np.isnan(numbers).all() else numbers
 
 
 def _in_time(history: list[Behaviour]) -> list[str]:

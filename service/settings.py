@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=1, le=65_535)] = 8000
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["float32", "int8"] = "float32"
+    """`int8` scores with a bundle's int8 graph where it has one; on processors with VNNI or AMX 2 to 3 times faster."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Requests that a worker scores at once; 0 is the processors this service may use, divided by its workers."""
     intra_op_threads: Annotated[int, Field(ge=1, le=1024)] = 1

@@ -1,4 +1,4 @@
-"""Users, ads and changes in Redis 7 or later, or Valkey. The only module that knows Redis.
+"""Users, ads and changes in Redis 7 or later, or Valkey. The only module that knows Redis; requests ask it over a `line`.
 
 `adrank:user:{<user id>}` is one packed state with a TTL. The catalogue is 64 hashes `adrank:ads:{<n>}`, ad id -> packed ad.
 `adrank:ads:changes` is a stream whose entries name ads that changed. No command and no transaction spans two slots, so a
@@ -14,8 +14,9 @@ from contextlib import asynccontextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
+import hiredis
 import msgpack
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -23,6 +24,8 @@ from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from features.state import Ad, ChangesLostError, StateError, StoreError, UserState, pack_ad, pack_user, unpack_ad, unpack_user
+
+from .line import Address, Command, Line
 
 CHANGES = "adrank:ads:changes"
 HASHES = 64
@@ -52,16 +55,18 @@ def ads_key(ad_id: str) -> str:
 class RedisStore:
     """A `features.state.Store`. Connects when first used, so a Redis that is down does not stop the service's start."""
 
-    def __init__(self, url: str, timeout: float, ttl: int, connections: int, on_damaged: Callable[[], None]) -> None:
-        """Seconds for a `get_user`, seconds that a user is kept, connections of the request path, what counts a damaged ad."""
+    def __init__(self, url: str, timeout: float, ttl: int, on_damaged: Callable[[], None]) -> None:
+        """Seconds for a `get_user`, seconds that a user is kept, what counts a damaged ad."""
         self._timeout, self._ttl, self._on_damaged = timeout, ttl, on_damaged
-        self._fast = _connect(url, connections)
+        self._fast = Line(_address(url), timeout)
         self._slow = _connect(url, 8)  # the follower blocks on its connection; a request must never wait for that one
 
     async def get_user(self, user_id: str) -> UserState | None:
         """See `Store`; gives up after the timeout, whatever Redis or the network do."""
-        async with _answering(self._timeout):
-            value = await self._fast.get(user_key(user_id))
+        try:
+            value = await self._fast.ask(b"GET", user_key(user_id))
+        except (OSError, hiredis.ReplyError) as error:
+            raise _told(error, self._timeout) from error
         if value is None:
             return None
         try:
@@ -161,12 +166,14 @@ class RedisStore:
 
     async def ping(self) -> None:
         """See `Store`."""
-        async with _answering(self._timeout):
-            await self._fast.ping()
+        try:
+            await self._fast.ask(b"PING")
+        except (OSError, hiredis.ReplyError) as error:
+            raise _told(error, self._timeout) from error
 
     async def close(self) -> None:
         """See `Store`."""
-        await self._fast.aclose()
+        self._fast.close()
         await self._slow.aclose()
 
 
@@ -178,18 +185,36 @@ def _connect(url: str, connections: int) -> Any:
     return Redis.from_url(url, protocol=2, max_connections=connections, retry=retry, socket_timeout=None, socket_connect_timeout=5)
 
 
+def _address(url: str) -> Address:
+    """What redis-py reads out of a URL, its options for TLS included."""
+    as_read: Any = ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
+    greeting: list[Command] = []
+    if as_read.password:
+        greeting.append(("AUTH", *([as_read.username] if as_read.username else []), as_read.password))
+    if as_read.db:
+        greeting.append(("SELECT", str(as_read.db)))
+    if isinstance(as_read, UnixDomainSocketConnection):
+        return Address("", 0, as_read.path, None, greeting)
+    tls = as_read.ssl_context.get() if isinstance(as_read, SSLConnection) else None
+    return Address(as_read.host, as_read.port, None, tls, greeting)
+
+
 @asynccontextmanager
 async def _answering(seconds: float) -> AsyncIterator[None]:
     """Bound what is done inside, and turn its failures into `StoreError`s."""
     try:
         async with asyncio.timeout(seconds):
             yield
-    except (TimeoutError, RedisTimeoutError) as error:
-        raise StoreError("store_timeout", f"the store did not answer within {seconds:g} s") from error
-    except (RedisConnectionError, OSError) as error:
-        raise StoreError("store_unreachable", f"the store cannot be reached: {error}") from error
-    except RedisError as error:
-        raise StoreError("store_error", f"the store refused: {error}") from error
+    except (OSError, RedisError) as error:
+        raise _told(error, seconds) from error
+
+
+def _told(error: Exception, seconds: float) -> StoreError:
+    if isinstance(error, TimeoutError | RedisTimeoutError):
+        return StoreError("store_timeout", f"the store did not answer within {seconds:g} s")
+    if isinstance(error, RedisConnectionError | OSError):
+        return StoreError("store_unreachable", f"the store cannot be reached: {error}")
+    return StoreError("store_error", f"the store refused: {error}")
 
 
 def _announced(entry: dict[bytes, bytes]) -> Sequence[str]:

@@ -50,7 +50,7 @@ async def serving(models, redis, **settings):
 
 
 async def fill(url):
-    store = RedisStore(url, timeout=2, ttl=1000, connections=4, on_damaged=lambda: None)
+    store = RedisStore(url, timeout=2, ttl=1000, on_damaged=lambda: None)
     await store.put_users((f"u{i}", UserState({"age": ("25", "35")[i % 2], "income": float(i)}, [f"a{i % 30}"], [1])) for i in range(60))
     await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
     await store.close()

@@ -89,7 +89,7 @@ def test_it_is_built_once_and_again_when_it_or_its_code_has_changed(built: Built
 async def test_the_store_is_filled_with_what_the_model_knows(server: Server, built: Built) -> None:
     population = built.yardstick.population
     await fill(population, server.url)
-    store = RedisStore(server.url, timeout=5, ttl=1000, connections=1, on_damaged=lambda: None)
+    store = RedisStore(server.url, timeout=5, ttl=1000, on_damaged=lambda: None)
     ads = {ad.ad_id: ad.features async for batch in store.all_ads() for ad in batch}
     assert sorted(ads) == sorted(population.ad_ids)
     encoder = population.encoder

@@ -111,7 +111,7 @@ async def test_the_loop_gets_its_turns_while_a_big_catalogue_loads():
 
 async def test_a_server_that_is_emptied_and_one_that_restarts(server, monkeypatch):
     monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
-    store = RedisStore(server.url, timeout=1, ttl=100, connections=4, on_damaged=lambda: None)
+    store = RedisStore(server.url, timeout=1, ttl=100, on_damaged=lambda: None)
     raw = redis.asyncio.Redis.from_url(server.url, protocol=2)
     server.stop()
     catalogue = one(store)

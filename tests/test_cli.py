@@ -121,7 +121,7 @@ async def test_a_table_becomes_a_model_and_users_in_the_store(tmp_path: Path, se
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "loaded 9 users and 7 ads\n"), done.stderr
-    store = RedisStore(server.url, timeout=5, ttl=1000, connections=1, on_damaged=lambda: None)
+    store = RedisStore(server.url, timeout=5, ttl=1000, on_damaged=lambda: None)
     state = await store.get_user("u1")
     assert state is not None
     assert state.features == {"age": "21"}

@@ -93,7 +93,7 @@ def test_the_rows_are_of_every_kind(trial: Trial) -> None:
 @pytest.fixture
 async def store(server: Server, trial: Trial) -> AsyncIterator[RedisStore]:
     """A real Valkey with the ads."""
-    store = RedisStore(server.url, timeout=10, ttl=1000, connections=4, on_damaged=lambda: None)
+    store = RedisStore(server.url, timeout=10, ttl=1000, on_damaged=lambda: None)
     await store.put_ads(ads(trial.data))
     yield store
     await store.close()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from typing import NamedTuple
 
 import bundles
 import numpy as np
@@ -16,7 +17,9 @@ from service.catalogue import Catalogue, put_ads
 from service.errors import DeadlineError, InvalidError, NotReadyError, UnknownModelError
 from service.metrics import Metrics
 from service.models import Models, load_models
-from service.ranker import Degraded, Query, Ranker, _best_first
+from service.ranker import Degraded, Query, Ranker, best_first
+from service.scoring import Inline, Pool
+from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
 AD_IDS = st.sampled_from([*bundles.ADS, "new", "ünknown", "é\u0000"])
@@ -26,7 +29,7 @@ USER_FEATURES = st.fixed_dictionaries({}, optional={"age": st.sampled_from(["25"
 
 @pytest.fixture(scope="session")
 def models(repository):
-    return load_models(repository, "cpu", 1, None)
+    return load_models(Settings(models=repository))
 
 
 class Stored(MemoryStore):
@@ -43,12 +46,30 @@ class Stored(MemoryStore):
         return await super().get_user(user_id)
 
 
+class RankedAd(NamedTuple):
+    ad_id: str
+    p_click: float
+    ecpm: float | None
+    known: bool
+    seen: object
+
+
+class Rows:
+    """A ranking by rows, as a caller reads it."""
+
+    def __init__(self, ranking):
+        self.omitted, self.degraded, self.model, self.seen = ranking.omitted, ranking.degraded, ranking.model, ranking.seen
+        count = len(ranking.ad_ids)
+        columns = (column or [absent] * count for column, absent in ((ranking.ecpm, None), (ranking.known, True), (ranking.ads_seen, None)))
+        self.ads = [RankedAd(*row) for row in zip(ranking.ad_ids, ranking.p_click, *columns, strict=True)]
+
+
 class Ranked:
     """A ranker with the test ads, and what it ranked with."""
 
-    def __init__(self, models, ads=bundles.ADS):
-        self.metrics, self.store = Metrics(), Stored()
-        self.ranker = Ranker(self.store, self.metrics, 2)
+    def __init__(self, models, scoring, ads=bundles.ADS):
+        self.metrics, self.store, self.scoring = Metrics(), Stored(), scoring
+        self.ranker = Ranker(self.store, self.metrics, scoring)
         fingerprint, encoder = next((m.bundle.fingerprint, m.bundle.encoder) for m in models.loaded.values())
         self.catalogue = Catalogue(self.store, {fingerprint: encoder}, self.metrics)
         self.catalogue.loaded = True
@@ -56,18 +77,23 @@ class Ranked:
         self.ranker.use(models, self.catalogue)
 
     async def rank(self, ad_ids, user_id="u1", **more):
-        bids = more.pop("bids", [None] * len(ad_ids))
-        with self.metrics.ranking() as stages:
-            return await self.ranker.rank(Query(user_id=user_id, ad_ids=ad_ids, bids=bids, **more), stages)
+        bids = np.array(more.pop("bids"), np.float64) if "bids" in more else None
+        query, stages = Query(user_id=user_id, ad_ids=ad_ids, bids=bids, **more), self.metrics.begin("/rank")
+        stages.model = self.ranker.models.label(query.model)
+        try:
+            return Rows(await self.ranker.rank(query, stages))
+        finally:
+            self.metrics.end(stages)
 
     def line(self, text):
+        self.metrics.flush()
         rows = [row for row in self.metrics.exposition().decode().splitlines() if row.startswith(text)]
         return float(rows[0].rpartition(" ")[2]) if rows else 0.0
 
 
-@pytest.fixture
-def ranked(models):
-    made = Ranked(models)
+@pytest.fixture(params=["inline", "pool"])
+def ranked(request, models):
+    made = Ranked(models, Inline() if request.param == "inline" else Pool(2))
     yield made
     made.ranker.close()
 
@@ -132,7 +158,7 @@ def test_best_first_is_the_plain_sort(scores, chance):
     by = np.array(scores, np.float32)
     ad_ids = [f"a{i}" for i in chance.sample(range(len(scores)), len(scores))]
     rows = np.array(sorted(chance.sample(range(len(scores)), chance.randint(0, len(scores)))), np.int64)
-    assert _best_first(rows, by, ad_ids) == sorted(rows.tolist(), key=lambda row: (-by[row], ad_ids[row]))
+    assert best_first(rows, by, ad_ids) == sorted(rows.tolist(), key=lambda row: (-by[row], ad_ids[row]))
 
 
 async def test_a_score_that_is_no_number_never_reaches_the_sort(ranked):
@@ -216,21 +242,27 @@ async def test_the_deadline_bounds_the_store(ranked):
     assert time.monotonic() - began < 1
 
 
-async def test_the_deadline_counts_the_queue(ranked):
-    blocked = [ranked.ranker._pool.submit(time.sleep, 0.2) for _ in range(2)]
+async def test_the_deadline_counts_the_queue(models):
+    ranked = Ranked(models, Pool(2))
+    blocked = [ranked.scoring._threads.submit(time.sleep, 0.2) for _ in range(2)]
     with pytest.raises(DeadlineError):
         await ranked.rank(["a1"], deadline=0.1)
     assert all(each.result() is None for each in blocked)
     assert (await ranked.rank(["a1"], deadline=5.0)).ads
+    assert ranked.line('adrank_stage_duration_seconds_bucket{le="0.05",stage="queue"}') == 1
+    assert ranked.line('adrank_stage_duration_seconds_count{stage="queue"}') == 2
+    ranked.ranker.close()
 
 
-async def test_the_event_loop_runs_while_the_model_does(ranked, models, monkeypatch):
+async def test_the_event_loop_runs_while_a_pool_runs_the_model(models, monkeypatch):
+    ranked = Ranked(models, Pool(1))
     monkeypatch.setattr(type(models.loaded["din"].scorer), "score", lambda _self, feeds: time.sleep(0.2) or np.zeros((1, 1), np.float32))
     ranking, ticks = asyncio.create_task(ranked.rank(["a1"])), 0
     while not ranking.done():
         await asyncio.sleep(0.005)
         ticks += 1
     assert ticks > 10
+    ranked.ranker.close()
 
 
 async def test_explain_shows_what_the_model_saw(ranked):
@@ -250,7 +282,7 @@ async def test_explain_shows_what_the_model_saw(ranked):
 
 @pytest.fixture(scope="session")
 def kept(models):
-    made = Ranked(models)
+    made = Ranked(models, Inline())
     yield made
     made.ranker.close()
 
@@ -309,4 +341,3 @@ async def test_a_caller_who_leaves_while_the_model_runs_breaks_nothing(ranked):
         with contextlib.suppress(asyncio.CancelledError):
             await asking
     assert len((await ranked.rank(["a1", "a2"])).ads) == 2
-    assert ranked.line("adrank_inflight_requests") == 0
