@@ -102,6 +102,8 @@ class Measured:
     broken: int
     """Connections that the service closed while they waited for an answer."""
     unanswered: int
+    answered: int
+    """All answers, those outside the window too."""
     window: float
     """Seconds."""
     delays: np.ndarray[Any, np.dtype[np.float64]]
@@ -233,11 +235,9 @@ class _Run:
         """Send the requests whose time has come, as far as connections are free; how long to wait then, None at the end."""
         rate, free = self.plan.rate, self.free
         if rate is None or self.total is None:
-            if now >= self.end:
-                return None
-            while free:
+            while free and now < self.end:
                 self.begin_request(free.popleft(), now)
-            return 0.1
+            return self.wait_for_the_last(now) if now >= self.end else min(0.1, self.end - now)
         while self.due < self.total and (intended := self.begin + self.due / rate) <= now:
             if intended >= self.window_from:
                 self.delays.append(now - intended if self.idle else 0.0)
@@ -247,7 +247,11 @@ class _Run:
         self.idle = bool(free)
         if free and self.due < self.total:
             return max(0.0, self.begin + self.due / rate - clock())
-        done = self.sent == self.total and len(free) == len(self.connections)
+        return self.wait_for_the_last(now) if self.sent == self.total or now > self.end else 0.1
+
+    def wait_for_the_last(self, now: float) -> float | None:
+        """How long to wait for answers that are still to come; None when they are here, or have taken too long."""
+        done = len(self.free) == len(self.connections) and self.total in (None, self.sent)
         return None if done or now > self.end + DRAIN_SECONDS else 0.1
 
     def begin_request(self, connection: _Connection, intended: float) -> None:
@@ -300,7 +304,9 @@ class _Run:
         now = clock()
         intended = connection.intended
         self.answered += 1
-        if intended is None or intended < self.window_from or (self.total is None and now > self.end):
+        # A closed loop's window is of answers, so that slow ones are not missed at its edges; an open one's is of what was due in it.
+        counted = self.end if self.total is None else now
+        if intended is None or not self.window_from <= (now if self.total is None else intended) <= counted:
             return
         if data.startswith(b"200", 9):
             self.statuses["200"] += 1
@@ -329,8 +335,8 @@ class _Run:
         window = max(0.0, min(now, self.end) - self.window_from) if interrupted else self.plan.seconds
         latencies = np.array([*self.latencies, *unanswered])
         delays = np.array(self.delays)
-        each = cpu / max(1, self.answered)
-        return Measured(self.plan, latencies, self.statuses, self.degraded, self.broken, len(unanswered), window, delays, each, interrupted)
+        counts = (self.statuses, self.degraded, self.broken, len(unanswered), self.answered)
+        return Measured(self.plan, latencies, *counts, window, delays, cpu / max(1, self.answered), interrupted)
 
 
 def _size(data: bytes) -> int:

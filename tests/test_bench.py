@@ -79,11 +79,11 @@ def answering(answer: Answer = lambda _: http(), stall: Callable[[], None] = lam
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        loop.run_until_complete(asyncio.sleep(0.01))  # what was accepted last gets its transport
         made.close()
         for transport in server.transports:
             transport.abort()
-        for _ in range(3):
-            loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(asyncio.sleep(0.01))
         loop.close()
 
 
@@ -99,6 +99,7 @@ def test_requests_are_sent_in_turn_and_counted() -> None:
     assert measured.requests_per_second == pytest.approx(len(measured.latencies) / 0.3)
     assert (measured.errors, measured.degraded, measured.interrupted) == (0, 0, False)
     assert measured.cpu > 0
+    assert measured.answered == len(server.seen)  # the last one is waited for
     first = server.seen[0]
     assert (
         first
@@ -175,6 +176,7 @@ def measured_as(**changed: Any) -> Measured:
         "degraded": 0,
         "broken": 0,
         "unanswered": 0,
+        "answered": 100,
         "window": 1.0,
         "delays": np.array([0.0001] * 100),
         "cpu": 0.0,
