@@ -68,7 +68,7 @@ class Ads:
 
     async def load(self, redis: str) -> None:
         """Read all of it."""
-        store = RedisStore(redis, timeout=5, ttl=1, connections=1, on_damaged=lambda: None)
+        store = RedisStore(redis, timeout=5, ttl=1, on_damaged=lambda: None)
         found = {ad.ad_id: ad.features async for batch in store.all_ads() for ad in batch}
         await store.close()
         names = [field.name for field in self._encoder.schema.side("ad") if field.name != "ad_id"]

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from features.bundle import INT8_MODEL
 from features.encode import Feeds
 from service.scorer import Scorer
 from training.export import random_feeds
@@ -129,7 +128,7 @@ def _timing(built: Built, graph: str, candidates: int, behaviours: int, seconds:
 
 def measure(built: Built, variants: Mapping[str, Path], rounds: int, progress: Progress) -> list[Timing]:
     """The exported graph and its variants against the row-wise ones, then alone over candidates and over history lengths."""
-    graphs = {name: scores_of(path) for name, path in {OURS: built.graph, **_int8(built), **variants}.items()}
+    graphs = {name: scores_of(path) for name, path in {OURS: built.graph, **({INT8: built.int8} if built.int8 else {}), **variants}.items()}
     peers = {TEXTBOOK: scores_rowwise(built.textbook), ROWWISE: scores_rowwise(built.rowwise)}
     full = built.yardstick.population.schema.history_length
     timings = []
@@ -142,11 +141,6 @@ def measure(built: Built, variants: Mapping[str, Path], rounds: int, progress: P
         seconds = rounds_of({name: (score, feeds) for name, score in graphs.items()}, max(3, rounds // 3))
         timings += [_timing(built, name, candidates, behaviours, taken) for name, taken in seconds.items()]
     return timings
-
-
-def _int8(built: Built) -> dict[str, Path]:
-    path = built.bundle / INT8_MODEL
-    return {INT8: path} if path.exists() else {}
 
 
 def show(timings: Sequence[Timing], console: Console) -> None:

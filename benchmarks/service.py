@@ -39,7 +39,7 @@ CONNECTIONS = 8
 BODIES = 500
 WARM_UP = 0.5
 OPENINGS = 20
-BARE, OURS, ALONE, PEER = "bare", "adrank", "adrank, 1 worker", "fastapi"
+BARE, OURS, INT8, ALONE, PEER = "bare", "adrank", "adrank, int8", "adrank, 1 worker", "fastapi"
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,19 @@ def load(subject: Subject, requests: Sequence[bytes], plan: Plan) -> Measured:
 def benches(built: Built, redis: str, workers: int, seconds: float, logs: Path) -> Iterator[Bench]:
     """Fill the store and start the servers of a yardstick."""
     asyncio.run(fill(built.yardstick.population, redis))
-    commands = {OURS: (adrank, workers), PEER: (fastapi, workers), ALONE: (adrank, 1)}
+    ports = {name: free_port() for name in (OURS, PEER, ALONE, *([INT8] if built.int8 else []))}
+    commands = {
+        OURS: adrank(built, redis, ports[OURS], workers),
+        PEER: fastapi(built, redis, ports[PEER], workers),
+        ALONE: adrank(built, redis, ports[ALONE], 1),
+    }
+    if built.int8:
+        commands[INT8] = adrank(built, redis, ports[INT8], workers, "int8")
     with ExitStack() as stack:
         subjects = {}
-        for name, (command, count) in commands.items():
-            port = free_port()
+        for name, command in commands.items():
             log = logs / f"{built.yardstick.name}-{name.replace(', ', '-').replace(' ', '-')}.log"
-            subjects[name] = stack.enter_context(serving(name, command(built, redis, port, count), port, log))
+            subjects[name] = stack.enter_context(serving(name, command, ports[name], log))
         yield Bench(built, subjects, stack.enter_context(Bare(built.graph, workers)), seconds)
 
 
@@ -143,7 +149,7 @@ def free_port() -> int:
 
 def throughput(bench: Bench, candidates: int, rounds: int, progress: Progress) -> list[Throughput]:
     """All subjects in turn, their order changing from round to round; of one worker where that is asked for."""
-    names = [BARE, OURS, PEER, *([ALONE] if candidates == SCALED else [])]
+    names = [BARE, *(name for name in bench.subjects if name != ALONE or candidates == SCALED)]
     requests = bench.requests(candidates)
     feeds = tensors(bench.built, candidates, bench.built.yardstick.population.schema.history_length, 32)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
@@ -175,7 +181,7 @@ def _throughput(yardstick: str, name: str, candidates: int, samples: Mapping[str
 
 def tails(bench: Bench, measured: Sequence[Throughput], seconds: float, progress: Progress) -> list[Tail]:
     """The service and the peer, each at half of its own peak."""
-    chosen = [found for found in measured if found.subject in (OURS, PEER)]
+    chosen = [found for found in measured if found.subject in (OURS, INT8, PEER)]
     found = []
     for peak in progress.track(chosen, description=f"{bench.built.yardstick.name}, at half of the peak"):
         plan = Plan(peak.requests_per_s / 2, seconds, WARM_UP, CONNECTIONS)

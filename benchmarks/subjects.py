@@ -13,8 +13,6 @@ from pathlib import Path
 
 import psutil
 
-from service.app import port_refusal
-
 from .load import LoadError, Target
 from .yardstick import ROOT, Built
 
@@ -57,10 +55,10 @@ class Subject:
         return counts
 
 
-def adrank(built: Built, redis: str, port: int, workers: int) -> list[str]:
+def adrank(built: Built, redis: str, port: int, workers: int, precision: str = "float32") -> list[str]:
     """The command that serves a yardstick with adrank."""
-    words = ["-m", "adrank", "serve", "--models", str(built.models), "--redis", redis, "--port", str(port), "--workers", str(workers)]
-    return [sys.executable, *words]
+    words = ["-m", "adrank", "serve", "--models", str(built.models), "--redis", redis, "--precision", precision]
+    return [sys.executable, *words, "--port", str(port), "--workers", str(workers)]
 
 
 def fastapi(built: Built, redis: str, port: int, workers: int) -> list[str]:
@@ -71,18 +69,19 @@ def fastapi(built: Built, redis: str, port: int, workers: int) -> list[str]:
 
 @contextmanager
 def serving(name: str, command: Sequence[str], port: int, log: Path) -> Iterator[Subject]:
-    """Run a server until the block ends.
+    """Run a server until the block ends, each of its workers scoring one request at a time.
 
     Raises:
-        LoadError: its port is taken, or it was not ready in time.
+        LoadError: it was not ready in time.
     """
-    if refusal := port_refusal(HOST, port):
-        raise LoadError(refusal)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ADRANK_", "PROMETHEUS_"))}
+    environment |= {"OMP_NUM_THREADS": "1", "ADRANK_THREADS": "1"}
     began = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=out
+        )
     try:
         _wait(f"http://{HOST}:{port}/readyz", process, log)
         subject = Subject(name, Target(HOST, port), psutil.Process(process.pid), time.monotonic() - began)

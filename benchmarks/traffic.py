@@ -62,7 +62,7 @@ def _users(settings: Settings) -> list[str]:
 
 
 async def _ads(settings: Settings, most: int) -> list[str]:
-    store, found = RedisStore(settings.redis, timeout=5, ttl=1, connections=1, on_damaged=lambda: None), set[str]()
+    store, found = RedisStore(settings.redis, timeout=5, ttl=1, on_damaged=lambda: None), set[str]()
     try:
         async with aclosing(store.all_ads()) as batches:  # type: ignore[type-var]  # a generator in fact
             async for batch in batches:

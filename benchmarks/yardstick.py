@@ -84,6 +84,12 @@ class Built:
         """The exported graph, as it is served."""
         return self.bundle / MODEL
 
+    @property
+    def int8(self) -> Path | None:
+        """The int8 graph, where it pays."""
+        path = self.bundle / INT8_MODEL
+        return path if path.exists() else None
+
 
 def din_100(ads: int = 100_000, history: int = 100) -> Yardstick:
     """DIN over 100 behaviours of an item and its category."""

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 pytest.importorskip("benchmarks.yardstick")
-from benchmarks.scoring import requests
-from benchmarks.yardstick import build, deepfm_20, din_100, make
 from click.testing import CliRunner
 from rich.progress import Progress
 
 from benchmarks.gpu import Device, floor, in_torch, main, measure, rowwise, tiles
+from benchmarks.scoring import requests
+from benchmarks.yardstick import build, deepfm_20, din_100, make
 from service.scorer import PROVIDERS
 
 
