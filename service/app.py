@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from features.bundle import BundleError, current_path, model_names
 from features.state import MemoryStore, Store, StoreError
 
-from .api import RankEndpoint, add_error_handlers, add_rank, describe, state_routes
+from .api import Application, RankEndpoint, add_error_handlers, describe, state_routes
 from .catalogue import Catalogue
 from .metrics import Metrics, Registry
 from .models import Models, load_models
@@ -181,11 +181,11 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
             if store is None:
                 await service.store.close()
 
-    app = FastAPI(
+    app = Application(
         title="adrank", version="1", description="Ranks ads by p(click).", lifespan=lifespan, redoc_url=None, redirect_slashes=False
     )
     app.include_router(state_routes(service.ranker, metrics, service.health))
-    add_rank(app, RankEndpoint(service.ranker, metrics, settings), metrics)
+    app.take(RankEndpoint(service.ranker, metrics, settings), metrics)
     add_error_handlers(app)
     app.openapi = describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the document
     app.state.service = service
