@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic_core
@@ -48,6 +49,8 @@ RANK_OPERATION = {
     "requestBody": {"required": True, **_content("application/json", "RankRequest")},
     "responses": {"200": {"description": "Successful Response", **_content("application/json", "RankAnswer")}, **RANK_ERRORS},
 }
+
+DOCS = Path(__file__).with_name("docs.html")
 
 log = logging.getLogger(__name__)
 Health = Callable[[], Awaitable[dict[str, Any]]]
@@ -170,6 +173,11 @@ def state_routes(ranker: Ranker, metrics: Metrics, health: Health) -> APIRouter:
         ranker.catalogue.observe()
         metrics.flush()
         return Response(await asyncio.to_thread(metrics.exposition), headers={"content-type": CONTENT_TYPE})
+
+    @router.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """The OpenAPI document for people. Our own page: FastAPI's loads Swagger UI from the internet and is blank without it."""
+        return Response(DOCS.read_bytes(), media_type="text/html")
 
     @router.get("/v1/models")
     async def models() -> Response:

@@ -182,7 +182,13 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
                 await service.store.close()
 
     app = Application(
-        title="adrank", version="1", description="Ranks ads by p(click).", lifespan=lifespan, redoc_url=None, redirect_slashes=False
+        title="adrank",
+        version="1",
+        description="Ranks ads by p(click).",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     app.include_router(state_routes(service.ranker, metrics, service.health))
     app.take(RankEndpoint(service.ranker, metrics, settings), metrics)
