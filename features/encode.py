@@ -5,11 +5,12 @@ The only code that does so. Training replays its log through it and the service 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from .index import RowIndex
 from .schema import FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, lay_out
 from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
 
@@ -247,18 +248,18 @@ class AdTable:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
-        self._rows: dict[str, int] = {}
+        self._index = RowIndex()
         layout = encoder.layouts["ad"]
         self._block = Block(np.zeros((1, layout.width), np.int64), np.zeros((1, layout.number_width), np.float32))
         self._active = np.zeros(1, np.bool_)
 
     def __len__(self) -> int:
-        return int(np.count_nonzero(self._active[: len(self._rows) + 1]))
+        return int(np.count_nonzero(self._active[: len(self._index) + 1]))
 
     @property
     def block(self) -> Block:
         """All rows, the padding ad first; views into the table, not copies."""
-        return self._block.take(slice(len(self._rows) + 1))
+        return Block(self._block.ids[: len(self._index) + 1], self._block.numbers[: len(self._index) + 1])
 
     def take(self, rows: Ids) -> Block:
         """A copy of the rows."""
@@ -266,7 +267,7 @@ class AdTable:
 
     def rows(self, ad_ids: Sequence[str]) -> Ids:
         """Row of each ad, 0 where the table does not have it."""
-        return np.fromiter(map(self._rows.get, ad_ids, repeat(0)), np.int64, len(ad_ids))
+        return self._index.rows(ad_ids)
 
     def active(self, rows: Ids) -> Mask:
         """Which rows are ads that have not left."""
@@ -274,10 +275,8 @@ class AdTable:
 
     def put(self, ad_ids: Sequence[str], ads: Block, active: bool = True) -> None:
         """Add ads, or replace those already there."""
-        for ad_id in ad_ids:
-            self._rows.setdefault(ad_id, len(self._rows) + 1)
-        self._grow(len(self._rows) + 1)
-        rows = self.rows(ad_ids)
+        rows = self._index.add(ad_ids)
+        self._grow(len(self._index) + 1)
         self._block.ids[rows], self._block.numbers[rows], self._active[rows] = ads.ids, ads.numbers, active
 
     def remove(self, ad_ids: Sequence[str]) -> None:

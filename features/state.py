@@ -71,7 +71,7 @@ def unpack_user(user_id: str, value: bytes) -> UserState:
     _, owner, features, ad_ids, ts = document
     if owner != user_id:
         raise StateError("the value stored for a user names another user")
-    if len(ad_ids) != len(ts) or not all(type(ad_id) is str for ad_id in ad_ids):
+    if len(ad_ids) != len(ts) or not set(map(type, ad_ids)) <= {str}:
         raise StateError(f"the history stored for user {user_id!r} is damaged")
     return UserState(features, ad_ids, ts)
 

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic_core
@@ -48,6 +49,8 @@ RANK_OPERATION = {
     "requestBody": {"required": True, **_content("application/json", "RankRequest")},
     "responses": {"200": {"description": "Successful Response", **_content("application/json", "RankAnswer")}, **RANK_ERRORS},
 }
+
+DOCS = Path(__file__).with_name("docs.html")
 
 log = logging.getLogger(__name__)
 Health = Callable[[], Awaitable[dict[str, Any]]]
@@ -171,6 +174,11 @@ def state_routes(ranker: Ranker, metrics: Metrics, health: Health) -> APIRouter:
         metrics.flush()
         return Response(await asyncio.to_thread(metrics.exposition), headers={"content-type": CONTENT_TYPE})
 
+    @router.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """The OpenAPI document for people. Our own page: FastAPI's loads Swagger UI from the internet and is blank without it."""
+        return Response(DOCS.read_bytes(), media_type="text/html")
+
     @router.get("/v1/models")
     async def models() -> Response:
         """The models that are loaded, and those that were refused."""
@@ -221,13 +229,10 @@ def problem(scope: Scope, kind: Kind, detail: str, mistakes: Sequence[Mistake] =
 
 
 class Edge:
-    """The process's edge: every request gets an id, is counted and timed, and whatever goes wrong inside becomes a problem.
+    """The process's edge: every request gets an id, is counted and timed, and whatever goes wrong inside becomes a problem."""
 
-    Rankings leave for their endpoint from here; all else is FastAPI's.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, rank: RankEndpoint) -> None:
-        self._app, self._metrics, self._rank = app, metrics, rank
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -247,7 +252,7 @@ class Edge:
             await send(message)
 
         try:
-            await (self._rank if path in RANKED and scope["method"] == "POST" else self._app)(scope, receive, noting)
+            await self._app(scope, receive, noting)
             stages.finish()
         except Exception:
             log.exception("request %s failed in a way nobody foresaw", state["request_id"])
@@ -271,10 +276,21 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, routing)
 
 
-def add_rank(app: FastAPI, endpoint: RankEndpoint, metrics: Metrics) -> None:
-    """Put the endpoint at the edge. The routes behind it are there for who asks with another method than POST."""
-    app.router.routes += [Route(path, endpoint, methods=["POST"], include_in_schema=False) for path in RANKED]
-    app.add_middleware(Edge, metrics=metrics, rank=endpoint)
+class Application(FastAPI):
+    """FastAPI for all but rankings: it and its own middleware stand before any that is added, and take time of every request."""
+
+    rank: ASGIApp
+
+    def take(self, endpoint: RankEndpoint, metrics: Metrics) -> None:
+        """Rank with the endpoint. Its routes are there for who asks with another method than POST."""
+        self.rank = Edge(endpoint, metrics)
+        self.add_middleware(Edge, metrics=metrics)
+        self.router.routes += [Route(path, endpoint, methods=["POST"], include_in_schema=False) for path in RANKED]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        ranks = scope["type"] == "http" and scope["path"] in RANKED and scope["method"] == "POST"
+        await (self.rank if ranks else super().__call__)(scope, receive, send)
 
 
 def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from features.bundle import BundleError, current_path, model_names
 from features.state import MemoryStore, Store, StoreError
 
-from .api import RankEndpoint, add_error_handlers, add_rank, describe, state_routes
+from .api import Application, RankEndpoint, add_error_handlers, describe, state_routes
 from .batcher import Batcher
 from .catalogue import Catalogue
 from .metrics import Metrics, Registry
@@ -176,11 +176,17 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
             if store is None:
                 await service.store.close()
 
-    app = FastAPI(
-        title="adrank", version="1", description="Ranks ads by p(click).", lifespan=lifespan, redoc_url=None, redirect_slashes=False
+    app = Application(
+        title="adrank",
+        version="1",
+        description="Ranks ads by p(click).",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     app.include_router(state_routes(service.ranker, metrics, service.health))
-    add_rank(app, RankEndpoint(service.ranker, metrics, settings), metrics)
+    app.take(RankEndpoint(service.ranker, metrics, settings), metrics)
     add_error_handlers(app)
     app.openapi = describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the document
     app.state.service = service

@@ -134,7 +134,8 @@ class Metrics:
         for model, scores in clicks.items():
             together = np.concatenate(scores)
             _observe(self._p_click.labels(model), CLICKS, together[np.isfinite(together)])
-        self._flush_rankings([row for row in rows if row.seconds])
+        if rankings := [row for row in rows if row.seconds]:
+            self._flush_rankings(rankings)
 
     def _flush_rankings(self, rows: Sequence[Stages]) -> None:
         for stage in STAGES:

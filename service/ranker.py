@@ -190,19 +190,21 @@ def _ranking(
 ) -> Ranking:
     """Ads best first, those beyond `top_k` omitted, and those without a finite score. Ties go by ad id."""
     ad_ids, bids = encoded.ad_ids, query.bids if query.bids is None or repeated is None else query.bids[repeated]
-    clicks = shortest(np.where(scored.finite, scored.scores, np.float32(0)))
-    by = scored.scores if query.objective == "pctr" or bids is None else clicks * bids * 1000
-    order = best_first(np.flatnonzero(scored.finite), by, ad_ids)
+    rows = np.flatnonzero(scored.finite)
+    clicks = shortest(scored.scores) if len(rows) == len(ad_ids) else shortest(np.where(scored.finite, scored.scores, np.float32(0)))
+    ecpm = None if bids is None else clicks * bids * 1000
+    order = best_first(rows, scored.scores if query.objective == "pctr" or ecpm is None else ecpm, ad_ids)
     kept = order[: query.top_k]
+    places, known = kept.tolist(), encoded.known.take(kept)
     omitted = [] if repeated is None else [(ad_id, "duplicate") for ad_id in _others(query.ad_ids, repeated)]
-    omitted += [(ad_ids[row], "not_scored") for row in np.flatnonzero(~scored.finite).tolist()]
-    omitted += [(ad_ids[row], "top_k") for row in order[len(kept) :]]
-    known, offered = encoded.known[kept], None if bids is None else bids[kept]
+    if len(places) < len(ad_ids):
+        omitted += [(ad_ids[row], "not_scored") for row in np.flatnonzero(~scored.finite).tolist()]
+        omitted += [(ad_ids[row], "top_k") for row in order[len(kept) :].tolist()]
     ranking = Ranking(
         model.facts(),
-        [ad_ids[row] for row in kept],
-        clicks[kept].tolist(),
-        None if offered is None else [None if value != value else value for value in (clicks[kept] * offered * 1000).tolist()],  # noqa: PLR0124
+        list(map(ad_ids.__getitem__, places)),
+        clicks.take(kept).tolist(),
+        None if ecpm is None else [None if value != value else value for value in ecpm.take(kept).tolist()],  # noqa: PLR0124
         None if known.all() else known.tolist(),
         omitted,
         degraded,
@@ -210,7 +212,7 @@ def _ranking(
     if query.explain:
         encoder = model.bundle.encoder
         ranking.seen = explain_request(encoder, encoded.feeds, encoded.behaviours)
-        ranking.ads_seen = [explain_ad(encoder, encoded.feeds, row) for row in kept]
+        ranking.ads_seen = [explain_ad(encoder, encoded.feeds, row) for row in places]
     return ranking
 
 
@@ -219,15 +221,16 @@ def _others(ad_ids: Sequence[str], ranked: Sequence[int]) -> list[str]:
     return [ad_id for i, ad_id in enumerate(ad_ids) if i not in places]
 
 
-def best_first(rows: Ids, by: Any, ad_ids: Sequence[str]) -> list[int]:
+def best_first(rows: Ids, by: Any, ad_ids: Sequence[str]) -> Ids:
     """The rows by falling value, equal ones by ad id; numpy does all but the ties, since ids of thousands sort slowly."""
-    order = rows[np.argsort(-by[rows], kind="stable")]
-    ties = np.diff(by[order[1:]] == by[order[:-1]], prepend=False, append=False)
-    ordered: list[int] = order.tolist()
-    edges = np.flatnonzero(ties).tolist()
-    for first, last in zip(edges[::2], edges[1::2], strict=True):
-        ordered[first : last + 1] = sorted(ordered[first : last + 1], key=ad_ids.__getitem__)
-    return ordered
+    order = rows.take(np.argsort(-by.take(rows), kind="stable"))
+    falling = by.take(order)
+    same = falling[1:] == falling[:-1]
+    if same.any():
+        edges = np.flatnonzero(np.diff(same, prepend=False, append=False)).tolist()
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            order[first : last + 1] = sorted(order[first : last + 1].tolist(), key=ad_ids.__getitem__)
+    return order
 
 
 def shortest(scores: Numbers) -> Bids:

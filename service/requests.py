@@ -101,9 +101,9 @@ def _columns(candidates: Columns | list[Candidate] | list[str]) -> tuple[list[st
                 detail = f"{len(column)} values, but ad_id has {len(ad_ids)}"
                 raise InvalidError("the columns are not equally long", [Mistake(("candidates", name), detail)])
         return ad_ids, _bids(bids), {i: sent for i, sent in enumerate(features or ()) if sent}
+    if isinstance(candidates[0], str):
+        return cast("list[str]", candidates), None, {}  # type: ignore[redundant-cast]  # mypy takes the first for all of them
     rows = [row for row in candidates if isinstance(row, Candidate)]
-    if not rows:
-        return cast("list[str]", candidates), None, {}
     return [row.ad_id for row in rows], _bids([row.bid for row in rows]), {i: row.features for i, row in enumerate(rows) if row.features}
 
 

@@ -65,7 +65,8 @@ RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 class Wire(BaseModel):
     """Strict, closed and finite: what is not described here is refused by name."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    # Ids are too many to be found in pydantic's cache of strings: each would only push another one out of it.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, cache_strings="keys")
 
 
 class Behaviour(Wire):

@@ -103,6 +103,18 @@ def test_many_rows_encode_as_one_by_one(data: st.DataObject, side: Any, rows: in
         assert np.array_equal(whole.numbers[row], one.numbers[0])
 
 
+@patient
+@given(
+    st.fixed_dictionaries({}, optional={"age": texts, "interests": st.lists(texts, max_size=4), "income": st.floats(-1e30, 1e30)}), texts
+)
+def test_a_request_s_user_side_is_the_user_s_beside_the_context_s(user: dict[str, Any], slot: str) -> None:
+    encoder = small.encoder()
+    together = encoder.encode_user("u1", user, {"slot": slot})
+    apart = encoder.encode_one("user", user, "u1").beside(encoder.encode_one("context", {"slot": slot}))
+    assert np.array_equal(together.ids, apart.ids)
+    assert np.array_equal(together.numbers, apart.numbers)
+
+
 def test_numbers_that_are_not_a_number_are_missing_in_bulk() -> None:
     block = small.encoder().encode("user", {"income": [float("nan"), None, 25.0]}, 3)
     assert block.numbers.tolist() == [[-2.0], [-2.0], [1.0]]

@@ -158,7 +158,7 @@ def test_best_first_is_the_plain_sort(scores, chance):
     by = np.array(scores, np.float32)
     ad_ids = [f"a{i}" for i in chance.sample(range(len(scores)), len(scores))]
     rows = np.array(sorted(chance.sample(range(len(scores)), chance.randint(0, len(scores)))), np.int64)
-    assert best_first(rows, by, ad_ids) == sorted(rows.tolist(), key=lambda row: (-by[row], ad_ids[row]))
+    assert best_first(rows, by, ad_ids).tolist() == sorted(rows.tolist(), key=lambda row: (-by[row], ad_ids[row]))
 
 
 async def test_a_score_that_is_no_number_never_reaches_the_sort(ranked):

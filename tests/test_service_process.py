@@ -56,6 +56,9 @@ async def test_two_workers_are_counted_together_and_drain(repository, filled):
             async with Client(base_url=client.base_url) as once:
                 assert (await once.rank())["degraded"] == []
         async with Client(base_url=client.base_url) as once:
+            async with asyncio.timeout(5):  # the other worker writes its own now and then
+                while await once.metric('adrank_requests_total{model="din",outcome="ok",route="/rank"}') < 30:
+                    await asyncio.sleep(0.05)
             assert await once.metric('adrank_requests_total{model="din",outcome="ok",route="/rank"}') == 30
             assert await once.metric("adrank_candidates_count") == 30
             assert await once.metric('adrank_p_click_count{model="din"}') == 60

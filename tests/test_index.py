@@ -1,0 +1,36 @@
+"""The index of rows does what a dict does, while ids come in any number and order."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from features import index as module
+from features.index import RowIndex
+
+
+@pytest.mark.parametrize("slots", [1, 4, 1_024])
+def test_it_is_a_dict_of_rows(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SLOTS", slots)
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(st.lists(st.lists(st.text(max_size=2), max_size=12), max_size=12), st.lists(st.text(max_size=2)))
+    def check(batches: list[list[str]], asked: list[str]) -> None:
+        index, rows = RowIndex(), dict[str, int]()
+        for batch in batches:
+            for each in batch:
+                rows.setdefault(each, len(rows) + 1)
+            assert index.add(batch).tolist() == [rows[each] for each in batch]
+            assert len(index) == len(rows)
+            assert index.rows(asked).tolist() == [rows.get(each, 0) for each in asked]
+            assert index.rows(asked).dtype == np.int64
+
+    check()
+
+
+def test_a_hundred_thousand_ids() -> None:
+    index = RowIndex()
+    for start in range(0, 100_000, 700):
+        index.add([f"ad{i}" for i in range(start, min(start + 700, 100_000))])
+    assert index.rows([f"ad{i}" for i in range(100_000)]).tolist() == list(range(1, 100_001))
+    assert not index.rows([f"no{i}" for i in range(100_000)]).any()
