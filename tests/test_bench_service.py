@@ -11,7 +11,8 @@ from conftest import Server
 
 from benchmarks import crosscheck, growth, service
 from benchmarks.bare import Bare
-from benchmarks.load import LoadError, Plan, ask
+from benchmarks.load import LoadError, ask
+from benchmarks.measured import Plan
 from benchmarks.population import fill
 from benchmarks.scoring import requests as tensors
 from benchmarks.service import ALONE, BARE, CONNECTIONS, OURS, PEER, Bench, Sample, benches
