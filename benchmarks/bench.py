@@ -13,7 +13,8 @@ from rich.table import Table
 
 from service.settings import Settings
 
-from .load import LoadError, Measured, Plan, Target, ask, measure
+from .load import LoadError, Target, ask, measure
+from .measured import Measured, Plan
 from .traffic import bodies, draw
 
 Rate = float | Literal["half"] | None

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from service.settings import load_settings
 
-from .load import LoadError, Plan, Target, measure
+from .load import LoadError, Target, measure
+from .measured import Plan
 from .service import show
 from .traffic import bodies, draw
 

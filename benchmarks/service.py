@@ -25,7 +25,8 @@ from features.encode import Feeds
 from training.progress import progress_bar
 
 from .bare import Bare
-from .load import Measured, Plan, measure
+from .load import measure
+from .measured import Measured, Plan
 from .population import fill
 from .scoring import requests as tensors
 from .subjects import HOST, Subject, adrank, fastapi, serving

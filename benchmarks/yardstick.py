@@ -121,24 +121,24 @@ YARDSTICKS = {"din-100": din_100, "deepfm-20": deepfm_20}
 
 
 def build(yardstick: Yardstick, folder: Path = FOLDER) -> Built:
-    """The yardstick under `folder`; built anew only where it, or the code that makes it, has changed."""
-    home = folder / f"{yardstick.name}-{_key(yardstick)}"
+    """The yardstick under `folder`; built anew only where the code that makes it has changed, and then what older code built is removed."""
+    made = folder / f"built-{_sources()}"
+    home = made / f"{yardstick.name}-{hashlib.sha256(repr(yardstick).encode()).hexdigest()[:8]}"
     if not home.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as staging:
+        for old in folder.glob("built-" + 12 * "[0-9a-f]"):
+            if old != made:
+                shutil.rmtree(old)
+        made.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=made) as staging:
             _write(yardstick, Path(staging) / "built")
             (Path(staging) / "built").rename(home)
     models = home / "models"
     return Built(yardstick, models, current_path(models, yardstick.name), home / "rowwise.onnx", home / "textbook.onnx")
 
 
-def clear(folder: Path = FOLDER) -> None:
-    """Remove what was built."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _key(yardstick: Yardstick) -> str:
-    digest = hashlib.sha256(repr((yardstick.settings, yardstick.population)).encode())
+def _sources() -> str:
+    """What the code that builds is, in 12 hexadecimal digits."""
+    digest = hashlib.sha256()
     for source in SOURCES:
         path = ROOT / source
         for file in [path] if path.is_file() else sorted(path.glob("*.py")):

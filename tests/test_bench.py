@@ -20,7 +20,8 @@ from conftest import Server, free_port
 from rich.console import Console
 
 from benchmarks import bench
-from benchmarks.load import LoadError, Measured, Plan, Target, ask, measure, percentile
+from benchmarks.load import LoadError, Target, ask, measure
+from benchmarks.measured import Measured, Plan, percentile
 from benchmarks.traffic import Entities, bodies, draw
 from features.state import Ad, StoreError, UserState
 from service.settings import load_settings

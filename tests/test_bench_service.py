@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import Server
 
-from benchmarks import service
+from benchmarks import crosscheck, growth, service
 from benchmarks.bare import Bare
-from benchmarks.load import LoadError, Plan, ask
+from benchmarks.load import LoadError, ask
+from benchmarks.measured import Plan
 from benchmarks.population import fill
 from benchmarks.scoring import requests as tensors
 from benchmarks.service import ALONE, BARE, CONNECTIONS, OURS, PEER, Bench, Sample, benches
@@ -122,3 +123,27 @@ def test_the_store_of_each_yardstick_is_its_own(servers: Callable[[str], Server]
     population = bench.built.yardstick.population
     asyncio.run(fill(population, servers("valkey").url.replace("/0", "/9")))
     assert _ranked(bench, OURS, bench.requests(3)[0])
+
+
+def test_growth_measures_a_service_of_its_own(servers: Callable[[str], Server], bench: Bench, tmp_path: Path) -> None:
+    database = servers("valkey").url.replace("/0", "/9")
+    start, costs = growth.grow(bench.built, database, (1, 20), 0.2, tmp_path)
+    assert start.ads == 300
+    assert start.ready_s > 0
+    assert start.catalogue_s is not None
+    assert start.resident_mib > 50
+    assert [(cost.candidates, cost.errors) for cost in costs] == [(1, 0), (20, 0)]
+    assert all(0 < cost.p50_ms <= cost.p99_ms and cost.cpu_us > 0 for cost in costs)
+
+
+def test_the_crosscheck_reads_what_wrk_prints(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrk = tmp_path / "wrk"
+    wrk.write_text("#!/bin/sh\necho 'Requests/sec:   1234.50'\n")
+    wrk.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert crosscheck.wrk("http://x", [b"{}"], 1, 8)["requests_per_s"] == 1234.5
+    wrk.write_text("#!/bin/sh\necho broken >&2; exit 1\n")
+    with pytest.raises(crosscheck.click.ClickException, match="wrk failed: broken"):
+        crosscheck.wrk("http://x", [b"{}"], 1, 8)
+    mine = crosscheck.ours(bench.subjects[OURS].target, bench.requests(3), 50.0, 0.2, 2)
+    assert (mine["loop"], mine["requests_per_s"]) == ("open", 50)

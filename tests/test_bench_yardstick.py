@@ -69,20 +69,23 @@ def test_it_is_a_bundle_that_the_service_takes(built: Built) -> None:
     assert [len(golden.history) for golden in bundle.goldens] == [length] * len(bundle.goldens)
 
 
-def test_it_is_built_once_and_again_when_it_or_its_code_has_changed(built: Built, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder, before = built.models.parent.parent, built.graph.stat().st_mtime_ns
-    again = build(built.yardstick, folder)
-    assert (again, again.graph.stat().st_mtime_ns) == (built, before)
-    key = yardstick._key(built.yardstick)
-    assert key != yardstick._key(replace(built.yardstick, population=replace(built.yardstick.population, seed=5)))
-    (tmp_path / "training").mkdir()
+def test_it_is_built_once_and_again_when_its_code_has_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    yard, folder, code = small("deepfm-20"), tmp_path / "bench", tmp_path / "training"
+    code.mkdir()
     monkeypatch.setattr(yardstick, "ROOT", tmp_path)
     monkeypatch.setattr(yardstick, "SOURCES", ("training",))
-    keys = set()
-    for text in ("a", "b"):
-        (tmp_path / "training" / "export.py").write_text(text)
-        keys.add(yardstick._key(built.yardstick))
-    assert len(keys | {key}) == 3
+    (code / "export.py").write_text("a")
+    first = build(yard, folder)
+    (folder / "built-mine").mkdir()
+    before = first.graph.stat().st_mtime_ns
+    other = build(replace(yard, population=replace(yard.population, seed=5)), folder)
+    assert other.graph != first.graph
+    assert (build(yard, folder), first.graph.stat().st_mtime_ns) == (first, before)
+    (code / "export.py").write_text("b")
+    assert build(yard, folder).graph.exists()
+    assert not first.graph.exists()  # what older code built has gone, and nothing else
+    assert not other.graph.exists()
+    assert (folder / "built-mine").is_dir()
 
 
 @pytest.mark.anyio
