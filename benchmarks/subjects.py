@@ -79,9 +79,7 @@ def serving(name: str, command: Sequence[str], port: int, log: Path) -> Iterator
     began = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=out
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
     try:
         _wait(f"http://{HOST}:{port}/readyz", process, log)
         subject = Subject(name, Target(HOST, port), psutil.Process(process.pid), time.monotonic() - began)
