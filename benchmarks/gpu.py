@@ -19,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from features.bundle import CUDA_MODEL
 from features.encode import Feeds
 from features.vocabulary import Numbers
 from service.scorer import CUDA_OPTIONS, PROVIDERS, TiledScorer
@@ -63,7 +64,7 @@ class Timing:
 
 def tiles(built: Built, device: str) -> Together:
     """As the service scores on the device."""
-    scorer = TiledScorer(built.graph, device, built.yardstick.population.schema.history_length)
+    scorer = TiledScorer(built.bundle / CUDA_MODEL, device, built.yardstick.population.schema.history_length)
     return lambda together: [scores[0] for scores in scorer.submit(together).result()]
 
 

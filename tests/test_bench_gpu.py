@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-
-pytest.importorskip("benchmarks.yardstick")
 from click.testing import CliRunner
 from rich.progress import Progress
 

@@ -3,7 +3,7 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.encode import AdTable, Request, encode_request
@@ -102,6 +102,7 @@ def tiled(tmp_path_factory):
     return TiledScorer(path, "cpu", 5)
 
 
+@settings(deadline=None)
 @given(SIZES)
 def test_scored_together_is_scored_alone(tiled, sizes):
     """To the rounding of a float32 sum: padding a history changes the order in which it is summed."""

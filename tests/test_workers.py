@@ -151,10 +151,14 @@ async def test_connections_of_one_request_each_are_shared_too(repository):
         )
 
         def answered():
-            return [
-                sum(value for key, value, *_ in MmapedDict.read_all_values_from_file(path) if '"/readyz"' in key and "_total" in key)
-                for path in sorted(Path(folder).glob("counter_*.db"))
-            ]
+            return Counter(
+                {
+                    path.name: sum(
+                        value for key, value, *_ in MmapedDict.read_all_values_from_file(path) if '"/readyz"' in key and "_total" in key
+                    )
+                    for path in Path(folder).glob("counter_*.db")
+                }
+            )
 
         async def ask(times):
             for _ in range(times):
@@ -163,12 +167,15 @@ async def test_connections_of_one_request_each_are_shared_too(repository):
                 await caller.close()
 
         for at_once in (1, 4):
+            await asyncio.sleep(1.5)  # until what came before is written
             before = answered()
             await asyncio.gather(*(ask(100 // at_once) for _ in range(at_once)))
             async with asyncio.timeout(10):
-                while sum(answered()) - sum(before) < 100:
+                while (answered() - before).total() < 100:  # the workers write what they counted twice a second
                     await asyncio.sleep(0.05)
-            assert min(now - then for now, then in zip(answered(), before, strict=True)) >= 40
+            new = answered() - before
+            assert len(new) == 2
+            assert min(new.values()) >= 30  # even, but that a worker whom the machine holds up rightly gets fewer
 
 
 async def test_a_worker_that_is_killed_is_replaced_and_gets_its_share(repository):
