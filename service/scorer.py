@@ -63,18 +63,24 @@ class Scorer:
         Raises:
             ScoringError: a tensor is missing, the model failed, or what it gave has another shape.
         """
+        slices = [self.run(some) for some in self.slices(feeds)]
+        return slices[0] if len(slices) == 1 else np.concatenate(slices, axis=1)
+
+    def slices(self, feeds: Feeds) -> list[Feeds]:
+        """The request as requests of at most `SLICE` candidates, all about as large."""
         candidates = candidates_of(feeds)
-        slices = -(-candidates // SLICE)
-        if slices <= 1:
-            return self._run(feeds)
-        edges = [candidates * i // slices for i in range(slices + 1)]
-        return np.concatenate([self._run(_candidates(feeds, slice(*edge))) for edge in pairwise(edges)], axis=1)
+        count = -(-candidates // SLICE)
+        if count <= 1:
+            return [feeds]
+        edges = [candidates * i // count for i in range(count + 1)]
+        return [_candidates(feeds, slice(*edge)) for edge in pairwise(edges)]
 
     def warm_up(self, history_length: int) -> list[tuple[int, int]]:
         """Behaviours and candidates of requests to score before the first real one: first runs of a size allocate."""
         return [(max(1, min(behaviours, history_length)), candidates) for behaviours, candidates in WARM_SHAPES]
 
-    def _run(self, feeds: Feeds) -> Numbers:
+    def run(self, feeds: Feeds) -> Numbers:
+        """The probabilities of one slice; raises as `score` does."""
         try:
             wanted = {name: feeds[name] for name in self.inputs}
             (scores,) = self._session.run([OUTPUT], wanted)

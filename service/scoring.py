@@ -1,9 +1,10 @@
 """Where the model runs: on the event loop, or in threads beside it. Times the stages `queue` and `inference`."""
 
 import asyncio
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
+
+import numpy as np
 
 from features.encode import Feeds
 from features.vocabulary import Numbers
@@ -36,9 +37,18 @@ class Inline:
     """
 
     async def score(self, scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
-        """See `Scoring`."""
+        """See `Scoring`. Between the slices of a large request others get their turn."""
         stages.enter("queue")
-        return _score(scorer, feeds, stages, deadline)
+        _check(stages, deadline)
+        stages.enter("inference")
+        first, *rest = scorer.slices(feeds)
+        scores = [scorer.run(first)[0]]
+        for some in rest:
+            stages.enter("queue")
+            await asyncio.sleep(0)
+            stages.enter("inference")
+            scores.append(scorer.run(some)[0])
+        return scores[0] if not rest else np.concatenate(scores)
 
     def close(self) -> None:
         """See `Scoring`."""
@@ -61,8 +71,12 @@ class Pool:
 
 
 def _score(scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
-    if deadline is not None and time.perf_counter() - stages.began > deadline:
-        raise DeadlineError("the deadline passed before the candidates were scored")
+    _check(stages, deadline)
     stages.enter("inference")
     scores: Numbers = scorer.score(feeds)[0]
     return scores
+
+
+def _check(stages: Stages, deadline: float | None) -> None:
+    if deadline is not None and stages.total > deadline:
+        raise DeadlineError("the deadline passed before the candidates were scored")
