@@ -215,13 +215,12 @@ def _accepted(subject: Subject) -> list[int]:
 
 
 def show(document: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) -> None:
-    """A table of each part, its columns the names of the figures."""
+    """A table of each part, its columns the names of the figures, as wide as they need."""
+    console = Console(file=console.file, width=max(console.width, 160))
     for part, rows in document.items():
-        table = Table(*rows[0], title=part)
+        table = Table(*rows[0], title=part, title_justify="left")
         for row in rows:
-            table.add_row(
-                *("" if value is None else f"{value:,.10g}" if isinstance(value, float) else str(value) for value in row.values())
-            )
+            table.add_row(*map(_text, row.values()))
         console.print(table)
 
 

@@ -329,7 +329,7 @@ def test_bodies_are_different_random_requests_in_each_form(form: str, candidates
 
 
 async def filled(url: str, users: int = 5, ads: int = 40) -> None:
-    store = RedisStore(url, timeout=5, ttl=100, connections=1, on_damaged=lambda: None)
+    store = RedisStore(url, timeout=5, ttl=100, on_damaged=lambda: None)
     await store.put_users((f"u{{{i}}}", UserState()) for i in range(users))
     await store.put_ads(Ad(f"a{i}", {}, active=i != 3) for i in range(ads))
     await store.close()
