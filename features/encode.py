@@ -317,16 +317,23 @@ def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
     user = encoder.encode_user(request.user_id, request.user, request.context)
     rows = table.rows(request.candidates)
     ads, known = table.take(rows), table.active(rows)
-    if not known.all():
+    if np.count_nonzero(known) < len(known):  # several times faster than all(), which numpy has in Python
         _fill_unknown(encoder, ads, request.candidates, ~known)
     if request.sent:
         encoder.overlay(ads, request.sent)
-    behaviours = encoder.newest(request.history)
-    behaved = table.rows(behaviours) if behaviours else np.zeros(1, np.int64)
-    past = table.take(behaved)
-    if behaviours and not behaved.all():
-        _fill_unknown(encoder, past, behaviours, behaved == 0)
-    return encoder.feeds({"user": user, "history": encoder.history_of(past), "ad": ads}), known
+    blocks = {"user": user, "ad": ads}
+    if encoder.schema.history_fields:
+        blocks["history"] = encoder.history_of(_behaved(table, encoder.newest(request.history)))
+    return encoder.feeds(blocks), known
+
+
+def _behaved(table: AdTable, behaviours: Sequence[str]) -> Block:
+    """The ads of behaviours, at least the padding ad."""
+    rows = table.rows(behaviours) if behaviours else np.zeros(1, np.int64)
+    past = table.take(rows)
+    if behaviours and np.count_nonzero(rows) < len(rows):
+        _fill_unknown(table.encoder, past, behaviours, rows == 0)
+    return past
 
 
 def _fill_unknown(encoder: Encoder, ads: Block, ad_ids: Sequence[str], unknown: Mask) -> None:

@@ -44,7 +44,7 @@ class RowIndex:
         last = len(self._slots) - 1
         found = self._slots.take(hashes & last, 0)
         rows: Ids = found[:, 1].copy()
-        others = np.flatnonzero((found[:, 0] != hashes) & (rows != 0))
+        (others,) = ((found[:, 0] != hashes) & (rows != 0)).nonzero()
         step = 0
         while len(others):
             step += 1

@@ -107,7 +107,7 @@ class Ranker:
         stages.enter("post")
         stages.scores = scores
         finite = np.isfinite(scores)
-        if not finite.all():
+        if np.count_nonzero(finite) < len(finite):
             degraded.append(Degraded("inference", "not_finite", "omitted"))
         stages.degraded = [(entry.stage, entry.reason) for entry in degraded]
         return _ranking(query, model, encoded, _Scored(scores, finite), repeated, degraded)
@@ -190,7 +190,7 @@ def _ranking(
 ) -> Ranking:
     """Ads best first, those beyond `top_k` omitted, and those without a finite score. Ties go by ad id."""
     ad_ids, bids = encoded.ad_ids, query.bids if query.bids is None or repeated is None else query.bids[repeated]
-    rows = np.flatnonzero(scored.finite)
+    (rows,) = scored.finite.nonzero()
     clicks = shortest(scored.scores) if len(rows) == len(ad_ids) else shortest(np.where(scored.finite, scored.scores, np.float32(0)))
     ecpm = None if bids is None else clicks * bids * 1000
     order = best_first(rows, scored.scores if query.objective == "pctr" or ecpm is None else ecpm, ad_ids)
@@ -205,7 +205,7 @@ def _ranking(
         list(map(ad_ids.__getitem__, places)),
         clicks.take(kept).tolist(),
         None if ecpm is None else [None if value != value else value for value in ecpm.take(kept).tolist()],  # noqa: PLR0124
-        None if known.all() else known.tolist(),
+        None if np.count_nonzero(known) == len(known) else known.tolist(),
         omitted,
         degraded,
     )
@@ -223,10 +223,10 @@ def _others(ad_ids: Sequence[str], ranked: Sequence[int]) -> list[str]:
 
 def best_first(rows: Ids, by: Any, ad_ids: Sequence[str]) -> Ids:
     """The rows by falling value, equal ones by ad id; numpy does all but the ties, since ids of thousands sort slowly."""
-    order = rows.take(np.argsort(-by.take(rows), kind="stable"))
+    order = rows.take((-by.take(rows)).argsort(kind="stable"))
     falling = by.take(order)
     same = falling[1:] == falling[:-1]
-    if same.any():
+    if np.count_nonzero(same):
         edges = np.flatnonzero(np.diff(same, prepend=False, append=False)).tolist()
         for first, last in zip(edges[::2], edges[1::2], strict=True):
             order[first : last + 1] = sorted(order[first : last + 1].tolist(), key=ad_ids.__getitem__)

@@ -1,7 +1,9 @@
 """Where the model runs: on the event loop, or in threads beside it. Times the stages `queue` and `inference`."""
 
 import asyncio
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +14,9 @@ from features.vocabulary import Numbers
 from .errors import DeadlineError
 from .metrics import Stages
 from .scorer import Scorer
+
+TOGETHER = 256
+"""Candidates after which answers go out before more are scored: the first to be scored waits for the last."""
 
 
 class Scoring(Protocol):
@@ -29,26 +34,59 @@ class Scoring(Protocol):
         """Let go of threads."""
 
 
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A request, or a slice of one, that waits for its turn; `scores` is cancelled when its caller leaves."""
+
+    scorer: Scorer
+    feeds: Feeds
+    stages: Stages
+    deadline: float | None
+    scores: "asyncio.Future[Numbers]"
+
+
 class Inline:
     """Runs the model on the event loop, for a worker that scores one request at a time.
 
     Deliberately against the rule that the loop never blocks: a thread could only let the loop take in requests that then wait for
     the same processor, and handing one over costs more than encoding it. docs/decisions/2026-11-22-request-path.md has the figures.
+    Requests that are ready together are scored one right after the other: each run of a model throws the program out of the
+    caches, and the program the model.
     """
 
+    def __init__(self) -> None:
+        self._waiting: deque[_Waiting] = deque()
+
     async def score(self, scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
-        """See `Scoring`. Between the slices of a large request others get their turn."""
+        """See `Scoring`."""
         stages.enter("queue")
-        _check(stages, deadline)
-        stages.enter("inference")
-        first, *rest = scorer.slices(feeds)
-        scores = [scorer.run(first)[0]]
-        for some in rest:
-            stages.enter("queue")
-            await asyncio.sleep(0)
-            stages.enter("inference")
-            scores.append(scorer.run(some)[0])
-        return scores[0] if not rest else np.concatenate(scores)
+        parts = [await self._in_turn(scorer, some, stages, deadline) for some in scorer.slices(feeds)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _in_turn(self, scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> "asyncio.Future[Numbers]":
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._turn)  # after those that the loop has ready now
+        waiting = _Waiting(scorer, feeds, stages, deadline, loop.create_future())
+        self._waiting.append(waiting)
+        return waiting.scores
+
+    def _turn(self) -> None:
+        room = TOGETHER
+        while self._waiting and room > 0:
+            waiting = self._waiting.popleft()
+            if waiting.scores.done():  # its caller has left
+                continue
+            try:
+                scores = _score(waiting.scorer, waiting.feeds, waiting.stages, waiting.deadline)
+            except Exception as error:  # noqa: BLE001  # the caller's to raise, as from a thread
+                waiting.scores.set_exception(error)
+            else:
+                waiting.stages.enter("queue")
+                waiting.scores.set_result(scores)
+                room -= len(scores)
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._turn)
 
     def close(self) -> None:
         """See `Scoring`."""
@@ -71,12 +109,8 @@ class Pool:
 
 
 def _score(scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
-    _check(stages, deadline)
+    if deadline is not None and stages.total > deadline:
+        raise DeadlineError("the deadline passed before the candidates were scored")
     stages.enter("inference")
     scores: Numbers = scorer.score(feeds)[0]
     return scores
-
-
-def _check(stages: Stages, deadline: float | None) -> None:
-    if deadline is not None and stages.total > deadline:
-        raise DeadlineError("the deadline passed before the candidates were scored")

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -30,10 +31,42 @@ class State(ServerState):
         self.on_closed: Callable[[], None] = lambda: None
 
 
+class Joined:
+    """A transport that sends together what is written in one go: uvicorn writes the head of an answer and its body apart."""
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._pieces: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send it with what else is written until the loop's next turn."""
+        if not self._pieces:
+            self._loop.call_soon(self._send)
+        self._pieces.append(data)
+
+    def close(self) -> None:
+        """Send what is left, and close."""
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        if self._pieces:
+            together = b"".join(self._pieces)
+            self._pieces.clear()
+            self._transport.write(together)
+
+
 class Connection(HttpToolsProtocol):
     """A connection that tells its client `Connection: close` when there are too many, so that no request meets a closed socket."""
 
     server_state: State
+
+    def connection_made(self, transport: Any) -> None:
+        """Join what is written."""
+        super().connection_made(Joined(transport, self.loop))
 
     def on_headers_complete(self) -> None:
         """Decide with each request whether its answer is the connection's last."""

@@ -125,6 +125,7 @@ def _config(settings: Settings) -> uvicorn.Config:
         http=Connection,
         ws="none",
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         log_config=LOGGING,
         backlog=BACKLOG,

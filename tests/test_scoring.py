@@ -51,7 +51,7 @@ async def test_others_get_their_turn_between_slices(scorer):
     task = asyncio.create_task(other())
     await Inline().score(scorer, feeds(4 * SLICE), Stages("/rank"), None)
     task.cancel()
-    assert len(turns) == 3
+    assert len(turns) >= 3
 
 
 @pytest.mark.parametrize("make", [Inline, lambda: Pool(1)], ids=["inline", "pool"])
