@@ -223,7 +223,7 @@ def _others(ad_ids: Sequence[str], ranked: Sequence[int]) -> list[str]:
 
 def best_first(rows: Ids, by: Any, ad_ids: Sequence[str]) -> Ids:
     """The rows by falling value, equal ones by ad id; numpy does all but the ties, since ids of thousands sort slowly."""
-    order = rows.take((-by.take(rows)).argsort(kind="stable"))
+    order: Ids = rows.take((-by.take(rows)).argsort(kind="stable"))
     falling = by.take(order)
     same = falling[1:] == falling[:-1]
     if np.count_nonzero(same):

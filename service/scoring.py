@@ -15,7 +15,7 @@ from .errors import DeadlineError
 from .metrics import Stages
 from .scorer import Scorer
 
-TOGETHER = 256
+TOGETHER = 1_024
 """Candidates after which answers go out before more are scored: the first to be scored waits for the last."""
 
 

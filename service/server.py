@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -66,7 +66,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         """Join what is written."""
-        super().connection_made(Joined(transport, self.loop))
+        super().connection_made(cast("asyncio.Transport", Joined(transport, self.loop)))
 
     def on_headers_complete(self) -> None:
         """Decide with each request whether its answer is the connection's last."""
