@@ -10,10 +10,10 @@ from features.bundle import MODEL
 from features.encode import AdTable, Request, encode_request
 from features.state import Ad
 from service.catalogue import put_ads
-from service.errors import DeadlineError
+from service.errors import DeadlineError, ScoringError
 from service.metrics import Stages
 from service.scorer import SLICE, Scorer
-from service.scoring import Inline, Pool
+from service.scoring import TOGETHER, Inline, Pool
 
 pytestmark = pytest.mark.anyio
 
@@ -61,3 +61,61 @@ async def test_a_deadline_that_has_passed_is_told_before_the_model_runs(scorer, 
     with pytest.raises(DeadlineError):
         await make().score(scorer, feeds(5), stages, 0.005)
     assert "inference" not in stages.seconds
+
+
+class Recording:
+    """A scorer that tells when it ran."""
+
+    def __init__(self, scorer):
+        self._scorer, self.runs, self.failing = scorer, [], set()
+
+    def slices(self, feeds):
+        return self._scorer.slices(feeds)
+
+    def score(self, feeds):
+        self.runs.append(feeds["ad_ids"].shape[1])
+        if self.runs[-1] in self.failing:
+            raise ScoringError("the model failed")
+        return self._scorer.score(feeds)
+
+
+async def asked(inline, recording, counts, deadline=None):
+    """Requests of so many candidates at the same time, and what became of each."""
+    return await asyncio.gather(
+        *(inline.score(recording, feeds(count), Stages("/rank"), deadline) for count in counts), return_exceptions=True
+    )
+
+
+async def test_each_of_several_gets_its_own_scores_and_its_own_error(scorer):
+    recording = Recording(scorer)
+    recording.failing = {7}
+    answers = await asked(Inline(), recording, [3, 7, 5])
+    assert isinstance(answers[1], ScoringError)
+    for count, answer in ((3, answers[0]), (5, answers[2])):
+        assert np.abs(answer - bundles.expected(feeds(count))[0]).max() < 1e-6
+    assert recording.runs == [3, 7, 5]
+
+
+async def test_those_that_are_ready_are_scored_before_any_is_answered_up_to_a_limit(scorer):
+    recording, order = Recording(scorer), []
+    inline = Inline()
+
+    async def one(count):
+        await inline.score(recording, feeds(count), Stages("/rank"), None)
+        order.append((count, len(recording.runs)))
+
+    assert TOGETHER == 1_024
+    await asyncio.gather(*(one(count) for count in (500, 500, 30, 40)))
+    assert order == [(500, 3), (500, 3), (30, 3), (40, 4)]
+
+
+async def test_a_caller_who_left_is_not_scored(scorer):
+    recording, inline = Recording(scorer), Inline()
+    leaving = asyncio.create_task(inline.score(recording, feeds(9), Stages("/rank"), None))
+    staying = asyncio.create_task(inline.score(recording, feeds(4), Stages("/rank"), None))
+    asyncio.get_running_loop().call_soon(leaving.cancel)
+    await staying
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert 4 in recording.runs
+    assert len(await inline.score(recording, feeds(2), Stages("/rank"), None)) == 2
