@@ -18,8 +18,8 @@ lint: $(INSTALLED)  ## style, types and the rules between the packages
 
 bench: $(INSTALLED)  ## scoring, service and growth, on this machine; tables, and JSON in data/bench
 	$(BIN)/python -m benchmarks.scoring --rounds 9 --json data/bench/scoring.json
-	$(BIN)/python -m benchmarks.service --rounds 3 --seconds 2 --tail 6 --json data/bench/service.json
-	$(BIN)/python -m benchmarks.growth --seconds 1.5 --json data/bench/growth.json
+	$(BIN)/python -m benchmarks.service --rounds 2 --seconds 1.5 --tail 5 --json data/bench/service.json
+	$(BIN)/python -m benchmarks.growth --seconds 1 --json data/bench/growth.json
 
 clean:
 	rm -rf .venv build *.egg-info data/demo data/bench

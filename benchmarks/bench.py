@@ -95,18 +95,29 @@ def as_dict(load: Load, measured: Sequence[Measured]) -> dict[str, Any]:
 
 def show(load: Load, measured: Sequence[Measured], console: Console) -> None:
     """A table, and below it what the reader must not miss."""
-    names = ("loop", "asked/s", "answers/s", "candidates/s", "p50", "p90", "p99", "p99.9", "max ms", "errors", "degraded")
-    table = Table(*names, title=f"{load.candidates} candidates, {load.connections} connections")
-    for m in measured:
-        values = m.as_dict()
-        asked = "" if m.plan.rate is None else f"{m.plan.rate:,.0f}"
-        speed = (asked, f"{m.requests_per_second:,.0f}", f"{m.requests_per_second * load.candidates:,.0f}")
-        times = (f"{values[name]:.2f}" for name in ("p50_ms", "p90_ms", "p99_ms", "p99.9_ms", "max_ms"))
-        table.add_row(values["loop"], *speed, *times, str(m.errors), str(m.degraded))
+    table = Table("", *(m.as_dict()["loop"] for m in measured), title=f"{load.candidates} candidates, {load.connections} connections")
+    columns = [_figures(load, m) for m in measured]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
     console.print(table)
     for m in measured:
         for remark in _remarks(m):
             console.print(f"{m.as_dict()['loop']} loop: {remark}")
+
+
+def _figures(load: Load, measured: Measured) -> dict[str, str]:
+    values = measured.as_dict()
+    times = {f"{name}, ms": f"{values[key]:.2f}" for name, key in (("p50", "p50_ms"), ("p90", "p90_ms"), ("p99", "p99_ms"))}
+    return {
+        "asked a second": "as many as are answered" if measured.plan.rate is None else f"{measured.plan.rate:,.0f}",
+        "answered a second": f"{measured.requests_per_second:,.0f}",
+        "candidates a second": f"{measured.requests_per_second * load.candidates:,.0f}",
+        **times,
+        "p99.9, ms": f"{values['p99.9_ms']:.2f}",
+        "longest, ms": f"{values['max_ms']:.2f}",
+        "errors": str(measured.errors),
+        "degraded": str(measured.degraded),
+    }
 
 
 def _remarks(measured: Measured) -> list[str]:
