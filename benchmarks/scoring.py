@@ -4,7 +4,6 @@ python -m benchmarks.scoring --rounds 30 --json data/bench/scoring.json
 python -m benchmarks.scoring --yardstick din-100 --variant plain=model.cuda.onnx
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from service.scorer import Scorer
 from training.export import random_feeds
 from training.progress import progress_bar
 
+from .bench import write
 from .rowwise import repeated
 from .yardstick import FOLDER, YARDSTICKS, Built, build
 
@@ -169,9 +169,7 @@ def main(names: Sequence[str], given: Sequence[str], rounds: int, folder: Path, 
             built = build(YARDSTICKS[name](), folder)
             timings += measure(built, _variants(given, built.bundle), rounds, progress)
     show(timings, Console(width=max(Console().width, 120)))
-    if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps([asdict(timing) for timing in timings], indent=1))
+    write([asdict(timing) for timing in timings], target)
 
 
 def _variants(given: Sequence[str], bundle: Path) -> dict[str, Path]:

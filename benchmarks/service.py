@@ -6,7 +6,6 @@ All take turns in one run, with the same requests, users and ads. Closed loop fo
 """
 
 import asyncio
-import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from features.encode import Feeds
 from training.progress import progress_bar
 
 from .bare import Bare
+from .bench import write
 from .load import measure
 from .measured import Measured, Plan
 from .population import fill
@@ -258,9 +258,7 @@ def main(names: Sequence[str], rounds: int, seconds: float, tail: float, workers
     """Measure the service beside the bare graph and the FastAPI peer."""
     document = run(names or list(YARDSTICKS), folder, rounds, seconds, tail, workers)
     show(document, Console())
-    if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(document, indent=1))
+    write(document, target)
 
 
 if __name__ == "__main__":

@@ -147,17 +147,20 @@ class Encoder:
         Raises:
             FieldError: a name that the schema does not have, or a value that does not fit its field.
         """
-        ids, numbers = self._row(side, features, identity)
+        ids, numbers = self._row(side, self._cleaned(side, features), identity)
         return Block(np.array([ids], np.int64), np.concatenate([_NO_NUMBERS, *numbers], 1))
 
-    def encode_user(self, user_id: str, user: Features, context: Features) -> Block:
+    def encode_user(self, request: "Request") -> Block:
         """The row of the part `user`: the user's fields, then the context's. Raises as `encode_one` does."""
-        (ids, numbers), (more_ids, more_numbers) = self._row("user", user, user_id), self._row("context", context, None)
+        ids, numbers = self._row("user", {**request.stored, **self._cleaned("user", request.user)}, request.user_id)
+        more_ids, more_numbers = self._row("context", self._cleaned("context", request.context), None)
         return Block(np.array([ids + more_ids], np.int64), np.concatenate([_NO_NUMBERS, *numbers, *more_numbers], 1))
 
-    def _row(self, side: Side, features: Features, identity: str | None) -> tuple[list[int], list[Numbers]]:
-        """Ids and numbers `(1, 1)` of one row. Value by value, since a column of one costs as much as a column of hundreds."""
-        values: dict[str, Any] = {name: clean(self._sendable(side, name), value) for name, value in features.items()}
+    def _cleaned(self, side: Side, features: Features) -> dict[str, Any]:
+        return {name: clean(self._sendable(side, name), value) for name, value in features.items()}
+
+    def _row(self, side: Side, values: dict[str, Any], identity: str | None) -> tuple[list[int], list[Numbers]]:
+        """Ids and numbers `(1, 1)` of one row of clean values, one by one: a column of one costs as much as one of hundreds."""
         if identity is not None:
             values[IDENTITY[side]] = identity
         ids: list[int] = []
@@ -296,7 +299,8 @@ class AdTable:
 class Request:
     """One request's values: a user with features and behaviours (oldest first), a context, and candidates.
 
-    `sent` holds the features that came with a candidate, by its position in `candidates`.
+    `sent` holds the features that came with a candidate, by its position in `candidates`; `stored` what `Encoder.usable` left of
+    the user's stored features, which those in `user` replace by name.
     """
 
     user_id: str
@@ -305,6 +309,7 @@ class Request:
     history: Sequence[str]
     candidates: Sequence[str]
     sent: Mapping[int, Features] = field(default_factory=dict)
+    stored: Features = field(default_factory=dict)
 
 
 def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
@@ -314,7 +319,7 @@ def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
         FieldError: a feature that the schema does not have, or a value that does not fit its field.
     """
     encoder = table.encoder
-    user = encoder.encode_user(request.user_id, request.user, request.context)
+    user = encoder.encode_user(request)
     rows = table.rows(request.candidates)
     ads, known = table.take(rows), table.active(rows)
     if np.count_nonzero(known) < len(known):  # several times faster than all(), which numpy has in Python

@@ -30,7 +30,7 @@ class Catalogue:
     def __init__(self, store: Store, encoders: Mapping[str, Encoder], metrics: Metrics) -> None:
         self._store, self._encoders, self._metrics = store, dict(encoders), metrics
         self._tables = self._empty()
-        self._in_step = self._began = time.monotonic()
+        self._in_step = time.monotonic()
         self.loaded = False
         """Whether all ads have been read once."""
         self._emptied = False

@@ -173,14 +173,15 @@ def _first_of_each(query: Query) -> list[int] | None:
 
 
 def _encode(query: Query, model: Model, catalogue: Catalogue, state: UserState, repeated: list[int] | None) -> _Encoded:
-    behaviours = model.bundle.encoder.newest(state.ad_ids if query.history is None else query.history)
+    history = state.ad_ids if query.history is None else query.history
     ad_ids, sent = query.ad_ids, query.sent
     if repeated is not None:
         ad_ids = [ad_ids[i] for i in repeated]
         sent = {row: sent[i] for row, i in enumerate(repeated) if i in sent}
-    request = Request(query.user_id, {**state.features, **query.user}, query.context, behaviours, ad_ids, sent)
+    request = Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features)
     try:
-        return _Encoded(*encode_request(catalogue.table(model.bundle.fingerprint), request), ad_ids, len(behaviours))
+        feeds, known = encode_request(catalogue.table(model.bundle.fingerprint), request)
+        return _Encoded(feeds, known, ad_ids, min(len(history), model.bundle.schema.history_length))
     except FieldError as error:
         raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,7 +79,7 @@ class Inline:
             if waiting.scores.done():  # its caller has left
                 continue
             try:
-                scores = _score(waiting.scorer, waiting.feeds, waiting.stages, waiting.deadline)
+                scores = _score(waiting.scorer.run, waiting.feeds, waiting.stages, waiting.deadline)
             except Exception as error:  # noqa: BLE001  # the caller's to raise, as from a thread
                 waiting.scores.set_exception(error)
             else:
@@ -101,16 +102,16 @@ class Pool:
     async def score(self, scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
         """See `Scoring`."""
         stages.enter("queue")
-        return await asyncio.get_running_loop().run_in_executor(self._threads, _score, scorer, feeds, stages, deadline)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, _score, scorer.score, feeds, stages, deadline)
 
     def close(self) -> None:
         """See `Scoring`."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _score(scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
+def _score(score: Callable[[Feeds], Numbers], feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
     if deadline is not None and stages.total > deadline:
         raise DeadlineError("the deadline passed before the candidates were scored")
     stages.enter("inference")
-    scores: Numbers = scorer.score(feeds)[0]
+    scores: Numbers = score(feeds)[0]
     return scores

@@ -53,9 +53,9 @@ class Joined:
         self._transport.close()
 
     def _send(self) -> None:
-        if self._pieces:
-            together = b"".join(self._pieces)
-            self._pieces.clear()
+        together = b"".join(self._pieces)
+        self._pieces.clear()
+        if together and not self._transport.is_closing():  # its client may have left since
             self._transport.write(together)
 
 

@@ -109,10 +109,15 @@ def test_many_rows_encode_as_one_by_one(data: st.DataObject, side: Any, rows: in
 )
 def test_a_request_s_user_side_is_the_user_s_beside_the_context_s(user: dict[str, Any], slot: str) -> None:
     encoder = small.encoder()
-    together = encoder.encode_user("u1", user, {"slot": slot})
+    together = encoder.encode_user(Request("u1", user, {"slot": slot}, [], []))
     apart = encoder.encode_one("user", user, "u1").beside(encoder.encode_one("context", {"slot": slot}))
     assert np.array_equal(together.ids, apart.ids)
     assert np.array_equal(together.numbers, apart.numbers)
+    stored, _ = encoder.usable("user", {"age": 25, "income": 7, "interests": ["drama"]})
+    above = encoder.encode_user(Request("u1", user, {"slot": slot}, [], [], stored=stored))
+    merged = encoder.encode_user(Request("u1", {"age": 25, "income": 7, "interests": ["drama"], **user}, {"slot": slot}, [], []))
+    assert np.array_equal(above.ids, merged.ids)
+    assert np.array_equal(above.numbers, merged.numbers)
 
 
 def test_numbers_that_are_not_a_number_are_missing_in_bulk() -> None:

@@ -72,11 +72,11 @@ class Recording:
     def slices(self, feeds):
         return self._scorer.slices(feeds)
 
-    def score(self, feeds):
+    def run(self, feeds):
         self.runs.append(feeds["ad_ids"].shape[1])
         if self.runs[-1] in self.failing:
             raise ScoringError("the model failed")
-        return self._scorer.score(feeds)
+        return self._scorer.run(feeds)
 
 
 async def asked(inline, recording, counts, deadline=None):

@@ -21,6 +21,9 @@ class Sink:
     def close(self):
         self.closed = True
 
+    def is_closing(self):
+        return self.closed
+
     def get_extra_info(self, name):
         return name
 
@@ -47,3 +50,12 @@ async def test_nothing_is_lost_when_it_closes():
     assert (sink.written, sink.closed) == ([b"last"], True)
     await asyncio.sleep(0)
     assert sink.written == [b"last"]
+
+
+async def test_nothing_is_written_to_a_client_who_left_meanwhile():
+    sink = Sink()
+    joined = Joined(sink, asyncio.get_running_loop())
+    joined.write(b"answer")
+    sink.closed = True
+    await asyncio.sleep(0)
+    assert sink.written == []

@@ -89,17 +89,22 @@ def to_onnx(served: Served, tile: int | None = TILE) -> bytes:
     shapes = {
         name: dict.fromkeys(range(len(dimensions[part])), torch.export.Dim.DYNAMIC) for name, (part, _) in served.schema.tensors.items()
     }
+    return exported(served, {"tensors": sample}, {"tensors": shapes}, list(sample))
+
+
+def exported(module: nn.Module, arguments: dict[str, Any], shapes: dict[str, Any], inputs: list[str]) -> bytes:
+    """The ONNX graph of a module called with `arguments` by name; `shapes` says which of their axes are of any size."""
     for chatty in ("torch.onnx", "onnxscript"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns of its own internals
         program = torch.onnx.export(
-            served,
-            kwargs={"tensors": sample},
+            module,
+            kwargs=arguments,
             dynamo=True,
             external_data=False,
-            dynamic_shapes={"tensors": shapes},
-            input_names=list(sample),
+            dynamic_shapes=shapes,
+            input_names=inputs,
             output_names=["p_click"],
             verbose=False,
         )
