@@ -5,17 +5,23 @@ Knows nothing about Redis (`service/store.py`) or about tensors (`encode.py`).
 
 import asyncio
 import contextlib
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import msgpack
 
 from .encode import Features
 
-FORMAT = 1
+FORMAT = 2
 HISTORY_LIMIT = 1_000
 """The most behaviours kept a user, whatever a schema asks for."""
+FEATURES_LIMIT = 256
+"""The most features kept of a user or an ad."""
+ACTIVE = ""
+"""The name under which `Ad.changed` keeps when the ad's being active was last told; no feature has it."""
+NEVER = float("-inf")
 
 
 class StateError(ValueError):
@@ -36,26 +42,76 @@ class ChangesLostError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class UserState:
-    """A user's features and behaviours, oldest first; `ts` in seconds since 1970, beside `ad_ids`."""
+    """A user's features and behaviours, oldest first; `ts` in seconds since 1970, beside `ad_ids`.
+
+    `changed` says when features were last told by an event, so that one that comes late does not undo a newer one.
+    """
 
     features: Features = field(default_factory=dict)
     ad_ids: Sequence[str] = ()
-    ts: Sequence[int] = ()
+    ts: Sequence[float] = ()
+    changed: Mapping[str, float] = field(default_factory=dict)
+
+    def clicked(self, ad_id: str, ts: float) -> "UserState":
+        """The state with one more behaviour, in its place by time: after those of the same time, and gone if too old for the limit.
+
+        Raises:
+            StateError: a stored time is none.
+        """
+        if not set(map(type, self.ts)) <= {int, float}:
+            raise StateError("the stored history has times that are none")
+        at = bisect_right(self.ts, ts)
+        ad_ids, times = [*self.ad_ids[:at], ad_id, *self.ad_ids[at:]], [*self.ts[:at], ts, *self.ts[at:]]
+        return replace(self, ad_ids=ad_ids[-HISTORY_LIMIT:], ts=times[-HISTORY_LIMIT:])
+
+    def told(self, features: Features, ts: float) -> "UserState":
+        """The state with features as they were told at a time; None takes one away, and what was told later stays.
+
+        Raises:
+            StateError: there would be too many features.
+        """
+        known, changed = _told(self.features, self.changed, features, ts)
+        return replace(self, features=known, changed=changed)
 
 
 @dataclass(frozen=True, slots=True)
 class Ad:
-    """An ad's features. One that is no longer `active` has left the catalogue but still stands in histories."""
+    """An ad's features. One that is no longer `active` has left the catalogue but still stands in histories.
+
+    `changed` is as in `UserState`, with when `active` was told under `ACTIVE`.
+    """
 
     ad_id: str
     features: Features
     active: bool = True
+    changed: Mapping[str, float] = field(default_factory=dict)
+
+    def told(self, features: Features, active: bool | None, ts: float) -> "Ad":
+        """The ad with features, and whether it is active where that is not None, as they were told at a time.
+
+        Raises:
+            StateError: there would be too many features.
+        """
+        known, changed = _told(self.features, self.changed, features, ts)
+        if active is None or ts < changed.get(ACTIVE, NEVER):
+            return replace(self, features=known, changed=changed)
+        return replace(self, features=known, changed={**changed, ACTIVE: ts}, active=active)
+
+
+def _told(known: Features, changed: Mapping[str, float], news: Features, ts: float) -> tuple[Features, Mapping[str, float]]:
+    fresh = {name: value for name, value in news.items() if ts >= changed.get(name, NEVER)}
+    together = {name: value for name, value in {**known, **fresh}.items() if name not in fresh or value is not None}
+    times = {**changed, **dict.fromkeys(fresh, ts)}
+    if max(len(together), len(times)) > FEATURES_LIMIT:
+        raise StateError(f"it would have more than {FEATURES_LIMIT} features; take some away first, by sending null for them")
+    return together, times
 
 
 def pack_user(user_id: str, state: UserState) -> bytes:
     """A user's state as one value of the store; the newest `HISTORY_LIMIT` behaviours are kept."""
     features = dict(state.features)
-    return _pack([FORMAT, user_id, features, list(state.ad_ids[-HISTORY_LIMIT:]), list(state.ts[-HISTORY_LIMIT:])])
+    changed = dict(state.changed)
+    return _pack([FORMAT, user_id, features, list(state.ad_ids[-HISTORY_LIMIT:]), list(state.ts[-HISTORY_LIMIT:]), changed])
 
 
 def unpack_user(user_id: str, value: bytes) -> UserState:
@@ -65,20 +121,19 @@ def unpack_user(user_id: str, value: bytes) -> UserState:
         StateError: the value is not a packed state, or is that of another user, which must never be ranked with.
     """
     document = _unpack(value)
-    shapes = (int, str, dict, list, list)
-    if not isinstance(document, list) or [type(part) for part in document] != list(shapes) or document[0] != FORMAT:
+    if not _is(document, [int, str, dict, list, list, dict]):
         raise StateError(f"the value stored for user {user_id!r} is not a user state of format {FORMAT}")
-    _, owner, features, ad_ids, ts = document
+    _, owner, features, ad_ids, ts, changed = document
     if owner != user_id:
         raise StateError("the value stored for a user names another user")
     if len(ad_ids) != len(ts) or not set(map(type, ad_ids)) <= {str}:
         raise StateError(f"the history stored for user {user_id!r} is damaged")
-    return UserState(features, ad_ids, ts)
+    return UserState(features, ad_ids, ts, changed)
 
 
 def pack_ad(ad: Ad) -> bytes:
     """An ad as one value of the store."""
-    return _pack([FORMAT, ad.active, dict(ad.features)])
+    return _pack([FORMAT, ad.active, dict(ad.features), dict(ad.changed)])
 
 
 def unpack_ad(ad_id: str, value: bytes) -> Ad:
@@ -88,9 +143,33 @@ def unpack_ad(ad_id: str, value: bytes) -> Ad:
         StateError: the value is not a packed ad.
     """
     document = _unpack(value)
-    if not isinstance(document, list) or [type(part) for part in document] != [int, bool, dict] or document[0] != FORMAT:
+    if not _is(document, [int, bool, dict, dict]):
         raise StateError(f"the value stored for ad {ad_id!r} is not an ad of format {FORMAT}")
-    return Ad(ad_id, document[2], document[1])
+    return Ad(ad_id, document[2], document[1], document[3])
+
+
+def pack_features(features: Features) -> bytes:
+    """An ad's features alone: how the catalogue keeps them and how a served ranking is logged with them."""
+    return _pack(dict(features))
+
+
+def unpack_features(value: bytes) -> Features:
+    """The features in a packed value.
+
+    Raises:
+        StateError: the value is not packed features.
+    """
+    features = _unpack(value)
+    if not isinstance(features, dict):
+        raise StateError("the value is not packed features")
+    return features
+
+
+def _is(document: object, shapes: list[type]) -> bool:
+    """Whether it has these parts. One of format 1, which had no times of changes at its end, is brought up to date."""
+    if isinstance(document, list) and len(document) == len(shapes) - 1 and type(document[0]) is int and document[0] == 1:
+        document[:] = [FORMAT, *document[1:], {}]
+    return isinstance(document, list) and [type(part) for part in document] == shapes and document[0] == FORMAT
 
 
 def _pack(document: object) -> bytes:

@@ -7,21 +7,46 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from features.encode import AdTable, Encoder, FieldError, clean
 from features.schema import IDENTITY, Field
-from features.state import Ad, ChangesLostError, Store, StoreError
+from features.state import Ad, ChangesLostError, Store, StoreError, pack_features, unpack_features
 
 from .metrics import Metrics
 
 AT_ONCE = 200
 """Ads encoded before other work gets a turn on the event loop: about a millisecond."""
+AT_ONCE_UNDER_LOAD = 50
+"""The same for a table that is not needed yet: what it takes is taken from requests."""
 POLL_SECONDS = 1.0
 BACK_OFF_SECONDS = (0.1, 5.0)
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Ads:
+    """All ads: encoded, by fingerprint; the packed features that they were encoded from; and which of them have left."""
+
+    tables: dict[str, AdTable]
+    features: dict[str, bytes] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+
+    def note(self, ads: Sequence[Ad]) -> None:
+        """Keep the features of ads that were read; one that was deleted outright has none, and keeps those it had."""
+        self.features.update((ad.ad_id, pack_features(ad.features)) for ad in ads if ad.active or ad.features)
+        self.gone.difference_update(ad.ad_id for ad in ads if ad.active)
+        self.gone.update(ad.ad_id for ad in ads if not ad.active)
+
+    def batches(self, size: int) -> Iterator[list[Ad]]:
+        """The ads that are there now, some at a time, each as it is when its turn comes."""
+        ad_ids = list(self.features)
+        for start in range(0, len(ad_ids), size):
+            some = ad_ids[start : start + size]
+            yield [Ad(ad_id, unpack_features(self.features[ad_id]), ad_id not in self.gone) for ad_id in some]
 
 
 class Catalogue:
@@ -29,7 +54,7 @@ class Catalogue:
 
     def __init__(self, store: Store, encoders: Mapping[str, Encoder], metrics: Metrics) -> None:
         self._store, self._encoders, self._metrics = store, dict(encoders), metrics
-        self._tables = self._empty()
+        self._ads = self._empty()
         self._in_step = time.monotonic()
         self.loaded = False
         """Whether all ads have been read once."""
@@ -37,17 +62,43 @@ class Catalogue:
         self.reason: str | None = None
         """Why the catalogue is not in step with the store, None while it is."""
 
-    def _empty(self) -> dict[str, AdTable]:
-        return {fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()}
+    def _empty(self) -> _Ads:
+        return _Ads({fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()})
 
     def table(self, fingerprint: str) -> AdTable:
         """The ads as the encoder of that fingerprint encodes them. Ask anew for each request: a re-read replaces it."""
-        return self._tables[fingerprint]
+        return self._ads.tables[fingerprint]
+
+    def features(self, ad_ids: Iterable[str]) -> dict[str, bytes]:
+        """The packed features (`state.pack_features`) of those of the ads that the catalogue has, or had before they left."""
+        known = self._ads.features
+        return {ad_id: known[ad_id] for ad_id in ad_ids if ad_id in known}
+
+    async def add(self, fingerprint: str, encoder: Encoder) -> None:
+        """Encode all ads for one more fingerprint while ranking goes on; when it returns, that table is in step with the others."""
+        if fingerprint in self._encoders:
+            return
+        self._encoders[fingerprint] = encoder
+        ads = self._ads
+        ads.tables[fingerprint] = AdTable(encoder)  # changes reach it from now on: an ad may be encoded twice, each time as it is then
+        await self._fill(ads, fingerprint)
+
+    def keep(self, fingerprints: Collection[str]) -> None:
+        """Let go of the tables of all other fingerprints."""
+        for fingerprint in self._encoders.keys() - set(fingerprints):
+            del self._encoders[fingerprint]
+            self._ads.tables.pop(fingerprint, None)
+
+    async def _fill(self, ads: _Ads, fingerprint: str) -> None:
+        for batch in ads.batches(AT_ONCE_UNDER_LOAD):
+            if fingerprint in ads.tables:
+                self._encode(ads.tables[fingerprint], batch)
+            await asyncio.sleep(0)
 
     @property
     def ads(self) -> int:
-        """Active ads."""
-        return min(map(len, self._tables.values()), default=0)
+        """Active ads, as the table that has been there longest has them."""
+        return len(next(iter(self._ads.tables.values()), ()))
 
     @property
     def lag(self) -> float:
@@ -79,15 +130,19 @@ class Catalogue:
 
     async def load(self) -> str:
         """Read all ads into fresh tables and swap them in, unless the store has lost them; the cursor to follow from."""
-        began, cursor, tables = time.monotonic(), await self._store.cursor(), self._empty()
+        began, cursor, fresh = time.monotonic(), await self._store.cursor(), self._empty()
         async for ads in self._store.all_ads():
-            await self._put(tables, ads)
+            await self._put(fresh, ads)
+        while added := self._encoders.keys() - fresh.tables.keys():  # meanwhile
+            fingerprint = added.pop()
+            fresh.tables[fingerprint] = AdTable(self._encoders[fingerprint])
+            await self._fill(fresh, fingerprint)
         # A store that lost its data, by a restart without persistence say, must not take the ads from a service that has them.
-        self._emptied = self.ads > 0 and not any(len(table) for table in tables.values())
+        self._emptied = self.ads > 0 and not any(len(table) for table in fresh.tables.values())
         if self._emptied:
             log.warning("the store has no ads any more; ranking goes on with the %d that are in memory: load them again", self.ads)
             return cursor
-        self._tables, self.loaded, self._in_step = tables, True, began
+        self._ads, self.loaded, self._in_step = fresh, True, began
         self.observe()
         log.info("catalogue loaded: %d active ads in %.1f s", self.ads, time.monotonic() - began)
         return cursor
@@ -95,20 +150,24 @@ class Catalogue:
     async def _step(self, cursor: str) -> str:
         ads, cursor_after = await self._store.changed_ads(cursor, POLL_SECONDS)
         asked = time.monotonic()
-        await self._put(self._tables, ads)
+        await self._put(self._ads, ads)
         self._emptied &= not ads
         self._in_step = asked
         self.observe()
         return cursor_after
 
-    async def _put(self, tables: Mapping[str, AdTable], ads: Sequence[Ad]) -> None:
+    async def _put(self, into: _Ads, ads: Sequence[Ad]) -> None:
         for start in range(0, len(ads), AT_ONCE):
             batch = ads[start : start + AT_ONCE]
-            for table in tables.values():
-                if mistyped := put_ads(table, batch):
-                    log.warning("%d ads are left out, they do not fit the schema; the first: %s", len(mistyped), mistyped[0])
-                    self._metrics.degraded("catalogue", "ad_mistyped", len(mistyped))
+            into.note(batch)
+            for table in into.tables.values():
+                self._encode(table, batch)
             await asyncio.sleep(0)
+
+    def _encode(self, table: AdTable, ads: Sequence[Ad]) -> None:
+        if mistyped := put_ads(table, ads):
+            log.warning("%d ads are left out, they do not fit the schema; the first: %s", len(mistyped), mistyped[0])
+            self._metrics.degraded("catalogue", "ad_mistyped", len(mistyped))
 
 
 def put_ads(table: AdTable, ads: Sequence[Ad]) -> list[str]:

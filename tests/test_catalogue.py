@@ -9,7 +9,7 @@ import pytest
 import redis.asyncio
 
 from features.encode import AdTable
-from features.state import Ad, MemoryStore
+from features.state import Ad, MemoryStore, pack_features
 from service import catalogue as module
 from service.catalogue import Catalogue, put_ads
 from service.metrics import Metrics
@@ -65,6 +65,60 @@ def test_an_ad_that_left_stays_for_histories():
     put_ads(table, [Ad("a1", {"genre": "news"}, active=False), Ad("a2", {}, active=False), Ad("a3", {}, active=False)])
     assert len(table) == 0
     assert np.array_equal(table.block.take(table.rows(["a1", "a2"])).ids, before)
+
+
+async def test_a_table_that_is_added_while_ads_change_is_in_step_with_the_others(monkeypatch):
+    monkeypatch.setattr(module, "AT_ONCE_UNDER_LOAD", 3)
+    store = MemoryStore()
+    await store.put_ads([*(Ad(ad_id, features) for ad_id, features in bundles.ADS.items()), Ad("a7", bundles.ADS["a7"], active=False)])
+    catalogue = one(store)
+    async with following(catalogue):
+        await until(lambda: catalogue.loaded)
+        adding = asyncio.create_task(catalogue.add("g", bundles.encoder()))
+        await asyncio.sleep(0)
+        await store.put_ads([Ad("new", {"genre": "news"}), Ad("a29", {"genre": "drama"}), Ad("a1", {}, active=False)])
+        await adding
+        await until(lambda: catalogue.table("f").rows(["new"])[0] > 0)
+        ids = [*bundles.ADS, "new"]
+        tables = [catalogue.table(fingerprint) for fingerprint in "fg"]
+        blocks = [table.take(table.rows(ids)) for table in tables]
+        assert np.array_equal(blocks[0].ids, blocks[1].ids)
+        assert np.array_equal(blocks[0].numbers, blocks[1].numbers)
+        assert [table.active(table.rows(ids)).tolist() for table in tables] == [[ad_id not in ("a1", "a7") for ad_id in ids]] * 2
+        catalogue.keep(["g"])
+        with pytest.raises(KeyError):
+            catalogue.table("f")
+        assert catalogue.ads == 29
+
+
+async def test_a_table_that_is_added_while_the_ads_are_read_is_read_too():
+    class Slow(MemoryStore):
+        async def all_ads(self):
+            async for batch in super().all_ads():
+                reading.set()
+                await added.wait()
+                yield batch
+
+    reading, added, store = asyncio.Event(), asyncio.Event(), Slow()
+    await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
+    catalogue = one(store)
+    loading = asyncio.create_task(catalogue.load())
+    await reading.wait()
+    await catalogue.add("g", bundles.encoder())
+    added.set()
+    await loading
+    assert len(catalogue.table("g")) == len(catalogue.table("f")) == 30
+
+
+async def test_it_keeps_the_features_that_it_encoded():
+    store = MemoryStore()
+    await store.put_ads([Ad("a1", {"price": 1.5}), Ad("a2", {"genre": "news"})])
+    catalogue = one(store)
+    async with following(catalogue):
+        await until(lambda: catalogue.loaded)
+        await store.put_ads([Ad("a1", {"price": 2.5}), Ad("a2", {}, active=False)])
+        await until(lambda: catalogue.ads == 1)
+        assert catalogue.features(["a2", "a1", "none"]) == {"a1": pack_features({"price": 2.5}), "a2": pack_features({"genre": "news"})}
 
 
 async def test_it_loads_then_follows():

@@ -1,18 +1,35 @@
 import contextlib
 import math
+from dataclasses import replace
+from random import Random
+from typing import Any
 
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.state import HISTORY_LIMIT, Ad, StateError, UserState, pack_ad, pack_user, unpack_ad, unpack_user
+from features.state import (
+    FEATURES_LIMIT,
+    HISTORY_LIMIT,
+    Ad,
+    StateError,
+    UserState,
+    pack_ad,
+    pack_features,
+    pack_user,
+    unpack_ad,
+    unpack_features,
+    unpack_user,
+)
 from tests.test_datasets import patient
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 whole = st.integers(-(2**63), 2**64 - 1)
 features = st.dictionaries(texts, st.none() | texts | whole | st.floats(allow_nan=False) | st.lists(texts, max_size=3), max_size=4)
 histories = st.lists(st.tuples(texts, whole), max_size=20)
+clicks = st.lists(st.tuples(texts, st.integers(0, 5) | st.floats(0, 5)), max_size=12)
+updates = st.lists(st.tuples(features, st.integers(0, 5)), max_size=6)
 STATE = UserState({"age": "25", "income": 1.5, "interests": ["a", "b"]}, ["a1", "a2"], [1, 2])
 
 
@@ -58,13 +75,15 @@ def test_another_user_s_state_is_refused_and_not_named() -> None:
         [],
         [1, "u", {}, []],
         [2, "u", {}, [], []],
+        [3, "u", {}, [], [], {}],
         [True, "u", {}, [], []],
-        [1, "u", {}, [], [], []],
+        [2, "u", {}, [], [], []],
+        [2, 3, {}, [], [], {}],
         [1, 3, {}, [], []],
-        [1, "u", [], [], []],
-        [1, "u", {}, {}, []],
-        [1, "u", {}, ["a"], []],
-        [1, "u", {}, [3], [3]],
+        [2, "u", [], [], [], {}],
+        [2, "u", {}, {}, [], {}],
+        [2, "u", {}, ["a"], [], {}],
+        [2, "u", {}, [3], [3], {}],
     ],
 )
 def test_what_is_no_state_is_refused(document: object) -> None:
@@ -72,7 +91,9 @@ def test_what_is_no_state_is_refused(document: object) -> None:
         unpack_user("u", msgpack.packb(document))
 
 
-@pytest.mark.parametrize("document", [None, [], [1, 1, {}], [1, True], [2, True, {}], [1, True, []], {"a": 1}])
+@pytest.mark.parametrize(
+    "document", [None, [], [1, 1, {}], [1, True], [2, True, {}], [1, True, []], [2, True, {}, []], [True, True, {}], {"a": 1}]
+)
 def test_what_is_no_ad_is_refused(document: object) -> None:
     with pytest.raises(StateError, match="ad 'a1'"):
         unpack_ad("a1", msgpack.packb(document))
@@ -108,3 +129,68 @@ def test_a_changed_byte_is_a_state_error_or_another_state_of_the_same_user(data:
 
 def test_a_number_keeps_its_last_bit() -> None:
     assert unpack_ad("a", pack_ad(Ad("a", {"price": math.pi}))).features["price"] == math.pi
+
+
+def test_a_value_of_format_1_is_read_as_one_that_no_event_has_changed() -> None:
+    assert unpack_user("u", msgpack.packb([1, "u", {"age": "25"}, ["a1"], [7]])) == UserState({"age": "25"}, ["a1"], [7])
+    assert unpack_ad("a", msgpack.packb([1, False, {"price": 1.0}])) == Ad("a", {"price": 1.0}, active=False)
+
+
+@patient
+@given(clicks, st.randoms())
+def test_clicks_land_in_their_place_by_time_in_whatever_order_they_come(behaviours: list[tuple[str, float]], random: Random) -> None:
+    state, shuffled = UserState(), random.sample(behaviours, len(behaviours))
+    for ad_id, ts in shuffled:
+        state = state.clicked(ad_id, ts)
+    assert list(zip(state.ad_ids, state.ts, strict=True)) == sorted(shuffled, key=lambda behaviour: behaviour[1])
+
+
+def test_a_click_older_than_a_full_history_leaves_it_as_it_is() -> None:
+    full = UserState({}, [f"a{i}" for i in range(HISTORY_LIMIT)], range(1, HISTORY_LIMIT + 1))
+    assert full.clicked("late", 0) == replace(full, ad_ids=list(full.ad_ids), ts=list(full.ts))
+    assert full.clicked("new", HISTORY_LIMIT + 1).ad_ids[-2:] == [f"a{HISTORY_LIMIT - 1}", "new"]
+
+
+def test_a_history_whose_times_are_none_is_refused() -> None:
+    with pytest.raises(StateError, match="times that are none"):
+        UserState({}, ["a1"], ["x"]).clicked("a2", 1)  # type: ignore[list-item]
+
+
+@patient
+@given(updates, st.randoms())
+def test_of_each_feature_the_newest_word_holds_in_whatever_order_words_come(news: list[tuple[dict[str, Any], int]], random: Random) -> None:
+    distinct = list({ts: (told, ts) for told, ts in news}.values())
+    state, ad = UserState(), Ad("a", {})
+    for told, ts in random.sample(distinct, len(distinct)):
+        state, ad = state.told(told, ts), ad.told(told, None, ts)
+    last: dict[str, Any] = {}
+    for told, _ in sorted(distinct, key=lambda word: word[1]):
+        last |= told
+    expected = {name: value for name, value in last.items() if value is not None}
+    assert (state.features, ad.features) == (expected, expected)
+    again = unpack_user("u", pack_user("u", state))
+    assert (again.features, again.changed) == (state.features, state.changed)
+
+
+def test_an_ad_that_left_does_not_come_back_by_an_older_word() -> None:
+    gone = Ad("a", {"price": 1.0}).told({}, False, 10)
+    assert not gone.told({"price": 2.0}, True, 9).active
+    assert gone.told({"price": 2.0}, True, 9).features == {"price": 2.0}
+    assert gone.told({}, True, 11).active
+    assert not gone.told({"price": 3.0}, None, 12).active
+
+
+def test_features_are_not_told_without_end() -> None:
+    state = UserState().told({str(i): "x" for i in range(FEATURES_LIMIT)}, 1)
+    with pytest.raises(StateError, match="more than 256"):
+        state.told({"one more": "x"}, 2)
+    with pytest.raises(StateError, match="more than 256"):
+        state.told(dict.fromkeys(["never", "there"]), 2)
+
+
+@patient
+@given(features)
+def test_features_packed_and_unpacked_are_the_same(known: dict[str, object]) -> None:
+    assert unpack_features(pack_features(known)) == known
+    with pytest.raises(StateError):
+        unpack_features(msgpack.packb([known]))

@@ -1,0 +1,94 @@
+"""A ranking as it was served: all that the prediction was made of, and what it came to. What training and checks start from.
+
+Values are raw, as `encode_request` takes them, so whatever was encoded online can be encoded again. Knows nothing about streams.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+
+import msgpack
+
+from .encode import AdTable, Encoder, Features, Feeds, Request, encode_request
+from .state import StateError, unpack_features
+
+FORMAT = 1
+_SHAPES = (str, float, str, int, str, dict, dict, list, list, list, list, list, list, dict, dict, list, str, dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One ranking. `p_click` and `propensity` stand beside `ad_ids`, the ads of the answer, best first: position 1 is the first."""
+
+    request_id: str
+    ts: float
+    """When it was ranked, in seconds since 1970."""
+    model: str
+    version: int
+    user_id: str
+    user: Features
+    """Clean values, the stored and the sent ones together."""
+    context: Features
+    history: Sequence[str]
+    """The behaviours that were encoded, oldest first."""
+    ad_ids: Sequence[str]
+    p_click: Sequence[float]
+    propensity: Sequence[float]
+    """The probability with which the policy puts this ad at this position, given the ads above it; 1 where nothing is explored."""
+    positions: Sequence[int] = ()
+    """Where the ads were shown, from 1, where that is not their order."""
+    candidates: Sequence[str] = ()
+    """All that were ranked, in the order of the request, where the policy explored; else empty."""
+    ads: Mapping[str, bytes] = field(default_factory=dict)
+    """The packed features (`state.pack_features`) of the ads that the catalogue had, of those shown, behaved on and in `candidates`."""
+    sent: Mapping[str, Features] = field(default_factory=dict)
+    """Features that came with candidates."""
+    unknown: Sequence[str] = ()
+    """The candidates that were ranked as unknown, though `ads` may have some of them for the history: ads that have left."""
+    policy: str = "greedy"
+    """`greedy`, or how it explored, such as `epsilon_greedy 0.1` or `plackett_luce 0.5`."""
+    tensors: Mapping[str, bytes] = field(default_factory=dict)
+    """For some rankings what the model was given, by name: the bytes of the tensors, of `ad_…` those of `ad_ids`; to compare with."""
+
+    def feeds(self, encoder: Encoder, ad_ids: Sequence[str] | None = None) -> Feeds:
+        """The tensors `(1, ...)` of the ads shown, or of those of the candidates that are named, encoded anew.
+
+        What the encoder's schema does not know or cannot read is missing there, as it is where the service reads its store.
+
+        Raises:
+            StateError: an ad's features are damaged.
+        """
+        table, wanted = AdTable(encoder), self.ad_ids if ad_ids is None else ad_ids
+        for ad_id, packed in self.ads.items():
+            table.put([ad_id], encoder.encode_one("ad", encoder.usable("ad", unpack_features(packed))[0], ad_id))
+        table.remove([ad_id for ad_id in self.unknown if ad_id in self.ads])
+        sent = {row: encoder.usable("ad", self.sent[ad_id])[0] for row, ad_id in enumerate(wanted) if ad_id in self.sent}
+        context, user = encoder.usable("context", self.context)[0], encoder.usable("user", self.user)[0]
+        return encode_request(table, Request(self.user_id, {}, context, self.history, wanted, sent, user))[0]
+
+
+_values = attrgetter(*(entry.name for entry in fields(Served)))
+
+
+def pack_served(served: Served) -> bytes:
+    """A served ranking as one value of a stream."""
+    packed: bytes = msgpack.packb([FORMAT, *_values(served)])
+    return packed
+
+
+def unpack_served(value: bytes) -> Served:
+    """The served ranking in a packed value.
+
+    Raises:
+        StateError: the value is not one.
+    """
+    try:
+        document = msgpack.unpackb(value)
+    except ValueError as error:
+        raise StateError(f"not a packed value: {error}") from error
+    if not isinstance(document, list) or document[:1] != [FORMAT] or [type(part) for part in document[1:]] != list(_SHAPES):
+        raise StateError(f"the value is not a served ranking of format {FORMAT}")
+    served = Served(*document[1:])
+    if not len(served.ad_ids) == len(served.p_click) == len(served.propensity):
+        raise StateError("a served ranking is damaged: its columns differ in length")
+    return served
