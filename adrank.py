@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ class Refusal(click.ClickException):
     """Something a person can mend: one sentence, exit code 2."""
 
     exit_code = 2
+
+
+def moment(_context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """A time in seconds since 1970: given so, or as a date with perhaps a time of day, UTC."""
+    try:
+        if text is None or text.isdecimal():
+            return None if text is None else int(text)
+        at = datetime.fromisoformat(text)
+        return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+    except ValueError:
+        raise click.BadParameter(f"{text}: expected a time such as 2026-11-22, 2026-11-22T17:00 or 1795366800", param=option) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -140,6 +152,30 @@ def serve(**flags: Any) -> None:
     from service.workers import serve as run
 
     run(load_settings(flags))
+
+
+@cli.command(epilog="Example: adrank skew --log log --models models --since 2026-11-22")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository that served.")
+@click.option("--name", help="Check the rows of this model alone.")
+@click.option("--since", callback=moment, help="Rows from that time on, UTC: 2026-11-22, 2026-11-22T17:00, or seconds since 1970.")
+@click.option("--until", callback=moment, help="Rows before that time.")
+@click.option("--sample", type=click.IntRange(min=1), help="Compare the scores of about so many rows; default: of all.")
+@click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True, help="Of the graph that served.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def skew(folder: Path, models: Path, name: str | None, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
+    """Encode and score logged rows again: exit code 0 if that comes to what was served, 3 if it does not."""
+    from rich.console import Console
+
+    from training.datasets.log import open_log
+    from training.skew import find_skew, show
+
+    found = find_skew(open_log(folder, since, until), models, name, **options)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        show(found, Console())
+    sys.exit(3 if found.found else 0)
 
 
 @cli.command(epilog="Example: adrank demo --once")

@@ -36,9 +36,10 @@ REVISIONS = pl.List(pl.UInt64())
 
 @dataclass(frozen=True)
 class Part:
-    """A file of the log, and the times between which its rows lie."""
+    """A file of the log: how many rows of it lie in the window, from when to when."""
 
     path: Path
+    rows: int
     first: float
     last: float
 
@@ -155,7 +156,7 @@ def open_log(
     paths = _partitions(folder, begin, end)
     ads = tuple(_parquets(folder / "ads"))  # after the rows, whose ads the joiner writes first
     times = [(path, _times(path, begin, end)) for path in paths]
-    parts = tuple(Part(path, float(ts.min()), float(ts.max())) for path, ts in times if len(ts))
+    parts = tuple(Part(path, len(ts), float(ts.min()), float(ts.max())) for path, ts in times if len(ts))
     if not parts:
         raise DataError(f"{folder} has no row{_window(since, until)}")
     ordered = np.sort(np.concatenate([ts for _, ts in times]))
