@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
 MENDABLE = (
     ("features.bundle", "BundleError"),
+    ("features.policy", "PolicyError"),
     ("features.schema", "SchemaError"),
     ("features.state", "StoreError"),
     ("service.settings", "SettingsError"),
@@ -176,6 +177,37 @@ def skew(folder: Path, models: Path, name: str | None, since: int | None, until:
     else:
         show(found, Console())
     sys.exit(3 if found.found else 0)
+
+
+@cli.command("replay", epilog="Example: adrank replay --log log --bundle models/din/20261122101500 --policy plackett_luce:0.5 --top-k 3")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes, or a data set with propensities.")
+@click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
+@click.option("--policy", default="greedy", show_default=True, help="How it shows ads: greedy, epsilon_greedy:E, plackett_luce:T.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Only the first so many places; default: all that were shown.")
+@click.option("--since", callback=moment, help="Rows of a log from that time on, as for skew.")
+@click.option("--until", callback=moment, help="Rows of a log before that time.")
+@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True, help="Of a prepared data set.")
+@click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="The largest weight; it makes estimates biased.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
+    """Estimate the click rate that another bundle would have had on a log whose rankings explored."""
+    from rich.console import Console
+
+    from features.bundle import load_bundle
+    from features.policy import parse_policy
+    from training.datasets.log import is_log, open_log
+    from training.datasets.prepared import open_prepared
+    from training.replay import replay, show
+
+    target = parse_policy(policy)
+    if not is_log(folder) and (since is not None or until is not None):
+        raise Refusal(f"--since and --until are for a log; {folder} is none")
+    data = open_log(folder, since, until) if is_log(folder) else open_prepared(folder)
+    found = replay(data, load_bundle(bundle), target, **options)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        show(found, Console())
 
 
 @cli.command(epilog="Example: adrank demo --once")

@@ -4,6 +4,7 @@ Knows nothing about where values come from. Of equal values the ad in the lower 
 order of ad ids, ties are broken as the service breaks them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,14 +87,20 @@ def parse_policy(text: str) -> Policy:
     raise PolicyError(f"{text!r} is not a policy; expected one such as {EXAMPLES}, where {bounds}")
 
 
-def propensities(policy: Policy, values: Array, shown: Array) -> Array:
-    """The probability `(R, K)` of each ad shown to be put where it was, given the ads above it.
+def places(policy: Policy, values: Array, left: Array, shown: Array) -> Iterator[Array]:
+    """The chances `(R, C)` of all ads at each place in turn, given the ads that were shown above it.
 
-    `values (R, C)` are those of all candidates, `shown (R, K)` columns of them, from the first place on; all different.
+    `values (R, C)` are those of all candidates, `left (R, C)` says which columns are candidates at all, and `shown (R, K)` which of them
+    were shown, from the first place on.
     """
-    left, rankings = np.ones(values.shape, np.bool_), np.arange(len(values))
-    found = np.empty(shown.shape)
-    for place in range(shown.shape[1]):
-        found[:, place] = policy.chances(values, left)[rankings, shown[:, place]]
-        left[rankings, shown[:, place]] = False
-    return found
+    left, rankings = left.copy(), np.arange(len(values))
+    for ads in shown.T:
+        yield policy.chances(values, left)
+        left[rankings, ads] = False
+
+
+def propensities(policy: Policy, values: Array, left: Array, shown: Array) -> Array:
+    """The probability `(R, K)` of each ad shown to be put where it was, given the ads above it; arguments as for `places`."""
+    rankings = np.arange(len(values))
+    found = [chances[rankings, ads] for chances, ads in zip(places(policy, values, left, shown), shown.T, strict=True)]
+    return np.stack(found, axis=1)

@@ -9,6 +9,7 @@ from features.policy import EpsilonGreedy, PlackettLuce, Policy, PolicyError, pa
 
 POLICIES: list[Policy] = [EpsilonGreedy(0.0), EpsilonGreedy(0.25), EpsilonGreedy(1.0), PlackettLuce(0.5), PlackettLuce(2.0)]
 VALUES = np.array([[0.2, 0.5, 0.1]])
+ALL = np.ones((1, 3), np.bool_)
 
 
 @pytest.mark.parametrize(
@@ -23,14 +24,14 @@ VALUES = np.array([[0.2, 0.5, 0.1]])
     ],
 )
 def test_propensities_worked_out_by_hand(policy: Policy, order: list[int], expected: list[float]) -> None:
-    assert propensities(policy, VALUES, np.array([order]))[0] == pytest.approx(expected)
-    assert propensities(policy, VALUES, np.array([order[:1]]))[0] == pytest.approx(expected[:1])
+    assert propensities(policy, VALUES, ALL, np.array([order]))[0] == pytest.approx(expected)
+    assert propensities(policy, VALUES, ALL, np.array([order[:1]]))[0] == pytest.approx(expected[:1])
 
 
 @given(st.lists(st.sampled_from([0.0, 1e-9, 0.1, 0.2, 0.9]), min_size=1, max_size=5), st.sampled_from(POLICIES))
 def test_the_orders_of_all_ads_have_probabilities_that_sum_to_one(values: list[float], policy: Policy) -> None:
     orders = np.array(list(permutations(range(len(values)))))
-    each = propensities(policy, np.tile(values, (len(orders), 1)), orders)
+    each = propensities(policy, np.tile(values, (len(orders), 1)), np.ones(orders.shape, np.bool_), orders)
     assert ((each >= 0) & (each <= 1 + 1e-12)).all()
     assert each.prod(1).sum() == pytest.approx(1)
 
@@ -47,6 +48,15 @@ def test_what_is_above_has_no_chance_and_rankings_do_not_mix(policy: Policy) -> 
     assert chances[0, 1] == 0
     assert chances.sum(1) == pytest.approx(1)
     assert chances[1].tolist() == policy.chances(values[1:], left[1:])[0].tolist()
+
+
+def test_what_is_no_candidate_changes_nothing() -> None:
+    padded = np.array([[0.2, 0.5, 0.1, 0.9]])
+    for policy in POLICIES:
+        order = np.array([[2, 0, 1]])
+        left = np.array([[True, True, True, False]])
+        assert propensities(policy, padded, left, order).tolist() == propensities(policy, VALUES, ALL, order).tolist()
+        assert left.tolist() == [[True, True, True, False]]
 
 
 def test_small_values_do_not_underflow() -> None:

@@ -12,8 +12,8 @@ from features.schema import Schema
 from .datasets.encoded import Rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
-REQUESTS = 128
-"""Requests that are scored at once; a served graph holds a matrix for each behaviour of each of them."""
+REQUESTS, PAIRS = 128, 8192
+"""Requests, and ads of them all, that are scored at once; a served graph holds a matrix for each behaviour of each request."""
 
 
 class Graph:
@@ -27,7 +27,8 @@ class Graph:
     def p_click(self, rows: Rows, ads: Block | None = None) -> Array:
         """The probabilities `(N,)` float32 of the rows' own ads, or those `(N, C)` of `ads (N, C, ...)` for each of the rows."""
         some = rows.ad.take(np.arange(len(rows))[:, None]) if ads is None else ads
-        chunks = np.array_split(np.arange(len(rows)), range(REQUESTS, len(rows), REQUESTS))
+        step = max(1, min(REQUESTS, PAIRS // some.ids.shape[1]))
+        chunks = np.array_split(np.arange(len(rows)), range(step, len(rows), step))
         scores: Array = np.concatenate([self._session.run(None, self._feeds(rows, some, chunk))[0] for chunk in chunks])
         return scores[:, 0] if ads is None else scores
 

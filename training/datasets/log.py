@@ -7,6 +7,7 @@ was served. Files are listed once, when the log is opened: the joiner may add mo
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,11 @@ class Log(Prepared):
         """
         begin, end = max(begin, self.edges[0]), min(end, self.edges[-1])
         return _pieces(self._read(path, begin, end, more) for path in self._files(begin, end))
+
+    def hours(self, rows: pl.Expr, more: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """Those `rows` of each hour of the window in one frame, so that rankings are whole; raises as `between` does."""
+        for _, parts in groupby(self.parts, key=lambda part: part.path.parent):
+            yield pl.concat([self._read(part.path, self.edges[0], self.edges[-1], more).filter(rows) for part in parts], how="diagonal")
 
     def _between(self, split: str) -> tuple[float, float]:
         number = SPLITS.index(split)
