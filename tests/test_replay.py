@@ -255,6 +255,49 @@ def test_greedy_keeps_the_rankings_that_it_would_have_made(bundle: Bundle, logge
     assert found.estimates.ips.value == pytest.approx(total / 240)
 
 
+def test_of_equal_values_the_ad_with_the_lower_id_is_the_better_one(bundle: Bundle, logged: Callable[..., Log]) -> None:
+    by_id: dict[int, str] = {}
+    for name in (f"b{i}" for i in range(1000)):
+        number = int(bundles.encoder().vocabularies.categories["ad_id"].id(name))
+        if number in by_id:
+            break
+        by_id[number] = name
+    lower, higher = sorted([by_id[number], name])
+    for shown, weight in ((0, 0), (1, 2)):
+        pair = [ranking(i, [higher, lower], [shown], [0.5], unknown=[lower, higher]) for i in range(2)]
+        values = bundles.expected(pair[0].feeds(bundles.encoder(), [higher, lower]))[0]
+        assert values[0] == values[1]
+        found = replay(logged(pair), bundle, EpsilonGreedy(0.0))
+        assert found.estimates.largest_weight == weight
+
+
+def test_the_robust_estimate_is_its_recursion(bundle: Bundle, logged: Callable[..., Log]) -> None:
+    """Jiang and Li's, with the model's value of the target's own order as what is to come."""
+    rankings = explored(60)
+    clicks = clicked(rankings)
+    total = 0.0
+    for each in rankings:
+        values = bundles.expected(each.feeds(bundles.encoder(), each.candidates))[0].astype(np.float64).tolist()
+        named = dict(zip(each.candidates, values, strict=True))
+        ideal = [_soft(sorted(values, reverse=True)[place:])[1] for place in range(3)]
+        robust, left = 0.0, dict(named)
+        steps = []
+        for place, ad_id in enumerate(each.ad_ids):
+            chances, value = _soft(list(left.values()))
+            ratio = chances[list(left).index(ad_id)] / each.propensity[place]
+            steps.append((ratio, value, left.pop(ad_id), float((each.request_id, ad_id) in clicks), sum(ideal[place + 1 :])))
+        for ratio, value, predicted, click, to_come in reversed(steps):
+            robust = value + to_come + ratio * (click + robust - predicted - to_come)
+        total += robust
+    assert replay(logged(rankings, clicks), bundle, PlackettLuce(1.0)).estimates.dr.value == pytest.approx(total / 180, rel=1e-5)
+
+
+def _soft(values: list[float]) -> tuple[list[float], float]:
+    """The chances in proportion to values, and the value that they give."""
+    chances = [value / sum(values) for value in values]
+    return chances, sum(chance * value for chance, value in zip(chances, values, strict=True))
+
+
 @pytest.mark.parametrize("sent", [{}, {"a1": {"genre": "drama", "tags": ["x", "y"]}}])
 def test_a_shown_ad_is_scored_with_what_was_sent(bundle: Bundle, logged: Callable[..., Log], sent: dict[str, Any]) -> None:
     """The ad is the better one with the features that were sent, and not with its own."""

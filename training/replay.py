@@ -178,7 +178,7 @@ def _whole(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         place=pl.int_range(1, pl.len() + 1).over(**within),  # type: ignore[arg-type]
     )
     fits = (pl.col("position") == pl.col("place")) & (pl.col("told") == 1) & pl.col("propensity").is_between(0, 1, closed="right")
-    rows = rows.with_columns(fits=fits.cast(pl.Int8).cum_min().over(RANKING) == 1)
+    rows = rows.with_columns(fits=fits)
     keys = rows.filter(pl.col("candidates").is_not_null(), pl.col("told") == 1).select(*RANKING, *OFFERED)
     keys = keys.filter(pl.col("candidates").list.len() == pl.col("candidates").list.n_unique())
     keys = keys.filter(pl.col("candidates").list.len() == pl.col("candidate_revisions").list.len()).with_row_index("n")
