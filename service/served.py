@@ -167,9 +167,11 @@ class ServedLog:
             self._make()
             await asyncio.sleep(0)
         self._some.set()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FLUSH_SECONDS):
-                await (self._task or asyncio.sleep(0))
+        task, self._task = self._task, None
+        if task is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_SECONDS):
+                    await task
         self._count("dropped_backlog" if self._full else "dropped_store", len(self._records))
         self._records.clear()
         self._metrics.served_waiting = 0

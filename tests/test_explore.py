@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 
 from service.explore import FLOOR, EpsilonGreedy, PlackettLuce, best_first
 from service.explore import arrange as arrange_rows
+from service.wire import RankAnswer
 
 VALUES = st.lists(st.floats(0, 1) | st.sampled_from([0.0, 0.5]), min_size=1, max_size=12)
 POLICIES = st.builds(EpsilonGreedy, st.floats(0, 1)) | st.builds(PlackettLuce, st.floats(0.01, 100))
@@ -147,3 +148,81 @@ def test_many_ads_of_any_size_have_propensities_that_are_numbers(policy):
 def test_nothing_to_show_is_nothing(policy):
     order, propensity = arrange([], policy)
     assert (order, propensity.tolist()) == ([], [])
+
+
+ALL = [f"a{i}" for i in range(30)]
+EXPLORES = [{"policy": "epsilon_greedy", "epsilon": 0.5}, {"policy": "plackett_luce", "temperature": 2}]
+
+
+@pytest.mark.anyio
+class TestRequests:
+    """What a caller asks for, and gets."""
+
+    @pytest.mark.parametrize("explore", EXPLORES, ids=lambda explore: explore["policy"])
+    async def test_an_explored_answer_says_how_likely_it_was(self, client, explore):
+        greedy = await client.rank(candidates=ALL)
+        answer = await client.rank(candidates=ALL, options={"explore": explore, "top_k": 7})
+        RankAnswer.model_validate(answer)
+        assert list(answer) == list(greedy)
+        p_click = {ad["ad_id"]: ad["p_click"] for ad in greedy["ads"]}
+        assert {ad["ad_id"]: ad["p_click"] for ad in answer["ads"]}.items() <= p_click.items()
+        assert [ad["rank"] for ad in answer["ads"]] == list(range(1, 8))
+        policy = EpsilonGreedy(0.5) if "epsilon" in explore else PlackettLuce(2.0)
+        told = [ad["propensity"] for ad in answer["ads"]]
+        assert told == pytest.approx(by_definition([ad["ad_id"] for ad in answer["ads"]], p_click, policy))
+        assert len(answer["omitted"]) == 23
+        orders = {tuple(ad["ad_id"] for ad in (await client.rank(candidates=ALL, options={"explore": explore}))["ads"]) for _ in range(5)}
+        assert len(orders) > 1
+
+    async def test_money_is_explored_too(self, client):
+        rows = [{"ad_id": ad_id, "bid": float(i)} for i, ad_id in enumerate(ALL)] + [{"ad_id": "new", "bid": 1}]
+        options = {"objective": "ecpm", "explore": EXPLORES[1], "explain": True}
+        ads = (await client.rank(candidates=rows, options=options))["ads"]
+        ecpm = {ad["ad_id"]: ad["ecpm"] for ad in ads}
+        told = [ad["propensity"] for ad in ads]
+        assert told == pytest.approx(by_definition(list(ecpm), ecpm, PlackettLuce(2.0)))
+        assert [list(ad) for ad in ads if ad["ad_id"] == "new"] == [["ad_id", "rank", "p_click", "ecpm", "propensity", "known", "explain"]]
+
+    async def test_the_best_first_is_said_as_ever(self, client):
+        one, two = [
+            await client.post("/rank", json={"request_id": "r", "user": {"id": "u"}, "candidates": ALL, **more})
+            for more in ({}, {"options": {"explore": {"policy": "greedy"}}})
+        ]
+        assert one.content.partition(b'"timings_ms"')[0] == two.content.partition(b'"timings_ms"')[0]
+        assert [list(ad) for ad in one.json()["ads"]] == [["ad_id", "rank", "p_click"]] * 30
+
+    @pytest.mark.parametrize(
+        ("settings", "policy"),
+        [
+            ({"explore": "epsilon_greedy", "epsilon": 1.0}, EpsilonGreedy(1.0)),
+            ({"explore": "plackett_luce", "temperature": 0.5}, PlackettLuce(0.5)),
+        ],
+    )
+    async def test_the_setting_is_for_requests_that_say_nothing(self, run, ads, settings, policy):
+        async with run(ads, **settings) as client:
+            told = (await client.rank(candidates=ALL))["ads"]
+            values = {ad["ad_id"]: ad["p_click"] for ad in told}
+            assert [ad["propensity"] for ad in told] == pytest.approx(by_definition(list(values), values, policy))
+            greedy = (await client.rank(candidates=ALL, options={"explore": {"policy": "greedy"}}))["ads"]
+            assert [ad["p_click"] for ad in greedy] == sorted(values.values(), reverse=True)
+            assert "propensity" not in greedy[0]
+
+    @pytest.mark.parametrize(
+        ("explore", "pointers"),
+        [
+            ("epsilon_greedy", ["/options/explore"]),
+            ({}, ["/options/explore"]),
+            ({"policy": "thompson"}, ["/options/explore"]),
+            ({"policy": ["greedy"]}, ["/options/explore"]),
+            ({"policy": "greedy", "epsilon": 0.1}, ["/options/explore/epsilon"]),
+            ({"policy": "epsilon_greedy"}, ["/options/explore/epsilon"]),
+            ({"policy": "epsilon_greedy", "epsilon": 1.1}, ["/options/explore/epsilon"]),
+            ({"policy": "epsilon_greedy", "epsilon": "0.1"}, ["/options/explore/epsilon"]),
+            ({"policy": "plackett_luce", "temperature": 0}, ["/options/explore/temperature"]),
+            ({"policy": "plackett_luce", "temperature": 1e9, "epsilon": 1}, ["/options/explore/temperature", "/options/explore/epsilon"]),
+        ],
+    )
+    async def test_a_wrong_policy_is_pointed_at(self, client, explore, pointers):
+        answer = await client.post("/rank", json={"user": {"id": "u"}, "candidates": ["a1"], "options": {"explore": explore}})
+        assert (answer.status_code, [error["pointer"] for error in answer.json()["errors"]]) == (422, pointers)
+        assert all(error["detail"] for error in answer.json()["errors"])
