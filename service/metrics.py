@@ -85,6 +85,10 @@ class Metrics:
         self._rows: list[Stages] = []
         self.under_way = 0
         """Rankings under way now."""
+        self.served: collections.Counter[str] = collections.Counter()
+        """Rankings by what became of their records, since the last flush."""
+        self.served_waiting = 0
+        """Records that wait to be written now."""
         self._requests = Counter("adrank_requests", "Requests answered", ["route", "model", "outcome"], registry=r)
         labels = ["route", "outcome"]
         self._durations = Histogram("adrank_request_duration_seconds", "From a request to its answer", labels, buckets=SECONDS, registry=r)
@@ -106,6 +110,11 @@ class Metrics:
         loaded = "When a model was loaded, of the worker that did so last"
         self._loaded = Gauge("adrank_model_loaded_timestamp_seconds", loaded, ["model"], registry=r, multiprocess_mode="livemax")
 
+        about = "Rankings by what became of their records: written, sampled_out, dropped_queue, dropped_backlog, dropped_store or failed"
+        self._served = Counter("adrank_served_log", about, ["result"], registry=r)
+        waiting = "Records of rankings that wait to be written"
+        self._served_queue = Gauge("adrank_served_log_queue", waiting, registry=r, multiprocess_mode="livesum")
+
     def begin(self, route: str) -> Stages:
         """A request begins; `end` is to be called whatever becomes of it."""
         return Stages(route)
@@ -122,6 +131,10 @@ class Metrics:
         """Write what has been noted into the metrics. To be called on the event loop: before a scrape, now and then, and at the end."""
         rows, self._rows = self._rows, []
         self._inflight.set(self.under_way)
+        self._served_queue.set(self.served_waiting)
+        for result, count in self.served.items():
+            self._served.labels(result).inc(count)
+        self.served.clear()
         for counted, count in collections.Counter((row.route, row.model, row.outcome) for row in rows).items():
             self._requests.labels(*counted).inc(count)
         durations, clicks = collections.defaultdict(list), collections.defaultdict(list)
