@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from features.events import Event
+from features.served import unpack_served
 from features.state import StateError as RecordError
 from features.state import StoreError
 from features.streams import EVENTS, SERVED, STREAMS, Batch, Entry, Stream, StreamLostError, Streams
@@ -24,7 +25,7 @@ from .join_files import NOTHING, Builder, Columns, Content, grouped, unjoined
 from .join_log import JoinError, Log, hour_folder, only_joiner, write_parquet
 from .join_plan import JOINED, JoinSettings, plan, sweep
 from .join_quality import PLACES, Windows
-from .join_records import DAMAGED, damaged, new_event, new_ranking, read_event, read_served, revision_key
+from .join_records import DAMAGED, damaged, new_event, new_ranking, read_event, revision_key
 from .join_state import NO_ROOM, Held, NewEvent, NewRanking, NoRoomError, Part, State
 
 READ = 500
@@ -297,7 +298,7 @@ class Joiner:
         came = grouped((n, event) for n, event in joined if n is not None)
         builder, models = Builder(self._columns), Counter[str]()
         for n, record in self._state.rankings(part):
-            served = read_served(record)
+            served = unpack_served(record)
             models[served.model] += 1
             builder.add(served, came.get(n, NOTHING), self._settings.shown == "reported")
         return builder.content(), models

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from features.events import Event
+from features.served import unpack_served
 
-from .join_records import read_event, read_served
+from .join_records import read_event
 from .join_state import Held, Part, State
 
 SKEW_SECONDS = 60.0
@@ -90,7 +91,7 @@ def sweep(state: State, until: float) -> Part | None:
 def _settled(state: State, part: Part, settings: JoinSettings) -> Iterator[Settled]:
     rankings: dict[str, list[Ranking]] = defaultdict(list)
     for n, request_id, since, record, mine in state.related(part):
-        rankings[request_id].append(Ranking(n, since, frozenset(read_served(record).ad_ids), mine))
+        rankings[request_id].append(Ranking(n, since, frozenset(unpack_served(record).ad_ids), mine))
     held = [(each, read_event(each.packed)) for each in state.events_of(part)]
     shown: set[tuple[int, str]] = set()
     # Impressions first: whether a click had one must be known by then.

@@ -37,7 +37,7 @@ def read_served(value: bytes) -> Served:
         and _are_shares(served.propensity)
         and _are(int, positions)
         and len(positions) in (0, len(served.ad_ids))
-        and all(0 < position <= LAST_POSITION for position in positions)
+        and (not positions or 0 < min(positions) <= max(positions) <= LAST_POSITION)
         and 0 <= served.version < 2**63
         and 0 <= served.ts <= LATEST
     )

@@ -42,6 +42,10 @@ CREATE TABLE streams (name TEXT PRIMARY KEY, last TEXT NOT NULL, taken INTEGER N
 """
 
 
+NAMING = "FROM rankings m CROSS JOIN events e ON e.request_id = m.request_id WHERE m.part = ?1 AND +e.part IS NULL AND e.outcome IS NULL"
+"""Events that name a request id of a part. CROSS and + tell the planner to go from the part's rankings to their events, one by one."""
+
+
 class HeldError(RuntimeError):
     """The joiner's state cannot be used; the message says why."""
 
@@ -269,17 +273,14 @@ class State:
     def related(self, part: Part) -> list[tuple[int, str, float, bytes, bool]]:
         """The rankings with a request id of the part that an event names: number, request id, `since`, record, whether of the part."""
         statement = (
-            "SELECT n, request_id, since, record, part IS ?1 FROM rankings r WHERE EXISTS (SELECT 1 FROM events e WHERE e.request_id ="
-            " r.request_id AND e.part IS NULL) AND (part = ?1 OR part IS NULL AND EXISTS (SELECT 1 FROM rankings o WHERE o.request_id ="
-            " r.request_id AND o.part = ?1)) ORDER BY since, n"
+            "SELECT r.n, r.request_id, r.since, r.record, r.part IS ?1 FROM (SELECT DISTINCT e.request_id AS named"
+            f" {NAMING}) CROSS JOIN rankings r ON r.request_id = named ORDER BY r.since, r.n"
         )
         return [(*row[:4], bool(row[4])) for row in self._db.execute(statement, (part.number,))]
 
     def events_of(self, part: Part) -> list[Held]:
         """The events that are not settled and name a request id of the part's rankings."""
-        return self._held(
-            "part IS NULL AND outcome IS NULL AND request_id IN (SELECT request_id FROM rankings WHERE part = ?)", part.number
-        )
+        return self._held(f"n IN (SELECT e.n {NAMING})", part.number)
 
     def strays(self, until: float) -> list[Held]:
         """The events taken at `until` or before that no ranking is held for, and entries that are no records."""
