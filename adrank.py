@@ -25,6 +25,9 @@ MENDABLE = (
     ("service.workers", "ListenError"),
     ("training.datasets.prepared", "DataError"),
     ("training.train", "TrainError"),
+    ("training.join_log", "JoinError"),
+    ("training.join_state", "HeldError"),
+    ("training.join_state", "NoRoomError"),
     ("demo", "DemoError"),
     ("benchmarks.load", "LoadError"),
 )
@@ -208,6 +211,47 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
         print(json.dumps(found.as_dict()))
     else:
         show(found, Console())
+
+
+@cli.command(epilog="Example: adrank join --redis redis://127.0.0.1:6379/0 --log data/log --models models --metrics-port 9109")
+@click.option("--redis", help="The service's store; default: ADRANK_REDIS, then redis://127.0.0.1:6379/0.")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log, made where there is none; docs/log.md says what it holds.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
+@click.option("--name", help="The model whose schema a new log takes; default: the repository's first.")
+@click.option("--window", type=click.FloatRange(0, 30 * 86_400), default=1800, show_default=True, help="Seconds that an event may take.")
+@click.option("--lateness", type=click.FloatRange(0, 86_400), default=60, show_default=True, help="Seconds to wait for events beyond it.")
+@click.option("--shown", type=click.Choice(["served", "reported"]), default="served", show_default=True, help="What an impression is.")
+@click.option("--rows-per-file", type=click.IntRange(1, 10_000_000), default=100_000, show_default=True)
+@click.option("--metrics-port", type=click.IntRange(0, 65_535), default=0, show_default=True, help="On 127.0.0.1; 0 is none.")
+@click.option("--once", is_flag=True, help="Take what there is, write what is due, and exit.")
+@click.option("--drain", is_flag=True, help="As --once, and write everything, whether its window is over or not.")
+def join(redis: str | None, folder: Path, models: Path, name: str | None, metrics_port: int, once: bool, drain: bool, **rest: Any) -> None:
+    """Join what was served with what came of it, into the log. May be killed at any time; one joiner a log."""
+    import logging
+
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # of a service with several workers; it would turn these metrics into its files
+    from service.metrics import JoinMetrics
+    from service.settings import load_settings
+    from service.streams import RedisStreams
+    from training.join import join_log
+    from training.join_log import open_log
+    from training.join_plan import JoinSettings
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+    url, metrics = load_settings({"redis": redis}).redis, JoinMetrics()
+    if url.startswith("memory:"):
+        raise Refusal("a store in memory has no streams to join; name a Redis with --redis")
+    into = open_log(folder, models, name)
+    try:
+        stop = metrics.serve(metrics_port) if metrics_port else None
+    except OSError as error:
+        raise Refusal(f"--metrics-port {metrics_port} cannot be listened on: {error.strerror}") from error
+    once_what = "everything" if drain else "due" if once else None
+    try:
+        print(asyncio.run(join_log(lambda: RedisStreams(url), into, JoinSettings(**rest), metrics, once_what)))
+    finally:
+        if stop:
+            stop()
 
 
 @cli.command(epilog="Example: adrank demo --once")
