@@ -153,6 +153,14 @@ def test_vocabularies_hold_ads_not_their_versions(tmp_path: Path) -> None:
     assert learn_vocabularies(data).categories["ad_id"].values == ("a1", "a2", "new")  # type: ignore[union-attr]
 
 
+def test_a_network_is_trained_on_a_log(tmp_path: Path) -> None:
+    made = rankings(150)
+    clicks = {(each.request_id, ad_id) for each in made for ad_id in each.ad_ids if ad_id in ("a1", "a2", "a3")}
+    folder = logs.write_log(tmp_path / "log", [replace(each, user={"age": "25", "income": 5.0}) for each in made], small.schema(), clicks)
+    trained = small.quick(open_log(folder), epochs=3)
+    assert trained.metrics["test"].auc > 0.9
+
+
 # --- a window, and its splits
 
 
