@@ -1,8 +1,10 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import bundles
 import logs
 import numpy as np
 import polars as pl
@@ -10,6 +12,7 @@ import pytest
 import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cli import run
 
 from features.encode import Encoder
 from features.schema import Schema
@@ -225,6 +228,15 @@ def test_a_log_opens_as_data_and_so_does_a_prepared_data_set(tmp_path: Path) -> 
     folder = logs.write_log(tmp_path / "log", rankings(20), small.schema())
     assert isinstance(open_data(folder), Log)
     assert open_data(tmp_path / "data") == open_prepared(tmp_path / "data")
+
+
+def test_a_log_can_be_evaluated_on_from_the_command_line(tmp_path: Path) -> None:
+    path = bundles.publish(tmp_path / "models", files={"calibration.json": b"{}"})
+    made = [replace(each, ads={}) for each in rankings(40)]
+    clicks = {(each.request_id, each.ad_ids[0]) for each in made}
+    folder = logs.write_log(tmp_path / "log", made, bundles.encoder().schema, clicks)
+    code, out, _ = run("evaluate", "--bundle", path, "--data", folder, "--json")
+    assert (code, json.loads(out)["rows"], json.loads(out)["clicks"]) == (0, 12, 4)
 
 
 # --- mistakes
