@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
 MENDABLE = (
     ("features.bundle", "BundleError"),
+    ("features.policy", "PolicyError"),
     ("features.schema", "SchemaError"),
     ("features.state", "StoreError"),
     ("service.settings", "SettingsError"),
     ("service.workers", "ListenError"),
     ("training.datasets.prepared", "DataError"),
     ("training.train", "TrainError"),
+    ("training.join_log", "JoinError"),
+    ("training.join_state", "HeldError"),
+    ("training.join_state", "NoRoomError"),
     ("demo", "DemoError"),
     ("benchmarks.load", "LoadError"),
 )
@@ -33,6 +38,17 @@ class Refusal(click.ClickException):
     """Something a person can mend: one sentence, exit code 2."""
 
     exit_code = 2
+
+
+def moment(_context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """A time in seconds since 1970: given so, or as a date with perhaps a time of day, UTC."""
+    try:
+        if text is None or text.isdecimal():
+            return None if text is None else int(text)
+        at = datetime.fromisoformat(text)
+        return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+    except ValueError:
+        raise click.BadParameter(f"{text}: expected a time such as 2026-11-22, 2026-11-22T17:00 or 1795366800", param=option) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -63,7 +79,7 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
 
 
 @cli.command(epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")
-@click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
 @click.option("--model", required=True, help="The network: deepfm or din.")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
 @click.option("--name", help="Name in the repository; default: the network's.")
@@ -73,7 +89,7 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
 def train(data: Path, model: str, models: Path, name: str | None, seed: int | None, epochs: int | None, settings: tuple[str, ...]) -> None:
     """Train a network and publish it as a bundle, the new live version."""
     from features.bundle import check_name, read_manifest
-    from training.datasets.prepared import open_prepared
+    from training.datasets.log import open_data
     from training.export import train_and_publish
     from training.progress import progress_bar
 
@@ -81,7 +97,7 @@ def train(data: Path, model: str, models: Path, name: str | None, seed: int | No
     given = dict(_pair(text) for text in settings)
     given |= {key: str(value) for key, value in {"seed": seed, "epochs": epochs}.items() if value is not None}
     with progress_bar() as progress:
-        path, trained = train_and_publish(open_prepared(data), model, models, name or model, given, progress)
+        path, trained = train_and_publish(open_data(data), model, models, name or model, given, progress)
     _print_metrics(trained.metrics)
     print(f"published {path}")
     if int8 := read_manifest(path).get("int8"):
@@ -91,18 +107,18 @@ def train(data: Path, model: str, models: Path, name: str | None, seed: int | No
 
 @cli.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")
 @click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
-@click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(bundle: Path, data: Path, split: str, as_json: bool) -> None:
     """Measure a published bundle on a split, through ONNX Runtime."""
     from features.bundle import load_bundle
-    from training.datasets.prepared import open_prepared
+    from training.datasets.log import open_data
     from training.export import evaluate_bundle
     from training.progress import progress_bar
 
     with progress_bar() as progress:
-        metrics = evaluate_bundle(load_bundle(bundle), open_prepared(data), split, progress)
+        metrics = evaluate_bundle(load_bundle(bundle), open_data(data), split, progress)
     if as_json:
         print(json.dumps(metrics.as_dict()))
     else:
@@ -140,6 +156,102 @@ def serve(**flags: Any) -> None:
     from service.workers import serve as run
 
     run(load_settings(flags))
+
+
+@cli.command(epilog="Example: adrank skew --log log --models models --since 2026-11-22")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository that served.")
+@click.option("--name", help="Check the rows of this model alone.")
+@click.option("--since", callback=moment, help="Rows from that time on, UTC: 2026-11-22, 2026-11-22T17:00, or seconds since 1970.")
+@click.option("--until", callback=moment, help="Rows before that time.")
+@click.option("--sample", type=click.IntRange(min=1), help="Compare the scores of about so many rows; default: of all.")
+@click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True, help="Of the graph that served.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def skew(folder: Path, models: Path, name: str | None, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
+    """Encode and score logged rows again: exit code 0 if that comes to what was served, 3 if it does not."""
+    from rich.console import Console
+
+    from training.datasets.log import open_log
+    from training.skew import find_skew, show
+
+    found = find_skew(open_log(folder, since, until), models, name, **options)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        show(found, Console())
+    sys.exit(3 if found.found else 0)
+
+
+@cli.command("replay", epilog="Example: adrank replay --log log --bundle models/din/20261122101500 --policy plackett_luce:0.5 --top-k 3")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes, or a data set with propensities.")
+@click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
+@click.option("--policy", default="greedy", show_default=True, help="How it shows ads: greedy, epsilon_greedy:E, plackett_luce:T.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Only the first so many places; default: all that were shown.")
+@click.option("--since", callback=moment, help="Rows of a log from that time on, as for skew.")
+@click.option("--until", callback=moment, help="Rows of a log before that time.")
+@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True, help="Of a prepared data set.")
+@click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="The largest weight; it makes estimates biased.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
+    """Estimate the click rate that another bundle would have had on a log whose rankings explored."""
+    from rich.console import Console
+
+    from features.bundle import load_bundle
+    from features.policy import parse_policy
+    from training.datasets.log import is_log, open_log
+    from training.datasets.prepared import open_prepared
+    from training.replay import replay, show
+
+    target = parse_policy(policy)
+    if not is_log(folder) and (since is not None or until is not None):
+        raise Refusal(f"--since and --until are for a log; {folder} is none")
+    data = open_log(folder, since, until) if is_log(folder) else open_prepared(folder)
+    found = replay(data, load_bundle(bundle), target, **options)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        show(found, Console())
+
+
+@cli.command(epilog="Example: adrank join --redis redis://127.0.0.1:6379/0 --log data/log --models models --metrics-port 9109")
+@click.option("--redis", help="The service's store; default: ADRANK_REDIS, then redis://127.0.0.1:6379/0.")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log, made where there is none; docs/log.md says what it holds.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
+@click.option("--name", help="The model whose schema a new log takes; default: the repository's first.")
+@click.option("--window", type=click.FloatRange(0, 30 * 86_400), default=1800, show_default=True, help="Seconds that an event may take.")
+@click.option("--lateness", type=click.FloatRange(0, 86_400), default=60, show_default=True, help="Seconds to wait for events beyond it.")
+@click.option("--shown", type=click.Choice(["served", "reported"]), default="served", show_default=True, help="What an impression is.")
+@click.option("--rows-per-file", type=click.IntRange(1, 10_000_000), default=100_000, show_default=True)
+@click.option("--metrics-port", type=click.IntRange(0, 65_535), default=0, show_default=True, help="On 127.0.0.1; 0 is none.")
+@click.option("--once", is_flag=True, help="Take what there is, write what is due, and exit.")
+@click.option("--drain", is_flag=True, help="As --once, and write everything, whether its window is over or not.")
+def join(redis: str | None, folder: Path, models: Path, name: str | None, metrics_port: int, once: bool, drain: bool, **rest: Any) -> None:
+    """Join what was served with what came of it, into the log. May be killed at any time; one joiner a log."""
+    import logging
+
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # of a service with several workers; it would turn these metrics into its files
+    from service.metrics import JoinMetrics
+    from service.settings import load_settings
+    from service.streams import RedisStreams
+    from training.join import join_log
+    from training.join_log import open_log
+    from training.join_plan import JoinSettings
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+    url, metrics = load_settings({"redis": redis}).redis, JoinMetrics()
+    if url.startswith("memory:"):
+        raise Refusal("a store in memory has no streams to join; name a Redis with --redis")
+    into = open_log(folder, models, name)
+    try:
+        stop = metrics.serve(metrics_port) if metrics_port else None
+    except OSError as error:
+        raise Refusal(f"--metrics-port {metrics_port} cannot be listened on: {error.strerror}") from error
+    once_what = "everything" if drain else "due" if once else None
+    try:
+        print(asyncio.run(join_log(lambda: RedisStreams(url), into, JoinSettings(**rest), metrics, once_what)))
+    finally:
+        if stop:
+            stop()
 
 
 @cli.command(epilog="Example: adrank demo --once")

@@ -6,6 +6,7 @@ Knows nothing about Redis (`service/store.py`) or about tensors (`encode.py`).
 import asyncio
 import contextlib
 from bisect import bisect_right
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ HISTORY_LIMIT = 1_000
 """The most behaviours kept a user, whatever a schema asks for."""
 FEATURES_LIMIT = 256
 """The most features kept of a user or an ad."""
+SERVED_KEPT = 1_000
+"""The most rankings that a store in memory logs."""
 ACTIVE = ""
 """The name under which `Ad.changed` keeps when the ad's being active was last told; no feature has it."""
 NEVER = float("-inf")
@@ -209,6 +212,12 @@ class Store(Protocol):
             ChangesLostError: changes after the cursor have been trimmed, or the store was emptied.
         """
 
+    async def append_served(self, records: Sequence[bytes]) -> int:
+        """Append packed rankings (`served.pack_served`) to the log of what was served; how many it holds then.
+
+        Where it fails, some or all may have been appended, and are not to be appended again.
+        """
+
     async def ping(self) -> None:
         """Return if the store answers."""
 
@@ -223,6 +232,8 @@ class MemoryStore:
         self._users: dict[str, bytes] = {}
         self._ads: dict[str, bytes] = {}
         self._changes: list[str] = []
+        self.served: deque[bytes] = deque(maxlen=SERVED_KEPT)
+        """The newest packed rankings: nobody takes them from here."""
         self._news = asyncio.Event()
 
     async def get_user(self, user_id: str) -> UserState | None:
@@ -257,6 +268,11 @@ class MemoryStore:
                 await asyncio.wait_for(self._news.wait(), wait)
         changed = dict.fromkeys(self._changes[int(cursor) :])
         return [unpack_ad(ad_id, self._ads[ad_id]) for ad_id in changed], str(len(self._changes))
+
+    async def append_served(self, records: Sequence[bytes]) -> int:
+        """See `Store`."""
+        self.served.extend(records)
+        return len(self.served)
 
     async def ping(self) -> None:
         """See `Store`."""

@@ -17,9 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import errors
 from .errors import Kind, Mistake, ServiceError
+from .explore import Policy
 from .metrics import CONTENT_TYPE, Metrics, Stages
 from .ranker import Query, Ranker
-from .requests import locate, parse_request, sent_request_id, to_query
+from .requests import default_policy, locate, parse_request, sent_request_id, to_query
 from .settings import Settings
 from .wire import Problem, RankAnswer, RankRequest, Wire, answer
 
@@ -61,6 +62,7 @@ class RankEndpoint:
 
     def __init__(self, ranker: Ranker, metrics: Metrics, settings: Settings) -> None:
         self._ranker, self._metrics, self._settings = ranker, metrics, settings
+        self._policy = default_policy(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Rank ads for a user, the likeliest click first."""
@@ -90,7 +92,7 @@ class RankEndpoint:
     async def _rank(self, state: dict[str, Any], body: bytes) -> bytes:
         stages: Stages = state["observed"]
         stages.enter("parse")
-        wire, query = _read(state, body, self._settings.max_candidates)
+        wire, query = _read(state, body, self._settings.max_candidates, self._policy)
         stages.model = self._ranker.models.label(query.model)
         try:
             ranking = await self._ranker.rank(query, stages)
@@ -99,12 +101,14 @@ class RankEndpoint:
         return answer(state["request_id"], ranking, stages)
 
 
-def _read(state: dict[str, Any], body: bytes, most: int) -> tuple[RankRequest, Query]:
+def _read(state: dict[str, Any], body: bytes, most: int, default: Policy | None) -> tuple[RankRequest, Query]:
     """The request, its id noted for the answer even if the rest of it is wrong."""
     try:
         wire = parse_request(body)
         state["request_id"] = wire.request_id or state["request_id"]
-        return wire, to_query(wire, most)
+        query = to_query(wire, most, default)
+        query.request_id = state["request_id"]
+        return wire, query
     except errors.InvalidError:
         state["request_id"] = sent_request_id(body) or state["request_id"]
         raise

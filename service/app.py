@@ -20,6 +20,7 @@ from .metrics import Metrics, Registry
 from .models import Models, load_models
 from .ranker import Ranker
 from .scoring import Inline, Pool, Scoring
+from .served import ServedLog
 from .settings import Settings, load_settings
 from .store import RedisStore
 
@@ -36,7 +37,8 @@ class Service:
 
     def __init__(self, settings: Settings, store: Store, metrics: Metrics) -> None:
         self.settings, self.store, self.metrics = settings, store, metrics
-        self.ranker = Ranker(store, metrics, _scoring(settings, metrics))
+        self.served = ServedLog(store, metrics, settings)
+        self.ranker = Ranker(store, metrics, _scoring(settings, metrics), self.served.put)
         self._waiting_for = "models are being loaded"
         self._looked = False
 
@@ -164,6 +166,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         work = [asyncio.create_task(service.run()), asyncio.create_task(service.flush())]
+        service.served.start()
         try:
             await service.settle()
             yield
@@ -171,6 +174,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
             for task in work:
                 task.cancel()
             await asyncio.gather(*work, return_exceptions=True)
+            await service.served.close()
             metrics.flush()
             service.ranker.close()
             if store is None:

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +27,65 @@ BACK_OFF_SECONDS = (0.1, 5.0)
 log = logging.getLogger(__name__)
 
 
+Sources = Mapping[str, bytes | None]
+"""By ad id the packed features that its row was encoded from, None: there is no row."""
+
+
+class _Change:
+    """A batch of changes. The last one is empty, and is filled and followed by another when ads change.
+
+    Who holds one holds all that came after it, and nobody else does: what no reader needs any more goes by itself.
+    """
+
+    __slots__ = ("before", "following")
+
+    def __init__(self) -> None:
+        self.before: Mapping[str, Sources] = {}
+        """By fingerprint, of the ads that changed."""
+        self.following: _Change | None = None
+
+
 @dataclass
 class _Ads:
-    """All ads: encoded, by fingerprint; the packed features that they were encoded from; and which of them have left."""
+    """All ads: encoded, by fingerprint; their packed features; and which of them have left."""
 
     tables: dict[str, AdTable]
     features: dict[str, bytes] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
+    misfits: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
+    """By fingerprint, of the ads whose features do not fit its schema: what their rows were encoded from instead."""
+    latest: _Change = field(default_factory=_Change)
+
+    def sources(self, fingerprint: str, ad_ids: Iterable[str]) -> dict[str, bytes | None]:
+        """What the ads' rows were encoded from."""
+        known = self.features
+        found = {ad_id: known.get(ad_id) for ad_id in ad_ids}
+        if misfits := self.misfits.get(fingerprint):
+            found.update((ad_id, misfits[ad_id]) for ad_id in found.keys() & misfits.keys())
+        return found
+
+    def change(self, ads: Sequence[Ad], encode: Callable[[AdTable, Sequence[Ad]], Collection[str]]) -> None:
+        """Take over ads that were read: note their features, and encode them into each table."""
+        changed = [ad.ad_id for ad in ads]
+        before = {fingerprint: self.sources(fingerprint, changed) for fingerprint in self.tables}
+        self.note(ads)
+        for fingerprint, sources in before.items():
+            self.encode(fingerprint, ads, sources, encode)
+        change, self.latest = self.latest, _Change()
+        change.before, change.following = before, self.latest
+
+    def encode(
+        self, fingerprint: str, ads: Sequence[Ad], before: Sources, encode: Callable[[AdTable, Sequence[Ad]], Collection[str]]
+    ) -> None:
+        """Encode ads into one table, whose rows were encoded from `before`; `encode` tells those that do not fit."""
+        table, misfits = self.tables[fingerprint], self.misfits.setdefault(fingerprint, {})
+        refused = encode(table, ads)
+        if refused or misfits:
+            for ad in ads:
+                if ad.ad_id in refused:
+                    misfits[ad.ad_id] = before[ad.ad_id] if table.rows([ad.ad_id])[0] else None
+                elif ad.active or ad.features:
+                    misfits.pop(ad.ad_id, None)
 
     def note(self, ads: Sequence[Ad]) -> None:
         """Keep the features of ads that were read; one that was deleted outright has none, and keeps those it had."""
@@ -47,6 +99,33 @@ class _Ads:
         for start in range(0, len(ad_ids), size):
             some = ad_ids[start : start + size]
             yield [Ad(ad_id, unpack_features(self.features[ad_id]), ad_id not in self.gone) for ad_id in some]
+
+
+class View:
+    """What ads' rows were encoded from at one moment, for one fingerprint, however the catalogue changes after it.
+
+    It costs nothing until it is asked: changes keep what they replace, for those who hold a view from before them.
+    """
+
+    __slots__ = ("_ads", "_fingerprint", "_since")
+
+    def __init__(self, ads: _Ads, fingerprint: str) -> None:
+        self._ads, self._fingerprint, self._since = ads, fingerprint, ads.latest
+
+    def features(self, ad_ids: Iterable[str]) -> dict[str, bytes]:
+        """The packed features (`state.pack_features`) of those of the ads that had a row, whether or not they had left.
+
+        Raises:
+            KeyError: the catalogue has let go of the fingerprint and has changed since.
+        """
+        found, change = self._ads.sources(self._fingerprint, ad_ids), self._since
+        restored: set[str] = set()
+        while change.following is not None:
+            before, change = change.before[self._fingerprint], change.following
+            for ad_id in (found.keys() & before.keys()) - restored:
+                found[ad_id] = before[ad_id]
+                restored.add(ad_id)
+        return {ad_id: packed for ad_id, packed in found.items() if packed is not None}
 
 
 class Catalogue:
@@ -69,10 +148,9 @@ class Catalogue:
         """The ads as the encoder of that fingerprint encodes them. Ask anew for each request: a re-read replaces it."""
         return self._ads.tables[fingerprint]
 
-    def features(self, ad_ids: Iterable[str]) -> dict[str, bytes]:
-        """The packed features (`state.pack_features`) of those of the ads that the catalogue has, or had before they left."""
-        known = self._ads.features
-        return {ad_id: known[ad_id] for ad_id in ad_ids if ad_id in known}
+    def view(self, fingerprint: str) -> View:
+        """The features that the rows of `table` are encoded from now."""
+        return View(self._ads, fingerprint)
 
     async def add(self, fingerprint: str, encoder: Encoder) -> None:
         """Encode all ads for one more fingerprint while ranking goes on; when it returns, that table is in step with the others."""
@@ -88,11 +166,13 @@ class Catalogue:
         for fingerprint in self._encoders.keys() - set(fingerprints):
             del self._encoders[fingerprint]
             self._ads.tables.pop(fingerprint, None)
+            self._ads.misfits.pop(fingerprint, None)
 
     async def _fill(self, ads: _Ads, fingerprint: str) -> None:
         for batch in ads.batches(AT_ONCE_UNDER_LOAD):
             if fingerprint in ads.tables:
-                self._encode(ads.tables[fingerprint], batch)
+                before = ads.sources(fingerprint, [ad.ad_id for ad in batch])
+                ads.encode(fingerprint, batch, before, self._encode)
             await asyncio.sleep(0)
 
     @property
@@ -158,21 +238,20 @@ class Catalogue:
 
     async def _put(self, into: _Ads, ads: Sequence[Ad]) -> None:
         for start in range(0, len(ads), AT_ONCE):
-            batch = ads[start : start + AT_ONCE]
-            into.note(batch)
-            for table in into.tables.values():
-                self._encode(table, batch)
+            into.change(ads[start : start + AT_ONCE], self._encode)
             await asyncio.sleep(0)
 
-    def _encode(self, table: AdTable, ads: Sequence[Ad]) -> None:
+    def _encode(self, table: AdTable, ads: Sequence[Ad]) -> Collection[str]:
         if mistyped := put_ads(table, ads):
-            log.warning("%d ads are left out, they do not fit the schema; the first: %s", len(mistyped), mistyped[0])
+            first = next(iter(mistyped.items()))
+            log.warning("%d ads are left out, they do not fit the schema; the first: %r (%s)", len(mistyped), *first)
             self._metrics.degraded("catalogue", "ad_mistyped", len(mistyped))
+        return mistyped
 
 
-def put_ads(table: AdTable, ads: Sequence[Ad]) -> list[str]:
-    """Encode ads into a table; why each ad that does not fit the schema was left out."""
-    mistyped, fields = [], table.encoder.schema.side("ad")
+def put_ads(table: AdTable, ads: Sequence[Ad]) -> dict[str, str]:
+    """Encode ads into a table; those that do not fit the schema and were left out, and why."""
+    mistyped, fields = {}, table.encoder.schema.side("ad")
     for active in (True, False):
         # An ad that was deleted outright has no features: those it had stay, for the histories that hold it.
         kept: list[tuple[str, list[Any]]] = []
@@ -181,7 +260,7 @@ def put_ads(table: AdTable, ads: Sequence[Ad]) -> list[str]:
                 try:
                     kept.append((ad.ad_id, _clean(fields, ad)))
                 except FieldError as error:
-                    mistyped.append(f"{ad.ad_id!r} ({error})")
+                    mistyped[ad.ad_id] = str(error)
         columns = dict(zip([field.name for field in fields], zip(*(row for _, row in kept), strict=True), strict=False))
         table.put([ad_id for ad_id, _ in kept], table.encoder.encode("ad", columns, len(kept)), active)
     table.remove([ad.ad_id for ad in ads if not ad.active])

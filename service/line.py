@@ -64,6 +64,20 @@ class Line:
         except LostError:
             return await (await self._connected(until)).ask(command, until)
 
+    async def ask_once(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies to commands that are sent together, and never twice: where it fails, some may have been carried out.
+
+        Raises:
+            TimeoutError, ConnectionError, hiredis.ReplyError: as `ask` does; the first of them.
+        """
+        until = asyncio.get_running_loop().time() + self._timeout
+        connection = self._connection or await self._connected(until)
+        replies = await asyncio.gather(*(connection.ask(command, until) for command in commands), return_exceptions=True)
+        for reply in replies:
+            if isinstance(reply, BaseException):
+                raise reply
+        return replies
+
     async def _connected(self, until: float) -> "_Connection":
         """The connection, opened by whoever needs it first; all others wait for the same attempt."""
         loop = asyncio.get_running_loop()

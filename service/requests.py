@@ -8,13 +8,18 @@ import numpy as np
 import pydantic_core
 from pydantic import ValidationError
 
+from . import wire
 from .errors import InvalidError, Mistake, NotJsonError
+from .explore import EpsilonGreedy, PlackettLuce, Policy
 from .ranker import MISTAKES_TOLD, Bids, Query
+from .settings import Settings
 from .wire import Behaviour, Candidate, Columns, RankRequest
 
 ERRORS_LISTED = 1_000
 POINTER_STEP = 128
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+UNIONS = (("candidates",), ("options", "explore"))
+"""Where pydantic puts the name of the form into the path that it took a value for."""
 FORMS = "a list of ad ids, a list of objects with ad_id, or an object of columns"
 
 
@@ -50,7 +55,8 @@ def sent_request_id(body: bytes) -> str | None:
 
 
 def _mistake(loc: Sequence[str | int], kind: str, message: str) -> Mistake:
-    path = list(loc[:1]) + list(loc[2:]) if loc[:1] == ("candidates",) else list(loc)  # without the union's tag
+    tag = next((len(union) for union in UNIONS if tuple(loc[: len(union)]) == union), len(loc))
+    path = [*loc[:tag], *loc[tag + 1 :]]
     detail = message.removeprefix("Value error, ")
     if path[-1:] == ["[key]"]:
         path, detail = path[:-1], f"its name: {detail}"
@@ -65,8 +71,10 @@ def _short(name: str) -> str:
     return name if len(name) <= POINTER_STEP else name[:POINTER_STEP] + "…"
 
 
-def to_query(request: RankRequest, most: int) -> Query:
+def to_query(request: RankRequest, most: int, default: Policy | None = None) -> Query:
     """The request as the ranker takes it, the same for rows and columns; `most` candidates are allowed.
+
+    `default` is the policy of a request that names none.
 
     Raises:
         InvalidError: too many candidates, columns of unequal length, or a history with only some times.
@@ -89,8 +97,22 @@ def to_query(request: RankRequest, most: int) -> Query:
         top_k=options.top_k,
         objective=options.objective,
         explain=options.explain,
+        policy=default if options.explore is None else _policy(options.explore),
         deadline=deadline,
     )
+
+
+def default_policy(settings: Settings) -> Policy | None:
+    """The policy of requests that name none; None is greedy."""
+    if settings.explore == "epsilon_greedy":
+        return EpsilonGreedy(settings.epsilon)
+    return PlackettLuce(settings.temperature) if settings.explore == "plackett_luce" else None
+
+
+def _policy(explore: wire.Explore) -> Policy | None:
+    if isinstance(explore, wire.EpsilonGreedy):
+        return EpsilonGreedy(explore.epsilon)
+    return PlackettLuce(explore.temperature) if isinstance(explore, wire.PlackettLuce) else None
 
 
 def _columns(candidates: Columns | list[Candidate] | list[str]) -> tuple[list[str], Bids | None, Mapping[int, dict[str, Any]]]:

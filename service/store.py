@@ -32,9 +32,12 @@ HASHES = 64
 BATCH = 500
 """Ads of one stream entry, users of one pipeline, ads of one scan: what is held in memory and on the wire at once."""
 CHANGES_KEPT = 10_000
+SERVED = "adrank:served"
 ENTRIES_READ = 8
 BULK_SECONDS = 30.0
 """A bulk step, such as one batch of a load, may take this long; the request path has its own, short timeout."""
+APPEND_SECONDS = 5.0
+"""How long an append to a stream may take: nobody waits for it, and a server that writes to a slow disk may be silent for seconds."""
 FOLLOW_SECONDS = 5.0
 """How long past its wait a read of changes may take: soon enough to notice a server that is there but silent."""
 
@@ -59,6 +62,7 @@ class RedisStore:
         """Seconds for a `get_user`, seconds that a user is kept, what counts a damaged ad."""
         self._timeout, self._ttl, self._on_damaged = timeout, ttl, on_damaged
         self._fast = Line(_address(url), timeout)
+        self._served = Line(_address(url), APPEND_SECONDS)  # of its own: a long batch must not stand before a user that is asked for
         self._slow = _connect(url, 8)  # the follower blocks on its connection; a request must never wait for that one
 
     async def get_user(self, user_id: str) -> UserState | None:
@@ -164,6 +168,15 @@ class RedisStore:
             self._on_damaged()
             return None
 
+    async def append_served(self, records: Sequence[bytes]) -> int:
+        """See `Store`. Never sent twice, so that a record has one id in the stream."""
+        commands: list[Command] = [(b"XADD", SERVED, b"*", b"v", record) for record in records]
+        try:
+            replies = await self._served.ask_once([*commands, (b"XLEN", SERVED)])
+        except (OSError, hiredis.ReplyError) as error:
+            raise _told(error, APPEND_SECONDS) from error
+        return int(replies[-1])
+
     async def ping(self) -> None:
         """See `Store`."""
         try:
@@ -174,6 +187,7 @@ class RedisStore:
     async def close(self) -> None:
         """See `Store`."""
         self._fast.close()
+        self._served.close()
         await self._slow.aclose()
 
 

@@ -44,6 +44,11 @@ def test_an_unknown_flag_is_refused():
         ("STORE_TIMEOUT_MS", "-1"),
         ("MAX_BODY_BYTES", "1"),
         ("MAX_INFLIGHT", "0"),
+        ("EXPLORE", "thompson"),
+        ("EPSILON", "1.5"),
+        ("TEMPERATURE", "0"),
+        ("LOG_SHARE", "nan"),
+        ("LOG_QUEUE", "0"),
     ],
 )
 def test_a_wrong_value_names_the_setting_and_no_secret(monkeypatch, name, value):
