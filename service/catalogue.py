@@ -7,14 +7,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from features.encode import AdTable, Encoder, FieldError, clean
 from features.schema import IDENTITY, Field
-from features.state import Ad, ChangesLostError, Store, StoreError, pack_features, unpack_features
+from features.state import Ad, ChangesLostError, Store, StoreError
 
+from .ads import Ads, View
 from .metrics import Metrics
 
 AT_ONCE = 200
@@ -25,107 +25,6 @@ POLL_SECONDS = 1.0
 BACK_OFF_SECONDS = (0.1, 5.0)
 
 log = logging.getLogger(__name__)
-
-
-Sources = Mapping[str, bytes | None]
-"""By ad id the packed features that its row was encoded from, None: there is no row."""
-
-
-class _Change:
-    """A batch of changes. The last one is empty, and is filled and followed by another when ads change.
-
-    Who holds one holds all that came after it, and nobody else does: what no reader needs any more goes by itself.
-    """
-
-    __slots__ = ("before", "following")
-
-    def __init__(self) -> None:
-        self.before: Mapping[str, Sources] = {}
-        """By fingerprint, of the ads that changed."""
-        self.following: _Change | None = None
-
-
-@dataclass
-class _Ads:
-    """All ads: encoded, by fingerprint; their packed features; and which of them have left."""
-
-    tables: dict[str, AdTable]
-    features: dict[str, bytes] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
-    misfits: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
-    """By fingerprint, of the ads whose features do not fit its schema: what their rows were encoded from instead."""
-    latest: _Change = field(default_factory=_Change)
-
-    def sources(self, fingerprint: str, ad_ids: Iterable[str]) -> dict[str, bytes | None]:
-        """What the ads' rows were encoded from."""
-        known = self.features
-        found = {ad_id: known.get(ad_id) for ad_id in ad_ids}
-        if misfits := self.misfits.get(fingerprint):
-            found.update((ad_id, misfits[ad_id]) for ad_id in found.keys() & misfits.keys())
-        return found
-
-    def change(self, ads: Sequence[Ad], encode: Callable[[AdTable, Sequence[Ad]], Collection[str]]) -> None:
-        """Take over ads that were read: note their features, and encode them into each table."""
-        changed = [ad.ad_id for ad in ads]
-        before = {fingerprint: self.sources(fingerprint, changed) for fingerprint in self.tables}
-        self.note(ads)
-        for fingerprint, sources in before.items():
-            self.encode(fingerprint, ads, sources, encode)
-        change, self.latest = self.latest, _Change()
-        change.before, change.following = before, self.latest
-
-    def encode(
-        self, fingerprint: str, ads: Sequence[Ad], before: Sources, encode: Callable[[AdTable, Sequence[Ad]], Collection[str]]
-    ) -> None:
-        """Encode ads into one table, whose rows were encoded from `before`; `encode` tells those that do not fit."""
-        table, misfits = self.tables[fingerprint], self.misfits.setdefault(fingerprint, {})
-        refused = encode(table, ads)
-        if refused or misfits:
-            for ad in ads:
-                if ad.ad_id in refused:
-                    misfits[ad.ad_id] = before[ad.ad_id] if table.rows([ad.ad_id])[0] else None
-                elif ad.active or ad.features:
-                    misfits.pop(ad.ad_id, None)
-
-    def note(self, ads: Sequence[Ad]) -> None:
-        """Keep the features of ads that were read; one that was deleted outright has none, and keeps those it had."""
-        self.features.update((ad.ad_id, pack_features(ad.features)) for ad in ads if ad.active or ad.features)
-        self.gone.difference_update(ad.ad_id for ad in ads if ad.active)
-        self.gone.update(ad.ad_id for ad in ads if not ad.active)
-
-    def batches(self, size: int) -> Iterator[list[Ad]]:
-        """The ads that are there now, some at a time, each as it is when its turn comes."""
-        ad_ids = list(self.features)
-        for start in range(0, len(ad_ids), size):
-            some = ad_ids[start : start + size]
-            yield [Ad(ad_id, unpack_features(self.features[ad_id]), ad_id not in self.gone) for ad_id in some]
-
-
-class View:
-    """What ads' rows were encoded from at one moment, for one fingerprint, however the catalogue changes after it.
-
-    It costs nothing until it is asked: changes keep what they replace, for those who hold a view from before them.
-    """
-
-    __slots__ = ("_ads", "_fingerprint", "_since")
-
-    def __init__(self, ads: _Ads, fingerprint: str) -> None:
-        self._ads, self._fingerprint, self._since = ads, fingerprint, ads.latest
-
-    def features(self, ad_ids: Iterable[str]) -> dict[str, bytes]:
-        """The packed features (`state.pack_features`) of those of the ads that had a row, whether or not they had left.
-
-        Raises:
-            KeyError: the catalogue has let go of the fingerprint and has changed since.
-        """
-        found, change = self._ads.sources(self._fingerprint, ad_ids), self._since
-        restored: set[str] = set()
-        while change.following is not None:
-            before, change = change.before[self._fingerprint], change.following
-            for ad_id in (found.keys() & before.keys()) - restored:
-                found[ad_id] = before[ad_id]
-                restored.add(ad_id)
-        return {ad_id: packed for ad_id, packed in found.items() if packed is not None}
 
 
 class Catalogue:
@@ -141,8 +40,8 @@ class Catalogue:
         self.reason: str | None = None
         """Why the catalogue is not in step with the store, None while it is."""
 
-    def _empty(self) -> _Ads:
-        return _Ads({fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()})
+    def _empty(self) -> Ads:
+        return Ads({fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()})
 
     def table(self, fingerprint: str) -> AdTable:
         """The ads as the encoder of that fingerprint encodes them. Ask anew for each request: a re-read replaces it."""
@@ -165,14 +64,10 @@ class Catalogue:
         """Let go of the tables of all other fingerprints."""
         for fingerprint in self._encoders.keys() - set(fingerprints):
             del self._encoders[fingerprint]
-            self._ads.tables.pop(fingerprint, None)
-            self._ads.misfits.pop(fingerprint, None)
+            self._ads.drop(fingerprint)
 
-    async def _fill(self, ads: _Ads, fingerprint: str) -> None:
-        for batch in ads.batches(AT_ONCE_UNDER_LOAD):
-            if fingerprint in ads.tables:
-                before = ads.sources(fingerprint, [ad.ad_id for ad in batch])
-                ads.encode(fingerprint, batch, before, self._encode)
+    async def _fill(self, ads: Ads, fingerprint: str) -> None:
+        for _ in ads.fill(fingerprint, AT_ONCE_UNDER_LOAD, self._encode):
             await asyncio.sleep(0)
 
     @property
@@ -236,7 +131,7 @@ class Catalogue:
         self.observe()
         return cursor_after
 
-    async def _put(self, into: _Ads, ads: Sequence[Ad]) -> None:
+    async def _put(self, into: Ads, ads: Sequence[Ad]) -> None:
         for start in range(0, len(ads), AT_ONCE):
             into.change(ads[start : start + AT_ONCE], self._encode)
             await asyncio.sleep(0)

@@ -16,7 +16,8 @@ from features.schema import IDENTITY
 from features.state import Store, StoreError, UserState
 from features.vocabulary import Numbers
 
-from .catalogue import Catalogue, View
+from .ads import View
+from .catalogue import Catalogue
 from .errors import DeadlineError, InvalidError, Mistake
 from .explain import Seen, explain_ad, explain_request
 from .explore import Policy, arrange, best_first

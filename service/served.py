@@ -12,7 +12,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from .ranker import Made
 from .settings import Settings
 
 LINGER_SECONDS = 0.01
-"""From a ranking to the making of its record: its answer has gone out by then, and others are written with it."""
+"""How long records wait for others to be written with them."""
 SLICE_SECONDS = 0.001
 """How long records are made before other work gets a turn on the event loop."""
 UNMADE_ADS = 200_000
@@ -50,7 +49,8 @@ def served(made: Made, ts: float, most: int, with_tensors: bool) -> Served:
     shown, history = ranking.ad_ids[:most], encoder.newest(request.history)
     candidates = _candidates(made)
     unknown = _unknown(made, shown)
-    known = (ad_id for ad_id in candidates or shown if ad_id not in unknown)
+    named = candidates or shown
+    known = [ad_id for ad_id in named if ad_id not in unknown] if unknown else named
     return Served(
         request_id=query.request_id,
         ts=ts,
@@ -64,8 +64,8 @@ def served(made: Made, ts: float, most: int, with_tensors: bool) -> Served:
         p_click=ranking.p_click[:most],
         propensity=[1.0] * len(shown) if ranking.propensity is None else ranking.propensity[:most],
         candidates=candidates,
-        ads=encoded.view.features(chain(known, history)),
-        sent=_sent(made, candidates or shown),
+        ads=encoded.view.features([*known, *history]),
+        sent=_sent(made, named) if request.sent else {},
         unknown=list(unknown),
         policy=str(query.policy or "greedy"),
         tensors=_tensors(made, shown) if with_tensors else {},
@@ -130,7 +130,7 @@ class ServedLog:
             self._unmade_ads += _size(made)
             self._metrics.served_waiting = self._waiting
             if self._turn is None:
-                self._turn = asyncio.get_running_loop().call_later(LINGER_SECONDS, self._make)
+                self._turn = asyncio.get_running_loop().call_soon(self._make_soon)
 
     @property
     def _waiting(self) -> int:
@@ -139,22 +139,32 @@ class ServedLog:
     def _count(self, result: str, count: int = 1) -> None:
         self._metrics.served[result] += count
 
+    def _make_soon(self) -> None:
+        """In the next turn of the loop but one, when the answer has been written to its socket. Not much later: a request that is kept
+        costs the next ones the memory that the processor still has in its caches.
+        """
+        self._turn = asyncio.get_running_loop().call_soon(self._make)
+
     def _make(self) -> None:
-        """Make records for as long as a slice lasts."""
+        """Make records until a slice of time is over."""
         until = time.perf_counter() + SLICE_SECONDS
-        while self._unmade and time.perf_counter() < until:
-            made, ts = self._unmade.popleft()
-            self._unmade_ads -= _size(made)
-            try:
-                record = pack_served(served(made, ts, self._settings.log_shown, self._chance() < self._settings.log_tensors_share))
-            except Exception as error:  # noqa: BLE001  # whatever it is, the next ranking is to be logged
-                self._count("failed")
-                self._tell("a ranking could not be logged", error)
-            else:
-                self._records.append(record)
-                self._bytes += len(record)
+        while self._unmade:
+            self._make_one(*self._unmade.popleft())
+            if time.perf_counter() >= until:
+                break
         self._turn = asyncio.get_running_loop().call_soon(self._make) if self._unmade else None
         self._some.set()
+
+    def _make_one(self, made: Made, ts: float) -> None:
+        self._unmade_ads -= _size(made)
+        try:
+            record = pack_served(served(made, ts, self._settings.log_shown, self._chance() < self._settings.log_tensors_share))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the next ranking is to be logged
+            self._count("failed")
+            self._tell("a ranking could not be logged", error)
+        else:
+            self._records.append(record)
+            self._bytes += len(record)
 
     def start(self) -> None:
         """Begin to write."""
@@ -163,26 +173,27 @@ class ServedLog:
     async def close(self) -> None:
         """Write what waits, for `FLUSH_SECONDS` at most; nothing is taken any more."""
         self._closing = True
-        while self._unmade:
-            self._make()
-            await asyncio.sleep(0)
         self._some.set()
         task, self._task = self._task, None
         if task is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH_SECONDS):
                     await task
-        self._count("dropped_backlog" if self._full else "dropped_store", len(self._records))
+        self._count("dropped_backlog" if self._full else "dropped_store", self._waiting)
+        self._unmade.clear()
         self._records.clear()
         self._metrics.served_waiting = 0
 
     async def _write(self) -> None:
         """Append the records in batches, until there are no more after the closing."""
-        while self._records or not self._closing:
+        while self._unmade or self._records or not self._closing:
             await self._some.wait()
             if not self._records:
                 self._some.clear()
-            elif not await self._append(self._batch()) or self._full:
+                continue
+            if not self._closing:
+                await asyncio.sleep(LINGER_SECONDS)
+            if not await self._append(self._batch()) or self._full:
                 await self._wait_for_the_store()
 
     def _batch(self) -> list[bytes]:

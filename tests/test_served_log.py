@@ -390,7 +390,9 @@ async def test_shares_of_many_are_the_shares(made):
     log._turn.cancel()
 
 
-async def test_what_waits_is_written_at_the_end(log):
+@pytest.mark.parametrize("slice_seconds", [module.SLICE_SECONDS, 0.0])
+async def test_what_waits_is_written_at_the_end(log, monkeypatch, slice_seconds):
+    monkeypatch.setattr(module, "SLICE_SECONDS", slice_seconds)
     log = log()
     log.put(20)
     await log.log.close()
@@ -517,8 +519,10 @@ class TestService:
     async def test_several_workers_log_every_ranking_and_flush_at_the_end(self, repository, server):
         await fill(server.url)
         async with serving(repository, server.url, workers=2) as client:
+            async with asyncio.timeout(15):
+                while len(workers_of(client)) < 2:
+                    await asyncio.sleep(0.05)
             answers = await asyncio.gather(*(client.rank(f"u{i}", request_id=f"r{i}") for i in range(40)))
-            assert len(workers_of(client)) == 2
         assert len(answers) == 40
         records = await records_of(server.url)
         assert sorted(record.request_id for record in records) == sorted(f"r{i}" for i in range(40))
