@@ -264,8 +264,9 @@ class MemoryStore:
         while self._seen and max(next(iter(self._seen.values())).values()) <= floor:
             del self._seen[next(iter(self._seen))]
         outcomes = [self._applied(subject, floor) for subject in subjects]
-        self._changes.extend(subject.id for subject in subjects if subject.kind == "ad" and subject.id in self._ads)
-        self._news.set()
+        if changed := [subject.id for subject in subjects if subject.kind == "ad" and subject.id in self._ads]:
+            self._changes.extend(changed)
+            self._news.set()
         return outcomes
 
     def _applied(self, subject: "Subject", floor: float) -> "Sequence[Outcome]":
@@ -295,7 +296,8 @@ class MemoryStore:
         if int(cursor) == len(self._changes):
             self._news.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), wait)
+                async with asyncio.timeout(wait):  # before Python 3.12 `wait_for` forgets that it was cancelled when news comes then
+                    await self._news.wait()
         changed = dict.fromkeys(self._changes[int(cursor) :])
         return [unpack_ad(ad_id, self._ads[ad_id]) for ad_id in changed], str(len(self._changes))
 
