@@ -5,15 +5,19 @@ Knows nothing about Redis (`service/store.py`) or about tensors (`encode.py`).
 
 import asyncio
 import contextlib
+import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgpack
 
 from .encode import Features
+
+if TYPE_CHECKING:  # it is made of what stands here
+    from .subject import Outcome, Subject
 
 FORMAT = 2
 HISTORY_LIMIT = 1_000
@@ -25,6 +29,10 @@ SERVED_KEPT = 1_000
 ACTIVE = ""
 """The name under which `Ad.changed` keeps when the ad's being active was last told; no feature has it."""
 NEVER = float("-inf")
+SEEN_SECONDS = 8 * 24 * 3600.0
+"""How long after its time an event is remembered, unless a store is told otherwise."""
+SEEN_LIMIT = 10_000
+"""The most events remembered of a user, an ad or a ranking; the oldest by their own time are forgotten first."""
 
 
 class StateError(ValueError):
@@ -199,6 +207,13 @@ class Store(Protocol):
     async def put_ads(self, ads: Iterable[Ad]) -> None:
         """Write ads over what was there, and announce them to every ranker."""
 
+    async def apply(self, subjects: Sequence["Subject"]) -> "list[Sequence[Outcome]]":
+        """Do what events lead to, and say what became of each, beside the subjects.
+
+        An event is done once, however often and by however many it is brought, and is remembered until it would be refused as too
+        old. Where this raises, some may have been done; all may be brought again.
+        """
+
     def all_ads(self) -> AsyncIterator[list[Ad]]:
         """The whole catalogue, those that have left included, in batches."""
 
@@ -228,9 +243,11 @@ class Store(Protocol):
 class MemoryStore:
     """A store in this process's memory, packed as Redis holds it. For tests and for a service without Redis."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen_seconds: float = SEEN_SECONDS, clock: Callable[[], float] = time.time) -> None:
+        self._seen_seconds, self._clock = seen_seconds, clock
         self._users: dict[str, bytes] = {}
         self._ads: dict[str, bytes] = {}
+        self._seen: dict[tuple[str, str], dict[str, float]] = {}
         self._changes: list[str] = []
         self.served: deque[bytes] = deque(maxlen=SERVED_KEPT)
         """The newest packed rankings: nobody takes them from here."""
@@ -252,6 +269,31 @@ class MemoryStore:
         self._changes.extend(packed)
         self._news.set()
 
+    async def apply(self, subjects: Sequence["Subject"]) -> "list[Sequence[Outcome]]":
+        """See `Store`. Nobody joins what a store in memory has taken, so impressions and conversions are remembered only."""
+        floor = self._clock() - self._seen_seconds
+        while self._seen and max(next(iter(self._seen.values())).values()) <= floor:
+            del self._seen[next(iter(self._seen))]
+        outcomes = [self._applied(subject, floor) for subject in subjects]
+        if changed := [subject.id for subject in subjects if subject.kind == "ad" and subject.id in self._ads]:
+            self._changes.extend(changed)
+            self._news.set()
+        return outcomes
+
+    def _applied(self, subject: "Subject", floor: float) -> "Sequence[Outcome]":
+        seen = {event_id: ts for event_id, ts in self._seen.pop((subject.kind, subject.id), {}).items() if ts > floor}
+        if len(seen) >= SEEN_LIMIT:
+            floor = max(floor, min(seen.values()))
+        kept = {"user": self._users, "ad": self._ads}.get(subject.kind, {})
+        change = subject.change(kept.get(subject.id), [event.event_id in seen for event in subject.events], floor)
+        seen |= {event.event_id: event.ts for event in change.fresh}
+        if change.fresh:
+            kept[subject.id] = change.packed
+        if seen:  # the newest last, so that those to be forgotten stand first
+            newest = sorted(seen, key=seen.__getitem__)[-SEEN_LIMIT:]
+            self._seen[subject.kind, subject.id] = {event_id: seen[event_id] for event_id in newest}
+        return change.outcomes
+
     async def all_ads(self) -> AsyncIterator[list[Ad]]:
         """See `Store`."""
         yield [unpack_ad(ad_id, value) for ad_id, value in self._ads.items()]
@@ -265,7 +307,8 @@ class MemoryStore:
         if int(cursor) == len(self._changes):
             self._news.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), wait)
+                async with asyncio.timeout(wait):  # before Python 3.12 `wait_for` forgets that it was cancelled when news comes then
+                    await self._news.wait()
         changed = dict.fromkeys(self._changes[int(cursor) :])
         return [unpack_ad(ad_id, self._ads[ad_id]) for ad_id in changed], str(len(self._changes))
 

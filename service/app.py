@@ -11,13 +11,17 @@ from typing import Any
 from fastapi import FastAPI
 
 from features.bundle import BundleError, current_path, model_names
+from features.encode import Encoder
 from features.state import MemoryStore, Store, StoreError
 
-from .api import Application, RankEndpoint, add_error_handlers, describe, state_routes
+from .api import Application, EventsEndpoint, RankEndpoint, add_error_handlers, state_routes
 from .batcher import Batcher
 from .catalogue import Catalogue
+from .event_store import Bounds
+from .events import Ages, Intake
 from .metrics import Metrics, Registry
 from .models import Models, load_models
+from .openapi import describe
 from .ranker import Ranker
 from .scoring import Inline, Pool, Scoring
 from .served import ServedLog
@@ -148,14 +152,24 @@ def _live_versions(settings: Settings) -> dict[str, str]:
 
 def open_store(settings: Settings, on_damaged: Callable[[], None] = lambda: None) -> Store:
     """The store that the settings name. Nothing is connected yet."""
+    seen_seconds = float(settings.event_age_seconds + settings.event_ahead_seconds)
     if settings.redis.startswith("memory:"):
-        return MemoryStore()
+        return MemoryStore(seen_seconds)
     return RedisStore(
         settings.redis,
         timeout=settings.store_timeout_ms / 1000,
         ttl=settings.user_ttl_seconds,
         on_damaged=on_damaged,
+        bounds=Bounds(seen_seconds, settings.events_kept),
     )
+
+
+def _intake(service: Service) -> Intake:
+    def encoders() -> list[Encoder]:
+        return [model.bundle.encoder for model in service.ranker.models.loaded.values()]
+
+    ages = Ages(service.settings.event_age_seconds, service.settings.event_ahead_seconds)
+    return Intake(service.store, service.metrics, encoders, ages)
 
 
 def create_app(settings: Settings, store: Store | None = None, registry: Registry | None = None) -> FastAPI:
@@ -191,6 +205,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
     )
     app.include_router(state_routes(service.ranker, metrics, service.health))
     app.take(RankEndpoint(service.ranker, metrics, settings), metrics)
+    app.take_events(EventsEndpoint(_intake(service), settings))
     add_error_handlers(app)
     app.openapi = describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the document
     app.state.service = service

@@ -102,6 +102,7 @@ class Metrics:
         self._shed = Counter("adrank_shed", "Rankings refused to protect the service", ["reason"], registry=r)
         self._degraded = Counter("adrank_degraded", "Rankings that did without something", ["stage", "reason"], registry=r)
         self._lookups = Counter("adrank_feature_lookups", "Users and ads looked up", ["group", "result"], registry=r)
+        self._events = Counter("adrank_events", "Events by what became of them", ["type", "result"], registry=r)
         self._ads = Gauge("adrank_catalogue_ads", "Active ads, of the worker with the fewest", registry=r, multiprocess_mode="livemin")
         lag = "Since the catalogue last was in step with the store, of the worker furthest behind"
         self._lag = Gauge("adrank_catalogue_lag_seconds", lag, registry=r, multiprocess_mode="livemax")
@@ -176,6 +177,11 @@ class Metrics:
     def degraded(self, stage: str, reason: str, count: int = 1) -> None:
         """Count something that was done without."""
         self._degraded.labels(stage, reason).inc(count)
+
+    def events(self, counted: Mapping[tuple[str, str], int]) -> None:
+        """Count events by their type (`unknown` where it is none) and result: accepted, duplicate, or why they were not taken."""
+        for labels, count in counted.items():
+            self._events.labels(*labels).inc(count)
 
     def catalogue(self, ads: int, lag: float) -> None:
         """Set how many ads the catalogue has, and the seconds since it was last in step with the store."""

@@ -33,15 +33,20 @@ def parse_request(body: bytes) -> RankRequest:
     try:
         return RankRequest.model_validate_json(body)
     except ValidationError as error:
-        count = error.error_count()
-        if count > ERRORS_LISTED:  # listing them would hold up every other request
-            raise InvalidError(f"{count} things are wrong with the request, too many to list") from None
-        wrong = error.errors(include_url=False, include_input=False, include_context=False)
+        raise refusal(error) from None
+
+
+def refusal(error: ValidationError) -> NotJsonError | InvalidError:
+    """What to tell the sender of a body that is not what it should be."""
+    count = error.error_count()
+    if count > ERRORS_LISTED:  # listing them would hold up every other request
+        return InvalidError(f"{count} things are wrong with the request, too many to list")
+    wrong = error.errors(include_url=False, include_input=False, include_context=False)
     if wrong[0]["type"] == "json_invalid":
-        raise NotJsonError(wrong[0]["msg"])
+        return NotJsonError(wrong[0]["msg"])
     mistakes = [_mistake(entry["loc"], entry["type"], entry["msg"]) for entry in wrong[:MISTAKES_TOLD]]
     told = f"{count} things are" if count > 1 else "one thing is"
-    raise InvalidError(f"{told} wrong with the request; errors says where", mistakes)
+    return InvalidError(f"{told} wrong with the request; errors says where", mistakes)
 
 
 def sent_request_id(body: bytes) -> str | None:
@@ -64,11 +69,12 @@ def _mistake(loc: Sequence[str | int], kind: str, message: str) -> Mistake:
         detail = "unknown field"
     elif kind == "union_tag_not_found":
         detail = f"expected {FORMS}"
-    return Mistake(tuple(step if isinstance(step, int) else _short(step) for step in path), detail)
+    return Mistake(tuple(map(short, path)), detail)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= POINTER_STEP else name[:POINTER_STEP] + "…"
+def short(step: str | int) -> str | int:
+    """A step of a path, cut where a caller made it very long."""
+    return step if isinstance(step, int) or len(step) <= POINTER_STEP else step[:POINTER_STEP] + "…"
 
 
 def to_query(request: RankRequest, most: int, default: Policy | None = None) -> Query:

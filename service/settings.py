@@ -62,6 +62,16 @@ class Settings(BaseSettings):
     """Records that may wait for the store before new ones are dropped; their bytes have a bound too."""
     log_kept: Annotated[int, Field(ge=1)] = 100_000
     """Records in the store that nobody has taken, beyond which new ones are dropped."""
+    max_events: Annotated[int, Field(ge=1, le=10_000)] = 1_000
+    """Of one batch."""
+    max_event_batches: Annotated[int, Field(ge=1, le=1_000)] = 8
+    """Batches that a worker takes at once; more are answered with 429."""
+    event_age_seconds: Annotated[int, Field(ge=1, le=365 * 24 * 3600)] = 7 * 24 * 3600
+    """Older events are refused. Ids of events are remembered for as long, which takes memory of the store."""
+    event_ahead_seconds: Annotated[int, Field(ge=0, le=24 * 3600)] = 300
+    """How far an event's time may be ahead of our clock."""
+    events_kept: Annotated[int, Field(ge=1, le=10**9)] = 1_000_000
+    """Impressions, clicks and conversions that may wait in the store to be joined; then no more are taken."""
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 20
     """How long requests may still take after SIGTERM."""
 

@@ -13,7 +13,7 @@ from .explore import COLDEST, HOTTEST
 from .metrics import Stages
 from .ranker import Ranking
 
-TEXT_LENGTH, LIST_LENGTH, FEATURES, CANDIDATES = 1_024, 1_000, 256, 100_000
+TEXT_LENGTH, LIST_LENGTH, FEATURES, CANDIDATES, ID_LENGTH = 1_024, 1_000, 256, 100_000, 256
 TIMED = ("parse", "features", "queue", "inference")
 
 
@@ -58,7 +58,7 @@ _LIST = {"type": "array", "maxItems": LIST_LENGTH, "items": {"anyOf": [_TEXT, _W
 Value = Annotated[Any, PlainValidator(_value), WithJsonSchema({"anyOf": [_TEXT, _WHOLE, {"type": "number"}, _LIST, {"type": "null"}]})]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 FeatureMap = Annotated[dict[Name, Value], Field(max_length=FEATURES), BeforeValidator(_few)]
-Id = Annotated[str, Field(min_length=1, max_length=256)]
+Id = Annotated[str, Field(min_length=1, max_length=ID_LENGTH)]
 Bid = Annotated[float, Field(ge=0, le=1e9)]
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 
