@@ -292,7 +292,7 @@ def load_bundle(path: Path) -> Bundle:
         vocabularies = parse_vocabularies((path / VOCABULARIES).read_text("utf-8"), schema)
         if {MODEL, SCHEMA, VOCABULARIES, GOLDENS} - set(digests):
             raise BundleError(f"bundle {path}: {MANIFEST} does not list all of its files")
-    except (OSError, ValueError, KeyError, TypeError, SchemaError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SchemaError) as error:
         what = error if isinstance(error, OSError) else repr(error)
         raise BundleError(f"bundle {path} cannot be read: {what}") from error
     ours = fingerprint(schema, vocabularies)

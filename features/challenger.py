@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import orjson
+
 from .bundle import BundleError, check_name, load_bundle, locked, released, replace_file
 
 CHALLENGER, VERDICT = "challenger", "challenger.verdict"
@@ -130,7 +132,7 @@ def _document(path: Path) -> dict[str, Any] | None:
         return None
     if len(data) > MOST_BYTES:
         raise ValueError(f"it is larger than {MOST_BYTES} bytes")
-    document = json.loads(data)
+    document = orjson.loads(data)
     if not isinstance(document, Mapping):
         raise TypeError("it is not an object")
     return dict(document)
