@@ -280,26 +280,54 @@ def load_bundle(path: Path) -> Bundle:
     Raises:
         BundleError: it is not whole, was changed, or was made by other feature code.
     """
+    return read_bundle(path, check_files(path))
+
+
+def check_files(path: Path) -> dict[str, Any]:
+    """The manifest of a bundle whose files are those that it lists.
+
+    Raises:
+        BundleError: it is not whole, or was changed.
+    """
     try:
         manifest = read_manifest(path)
         name, version, digests = str(manifest["name"]), int(manifest["version"]), dict(manifest["files"])
         if (path.resolve().parent.name, path.resolve().name) != (name, str(version)):
             raise BundleError(f"bundle {path}: {MANIFEST} says {name} {version}, which is not its folder; publish it again")
         for file, digest in digests.items():
-            if Path(file).name != file or hashlib.sha256((path / file).read_bytes()).hexdigest() != digest:
+            if Path(file).name != file or _digest(path / file) != digest:
                 raise BundleError(f"bundle {path}: {file} is not what was published (its digest differs); publish it again")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    return manifest
+
+
+def read_bundle(path: Path, manifest: Mapping[str, Any]) -> Bundle:
+    """The bundle whose files have been checked.
+
+    Raises:
+        BundleError: it lacks a file, or was made by other feature code.
+    """
+    try:
         schema = parse_schema((path / SCHEMA).read_text("utf-8"))
         vocabularies = parse_vocabularies((path / VOCABULARIES).read_text("utf-8"), schema)
-        if {MODEL, SCHEMA, VOCABULARIES, GOLDENS} - set(digests):
+        if {MODEL, SCHEMA, VOCABULARIES, GOLDENS} - set(manifest["files"]):
             raise BundleError(f"bundle {path}: {MANIFEST} does not list all of its files")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SchemaError) as error:
-        what = error if isinstance(error, OSError) else repr(error)
-        raise BundleError(f"bundle {path} cannot be read: {what}") from error
-    ours = fingerprint(schema, vocabularies)
-    if manifest.get("fingerprint") != ours:
-        theirs = manifest.get("fingerprint")
+    except (OSError, ValueError, SchemaError) as error:
+        raise _unreadable(path, error) from error
+    ours, theirs = fingerprint(schema, vocabularies), manifest.get("fingerprint")
+    if theirs != ours:
         raise BundleError(f"bundle {path}: made with feature contract {theirs}, this program has {ours}; train it again with this version")
-    return Bundle(path, name, version, ours, schema, vocabularies, manifest)
+    return Bundle(path, str(manifest["name"]), int(manifest["version"]), ours, schema, vocabularies, manifest)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unreadable(path: Path, error: Exception) -> BundleError:
+    return BundleError(f"bundle {path} cannot be read: {error if isinstance(error, OSError) else repr(error)}")
 
 
 def goldens_json(goldens: Sequence[Golden]) -> bytes:

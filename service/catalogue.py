@@ -80,7 +80,9 @@ class Catalogue:
             return
         self._encoders[fingerprint] = encoder
         ads = self._ads
-        ads.tables[fingerprint] = AdTable(encoder)  # changes reach it from now on: an ad may be encoded twice, each time as it is then
+        ads.tables[fingerprint] = AdTable(
+            encoder, len(ads.features)
+        )  # changes reach it from now on: an ad may be encoded twice, each time as it is then
         await self._fill(ads, fingerprint)
 
     def keep(self, fingerprints: Collection[str]) -> None:

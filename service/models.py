@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from features.bundle import CUDA_MODEL, INT8_MODEL, MODEL, Bundle, load_bundle
+from features.bundle import CUDA_MODEL, INT8_MODEL, MODEL, Bundle, check_files, read_bundle
 from features.encode import Feeds
 from features.schema import Schema
 
@@ -72,19 +72,20 @@ class Models:
         return self.loaded[self.default]
 
 
-def load_model(path: Path, settings: Settings, opening: Executor) -> Model:
-    """Load and check a version, and warm it up. Blocks for a second or more.
+def load_model(path: Path, settings: Settings, beside: Executor) -> Model:
+    """Load and check a version, and warm it up. Blocks for a second or more; to be called in a thread of low priority.
 
-    `opening` makes the scorer: a thread that one of low priority starts has a low priority for ever, and a scorer may have some.
+    `beside` is a thread of usual priority. In it is done what holds Python's lock, since a thread of low priority that holds it, and
+    waits for a processor, holds up all others; and what may start threads, which would inherit the low priority.
 
     Raises:
         BundleError: it is not what was published, or not for this program.
         ScoringError: it cannot be scored with.
     """
-    bundle = load_bundle(path)
+    bundle = beside.submit(read_bundle, path, check_files(path)).result()
     schema, graph = bundle.schema, graph_of(bundle, settings)
-    scorer = opening.submit(_open, bundle, graph, settings).result()
-    bundle.check_goldens(scorer.score, graph)
+    scorer = beside.submit(_open, bundle, graph, settings).result()
+    beside.submit(bundle.check_goldens, scorer.score, graph).result()
     for behaviours, candidates in scorer.warm_up(schema.history_length):
         scorer.score(_blank(schema, behaviours, candidates))
     return Model(bundle, scorer, time.time(), "int8" if graph == INT8_MODEL else "float32")

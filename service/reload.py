@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ LOOK_SECONDS = 0.5
 JUDGE_SECONDS = 0.25
 NICE = 10
 """How much lower than that of others the priority of the thread is that loads."""
+SWITCH_SECONDS = 0.0002
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -65,8 +66,8 @@ class Reload:
     def __init__(self, settings: Settings, ranker: Ranker, metrics: Metrics) -> None:
         self._settings, self._ranker, self._metrics = settings, ranker, metrics
         self._background = ThreadPoolExecutor(1, "load", _give_way)
-        self._opening = ThreadPoolExecutor(1, "open")
-        self._opening.submit(int)  # starts its thread here: one that the other starts would inherit its priority
+        self._beside = ThreadPoolExecutor(1, "beside")
+        self._beside.submit(int)  # starts its thread here: one that the other starts would inherit its priority
         self._tried: dict[str, Tried] = {}
         self._said: dict[str, str] = {}
         self._held: set[Model] = set()
@@ -102,7 +103,7 @@ class Reload:
 
     def close(self) -> None:
         """Let the threads end."""
-        for threads in (self._background, self._opening):
+        for threads in (self._background, self._beside):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def look(self) -> None:
@@ -174,7 +175,8 @@ class Reload:
         tried, mark = self._tried.pop(what, None), await self._aside(mark_of, path)
         if tried is None or (tried.path, tried.mark) != (path, mark):
             try:
-                model = await self._aside(load_model, path, self._settings, self._opening)
+                with _switching_often():
+                    model = await self._aside(load_model, path, self._settings, self._beside)
             except (BundleError, ScoringError) as error:
                 tried = Tried(path, mark, str(error))
             except Exception as error:
@@ -283,7 +285,19 @@ def _give_way() -> None:
     """Lower the priority of this thread. Elsewhere than on Linux it would be that of the process."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICE))
+
+
+@contextlib.contextmanager
+def _switching_often() -> Iterator[None]:
+    """Let a thread that wants Python's lock have it soon: each request wants it several times."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def _put(into: dict[str, Result], name: str, value: Result | None) -> None:
