@@ -91,7 +91,7 @@ class _Connection:
 
 
 @dataclass(eq=False)
-class _Run:
+class Run:
     """One measurement at work."""
 
     target: Target
@@ -177,6 +177,7 @@ class _Run:
         return None if done or now > self.end + DRAIN_SECONDS else 0.1
 
     def begin_request(self, connection: _Connection, intended: float) -> None:
+        """Send the next request over a connection that is free."""
         connection.intended = intended
         request = self.requests[self.sent % len(self.requests)]
         self.sent += 1
@@ -246,6 +247,26 @@ class _Run:
         self.close(connection)
         self.open()
 
+    def measure(self, tick: Callable[[float], None]) -> Measured:
+        """All of it; see `measure`."""
+        interrupted = False
+        gc.disable()  # a collection would be a delay of the generator's own
+        began = time.process_time()
+        try:
+            for _ in range(self.plan.connections):
+                self.open()
+            self.loop(tick)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            spent = time.process_time() - began
+            gc.enable()
+            result = self.result(spent, interrupted)
+            for connection in list(self.connections.values()):
+                self.close(connection)
+            self.poller.close()
+        return result
+
     def result(self, cpu: float, interrupted: bool) -> Measured:
         """What was measured; of an open loop, also how long those without an answer have waited by now."""
         now, unanswered = clock(), []
@@ -279,23 +300,7 @@ def measure(target: Target, requests: Sequence[bytes], plan: Plan, tick: Callabl
     Raises:
         LoadError: the service cannot be reached, not any more, or does not speak HTTP as adrank does.
     """
-    run, interrupted = _Run(target, requests, plan), False
-    gc.disable()  # a collection would be a delay of the generator's own
-    began = time.process_time()
-    try:
-        for _ in range(plan.connections):
-            run.open()
-        run.loop(tick)
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        spent = time.process_time() - began
-        gc.enable()
-        result = run.result(spent, interrupted)
-        for connection in list(run.connections.values()):
-            run.close(connection)
-        run.poller.close()
-    return result
+    return Run(target, requests, plan).measure(tick)
 
 
 def ask(target: Target, request: bytes, seconds: float = 10.0) -> tuple[int, bytes]:

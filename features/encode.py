@@ -249,12 +249,13 @@ class AdTable:
     An ad that has left stays encoded, for the histories that contain it, but is no longer known as a candidate.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, room: int = 0) -> None:
+        """A table with room for so many ads before it grows."""
         self.encoder = encoder
-        self._index = RowIndex()
-        layout = encoder.layouts["ad"]
-        self._block = Block(np.zeros((1, layout.width), np.int64), np.zeros((1, layout.number_width), np.float32))
-        self._active = np.zeros(1, np.bool_)
+        self._index = RowIndex(room)
+        layout, rows = encoder.layouts["ad"], room + 1
+        self._block = Block(np.zeros((rows, layout.width), np.int64), np.zeros((rows, layout.number_width), np.float32))
+        self._active = np.zeros(rows, np.bool_)
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._active[: len(self._index) + 1]))

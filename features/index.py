@@ -17,8 +17,11 @@ SLOTS = 1_024
 class RowIndex:
     """Numbers ids from 1 in the order in which they come."""
 
-    def __init__(self) -> None:
-        self._slots = np.zeros((SLOTS, 2), np.int64)  # hash, row: side by side, for one look into memory; row 0 is a free slot
+    def __init__(self, room: int = 0) -> None:
+        """Make room for so many ids: what grows on its way moves all that it has, which takes long when there is much."""
+        self._slots = np.zeros(
+            (max(SLOTS, _slots_for(room)), 2), np.int64
+        )  # hash, row: side by side, for one look into memory; row 0 is a free slot
         self._count = 0
 
     def __len__(self) -> int:
@@ -57,7 +60,7 @@ class RowIndex:
         """Keep two slots of three free, so that most ids are found at the first look."""
         if 3 * self._count > len(self._slots):
             taken = self._slots[self._slots[:, 1] != 0]
-            self._slots = np.zeros((1 << (4 * self._count).bit_length(), 2), np.int64)
+            self._slots = np.zeros((_slots_for(self._count), 2), np.int64)
             self._place(taken[:, 0], taken[:, 1])
 
     def _place(self, hashes: Ids, rows: Ids) -> None:
@@ -68,6 +71,10 @@ class RowIndex:
             self._slots[at[free]] = np.stack([hashes[free], rows[free]], 1)
             without = self._slots[at, 0] != hashes
             at, hashes, rows = at[without] + 1 & (len(self._slots) - 1), hashes[without], rows[without]
+
+
+def _slots_for(ids: int) -> int:
+    return 1 << (4 * ids).bit_length()
 
 
 def _hashes(ids: Sequence[str]) -> Ids:

@@ -3,18 +3,21 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from .schema import Schema
 
 PADDING, UNKNOWN, FIRST = 0, 1, 2
 ENCODING = 1
 """Raise this whenever encoding changes what it does: it is part of every fingerprint, so old bundles are refused."""
+AT_ONCE = 5_000
+"""Values written at once: about half a millisecond."""
 
 Ids = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float32]
@@ -81,9 +84,24 @@ class Vocabularies:
 
     def to_json(self) -> str:
         """As the text of a bundle's `vocabularies.json`; hash buckets follow from the schema and are not written."""
-        listed = {name: list(v.values) for name, v in self.categories.items() if isinstance(v, Vocabulary)}
+        return b"".join(self.json_pieces()).decode()
+
+    def json_pieces(self) -> Iterator[bytes]:
+        """The text in pieces, each made so soon that other threads need not wait."""
+        before = b'{"categories":{'
+        for name, vocabulary in self.categories.items():
+            if isinstance(vocabulary, Vocabulary):
+                yield before + orjson.dumps(name) + b":["
+                for start in range(0, len(vocabulary.values), AT_ONCE):
+                    yield b"," * (start > 0) + orjson.dumps(vocabulary.values[start : start + AT_ONCE])[1:-1]
+                before = b"],"
         moments = {path: [m.mean, m.deviation] for path, m in self.moments.items()}
-        return json.dumps({"categories": listed, "moments": moments}, ensure_ascii=False, separators=(",", ":"))
+        yield (
+            (b"]" if before == b"]," else before)
+            + b'},"moments":'
+            + json.dumps(moments, ensure_ascii=False, separators=(",", ":")).encode()
+            + b"}"
+        )
 
 
 def parse_vocabularies(text: str, schema: Schema) -> Vocabularies:
@@ -92,7 +110,7 @@ def parse_vocabularies(text: str, schema: Schema) -> Vocabularies:
     Raises:
         ValueError: it is not JSON of that form, or lacks a vocabulary that the schema needs.
     """
-    document = json.loads(text)
+    document = orjson.loads(text)
     try:
         listed, moments = document["categories"], document["moments"]
         categories: dict[str, Vocabulary | HashBuckets] = {}
@@ -108,5 +126,7 @@ def parse_vocabularies(text: str, schema: Schema) -> Vocabularies:
 
 def fingerprint(schema: Schema, vocabularies: Vocabularies) -> str:
     """What encoding does, in 16 hexadecimal digits: bundles and services that differ in it must not meet."""
-    parts = (str(ENCODING), schema.canonical(), vocabularies.to_json())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{ENCODING}\0{schema.canonical()}\0".encode())
+    for piece in vocabularies.json_pieces():
+        digest.update(piece)
+    return digest.hexdigest()[:16]

@@ -5,7 +5,7 @@ Knows nothing about the store or about how ads are encoded.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 from features.encode import AdTable
 from features.state import Ad, pack_features, unpack_features
@@ -88,6 +88,18 @@ class Ads:
         """Let go of a table."""
         self.tables.pop(fingerprint, None)
         self.misfits.pop(fingerprint, None)
+
+
+class Held(NamedTuple):
+    """The ads encoded for one fingerprint, held by a request that may outlast their place in the catalogue."""
+
+    ads: Ads
+    fingerprint: str
+    table: AdTable
+
+    def view(self) -> "View":
+        """The features that the rows of the table are encoded from now."""
+        return View(self.ads, self.fingerprint)
 
 
 class View:

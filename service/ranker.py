@@ -18,7 +18,8 @@ from features.vocabulary import Numbers
 
 from .ads import View
 from .catalogue import Catalogue
-from .errors import DeadlineError, InvalidError, Mistake
+from .challenger import Challenge
+from .errors import DeadlineError, InvalidError, Mistake, ScoringError
 from .explain import Seen, explain_ad, explain_request
 from .explore import Policy, arrange, best_first
 from .metrics import Metrics, Stages
@@ -126,10 +127,11 @@ class Ranker:
         self._store, self._scoring, self._on_ranked = store, scoring, on_ranked
         self._random = random or np.random.default_rng()
         self.models, self.catalogue = Models({}, {}), Catalogue(store, {}, metrics)
+        self.challenges: Mapping[str, Challenge] = {}
 
-    def use(self, models: Models, catalogue: Catalogue) -> None:
-        """Rank with these from the next request on."""
-        self.models, self.catalogue = models, catalogue
+    def use(self, models: Models, catalogue: Catalogue, challenges: Mapping[str, Challenge] | None = None) -> None:
+        """Rank with these from the next request on; those on their way are ranked with what they began with."""
+        self.models, self.catalogue, self.challenges = models, catalogue, challenges or {}
 
     def close(self) -> None:
         """Let the scoring threads end."""
@@ -141,17 +143,39 @@ class Ranker:
         Raises:
             ServiceError: an unknown model, no model, an invalid request, a deadline that passed, a model that failed.
         """
-        model, catalogue = self.models.get(query.model), self.catalogue
+        model = self.models.get(query.model)
+        challenge = self.challenges.get(model.name)
+        canary = challenge.canary(query.user_id) if challenge else None
+        if challenge is None or canary is None:
+            return await self._rank(query, stages, model, challenge)
+        try:
+            return await self._rank(query, stages, canary, challenge)
+        except (ScoringError, InvalidError) as error:
+            ranking = await self._rank(query, stages, model, None)
+            challenge.failed(error)
+            return ranking
+
+    async def _rank(self, query: Query, stages: Stages, model: Model, challenge: Challenge | None) -> Ranking:
+        catalogue = self.catalogue
+        held = catalogue.held(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
         _check_bids(query)
         stages.enter("features")
         degraded = [] if catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
-        state = await self._user(query, stages, model, degraded)
-        encoded = _encode(query, model, catalogue, state)
+        stored = await self._user(query, stages, model, degraded)
+        encoded = _encode(query, held, _usable(model, stored, degraded))
         stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
         scores = await self._scoring.score(model.scorer, encoded.feeds, stages, query.deadline)
         stages.enter("post")
         stages.scores = scores
         finite = np.isfinite(scores)
+        if challenge is not None:
+
+            def encode(other: Model) -> Feeds:
+                if other.bundle.fingerprint == model.bundle.fingerprint:
+                    return encoded.feeds
+                return _encode(query, catalogue.held(other.bundle.fingerprint), _usable(other, stored, [])).feeds
+
+            challenge.note(model, query.user_id, stages.seconds["inference"], scores, encode)
         if np.count_nonzero(finite) < len(finite):
             degraded.append(Degraded("inference", "not_finite", "omitted"))
         stages.degraded = [(entry.stage, entry.reason) for entry in degraded]
@@ -161,7 +185,7 @@ class Ranker:
         return ranking
 
     async def _user(self, query: Query, stages: Stages, model: Model, degraded: list[Degraded]) -> UserState:
-        """The user's state as far as the store gives it and the schema can use it."""
+        """The user's state as far as the store gives it."""
         stages.user = "error"
         try:
             state = await self._stored(query, stages)
@@ -175,18 +199,21 @@ class Ranker:
                 degraded.append(Degraded("user", error.reason, "sent_features"))
             return UserState()
         stages.user = "hit" if state else "miss"
-        if state is None:
-            return UserState()
-        features, mistyped = model.bundle.encoder.usable("user", state.features)
-        if mistyped:
-            degraded.append(Degraded("user", "stored_feature_mistyped", "missing_feature"))
-        return UserState(features, state.ad_ids, state.ts)
+        return state or UserState()
 
     async def _stored(self, query: Query, stages: Stages) -> UserState | None:
         if query.deadline is None:
             return await self._store.get_user(query.user_id)
         async with asyncio.timeout(query.deadline - stages.total):
             return await self._store.get_user(query.user_id)
+
+
+def _usable(model: Model, stored: UserState, degraded: list[Degraded]) -> UserState:
+    """The user's state as far as the model's schema can use it."""
+    features, mistyped = model.bundle.encoder.usable("user", stored.features)
+    if mistyped:
+        degraded.append(Degraded("user", "stored_feature_mistyped", "missing_feature"))
+    return UserState(features, stored.ad_ids, stored.ts)
 
 
 def _check_bids(query: Query) -> None:
@@ -215,13 +242,13 @@ def _request(query: Query, state: UserState, repeated: Sequence[int] | None) -> 
     return Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features)
 
 
-def _encode(query: Query, model: Model, catalogue: Catalogue, state: UserState) -> Encoded:
-    fingerprint, repeated = model.bundle.fingerprint, _first_of_each(query)
+def _encode(query: Query, held: Held, state: UserState) -> Encoded:
+    repeated = _first_of_each(query)
     request = _request(query, state, repeated)
     try:
-        feeds, known = encode_request(catalogue.table(fingerprint), request)
-        behaviours = min(len(request.history), model.bundle.schema.history_length)
-        return Encoded(request, feeds, known, catalogue.view(fingerprint), repeated, behaviours)
+        feeds, known = encode_request(held.table, request)
+        behaviours = min(len(request.history), held.table.encoder.schema.history_length)
+        return Encoded(request, feeds, known, held.view(), repeated, behaviours)
     except FieldError as error:
         raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
 

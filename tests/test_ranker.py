@@ -17,7 +17,7 @@ from service.catalogue import Catalogue, put_ads
 from service.errors import DeadlineError, InvalidError, NotReadyError, UnknownModelError
 from service.explore import best_first
 from service.metrics import Metrics
-from service.models import Models, load_models
+from service.models import Models
 from service.ranker import Degraded, Query, Ranker
 from service.scoring import Inline, Pool
 from service.settings import Settings
@@ -30,7 +30,7 @@ USER_FEATURES = st.fixed_dictionaries({}, optional={"age": st.sampled_from(["25"
 
 @pytest.fixture(scope="session")
 def models(repository):
-    return load_models(Settings(models=repository))
+    return bundles.loaded(Settings(models=repository))
 
 
 class Stored(MemoryStore):
