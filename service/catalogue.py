@@ -48,7 +48,7 @@ class Catalogue:
         return self._ads.tables[fingerprint]
 
     def view(self, fingerprint: str) -> View:
-        """The features that the rows of `table` are encoded from now."""
+        """That table and the features that its rows are encoded from now. It stays good when the catalogue is read anew or drops it."""
         return View(self._ads, fingerprint)
 
     async def add(self, fingerprint: str, encoder: Encoder) -> None:

@@ -143,10 +143,11 @@ class Ranker:
         """
         model, catalogue = self.models.get(query.model), self.catalogue
         _check_bids(query)
+        view = catalogue.view(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
         stages.enter("features")
         degraded = [] if catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
         state = await self._user(query, stages, model, degraded)
-        encoded = _encode(query, model, catalogue, state)
+        encoded = _encode(query, view, state)
         stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
         scores = await self._scoring.score(model.scorer, encoded.feeds, stages, query.deadline)
         stages.enter("post")
@@ -215,13 +216,14 @@ def _request(query: Query, state: UserState, repeated: Sequence[int] | None) -> 
     return Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features)
 
 
-def _encode(query: Query, model: Model, catalogue: Catalogue, state: UserState) -> Encoded:
-    fingerprint, repeated = model.bundle.fingerprint, _first_of_each(query)
+def _encode(query: Query, view: View, state: UserState) -> Encoded:
+    repeated = _first_of_each(query)
     request = _request(query, state, repeated)
     try:
-        feeds, known = encode_request(catalogue.table(fingerprint), request)
-        behaviours = min(len(request.history), model.bundle.schema.history_length)
-        return Encoded(request, feeds, known, catalogue.view(fingerprint), repeated, behaviours)
+        feeds, known = encode_request(view.table, request)
+        view.renew()
+        behaviours = min(len(request.history), view.table.encoder.schema.history_length)
+        return Encoded(request, feeds, known, view, repeated, behaviours)
     except FieldError as error:
         raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
 
