@@ -14,7 +14,7 @@ from features.encode import AdTable, Encoder, FieldError, clean
 from features.schema import IDENTITY, Field
 from features.state import Ad, ChangesLostError, Store, StoreError
 
-from .ads import Ads, Held
+from .ads import Ads, View
 from .metrics import Metrics
 
 AT_ONCE = 200
@@ -47,9 +47,9 @@ class Catalogue:
         """The ads as the encoder of that fingerprint encodes them. Ask anew for each request: a re-read replaces it."""
         return self._ads.tables[fingerprint]
 
-    def held(self, fingerprint: str) -> Held:
-        """The ads as the encoder of that fingerprint encodes them, and the features that they are encoded from."""
-        return Held(self._ads, fingerprint, self._ads.tables[fingerprint])
+    def view(self, fingerprint: str) -> View:
+        """That table and the features that its rows are encoded from now. It stays good when the catalogue is read anew or drops it."""
+        return View(self._ads, fingerprint)
 
     async def add(self, fingerprint: str, encoder: Encoder) -> None:
         """Encode all ads for one more fingerprint while ranking goes on; when it returns, that table is in step with the others."""

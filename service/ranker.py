@@ -159,10 +159,11 @@ class Ranker:
         catalogue = self.catalogue
         held = catalogue.held(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
         _check_bids(query)
+        view = catalogue.view(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
         stages.enter("features")
         degraded = [] if catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
         stored = await self._user(query, stages, model, degraded)
-        encoded = _encode(query, held, _usable(model, stored, degraded))
+        encoded = _encode(query, view, _usable(model, stored, degraded))
         stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
         scores = await self._scoring.score(model.scorer, encoded.feeds, stages, query.deadline)
         stages.enter("post")
@@ -173,7 +174,7 @@ class Ranker:
             def encode(other: Model) -> Feeds:
                 if other.bundle.fingerprint == model.bundle.fingerprint:
                     return encoded.feeds
-                return _encode(query, catalogue.held(other.bundle.fingerprint), _usable(other, stored, [])).feeds
+                return _encode(query, catalogue.view(other.bundle.fingerprint), _usable(other, stored, [])).feeds
 
             challenge.note(model, query.user_id, stages.seconds["inference"], scores, encode)
         if np.count_nonzero(finite) < len(finite):
@@ -242,13 +243,14 @@ def _request(query: Query, state: UserState, repeated: Sequence[int] | None) -> 
     return Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features)
 
 
-def _encode(query: Query, held: Held, state: UserState) -> Encoded:
+def _encode(query: Query, view: View, state: UserState) -> Encoded:
     repeated = _first_of_each(query)
     request = _request(query, state, repeated)
     try:
-        feeds, known = encode_request(held.table, request)
-        behaviours = min(len(request.history), held.table.encoder.schema.history_length)
-        return Encoded(request, feeds, known, held.view(), repeated, behaviours)
+        feeds, known = encode_request(view.table, request)
+        view.renew()
+        behaviours = min(len(request.history), view.table.encoder.schema.history_length)
+        return Encoded(request, feeds, known, view, repeated, behaviours)
     except FieldError as error:
         raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
 

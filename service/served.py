@@ -39,11 +39,7 @@ log = logging.getLogger(__name__)
 
 
 def served(made: Made, ts: float, most: int, with_tensors: bool) -> Served:
-    """The record of a ranking, of which so many ads at most count as shown; `ts` in seconds since 1970.
-
-    Raises:
-        KeyError: the catalogue has let go of the model's ads and has changed since.
-    """
+    """The record of a ranking, of which so many ads at most count as shown; `ts` in seconds since 1970."""
     query, model, encoded, _, ranking = made
     request, encoder = encoded.request, model.bundle.encoder
     shown, history = ranking.ad_ids[:most], encoder.newest(request.history)

@@ -148,24 +148,41 @@ async def test_a_view_is_of_its_moment():
         }
         assert found == numbers
     assert [sorted(each) for each in told] == [["a1", "a2"], ["a1", "a2"], ["a1", "a2"], ["a1", "a2", "new"], ["a1", "a2", "bad", "new"]]
+    await catalogue.add("late", bundles.encoder())
+    assert sorted(catalogue.view("late").features(ad_ids)) == ["a1", "a2", "new"], "a misfit has no row in a table that is new"
     later = [view.features(["a1"])["a1"] for view in views]
     assert later == [pack_features({"price": price}) for price in (1.0, 1.5, 1.5, 1.5, 1.5)]
 
 
-async def test_a_view_goes_on_when_all_ads_are_read_anew_and_fails_when_its_fingerprint_has_gone():
+async def test_a_view_goes_on_when_all_ads_are_read_anew_and_when_its_table_is_dropped():
     store = MemoryStore()
-    await store.put_ads([Ad("a1", {"price": 1.0})])
+    await store.put_ads([Ad("a1", {"price": 1.0}), Ad("a2", {"price": "dear"}), Ad("a3", {"price": 3.0})])
     catalogue = Catalogue(store, {"f": bundles.encoder(), "g": bundles.encoder()}, Metrics())
+
+    async def change(*ads):
+        nonlocal cursor
+        await store.put_ads(ads)
+        cursor = await catalogue._step(cursor)
+
     cursor, view = await catalogue.load(), catalogue.view("f")
+    await change(Ad("a3", {"price": "dear"}))
+    misfit = catalogue.view("f")
     await store.put_ads([Ad("a1", {"price": 2.0})])
-    await catalogue.load()
-    assert view.features(["a1"]) == {"a1": pack_features({"price": 1.0})}
-    view = catalogue.view("f")
+    cursor = await catalogue.load()
+    for each in (view, misfit):
+        assert each.features(["a1", "a2", "a3"]) == {"a1": pack_features({"price": 1.0}), "a3": pack_features({"price": 3.0})}
+    assert catalogue.view("f").features(["a1", "a2", "a3"]) == {"a1": pack_features({"price": 2.0})}
+
+    early, late = catalogue.view("f"), catalogue.view("f")
+    await change(Ad("a1", {"price": 2.5}), Ad("a2", {"price": 2.0}))
     catalogue.keep(["g"])
-    assert view.features(["a1"]) == {"a1": pack_features({"price": 2.0})}
-    await catalogue._step(cursor)
     with pytest.raises(KeyError):
-        view.features(["a1"])
+        catalogue.view("f")
+    await change(Ad("a1", {"price": 3.0}), Ad("a2", {"price": "dear"}), Ad("a3", {"price": 4.0}))
+    late.renew()
+    assert early.features(["a1", "a2", "a3"]) == {"a1": pack_features({"price": 2.0})}
+    assert late.features(["a1", "a2", "a3"]) == {"a1": pack_features({"price": 2.5}), "a2": pack_features({"price": 2.0})}
+    assert float(late.table.take(late.table.rows(["a1"])).numbers[0, 0]) == pytest.approx(np.log1p(2.5))
 
 
 async def test_it_loads_then_follows():

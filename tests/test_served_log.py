@@ -203,6 +203,23 @@ async def test_ads_that_change_while_they_are_scored_are_logged_as_they_were(rep
     assert set(record.unknown) == {"a2", "a3"}
 
 
+async def test_ads_that_change_while_the_user_is_fetched_are_logged_as_they_are_then(world):
+    store, changes = world.store, [Ad("a5", {"price": 99.0}), Ad("fresh", {"genre": "news"})]
+    asked = store.get_user
+
+    async def get_user(user_id):
+        await world.change(*changes)
+        return await asked(user_id)
+
+    store.get_user = get_user
+    try:
+        record = world.check(await world.rank(ad_ids=["a5", "fresh"], history=["a5"]))
+    finally:
+        del store.get_user
+    assert unpack_features(record.ads["a5"]) == {"price": 99.0}
+    assert (record.unknown, len(record.ads)) == ([], 2)
+
+
 async def test_a_model_without_its_ads_is_logged_too(repository):
     world = World(repository)
     record = world.check(await world.rank(history=["a3"]))
