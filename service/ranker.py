@@ -157,7 +157,6 @@ class Ranker:
 
     async def _rank(self, query: Query, stages: Stages, model: Model, challenge: Challenge | None) -> Ranking:
         catalogue = self.catalogue
-        held = catalogue.held(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
         _check_bids(query)
         view = catalogue.view(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
         stages.enter("features")

@@ -19,7 +19,6 @@ from service import served as module
 from service.catalogue import Catalogue
 from service.explore import EpsilonGreedy, PlackettLuce
 from service.metrics import Metrics
-from service.models import load_models
 from service.ranker import Query, Ranker
 from service.scoring import Inline
 from service.served import ServedLog, served
@@ -89,7 +88,7 @@ class World:
 
     def __init__(self, repository, scoring=None):
         self.metrics, self.store, self.made = Metrics(), Stored(), []
-        self.models = load_models(Settings(models=repository))
+        self.models = bundles.loaded(Settings(models=repository))
         self.ranker = Ranker(self.store, self.metrics, scoring or Inline(), self.made.append, np.random.default_rng(1))
         self.encoder = self.models.loaded["din"].bundle.encoder
         self.catalogue = Catalogue(self.store, {self.models.loaded["din"].bundle.fingerprint: self.encoder}, self.metrics)
