@@ -49,9 +49,12 @@ class Subject:
 
     def change(self, packed: bytes | None, seen: Iterable[object], floor: float = NEVER) -> Change:
         """What the events lead to, given what is stored, which of them were seen before, and up to which time ids were forgotten."""
+        known = list(seen)
+        if all(known):
+            return Change(b"", [], [DUPLICATE] * len(known))
         state, readable = self._unpacked(packed)
         fresh, outcomes = list[Event](), list[Outcome]()
-        for event, before in zip(self.events, seen, strict=True):
+        for event, before in zip(self.events, known, strict=True):
             if before:
                 outcomes.append(DUPLICATE)
             elif event.ts <= floor:
