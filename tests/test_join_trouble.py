@@ -390,7 +390,7 @@ async def test_a_state_that_is_no_state_is_refused(joining):
     state = joining.folder / ".join" / "state.db"
     state.parent.mkdir(parents=True)
     state.write_bytes(b"this is no database" * 100)
-    with pytest.raises(RuntimeError, match="state.db cannot be used: file is not a database"):
+    with pytest.raises(RuntimeError, match=r"state\.db cannot be used: file is not a database"):
         await joining.once()
 
 
@@ -445,9 +445,5 @@ def test_no_entry_stops_the_joiner(server, repository, tmp_path_factory, data):
     with contextlib.suppress(ValueError):
         assert set(rows(joining.folder).filter(request_id="r1", user_id="u1")["ad_id"]) >= {"a1", "a2", "a3"}
     assert streams.lengths() == (0, 0)
-    ended = Counter(
-        {name: count for name, count in joining.counts.items() if name.split()[0] in ("click", "impression", "conversion", "damaged")}
-    )
-    rankings = sum(count for name, count in joining.counts.items() if name.startswith("rankings"))
-    others = sum(count for name, count in joining.counts.items() if name.split()[0] in ("user", "ad"))
-    assert ended.total() + rankings + others == len(odd) + len(records)
+    kinds = ("click", "impression", "conversion", "user", "ad", "damaged", "rankings")
+    assert sum(count for name, count in joining.counts.items() if name.split()[0] in kinds) == len(odd) + len(records)
