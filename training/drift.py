@@ -66,13 +66,15 @@ class Reference:
 
 
 def _count_values(column: pl.Series, values: Sequence[str], vocabulary: Vocabularied) -> Counts:
-    flat = column.explode() if column.dtype == pl.List else column  # an empty list explodes to a null: it is missing
+    is_list = column.dtype == pl.List
     bins = {value: i for i, value in enumerate(values)}
     other, missing, unseen = len(values), len(values) + 1, len(values) + 2
     counts = np.zeros(len(values) + 3)
-    for value, count in flat.rename("value").value_counts(name="count").iter_rows():
-        known = vocabulary is None or value is None or vocabulary.id(value) != UNKNOWN
-        counts[missing if value is None else bins.get(value, other) if known else unseen] += count
+    counts[missing] = (column.list.len().fill_null(0) == 0).sum() if is_list else column.null_count()
+    flat = column.explode() if is_list else column
+    for value, count in flat.drop_nulls().rename("value").value_counts(name="count").iter_rows():
+        known = vocabulary is None or vocabulary.id(value) != UNKNOWN
+        counts[bins.get(value, other) if known else unseen] += count
     return counts
 
 
@@ -139,7 +141,14 @@ def read_reference(bundle: Bundle) -> Mapping[str, Reference] | None:
 
 def _is_whole(reference: Reference) -> bool:
     bins = len(reference.values) + 3 if reference.kind in ("category", "list") else len(reference.edges) + 2
-    return reference.kind in (*DTYPES, "length") and len(reference.counts) == bins and bool(np.isfinite(reference.counts).all())
+    numbers = [*reference.counts, *reference.edges]
+    return (
+        reference.kind in (*DTYPES, "length")
+        and len(reference.counts) == bins
+        and all(type(value) is str for value in reference.values)
+        and bool(np.isfinite(numbers).all())
+        and sorted(reference.edges) == list(reference.edges)
+    )
 
 
 def vocabulary_of(field: Field | None, vocabularies: Vocabularies) -> Vocabularied:

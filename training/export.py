@@ -26,6 +26,7 @@ from features.schema import Schema, Side
 from .calibrate import Calibration
 from .datasets.encoded import Rows, encode_split
 from .datasets.prepared import Prepared, column_of
+from .drift import REFERENCE, make_reference
 from .evaluate import Metrics, measure
 from .networks import NETWORKS
 from .networks.blocks import Part
@@ -256,6 +257,7 @@ def export(data: Prepared, trained: Trained, models: Path, name: str, progress: 
         GOLDENS: goldens_json(goldens),
         CALIBRATION: json.dumps(asdict(trained.calibration)).encode(),
         "metrics.json": json.dumps(metrics, indent=1).encode(),
+        REFERENCE: make_reference(data, encoder.vocabularies),
     }
     facts["libraries"] = {library: version(library) for library in ("numpy", "torch", "onnx", "onnxruntime")}
     return publish(models, name, files, facts)

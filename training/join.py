@@ -135,6 +135,7 @@ class Joiner:
             NoRoomError: the disk is full.
         """
         await self._redo()
+        self._drained.clear()
         while not self._stop.is_set() and len(self._drained) < len(STREAMS):
             await self._take_both()
         await self._look()
@@ -248,10 +249,13 @@ class Joiner:
     # Writing
 
     def _plan(self, now: bool, everything: bool) -> Part | None:
-        """The next part, if there are rows whose window is over, or stray events: many, or some that have waited, or any if `now`.
+        """The next part: one that is planned and could not be written, or one of rows whose window is over, or of stray events.
 
-        An event that came within its window and lateness has been read once the events have been read so far.
+        Of the latter there are to be many, or they have waited for long, or any will do if `now`. An event that came within its
+        window and lateness has been read once the events have been read so far.
         """
+        if unwritten := self._state.parts():
+            return unwritten[0]
         closed, settled = self._read_to[EVENTS] - self._settings.window, min(self._read_to.values())
         if everything:
             closed = settled = math.inf

@@ -272,10 +272,8 @@ class State:
 
     def related(self, part: Part) -> list[tuple[int, str, float, bytes, bool]]:
         """The rankings with a request id of the part that an event names: number, request id, `since`, record, whether of the part."""
-        statement = (
-            "SELECT r.n, r.request_id, r.since, r.record, r.part IS ?1 FROM (SELECT DISTINCT e.request_id AS named"
-            f" {NAMING}) CROSS JOIN rankings r ON r.request_id = named ORDER BY r.since, r.n"
-        )
+        columns, named = "r.n, r.request_id, r.since, r.record, r.part IS ?1", f"SELECT DISTINCT e.request_id AS named {NAMING}"
+        statement = f"SELECT {columns} FROM ({named}) CROSS JOIN rankings r ON r.request_id = named ORDER BY r.since, r.n"  # noqa: S608
         return [(*row[:4], bool(row[4])) for row in self._db.execute(statement, (part.number,))]
 
     def events_of(self, part: Part) -> list[Held]:
