@@ -49,8 +49,10 @@ def _part(block: Block) -> Part:
     return Part(torch.from_numpy(block.ids), torch.from_numpy(block.numbers))
 
 
-def learn_vocabularies(data: Prepared) -> Vocabularies:
+def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Vocabularies:
     """Values and moments of the train split: most frequent first, then by the value, so that the order is certain.
+
+    What `base` has stays as it is, ids and moments, and the values that are new come after it.
 
     Raises:
         DataError: the split is absent, or a column is of another type than its field.
@@ -75,8 +77,12 @@ def learn_vocabularies(data: Prepared) -> Vocabularies:
     categories: dict[str, Vocabulary | HashBuckets] = {}
     for field in schema.fields:
         if field.kind != "number":
-            categories[field.vocabulary] = HashBuckets(field.buckets) if field.buckets else _vocabulary(counts[field.vocabulary], field)
-    return Vocabularies(categories, {path: _moments(parts, path) for path, parts in sums.items()})
+            known = base.categories[field.vocabulary] if base else None
+            first = known.values if isinstance(known, Vocabulary) else ()
+            categories[field.vocabulary] = (
+                HashBuckets(field.buckets) if field.buckets else _vocabulary(counts[field.vocabulary], field, first)
+            )
+    return Vocabularies(categories, base.moments if base else {path: _moments(parts, path) for path, parts in sums.items()})
 
 
 def _counts(column: pl.Series) -> pl.DataFrame:
@@ -84,12 +90,13 @@ def _counts(column: pl.Series) -> pl.DataFrame:
     return flat.drop_nulls().rename("value").value_counts(name="count")
 
 
-def _vocabulary(counts: Sequence[pl.DataFrame], field: Field) -> Vocabulary:
+def _vocabulary(counts: Sequence[pl.DataFrame], field: Field, first: Sequence[str]) -> Vocabulary:
     if not counts:
         raise DataError(f"no column holds the values of {field.path}, neither the train split nor a table; prepare the data set again")
     total = pl.concat(counts).group_by("value").agg(pl.col("count").sum())
     kept = total.filter(pl.col("count") >= field.min_count).sort(["count", "value"], descending=[True, False])
-    return Vocabulary(kept["value"].to_list())
+    known = set(first)
+    return Vocabulary([*first, *(value for value in kept["value"].to_list() if value not in known)])
 
 
 def _moments(parts: Sequence[tuple[int, float, float]], path: str) -> Moments:
