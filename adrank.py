@@ -142,6 +142,27 @@ def serve(**flags: Any) -> None:
     run(load_settings(flags))
 
 
+@cli.command(epilog="Example: adrank promote --models models --name din")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
+@click.option("--name", required=True, help="Name in the repository.")
+@click.option("--version", type=click.IntRange(min=0), help="Default: the newest, if it is not live.")
+def promote(models: Path, name: str, version: int | None) -> None:
+    """Make a version the live one; running services follow."""
+    from features import releases
+
+    print(f"{name} {releases.promote(models, name, version)} is live")
+
+
+@cli.command(epilog="Example: adrank rollback --models models --name din")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
+@click.option("--name", required=True, help="Name in the repository.")
+def rollback(models: Path, name: str) -> None:
+    """Make the version that was live before the live one again; running services follow."""
+    from features import releases
+
+    print(f"{name} {releases.rollback(models, name)} is live again")
+
+
 @cli.command(epilog="Example: adrank demo --once")
 @click.option("--once", is_flag=True, help="Print one ranking and stop.")
 @click.option("--port", type=int, default=8000, show_default=True, help="Port of the service.")

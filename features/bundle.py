@@ -1,10 +1,11 @@
 """A bundle: everything a prediction needs, in `models/<name>/<version>/`, published whole or not at all.
 
-`models/<name>/current` is a file that holds the live version. Knows nothing about torch or ONNX Runtime: what scores
-the goldens is passed in.
+`models/<name>/current` is a file that holds the live version, and `releases.jsonl` beside it holds those that were live before.
+Knows nothing about torch or ONNX Runtime: what scores the goldens is passed in.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -34,6 +35,8 @@ GOLDEN_TOLERANCE = 1e-5
 INT8_TOLERANCE = 5e-3
 """A value that float32 leaves on the other side of a rounding moves a byte by one step; a processor that saturates moves far more."""
 ABANDONED_SECONDS = 24 * 3600
+CURRENT, RELEASES, LOCK = "current", "releases.jsonl", ".lock"
+RELEASES_KEPT = 100
 
 Score = Callable[[Feeds], Numbers]
 
@@ -126,8 +129,8 @@ def check_name(name: str) -> str:
     return name
 
 
-def publish(models: Path, name: str, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> Path:
-    """Write the files as a new version and make it current: one rename each, so that a reader sees all of it or none.
+def publish(models: Path, name: str, files: Mapping[str, bytes], facts: Mapping[str, Any], make_current: bool = True) -> Path:
+    """Write the files as a new version, by one rename, so that a reader sees all of it or none; and make it current, if so told.
 
     `facts` join the manifest. The schema and the vocabularies among `files` give the fingerprint.
 
@@ -139,26 +142,32 @@ def publish(models: Path, name: str, files: Mapping[str, bytes], facts: Mapping[
         home.mkdir(parents=True, exist_ok=True)
         _clear_abandoned(home)
         with tempfile.TemporaryDirectory(prefix=".publishing-", dir=home, ignore_cleanup_errors=True) as staging:
-            version = _free_version(home)
+            staged = Path(staging) / "bundle"
+            staged.mkdir()
+            for file, data in files.items():
+                _write(staged / file, data)
             schema = parse_schema(files[SCHEMA].decode())
             print_ = fingerprint(schema, parse_vocabularies(files[VOCABULARIES].decode(), schema))
             digests = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
-            manifest = {"name": name, "version": version, "fingerprint": print_, **facts, "files": digests}
-            whole = {**files, MANIFEST: json.dumps(manifest, indent=1).encode()}
-            staged = Path(staging) / str(version)
-            staged.mkdir()
-            for file, data in whole.items():
-                _write(staged / file, data)
-            _sync(staged)
-            staged.rename(home / str(version))
-        try:
-            set_current(models, name, version)
-        except OSError:
-            shutil.rmtree(home / str(version), ignore_errors=True)
-            raise
+            with locked(home):
+                version = _free_version(home)
+                manifest = {"name": name, "version": version, "fingerprint": print_, **facts, "files": digests}
+                _write(staged / MANIFEST, json.dumps(manifest, indent=1).encode())
+                _sync(staged)
+                staged.rename(home / str(version))
+                if make_current:
+                    _make_current(home, version)
     except OSError as error:
         raise BundleError(f"cannot publish {name} in {models}: {error.strerror or error}; nothing was published") from error
     return home / str(version)
+
+
+def _make_current(home: Path, version: int) -> None:
+    try:
+        release(home, version, released(home))
+    except OSError:
+        shutil.rmtree(home / str(version), ignore_errors=True)
+        raise
 
 
 def _clear_abandoned(home: Path) -> None:
@@ -190,17 +199,56 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def set_current(models: Path, name: str, version: int) -> None:
-    """Make a version the live one, by one rename."""
-    home = models / check_name(name)
-    staged = home / f".current-{os.getpid()}"
+@contextlib.contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """Hold a model's lock: of those that change which version is live, one at a time."""
+    with (home / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file of a model whole or not at all, by one rename. Only while `locked`."""
+    staged = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        _write(staged, f"{version}\n".encode())
-        staged.replace(home / "current")
+        _write(staged, data)
+        staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # the version is live; only a power cut could still undo it
-        _sync(home)
+    with contextlib.suppress(OSError):  # it is there; only a power cut could still undo it
+        _sync(path.parent)
+
+
+def set_current(models: Path, name: str, version: int) -> None:
+    """Make a version the live one, by one rename, and note which was live before."""
+    home = models / check_name(name)
+    with locked(home):
+        release(home, version, released(home))
+
+
+def release(home: Path, version: int, before: Sequence[int]) -> None:
+    """Make a version the live one, `before` the versions to go back to, the last one first. Only while `locked`."""
+    replace_file(home / CURRENT, f"{version}\n".encode())
+    lines = [json.dumps({"version": each}) for each in (*before, version)]
+    # `current` alone says what is live, and `released` makes up for a list that was not written after it.
+    with contextlib.suppress(OSError):
+        replace_file(home / RELEASES, "".join(f"{line}\n" for line in lines[-RELEASES_KEPT:]).encode())
+
+
+def released(home: Path) -> list[int]:
+    """The versions that were live one after the other and were not rolled back, the one that is live now last, if there is one."""
+    versions = []
+    with contextlib.suppress(OSError):
+        for line in (home / RELEASES).read_bytes().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash cut it short
+                versions.append(int(json.loads(line)["version"]))
+    try:
+        live = int((home / CURRENT).read_text("ascii"))
+    except (OSError, ValueError):
+        return versions
+    while versions and live in versions and versions[-1] != live:
+        versions.pop()
+    return versions if live in versions else [*versions, live]
 
 
 def current_path(models: Path, name: str) -> Path:
@@ -210,14 +258,14 @@ def current_path(models: Path, name: str) -> Path:
         BundleError: there is none.
     """
     try:
-        return models / check_name(name) / str(int((models / name / "current").read_text("ascii")))
+        return models / check_name(name) / str(int((models / name / CURRENT).read_text("ascii")))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{models / name / 'current'} does not name a version: {error}") from error
+        raise BundleError(f"{models / name / CURRENT} does not name a version: {error}") from error
 
 
 def model_names(models: Path) -> list[str]:
     """Names in the repository that have a live version, sorted."""
-    return sorted(path.parent.name for path in models.glob("*/current") if NAME.fullmatch(path.parent.name))
+    return sorted(path.parent.name for path in models.glob(f"*/{CURRENT}") if NAME.fullmatch(path.parent.name))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -128,7 +128,9 @@ def _probabilities(golden: bundle.Golden, bias: float) -> list[float]:
     return [float(p) for p in expected(golden.feeds(encoder()), bias)[0]]
 
 
-def publish(models: Path, name: str = "din", bias: float = 0.0, files: Mapping[str, bytes] | None = None) -> Path:
+def publish(
+    models: Path, name: str = "din", bias: float = 0.0, files: Mapping[str, bytes] | None = None, make_current: bool = True
+) -> Path:
     """Publish the bundle, some of its files replaced."""
     whole = {
         bundle.MODEL: model(bias),
@@ -137,4 +139,4 @@ def publish(models: Path, name: str = "din", bias: float = 0.0, files: Mapping[s
         bundle.GOLDENS: bundle.goldens_json(goldens(bias)),
         **(files or {}),
     }
-    return bundle.publish(models, name, whole, {})
+    return bundle.publish(models, name, whole, {}, make_current)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from features import bundle, vocabulary
-from features.bundle import BundleError, current_path, load_bundle, model_names, new_version, publish, set_current
+from features.bundle import LOCK, BundleError, current_path, load_bundle, model_names, new_version, publish, set_current
 from features.encode import Feeds
 from tests.test_datasets import ROOT
 
@@ -21,8 +21,8 @@ FILES = [bundle.MODEL, bundle.SCHEMA, bundle.VOCABULARIES, bundle.GOLDENS]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file and folder below, hidden ones too."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+    """Every file and folder below, hidden ones too, but the locks."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*") if path.name != LOCK}
 
 
 def test_what_is_published_is_loaded(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_an_earlier_version_can_be_made_current(tmp_path: Path) -> None:
     assert current_path(tmp_path, "din") == second
     set_current(tmp_path, "din", int(first.name))
     assert current_path(tmp_path, "din") == first
-    assert sorted(path.name for path in first.parent.iterdir()) == sorted([first.name, second.name, "current"])
+    assert sorted(path.name for path in first.parent.iterdir()) == sorted([first.name, second.name, "current", "releases.jsonl", ".lock"])
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -271,7 +271,7 @@ def test_a_process_that_is_killed_while_publishing_leaves_no_version(tmp_path: P
     done = publishing(tmp_path, KILL.format(file=file))
     assert done.returncode == -signal.SIGKILL
     assert model_names(tmp_path) == []
-    [staging] = (tmp_path / "din").iterdir()
+    [staging] = (path for path in (tmp_path / "din").iterdir() if path.name != ".lock")
     assert staging.name.startswith(".publishing-")
     path = bundles.publish(tmp_path)  # what was left is in nobody's way
     assert model_names(tmp_path) == ["din"]

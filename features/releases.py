@@ -1,0 +1,80 @@
+"""Which version of a model is live: promote one, roll back to the one before. Running services follow within seconds."""
+
+from pathlib import Path
+
+from .bundle import BundleError, check_name, load_bundle, locked, release, released
+
+
+def versions(models: Path, name: str) -> list[int]:
+    """The versions of a model that are in the repository, the newest last.
+
+    Raises:
+        BundleError: there is no such model.
+    """
+    home = models / check_name(name)
+    try:
+        return sorted(int(path.name) for path in home.iterdir() if path.name.isascii() and path.name.isdecimal() and path.is_dir())
+    except OSError as error:
+        raise BundleError(f"there is no model {name} in {models}: {error.strerror or error}") from error
+
+
+def promote(models: Path, name: str, version: int | None = None) -> int:
+    """Check a version and make it the live one; by default the newest, if that is not live.
+
+    Raises:
+        BundleError: there is no such version, it is damaged, or the repository cannot be written.
+    """
+    home = _home(models, name)
+    try:
+        with locked(home):
+            before = released(home)
+            chosen = candidate(models, name, before[-1] if before else None) if version is None else version
+            load_bundle(home / str(chosen))
+            if before[-1:] != [chosen]:
+                release(home, chosen, before)
+    except OSError as error:
+        raise BundleError(f"cannot promote {name} in {models}: {error.strerror or error}; the live version is as it was") from error
+    return chosen
+
+
+def rollback(models: Path, name: str) -> int:
+    """Make the version that was live before the live one again; twice goes back two. Versions that are gone or damaged are passed over.
+
+    Raises:
+        BundleError: none that was live before is left, or the repository cannot be written.
+    """
+    home, passed_over = _home(models, name), list[str]()
+    try:
+        with locked(home):
+            _, *before = reversed(released(home) or [0])
+            for i, version in enumerate(before, 1):
+                try:
+                    load_bundle(home / str(version))
+                except BundleError as error:
+                    passed_over.append(str(error))
+                    continue
+                release(home, version, list(reversed(before[i:])))
+                return version
+    except OSError as error:
+        raise BundleError(f"cannot roll back {name} in {models}: {error.strerror or error}; the live version is as it was") from error
+    why = f" that can be used ({'; '.join(passed_over)})" if passed_over else ""
+    raise BundleError(f"no earlier version of {name} in {models} was live before{why}; promote one with --version")
+
+
+def candidate(models: Path, name: str, live: int | None) -> int:
+    """The newest version, if it is newer than the live one.
+
+    Raises:
+        BundleError: the live version is the newest.
+    """
+    newest = max(versions(models, name), default=None)
+    if newest is None:
+        raise BundleError(f"model {name} in {models} has no version; train one")
+    if live is not None and newest <= live:
+        raise BundleError(f"model {name} in {models} has no version newer than {live}, which is live; name another with --version")
+    return newest
+
+
+def _home(models: Path, name: str) -> Path:
+    versions(models, name)  # a lock makes no folder for a name that is not there
+    return models / name
