@@ -62,7 +62,7 @@ def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Voca
     sums: dict[str, list[tuple[int, float, float]]] = {field.path: [] for field in schema.fields if field.transform == "standard"}
     tables = {side: data.table(side) for side in ("user", "ad")}
     for frame in data.frames("train"):
-        whole = _joined(frame, schema, tables)
+        whole = joined(frame, schema, tables)
         for field in schema.fields:
             column = column_of(whole, field)
             if column is not None and field.path in sums:
@@ -77,8 +77,8 @@ def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Voca
     categories: dict[str, Vocabulary | HashBuckets] = {}
     for field in schema.fields:
         if field.kind != "number":
-            known = base.categories[field.vocabulary] if base else None
-            first = known.values if isinstance(known, Vocabulary) else ()
+            kept = base.categories[field.vocabulary] if base else None
+            first = kept.values if isinstance(kept, Vocabulary) else ()
             categories[field.vocabulary] = (
                 HashBuckets(field.buckets) if field.buckets else _vocabulary(counts[field.vocabulary], field, first)
             )
@@ -107,7 +107,8 @@ def _moments(parts: Sequence[tuple[int, float, float]], path: str) -> Moments:
     return Moments(mean, max(squares / count - mean**2, 0.0) ** 0.5 or 1.0)
 
 
-def _joined(frame: pl.DataFrame, schema: Schema, tables: Mapping[str, pl.DataFrame | None]) -> pl.DataFrame:
+def joined(frame: pl.DataFrame, schema: Schema, tables: Mapping[str, pl.DataFrame | None]) -> pl.DataFrame:
+    """Rows with the features of users and ads beside them, from the tables where the rows do not have their own."""
     for side, table in tables.items():
         if table is not None and not _inline(frame, schema, side):
             frame = frame.join(table, on=f"{side}_id", how="left", maintain_order="left")
@@ -143,7 +144,7 @@ def encode_split(data: Prepared, split: str, encoder: Encoder) -> Rows:
     for frame in data.frames(split):
         parts["labels"].append(frame["label"].to_numpy().astype(np.float32))
         parts["users"].append(frame["user_id"])
-        whole = _joined(frame, schema, {"user": users})
+        whole = joined(frame, schema, {"user": users})
         sides: tuple[Side, Side] = ("user", "context")
         user, context = (encoder.encode(side, _columns(whole, schema.side(side)), len(frame)) for side in sides)
         parts["user"].append(user.beside(context))
