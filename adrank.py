@@ -63,7 +63,7 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
 
 
 @cli.command(epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")
-@click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
 @click.option("--model", required=True, help="The network: deepfm or din.")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
 @click.option("--name", help="Name in the repository; default: the network's.")
@@ -73,7 +73,7 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
 def train(data: Path, model: str, models: Path, name: str | None, seed: int | None, epochs: int | None, settings: tuple[str, ...]) -> None:
     """Train a network and publish it as a bundle, the new live version."""
     from features.bundle import check_name, read_manifest
-    from training.datasets.prepared import open_prepared
+    from training.datasets.log import open_data
     from training.export import train_and_publish
     from training.progress import progress_bar
 
@@ -81,7 +81,7 @@ def train(data: Path, model: str, models: Path, name: str | None, seed: int | No
     given = dict(_pair(text) for text in settings)
     given |= {key: str(value) for key, value in {"seed": seed, "epochs": epochs}.items() if value is not None}
     with progress_bar() as progress:
-        path, trained = train_and_publish(open_prepared(data), model, models, name or model, given, progress)
+        path, trained = train_and_publish(open_data(data), model, models, name or model, given, progress)
     _print_metrics(trained.metrics)
     print(f"published {path}")
     if int8 := read_manifest(path).get("int8"):
@@ -91,18 +91,18 @@ def train(data: Path, model: str, models: Path, name: str | None, seed: int | No
 
 @cli.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")
 @click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
-@click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(bundle: Path, data: Path, split: str, as_json: bool) -> None:
     """Measure a published bundle on a split, through ONNX Runtime."""
     from features.bundle import load_bundle
-    from training.datasets.prepared import open_prepared
+    from training.datasets.log import open_data
     from training.export import evaluate_bundle
     from training.progress import progress_bar
 
     with progress_bar() as progress:
-        metrics = evaluate_bundle(load_bundle(bundle), open_prepared(data), split, progress)
+        metrics = evaluate_bundle(load_bundle(bundle), open_data(data), split, progress)
     if as_json:
         print(json.dumps(metrics.as_dict()))
     else:
