@@ -15,7 +15,7 @@ from .train import TrainError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 RESAMPLES, SEED, LEVEL = 1000, 1, 0.95
-METRICS = ("auc", "gauc", "log_loss", "normalised_entropy", "calibration_error", "calibration_log_ratio")
+METRICS = ("auc", "gauc", "log_loss", "normalised_entropy", "calibration_error", "calibration_distance")
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Gate:
     log_loss_tolerance: float = 0.001
     """Of `not-worse`, as a share of the champion's log loss."""
     calibration_tolerance: float = 0.01
-    """How much further than the champion's the logarithm of p(click) over clicks may be from 0."""
+    """How much further than the champion's the logarithm of p(click) over clicks may be from 0, its distance; more if that is noise."""
     first_calibration: float = 0.1
-    """How far from 0 it may be where there is no champion."""
+    """The distance that is allowed where there is no champion; more if that is noise."""
 
     def __post_init__(self) -> None:
         if self.gate not in ("better", "not-worse"):
@@ -91,7 +91,7 @@ def compare(labels: Array, users: Array, challenger: Array, champion: Array | No
 
     def statistics(weights: Array) -> Array:
         ours = new(weights)
-        return np.r_[ours[-1], ours - old(weights)] if old else ours[-1:]
+        return np.r_[ours[-1], ours[:-1] - old(weights)[:-1]] if old else ours[-1:]
 
     found = bootstrap(statistics, int(users.max()) + 1)
     differences = dict(zip(METRICS, found[1:], strict=False))
@@ -146,7 +146,7 @@ class _Resampled:
         return areas, np.where(pairs > 0, rows, 0.0)
 
     def __call__(self, weights: Array) -> Array:
-        """The metrics `(6,)` where each user counts `weights (U,)` times."""
+        """The metrics `(6,)`, and the logarithm of p(click) over clicks, where each user counts `weights (U,)` times."""
         rows, clicks, p, loss = self.sums @ weights
         rate = clicks / rows
         each = weights[self.users].astype(np.float64)
@@ -157,6 +157,7 @@ class _Resampled:
         error = np.abs(np.bincount(self.bins, each * self.gaps)).sum() / rows
         entropy = -(rate * log(rate) + (1 - rate) * log(1 - rate)) if 0 < rate < 1 else np.nan
         none = float("nan")
+        ratio = log(p / clicks) if clicks and p else none
         return np.array(
             [
                 area / pairs if pairs else none,
@@ -164,7 +165,8 @@ class _Resampled:
                 loss / rows,
                 loss / rows / entropy,
                 error,
-                log(p / clicks) if clicks and p else none,
+                abs(ratio),
+                ratio,
             ]
         )
 
@@ -181,16 +183,18 @@ def reasons_against(found: Comparison, gate: Gate) -> list[str]:
 
 
 def _calibration(found: Comparison, gate: Gate) -> str | None:
-    ours = found.calibration
-    allowed = gate.first_calibration
-    if found.champion:
-        allowed = abs(log(found.champion.calibration_ratio)) + gate.calibration_tolerance
-    if abs(ours.value) <= allowed or ours.covers(0):
+    ratio, ours = found.challenger.calibration_ratio, found.calibration
+    if found.champion is None:
+        if abs(ours.value) <= gate.first_calibration or ours.covers(0):
+            return None
+        interval = f"its logarithm {ours.value:+.4f} (95 % interval {ours.low:+.4f} to {ours.high:+.4f})"
+        return f"calibration is off: p(click) over clicks is {ratio:.4f}, {interval} may be {gate.first_calibration:.4f} from 0"
+    difference = found.differences["calibration_distance"]
+    if difference.value <= gate.calibration_tolerance or difference.covers(0):
         return None
-    beside = f"the champion's is {found.champion.calibration_ratio:.4f}" if found.champion else "there is no champion to compare with"
-    ratio = f"p(click) over clicks is {found.challenger.calibration_ratio:.4f}"
-    interval = f"its logarithm {ours.value:+.4f} (95 % interval {ours.low:+.4f} to {ours.high:+.4f})"
-    return f"calibration is worse: {ratio}, {beside}; {interval} may be {allowed:.4f} from 0, or its interval cover 0"
+    ratios = f"p(click) over clicks is {ratio:.4f}, the champion's {found.champion.calibration_ratio:.4f}"
+    interval = f"{difference.value:+.4f} further from 0 (95 % interval {difference.low:+.4f} to {difference.high:+.4f})"
+    return f"calibration is worse: {ratios}; its logarithm is {interval}, {gate.calibration_tolerance:.4f} is allowed"
 
 
 def _loss(found: Comparison, gate: Gate) -> str | None:

@@ -216,13 +216,22 @@ def train_and_publish(
     if family not in NETWORKS:
         raise TrainError(f"there is no network {family!r}; there are {', '.join(NETWORKS)}")
     network, loop = overridden(given, NETWORKS[family].settings(), TrainSettings())
-    if loop.int8 and not NETWORKS[family].int8_pays:
-        raise TrainError(f"--set int8=true: int8 makes {family} no faster and less exact; leave it out")
+    check_int8(family, loop)
     trained = train(data, family, network, loop, progress)
     task = progress.add_task("exporting", total=1)
     path = export(data, trained, models, name, progress)
     progress.update(task, completed=1)
     return path, trained
+
+
+def check_int8(family: str, loop: TrainSettings) -> None:
+    """Check that an int8 graph is asked for only of networks that gain by it.
+
+    Raises:
+        TrainError: this one does not.
+    """
+    if loop.int8 and not NETWORKS[family].int8_pays:
+        raise TrainError(f"--set int8=true: int8 makes {family} no faster and less exact; leave it out")
 
 
 def export(data: Prepared, trained: Trained, models: Path, name: str, progress: Progress) -> Path:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from .picture import picture
 from .window import Limits, Past, Profile
 
 FILES = ("report.json", "report.md", "report.svg")
-TITLES = dict(zip(METRICS, ("AUC", "GAUC", "log loss", "normalised entropy", "calibration error", "log of p(click) / clicks"), strict=True))
+TITLES = dict(
+    zip(METRICS, ("AUC", "GAUC", "log loss", "normalised entropy", "calibration error", "log of p(click) / clicks, from 0"), strict=True)
+)
 
 
 class ReportError(RuntimeError):
@@ -118,15 +121,17 @@ def metric_rows(found: Comparison) -> list[tuple[str, ...]]:
     """A row a metric: champion, challenger, difference and interval."""
     rows: list[tuple[str, ...]] = []
     for name, title in TITLES.items():
-        of_logs = name == "calibration_log_ratio"
-        before, after = (_value(m, "calibration_ratio" if of_logs else name) for m in (found.champion, found.challenger))
-        rows.append(("p(click) / clicks; of its log" if of_logs else title, before, after, *_interval(found.differences.get(name))))
-    rows.append(("log of p(click) / clicks, alone", "", *_interval(found.calibration)))
+        before, after = (_value(m, name) for m in (found.champion, found.challenger))
+        rows.append((title, before, after, *_interval(found.differences.get(name))))
+    ratios = (_value(m, "calibration_ratio") for m in (found.champion, found.challenger))
+    rows.append(("p(click) / clicks", *ratios, "", f"{exp(found.calibration.low):.5f} to {exp(found.calibration.high):.5f}"))
     return [*rows, ("rows", "", f"{found.challenger.rows:,}", "", ""), ("clicks", "", f"{found.challenger.clicks:,}", "", "")]
 
 
 def _value(metrics: Metrics | None, name: str) -> str:
-    return "" if metrics is None else f"{getattr(metrics, name):.5f}"
+    if metrics is None:
+        return ""
+    return f"{abs(log(metrics.calibration_ratio)) if name == 'calibration_distance' else getattr(metrics, name):.5f}"
 
 
 def _interval(interval: Interval | None) -> tuple[str, str]:

@@ -4,9 +4,10 @@ Knows nothing about networks. Every reason against a window comes with its numbe
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from math import sqrt
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ import polars as pl
 from features.schema import Schema
 
 from .datasets.encoded import joined
+from .datasets.log import Log
 from .datasets.prepared import SPLITS, Prepared, column_of
 from .train import TrainError
 
@@ -27,6 +29,7 @@ NOISE = 4.0
 """Standard deviations (of a Poisson count) by which an hour has to fall short before that is called a gap."""
 SHOWN = 3
 KEY = ("request_id", "position")
+RANKING = ("request_id", "model", "version")
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class Profile:
     rows: dict[str, int]
     clicks: dict[str, int]
     """By split."""
-    first: int | None
-    last: int | None
+    first: float | None
+    last: float | None
     """Times of the first and of the last row, in seconds since 1970; None where rows have no times."""
     duplicates: int
     fields: dict[str, Seen]
@@ -107,27 +110,34 @@ class Past:
     """Whether a field had more than one value; fields of which that is not known are left out."""
 
 
-def profile(data: Prepared) -> Profile:
-    """Read a window once, file by file.
+def slices(data: Prepared, splits: Iterable[str] = SPLITS) -> dict[str, Iterator[pl.DataFrame]]:
+    """The rows of some splits; those of a log with the columns that say which ranking they come from."""
+    if not isinstance(data, Log):
+        return {split: data.frames(split) for split in splits}
+    edges = dict(zip(SPLITS, pairwise(data.edges), strict=True))
+    return {split: data.between(*edges[split], more=RANKING) for split in splits}
+
+
+def profile(data: Prepared, frames: Mapping[str, Iterable[pl.DataFrame]]) -> Profile:
+    """Read the slices of a window once, file by file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: they cannot be read.
     """
-    rows, clicks, hours = Counter(dict.fromkeys(SPLITS, 0)), Counter(dict.fromkeys(SPLITS, 0)), Counter[int]()
+    rows, clicks, hours = Counter(dict.fromkeys(frames, 0)), Counter(dict.fromkeys(frames, 0)), Counter[int]()
     fields, keys, ends = _Fields(data.schema), [], []
-    tables = {side: data.table(side) for side in ("user", "ad")}
-    for split in SPLITS:
-        for frame in data.frames(split):
-            rows[split] += len(frame)
-            clicks[split] += int(frame["label"].sum())
-            fields.add(joined(frame, data.schema, tables))
-            if set(KEY) <= set(frame.columns):
-                keys.append(frame.select(pl.struct(*KEY).hash()).to_series().to_numpy())
-            if "ts" in frame.columns and len(ts := frame["ts"].drop_nulls()):
-                ends += [int(ts.min()), int(ts.max())]  # type: ignore[arg-type]
-                hours.update(dict(zip(*(v.tolist() for v in np.unique(ts.to_numpy() // HOUR, return_counts=True)), strict=True)))
-    distinct = len(np.unique(np.concatenate(keys))) if keys else 0
-    repeated = sum(map(len, keys)) - distinct
+    tables = {} if isinstance(data, Log) else {side: data.table(side) for side in ("user", "ad")}
+    for name, frame in ((name, frame) for name, each in frames.items() for frame in each):
+        rows[name] += len(frame)
+        clicks[name] += int(frame["label"].sum())
+        fields.add(joined(frame, data.schema, tables))
+        if set(KEY) <= set(frame.columns):
+            keys.append(frame.select(pl.struct(*KEY).hash()).to_series().to_numpy())
+        if "ts" in frame.columns and len(ts := frame["ts"].drop_nulls().to_numpy()):
+            ends += [float(ts.min()), float(ts.max())]
+            found, counts = np.unique(ts // HOUR, return_counts=True)
+            hours.update(dict(zip(found.astype(int).tolist(), counts.tolist(), strict=True)))
+    repeated = sum(map(len, keys)) - len(np.unique(np.concatenate(keys))) if keys else 0
     first, last = (min(ends), max(ends)) if ends else (None, None)
     return Profile(dict(rows), dict(clicks), first, last, repeated, fields.seen(sum(rows.values())), dict(hours))
 
