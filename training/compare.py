@@ -108,10 +108,15 @@ def bootstrap(statistics: Callable[[Array], Array], units: int, resamples: int =
     """
     random = np.random.default_rng(seed)
     drawn = np.array([statistics(np.bincount(random.integers(0, units, units), minlength=units)) for _ in range(resamples)])
-    tail = 50 * (1 - LEVEL)
-    with np.errstate(invalid="ignore"):
-        low, high = np.nanpercentile(drawn, [tail, 100 - tail], axis=0)
-    return [Interval(*map(float, values)) for values in zip(statistics(np.ones(units, np.int64)), low, high, strict=True)]
+    values = statistics(np.ones(units, np.int64))
+    return [Interval(float(value), *_tails(column)) for value, column in zip(values, drawn.T, strict=True)]
+
+
+def _tails(drawn: Array) -> tuple[float, float]:
+    """The ends of the interval; a resample in which the statistic is not defined does not count."""
+    known, tail = drawn[np.isfinite(drawn)], 50 * (1 - LEVEL)
+    low, high = np.percentile(known, [tail, 100 - tail]) if len(known) else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 class _Resampled:

@@ -17,7 +17,8 @@ from .evaluate import Metrics
 from .picture import picture
 from .window import Limits, Past, Profile
 
-FILES = ("report.json", "report.md", "report.svg")
+PAGE, PICTURE, DONE = "report.md", "report.svg", "report.json"
+"""In the order in which they are written: a report that has the last is whole."""
 TITLES = dict(
     zip(METRICS, ("AUC", "GAUC", "log loss", "normalised entropy", "calibration error", "log of p(click) / clicks, from 0"), strict=True)
 )
@@ -102,14 +103,15 @@ class Report:
         Raises:
             ReportError: the folder cannot be written.
         """
-        texts = (json.dumps(self.as_dict(), indent=1), self.markdown(), None if self.comparison is None else drawn(self.comparison))
+        texts = {PAGE: self.markdown(), DONE: json.dumps(self.as_dict(), indent=1)}
+        if self.comparison is not None:
+            texts = {PICTURE: drawn(self.comparison), **texts}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name, text in zip(FILES, texts, strict=True):
-                if text is None:
-                    (folder / name).unlink(missing_ok=True)  # of an earlier run, into the same folder
-                else:
-                    _write(folder / name, text)
+            for name in (PAGE, PICTURE, DONE):
+                (folder / name).unlink(missing_ok=True)  # of an earlier run into the same folder
+            for name, text in texts.items():
+                _write(folder / name, text)
         except OSError as error:
             raise ReportError(f"cannot write the report to {folder}: {error.strerror or error}") from error
 

@@ -6,6 +6,7 @@ Every run ends in a report. Only one run of a model is at work at a time; one th
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ import numpy as np
 import polars as pl
 from rich.progress import Progress
 
-from features.bundle import CURRENT, MODEL, Bundle, check_name, current_path, load_bundle, publish
+from features.bundle import CURRENT, MODEL, Bundle, check_name, clear_abandoned, current_path, load_bundle, publish
 from features.vocabulary import Vocabulary
 
 from . import compare, window
@@ -28,7 +29,7 @@ from .datasets.log import Log, is_log, open_log
 from .datasets.prepared import Prepared, open_prepared
 from .export import METRICS, check_int8, contents, scores, scores_of
 from .networks import NETWORKS
-from .report import Report, brief
+from .report import DONE, Report, brief
 from .train import Start, Trained, TrainSettings, overridden, train
 from .weights import settings_of, start_of
 
@@ -105,6 +106,8 @@ def retrain(order: Order, progress: Progress) -> Report:
         BundleError, DataError, TrainError, ReportError: as their makers say.
     """
     with _alone(order):
+        clear_abandoned(order.models, order.name)
+        _clear_reports(order)
         started = int(time.time())
         data, before = open_window(order)
         plan = _plan(order, data)
@@ -257,6 +260,13 @@ def _held_out_from(data: Prepared) -> float | None:
 
 def _live(order: Order) -> int | None:
     return int(current_path(order.models, order.name).name) if (order.home / CURRENT).exists() else None
+
+
+def _clear_reports(order: Order) -> None:
+    """Remove reports that were not finished."""
+    for folder in (order.home / REPORTS).glob("[0-9]*"):
+        if not (folder / DONE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _report_folder(order: Order, started: int) -> Path:

@@ -35,7 +35,7 @@ def start_of(bundle: Bundle) -> Start:
         raise BundleError(f"bundle {bundle.path} was published without {WEIGHTS}, so no training can go on from it; use --start scratch")
     try:
         network = NETWORKS[bundle.manifest["network"]](Fields.of(bundle.schema, bundle.vocabularies), settings_of(bundle)[0])
-        with np.load(bundle.path / WEIGHTS, allow_pickle=False) as weights:
+        with (bundle.path / WEIGHTS).open("rb") as file, np.load(file, allow_pickle=False) as weights:
             network.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights.files})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, BadZipFile) as error:
         raise BundleError(f"bundle {bundle.path}: {WEIGHTS} cannot be used: {' '.join(str(error).split())}; use --start scratch") from error
