@@ -204,9 +204,8 @@ def test_what_was_served_by_the_champion_and_what_it_was_trained_on_is_told(
     shown = small_log.rewrite(tmp_path / "log", lambda frame: frame.with_columns(model=pl.lit("shop"), version=pl.lit(served, pl.Int64)))
     report = retrain(Order(shown, models, "shop", holdout=0.3), small.quiet())
     assert report.published
-    assert [warning[:76] for warning in report.warnings] == [
-        "100% of the rows that were held out were served by the live version, which c"[:75]
-    ]
+    [warning] = report.warnings
+    assert warning.startswith("100% of the rows that were held out were served by the live version, which chose what was shown")
     shutil.copytree(better[0], tmp_path / "other")
     report = retrain(Order(log, tmp_path / "other", "shop", holdout=0.5), small.quiet())
     assert report.published is None

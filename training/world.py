@@ -6,6 +6,7 @@ where a user's interest is the taste of the age group and, far stronger, two fav
 the recent history says what the profile cannot.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,7 @@ def write_log(world: World, out: Path, impressions: int = 160_000, seed: int = 7
 
 def _between(day: Array, first: int, end: int) -> pl.Series:
     return pl.Series((day >= first) & (day < end))
+
+
+if __name__ == "__main__":
+    write_log(make_world(), Path(sys.argv[1]))
