@@ -140,27 +140,6 @@ def test_the_same_seed_gives_the_same_challenger(log: Path, models: Path, better
     assert printed.splitlines()[-1].startswith(f"Published shop {again.name}: log loss -")
 
 
-def test_a_challenger_that_is_not_better_is_refused_with_exit_code_3(log: Path, tmp_path: Path, better: tuple[Path, Report]) -> None:
-    models = tmp_path / "models"
-    shutil.copytree(better[0], models)
-    before = current_path(models, "shop")
-    out = tmp_path / "report"
-    still = words({**small_log.QUICK, "learning_rate": "1e-7", "log_loss_tolerance": "0.1"})
-    code, printed, _ = run("retrain", "--log", log, "--models", models, "--name", "shop", "--report", out, "--json", *still)
-    assert code == 3
-    report = json.loads(printed)
-    assert report == json.loads((out / "report.json").read_text())
-    assert report["accepted"] is False
-    assert report["version"] is None
-    assert re.search(
-        r"^log loss \S+ against the champion's \S+, difference .*: the interval must lie below 0 \(gate better\)$", report["reasons"][-1]
-    )
-    assert (out / "report.md").read_text().startswith("**Refused shop: ")
-    assert current_path(models, "shop") == before
-    assert versions(models) == versions(better[0])
-    assert left(models) == []
-
-
 def trained_of(models: Path) -> tuple[Trained, dict[str, bytes]]:
     """The live version as if it had just been trained."""
     bundle = load_bundle(current_path(models, "shop"))
@@ -175,6 +154,31 @@ def trained(better: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch) -> Non
     made, files = trained_of(better[0])
     monkeypatch.setattr(retraining, "train", lambda *_: made)
     monkeypatch.setattr(retraining, "contents", lambda *_: (files, {}))
+
+
+@pytest.mark.parametrize(("gate", "code"), [("better", 3), ("not-worse", 0)])
+def test_a_challenger_that_is_no_better_is_refused_with_exit_code_3_unless_that_is_enough(
+    log: Path, tmp_path: Path, better: tuple[Path, Report], trained: None, gate: str, code: int
+) -> None:
+    models, out = tmp_path / "models", tmp_path / "report"
+    shutil.copytree(better[0], models)
+    before = current_path(models, "shop")
+    words_ = ("--log", log, "--models", models, "--name", "shop", "--report", out, "--gate", gate, "--json")
+    ended, printed, _ = run("retrain", *words_)
+    assert ended == code
+    report = json.loads(printed)
+    assert report == json.loads((out / "report.json").read_text())
+    assert report["differences"]["log_loss"] == {"value": 0.0, "low": 0.0, "high": 0.0}  # it is the champion itself
+    assert report["accepted"] is (code == 0)
+    assert len(versions(models)) == len(versions(better[0])) + (code == 0)
+    assert left(models) == []
+    if code:
+        [reason] = report["reasons"]
+        assert re.fullmatch(
+            r"log loss (\S+) against the champion's \1, difference .*: the interval must lie below 0 \(gate better\)", reason
+        )
+        assert (out / "report.md").read_text().startswith("**Refused shop: log loss ")
+        assert (current_path(models, "shop"), report["version"]) == (before, None)
 
 
 def test_a_live_version_that_changed_meanwhile_voids_the_comparison(
