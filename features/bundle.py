@@ -197,8 +197,8 @@ def clear_abandoned(models: Path, name: str) -> None:
 
 
 def _clear_abandoned(home: Path) -> None:
-    for name in (CURRENT, RELEASES):  # each is replaced only while `locked`
-        for left in home.glob(f".{name}-*"):
+    for left in home.glob(".*-*"):
+        if left.is_file():  # of `replace_file`, which is used only while `locked`
             left.unlink(missing_ok=True)
     for staging in home.glob(f"{STAGING}*"):
         handle = os.open(staging, os.O_RDONLY)
@@ -326,7 +326,7 @@ def load_bundle(path: Path) -> Bundle:
         vocabularies = parse_vocabularies((path / VOCABULARIES).read_text("utf-8"), schema)
         if {MODEL, SCHEMA, VOCABULARIES, GOLDENS} - set(digests):
             raise BundleError(f"bundle {path}: {MANIFEST} does not list all of its files")
-    except (OSError, ValueError, KeyError, TypeError, SchemaError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SchemaError) as error:
         what = error if isinstance(error, OSError) else repr(error)
         raise BundleError(f"bundle {path} cannot be read: {what}") from error
     ours = fingerprint(schema, vocabularies)

@@ -1,8 +1,10 @@
 """Which version of a model is live: promote one, roll back to the one before. Running services follow within seconds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .bundle import BundleError, check_name, load_bundle, locked, release, released
+from .challenger import withdraw
 
 
 def versions(models: Path, name: str) -> list[int]:
@@ -28,10 +30,11 @@ def promote(models: Path, name: str, version: int | None = None) -> int:
     try:
         with locked(home):
             before = released(home)
-            chosen = candidate(models, name, before[-1] if before else None) if version is None else version
+            chosen = newest(models, name, before[-1:]) if version is None else version
             load_bundle(home / str(chosen))
             if before[-1:] != [chosen]:
                 release(home, chosen, before)
+            withdraw(home)
     except OSError as error:
         raise BundleError(f"cannot promote {name} in {models}: {error.strerror or error}; the live version is as it was") from error
     return chosen
@@ -54,6 +57,7 @@ def rollback(models: Path, name: str) -> int:
                     passed_over.append(str(error))
                     continue
                 release(home, version, list(reversed(before[i:])))
+                withdraw(home)
                 return version
     except OSError as error:
         raise BundleError(f"cannot roll back {name} in {models}: {error.strerror or error}; the live version is as it was") from error
@@ -61,18 +65,33 @@ def rollback(models: Path, name: str) -> int:
     raise BundleError(f"no earlier version of {name} in {models} was live before{why}; promote one with --version")
 
 
-def candidate(models: Path, name: str, live: int | None) -> int:
+def stop(models: Path, name: str) -> None:
+    """Let no version challenge the live one.
+
+    Raises:
+        BundleError: none does, or the repository cannot be written.
+    """
+    home = _home(models, name)
+    try:
+        with locked(home):
+            if not withdraw(home):
+                raise BundleError(f"no version of {name} in {models} challenges the live one")
+    except OSError as error:
+        raise BundleError(f"cannot write in {home}: {error.strerror or error}; the challenger is as it was") from error
+
+
+def newest(models: Path, name: str, live: Sequence[int]) -> int:
     """The newest version, if it is newer than the live one.
 
     Raises:
         BundleError: the live version is the newest.
     """
-    newest = max(versions(models, name), default=None)
-    if newest is None:
+    there = versions(models, name)
+    if not there:
         raise BundleError(f"model {name} in {models} has no version; train one")
-    if live is not None and newest <= live:
-        raise BundleError(f"model {name} in {models} has no version newer than {live}, which is live; name another with --version")
-    return newest
+    if live and there[-1] <= live[0]:
+        raise BundleError(f"model {name} in {models} has no version newer than {live[0]}, which is live; name another with --version")
+    return there[-1]
 
 
 def _home(models: Path, name: str) -> Path:

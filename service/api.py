@@ -181,7 +181,7 @@ def state_routes(ranker: Ranker, metrics: Metrics, health: Health) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> Response:
-        """The models that are loaded, and those that were refused."""
+        """The models that are loaded, those that challenge them, and those that were refused."""
         known = ranker.models
         loaded = [
             {
@@ -190,6 +190,7 @@ def state_routes(ranker: Ranker, metrics: Metrics, health: Health) -> APIRouter:
                 "provider": model.scorer.provider,
                 "precision": model.precision,
                 "loaded": model.loaded,
+                "challenger": ranker.challenges[name].told() if name in ranker.challenges else None,
             }
             for name, model in sorted(known.loaded.items())
         ]

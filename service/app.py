@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,20 +9,18 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from features.bundle import BundleError, current_path, model_names
 from features.state import MemoryStore, Store, StoreError
 
 from .api import Application, RankEndpoint, add_error_handlers, describe, state_routes
 from .batcher import Batcher
-from .catalogue import Catalogue
 from .metrics import Metrics, Registry
-from .models import Models, load_models
 from .ranker import Ranker
+from .reload import Reload
 from .scoring import Inline, Pool, Scoring
 from .settings import Settings, load_settings
 from .store import RedisStore
 
-LOOK_AGAIN_SECONDS = 1.0
+START_OVER_SECONDS = 1.0
 FLUSH_SECONDS = 0.5
 START_SECONDS = 10.0
 """How long a process may get ready before it takes requests: beside workers that are ready, it would answer some of theirs with 503."""
@@ -37,25 +34,20 @@ class Service:
     def __init__(self, settings: Settings, store: Store, metrics: Metrics) -> None:
         self.settings, self.store, self.metrics = settings, store, metrics
         self.ranker = Ranker(store, metrics, _scoring(settings, metrics))
-        self._waiting_for = "models are being loaded"
-        self._looked = False
+        self.reload = Reload(settings, self.ranker, metrics)
 
     async def run(self) -> None:
-        """Load the models, then load and follow the catalogue, for ever."""
-        settings = self.settings
-        log.info("models in %s, store %s", settings.models, settings.store_name)
+        """Load the models, then follow the repository and the catalogue, for ever."""
+        log.info("models in %s, store %s", self.settings.models, self.settings.store_name)
         while True:
             try:
-                models = await self._load_models()
-                encoders = {model.bundle.fingerprint: model.bundle.encoder for model in models.loaded.values()}
-                catalogue = Catalogue(self.store, encoders, self.metrics)
-                self.ranker.use(models, catalogue)
-                self._looked = True
-                gc.freeze()  # what is loaded by now stays, and need not be searched for garbage in the middle of a request
-                await catalogue.follow()
+                await self.reload.look()
+                async with asyncio.TaskGroup() as together:
+                    for work in (self.ranker.catalogue.follow(), self.reload.follow(), self.reload.judge()):
+                        together.create_task(work)
             except Exception:
                 log.exception("the service's background work failed in a way nobody foresaw, and starts over")
-                await asyncio.sleep(LOOK_AGAIN_SECONDS)
+                await asyncio.sleep(START_OVER_SECONDS)
 
     async def flush(self) -> None:
         """Write what requests have noted into the metrics now and then, for ever: another worker may be the one that is scraped."""
@@ -63,42 +55,16 @@ class Service:
             await asyncio.sleep(FLUSH_SECONDS)
             self.metrics.flush()
 
-    async def _load_models(self) -> Models:
-        """Load what the repository has; where the default model is not usable, look again whenever a version is published."""
-        settings, seen = self.settings, None
-        while True:
-            live = _live_versions(settings)
-            if live != seen:
-                models = await asyncio.to_thread(load_models, settings)
-                self._tell(models)
-                if models.ready:
-                    return models
-                seen, self._looked = live, True
-            await asyncio.sleep(LOOK_AGAIN_SECONDS)
-
     async def settle(self) -> None:
         """Wait until it is known whether this process can rank, `START_SECONDS` at most."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_SECONDS):
-                while not self._looked or (self.ranker.models.ready and not self._catalogue_tried):
+                while not self.reload.looked or (self.ranker.models.ready and not self._catalogue_tried):
                     await asyncio.sleep(0.01)
 
     @property
     def _catalogue_tried(self) -> bool:
         return self.ranker.catalogue.loaded or self.ranker.catalogue.reason is not None
-
-    def _tell(self, models: Models) -> None:
-        for name, model in models.loaded.items():
-            log.info("model %s version %s is loaded and warm (%s)", name, model.bundle.version, model.scorer.provider)
-            self.metrics.model(name, str(model.bundle.version), model.scorer.provider, model.bundle.fingerprint)
-        for name, reason in models.refused.items():
-            log.error("model %s is refused: %s", name, reason)
-        if not models.ready:
-            wanted = f"model {models.default} is not usable" if models.default else "no model is usable"
-            self._waiting_for = f"{wanted}; waiting for one to be published in {self.settings.models}"
-            log.warning("%s", self._waiting_for)
-            # Those that are loaded have no catalogue, so nothing is ranked until the default is there.
-            self.ranker.use(Models({}, models.refused, models.default), Catalogue(self.store, {}, self.metrics))
 
     async def health(self) -> dict[str, Any]:
         """What `/readyz` tells: ready, degraded (ranks, but without something) or unready, and why."""
@@ -108,7 +74,7 @@ class Service:
             await self.store.ping()
         except StoreError as error:
             store |= {"status": "down", "reason": error.reason}
-        reasons = [] if models.ready else [self._waiting_for]
+        reasons = [] if models.ready else [self.reload.waiting_for]
         if models.ready and not catalogue.loaded:
             reasons.append("the catalogue has not been loaded yet")
         shaky = store["status"] == "down" or models.refused or catalogue.reason
@@ -131,17 +97,6 @@ def _scoring(settings: Settings, metrics: Metrics) -> Scoring:
     if settings.device == "cuda":
         return Batcher(metrics)
     return Inline() if settings.scoring_threads == 1 else Pool(settings.scoring_threads)
-
-
-def _live_versions(settings: Settings) -> dict[str, str]:
-    """The live version of each model, or what is wrong with it: it changes when a model is published."""
-    live = {}
-    for name in model_names(settings.models):
-        try:
-            live[name] = str(current_path(settings.models, name))
-        except BundleError as error:
-            live[name] = str(error)
-    return live
 
 
 def open_store(settings: Settings, on_damaged: Callable[[], None] = lambda: None) -> Store:
@@ -172,6 +127,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
                 task.cancel()
             await asyncio.gather(*work, return_exceptions=True)
             metrics.flush()
+            service.reload.close()
             service.ranker.close()
             if store is None:
                 await service.store.close()

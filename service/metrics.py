@@ -7,12 +7,14 @@ there, and whichever worker is scraped adds them up. No label holds what a calle
 import collections
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
 
 from features.vocabulary import Numbers
 
@@ -22,6 +24,7 @@ CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 BEHAVIOURS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
 ROWS = (1, 64, 128, 256, 512, 1_024, 2_048, 4_096, 8_192)
 CLICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1)
+DIFFERENCES = (1e-7, 1e-6, 1e-5, 1e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 Registry = CollectorRegistry
 
@@ -105,6 +108,13 @@ class Metrics:
         self._info = Gauge("adrank_model_info", "1 for each model that is loaded", facts, registry=r, multiprocess_mode="livemax")
         loaded = "When a model was loaded, of the worker that did so last"
         self._loaded = Gauge("adrank_model_loaded_timestamp_seconds", loaded, ["model"], registry=r, multiprocess_mode="livemax")
+        self._reloads = Counter("adrank_model_reload", "Versions that were loaded, refused, or let go of", ["result"], registry=r)
+        outcomes = ["model", "mode", "outcome"]
+        self._challenged = Counter("adrank_challenger_requests", "Requests that were a challenger's to score", outcomes, registry=r)
+        stopped = "Challengers that were stopped since they left a bound"
+        self._rollbacks = Counter("adrank_challenger_rollback", stopped, ["model", "reason"], registry=r)
+        moved = "By how much p(click) of a candidate differs between a model and its shadow"
+        self._differences = Histogram("adrank_shadow_difference", moved, ["model"], buckets=DIFFERENCES, registry=r)
 
     def begin(self, route: str) -> Stages:
         """A request begins; `end` is to be called whatever becomes of it."""
@@ -174,6 +184,28 @@ class Metrics:
         self._info.labels(name, version, provider, schema).set(1)
         self._loaded.labels(name).set(time.time())
 
+    def no_model(self, name: str, version: str, provider: str, schema: str) -> None:
+        """Note that a model is not loaded any more."""
+        self._info.labels(name, version, provider, schema).set(0)
+        if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):  # what is written for other processes cannot be unwritten
+            self._info.remove(name, version, provider, schema)
+
+    def reload(self, result: str) -> None:
+        """Count a version that was loaded, refused, or let go of."""
+        self._reloads.labels(result).inc()
+
+    def challenged(self, model: str, mode: str, outcome: str) -> None:
+        """Count a request that was a challenger's to score."""
+        self._challenged.labels(model, mode, outcome).inc()
+
+    def shadow(self, model: str, differences: Numbers) -> None:
+        """Note by how much a challenger's probabilities differ from those that were answered."""
+        _observe(self._differences.labels(model), DIFFERENCES, differences)
+
+    def rolled_back(self, model: str, reason: str) -> None:
+        """Count a challenger that was stopped."""
+        self._rollbacks.labels(model, reason).inc()
+
     def exposition(self) -> bytes:
         """All metrics that have been flushed, as Prometheus reads them; those of every worker where there are several."""
         folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
@@ -181,8 +213,21 @@ class Metrics:
             return generate_latest(self.registry)
         _bury_the_dead(Path(folder))
         together = CollectorRegistry()
-        MultiProcessCollector(together, folder)  # type: ignore[no-untyped-call]
+        together.register(_Present(folder))
         return generate_latest(together)
+
+
+class _Present(Collector):
+    """The metrics of all workers, without models that none of them has any more: theirs are the lines of `adrank_model_info` that are 0."""
+
+    def __init__(self, folder: str) -> None:
+        self._all = MultiProcessCollector(None, folder)  # type: ignore[no-untyped-call]
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._all.collect():  # type: ignore[no-untyped-call]
+            if metric.name == "adrank_model_info":
+                metric.samples = [sample for sample in metric.samples if sample.value]
+            yield metric
 
 
 def _observe(histogram: Histogram, bounds: Sequence[float], values: Sequence[float] | Numbers) -> None:

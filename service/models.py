@@ -3,23 +3,24 @@
 import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from features.bundle import CUDA_MODEL, INT8_MODEL, MODEL, Bundle, BundleError, current_path, load_bundle, model_names
+from features.bundle import CUDA_MODEL, INT8_MODEL, MODEL, Bundle, load_bundle
 from features.encode import Feeds
 from features.schema import Schema
 
-from .errors import NotReadyError, ScoringError, UnknownModelError
+from .errors import NotReadyError, UnknownModelError
 from .scorer import Scorer, TiledScorer
 from .settings import Settings
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Model:
     """A bundle with its model in memory. `loaded` in seconds since 1970."""
 
@@ -71,29 +72,28 @@ class Models:
         return self.loaded[self.default]
 
 
-def load_models(settings: Settings) -> Models:
-    """Load every model's live version; those that cannot be used are refused with the reason. Blocks for seconds."""
-    loaded, refused = {}, {}
-    for name in model_names(settings.models):
-        try:
-            loaded[name] = _load(current_path(settings.models, name), settings)
-        except (BundleError, ScoringError) as error:
-            refused[name] = str(error)
-    return Models(loaded, refused, settings.model)
+def load_model(path: Path, settings: Settings, opening: Executor) -> Model:
+    """Load and check a version, and warm it up. Blocks for a second or more.
 
+    `opening` makes the scorer: a thread that one of low priority starts has a low priority for ever, and a scorer may have some.
 
-def _load(path: Path, settings: Settings) -> Model:
+    Raises:
+        BundleError: it is not what was published, or not for this program.
+        ScoringError: it cannot be scored with.
+    """
     bundle = load_bundle(path)
     schema, graph = bundle.schema, graph_of(bundle, settings)
-    scorer: Scorer
-    if settings.device == "cuda":
-        scorer = TiledScorer(path / graph, settings.device, schema.history_length)
-    else:
-        scorer = Scorer(path / graph, settings.device, settings.intra_op_threads)
+    scorer = opening.submit(_open, bundle, graph, settings).result()
     bundle.check_goldens(scorer.score, graph)
     for behaviours, candidates in scorer.warm_up(schema.history_length):
         scorer.score(_blank(schema, behaviours, candidates))
     return Model(bundle, scorer, time.time(), "int8" if graph == INT8_MODEL else "float32")
+
+
+def _open(bundle: Bundle, graph: str, settings: Settings) -> Scorer:
+    if settings.device == "cuda":
+        return TiledScorer(bundle.path / graph, settings.device, bundle.schema.history_length)
+    return Scorer(bundle.path / graph, settings.device, settings.intra_op_threads)
 
 
 def graph_of(bundle: Bundle, settings: Settings) -> str:

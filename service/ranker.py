@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import orjson
 
-from features.encode import Features, Feeds, FieldError, Mask, Request, encode_request
+from features.encode import AdTable, Features, Feeds, FieldError, Mask, Request, encode_request
 from features.schema import IDENTITY
 from features.state import Store, StoreError, UserState
 from features.vocabulary import Ids, Numbers
 
 from .catalogue import Catalogue
-from .errors import DeadlineError, InvalidError, Mistake
+from .challenger import Challenge
+from .errors import DeadlineError, InvalidError, Mistake, ScoringError
 from .explain import Seen, explain_ad, explain_request
 from .metrics import Metrics, Stages
 from .models import Model, Models
@@ -80,10 +81,11 @@ class Ranker:
     def __init__(self, store: Store, metrics: Metrics, scoring: Scoring) -> None:
         self._store, self._scoring = store, scoring
         self.models, self.catalogue = Models({}, {}), Catalogue(store, {}, metrics)
+        self.challenges: Mapping[str, Challenge] = {}
 
-    def use(self, models: Models, catalogue: Catalogue) -> None:
-        """Rank with these from the next request on."""
-        self.models, self.catalogue = models, catalogue
+    def use(self, models: Models, catalogue: Catalogue, challenges: Mapping[str, Challenge] | None = None) -> None:
+        """Rank with these from the next request on; those on their way are ranked with what they began with."""
+        self.models, self.catalogue, self.challenges = models, catalogue, challenges or {}
 
     def close(self) -> None:
         """Let the scoring threads end."""
@@ -95,25 +97,47 @@ class Ranker:
         Raises:
             ServiceError: an unknown model, no model, an invalid request, a deadline that passed, a model that failed.
         """
-        model, catalogue = self.models.get(query.model), self.catalogue
+        model = self.models.get(query.model)
+        challenge = self.challenges.get(model.name)
+        canary = challenge.canary(query.user_id) if challenge else None
+        if challenge is None or canary is None:
+            return await self._rank(query, stages, model, challenge)
+        try:
+            return await self._rank(query, stages, canary, challenge)
+        except (ScoringError, InvalidError) as error:
+            ranking = await self._rank(query, stages, model, None)
+            challenge.failed(error)
+            return ranking
+
+    async def _rank(self, query: Query, stages: Stages, model: Model, challenge: Challenge | None) -> Ranking:
+        catalogue = self.catalogue
+        table = catalogue.table(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
         _check_bids(query)
         stages.enter("features")
         degraded = [] if catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
-        state = await self._user(query, stages, model, degraded)
-        repeated = _first_of_each(query)
-        encoded = _encode(query, model, catalogue, state, repeated)
+        stored = await self._user(query, stages, model, degraded)
+        state, repeated = _usable(model, stored, degraded), _first_of_each(query)
+        encoded = _encode(query, table, state, repeated)
         stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
         scores = await self._scoring.score(model.scorer, encoded.feeds, stages, query.deadline)
         stages.enter("post")
         stages.scores = scores
         finite = np.isfinite(scores)
+        if challenge is not None:
+
+            def encode(other: Model) -> Feeds:
+                if other.bundle.fingerprint == model.bundle.fingerprint:
+                    return encoded.feeds
+                return _encode(query, catalogue.table(other.bundle.fingerprint), _usable(other, stored, []), repeated).feeds
+
+            challenge.note(model, query.user_id, stages.seconds["inference"], scores, encode)
         if np.count_nonzero(finite) < len(finite):
             degraded.append(Degraded("inference", "not_finite", "omitted"))
         stages.degraded = [(entry.stage, entry.reason) for entry in degraded]
         return _ranking(query, model, encoded, _Scored(scores, finite), repeated, degraded)
 
     async def _user(self, query: Query, stages: Stages, model: Model, degraded: list[Degraded]) -> UserState:
-        """The user's state as far as the store gives it and the schema can use it."""
+        """The user's state as far as the store gives it."""
         stages.user = "error"
         try:
             state = await self._stored(query, stages)
@@ -127,12 +151,7 @@ class Ranker:
                 degraded.append(Degraded("user", error.reason, "sent_features"))
             return UserState()
         stages.user = "hit" if state else "miss"
-        if state is None:
-            return UserState()
-        features, mistyped = model.bundle.encoder.usable("user", state.features)
-        if mistyped:
-            degraded.append(Degraded("user", "stored_feature_mistyped", "missing_feature"))
-        return UserState(features, state.ad_ids, state.ts)
+        return state or UserState()
 
     async def _stored(self, query: Query, stages: Stages) -> UserState | None:
         if query.deadline is None:
@@ -155,6 +174,14 @@ class _Scored(NamedTuple):
     finite: Mask
 
 
+def _usable(model: Model, stored: UserState, degraded: list[Degraded]) -> UserState:
+    """The user's state as far as the model's schema can use it."""
+    features, mistyped = model.bundle.encoder.usable("user", stored.features)
+    if mistyped:
+        degraded.append(Degraded("user", "stored_feature_mistyped", "missing_feature"))
+    return UserState(features, stored.ad_ids, stored.ts)
+
+
 def _check_bids(query: Query) -> None:
     if query.objective == "ecpm" and (query.bids is None or np.isnan(query.bids).any()):
         missing = range(len(query.ad_ids)) if query.bids is None else np.flatnonzero(np.isnan(query.bids)).tolist()
@@ -172,7 +199,7 @@ def _first_of_each(query: Query) -> list[int] | None:
     return list(first.values())
 
 
-def _encode(query: Query, model: Model, catalogue: Catalogue, state: UserState, repeated: list[int] | None) -> _Encoded:
+def _encode(query: Query, table: AdTable, state: UserState, repeated: list[int] | None) -> _Encoded:
     history = state.ad_ids if query.history is None else query.history
     ad_ids, sent = query.ad_ids, query.sent
     if repeated is not None:
@@ -180,8 +207,8 @@ def _encode(query: Query, model: Model, catalogue: Catalogue, state: UserState, 
         sent = {row: sent[i] for row, i in enumerate(repeated) if i in sent}
     request = Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features)
     try:
-        feeds, known = encode_request(catalogue.table(model.bundle.fingerprint), request)
-        return _Encoded(feeds, known, ad_ids, min(len(history), model.bundle.schema.history_length))
+        feeds, known = encode_request(table, request)
+        return _Encoded(feeds, known, ad_ids, min(len(history), table.encoder.schema.history_length))
     except FieldError as error:
         raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
 

@@ -109,7 +109,8 @@ class TiledScorer(Scorer):
         """
         super().__init__(model, device, 1)
         self._device, self._history_length = device, history_length
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")  # ends when nothing holds the scorer any more
+        self._thread.submit(int).result()  # starts it now, with the priority of whoever makes the scorer
         self._bound: dict[Shape, Bound] = {}
 
     def submit(self, requests: Sequence[Feeds]) -> "Future[list[Numbers]]":

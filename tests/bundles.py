@@ -1,15 +1,19 @@
 """A small bundle with a model whose every score can be worked out by hand, for tests of the service."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto, helper
 
 from features import bundle
+from features.bundle import current_path, model_names
 from features.encode import Encoder, Feeds
 from features.schema import parse_schema
 from features.vocabulary import Numbers, Vocabularies, Vocabulary, parse_vocabularies
+from service.models import Models, load_model
+from service.settings import Settings
 
 SCHEMA = """
 name = "test"
@@ -140,3 +144,10 @@ def publish(
         **(files or {}),
     }
     return bundle.publish(models, name, whole, {}, make_current)
+
+
+def loaded(settings: Settings) -> Models:
+    """The live version of each model, as a service loads it."""
+    with ThreadPoolExecutor(1) as opening:
+        names = model_names(settings.models)
+        return Models({name: load_model(current_path(settings.models, name), settings, opening) for name in names}, {}, settings.model)

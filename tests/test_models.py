@@ -7,8 +7,8 @@ from pathlib import Path
 import bundles
 import pytest
 
-from features.bundle import CUDA_MODEL, GOLDENS, INT8_MODEL, MODEL, goldens_json, load_bundle
-from service.models import graph_of, load_models
+from features.bundle import CUDA_MODEL, GOLDENS, INT8_MODEL, MODEL, BundleError, goldens_json, load_bundle
+from service.models import graph_of
 from service.settings import Settings
 
 ROUGH = 0.25
@@ -27,8 +27,7 @@ def models(tmp_path: Path) -> Path:
 
 def test_int8_is_scored_with_where_it_is_asked_for_and_there(models: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        loaded = load_models(Settings(models=models, precision="int8"))
-    assert not loaded.refused
+        loaded = bundles.loaded(Settings(models=models, precision="int8"))
     assert {name: model.precision for name, model in loaded.loaded.items()} == {"both": "int8", "plain": "float32"}
     assert "model plain version" in caplog.text
     assert "has no int8 graph (it was not asked for; train with --set int8=true)" in caplog.text
@@ -37,7 +36,7 @@ def test_int8_is_scored_with_where_it_is_asked_for_and_there(models: Path, caplo
 
 
 def test_float32_is_the_default(models: Path) -> None:
-    loaded = load_models(Settings(models=models))
+    loaded = bundles.loaded(Settings(models=models))
     assert {model.precision for model in loaded.loaded.values()} == {"float32"}
     feeds = bundles.goldens()[0].feeds(bundles.encoder())
     assert loaded.loaded["both"].scorer.score(feeds)[0].tolist() == pytest.approx(bundles.goldens()[0].p_click, abs=1e-6)
@@ -51,8 +50,9 @@ def test_a_device_has_a_graph_of_its_own(models: Path) -> None:
 
 def test_an_int8_graph_that_scores_otherwise_here_is_refused(models: Path) -> None:
     bundles.publish(models, "both", files={INT8_MODEL: bundles.model(ROUGH), GOLDENS: goldens_json(bundles.goldens())})
-    refused = load_models(Settings(models=models, precision="int8")).refused
-    assert "golden 0 cannot be encoded" in refused["both"]
+    with pytest.raises(BundleError, match="golden 0 cannot be encoded"):
+        bundles.loaded(Settings(models=models, precision="int8"))
     goldens = [replace(golden, p_click_int8=golden.p_click) for golden in bundles.goldens()]
     bundles.publish(models, "both", files={INT8_MODEL: bundles.model(ROUGH), GOLDENS: goldens_json(goldens)})
-    assert "golden 0 is off by 0.0" in load_models(Settings(models=models, precision="int8")).refused["both"]
+    with pytest.raises(BundleError, match=r"golden 0 is off by 0\.0"):
+        bundles.loaded(Settings(models=models, precision="int8"))

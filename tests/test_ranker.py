@@ -16,7 +16,7 @@ from features.state import Ad, MemoryStore, StoreError, UserState
 from service.catalogue import Catalogue, put_ads
 from service.errors import DeadlineError, InvalidError, NotReadyError, UnknownModelError
 from service.metrics import Metrics
-from service.models import Models, load_models
+from service.models import Models
 from service.ranker import Degraded, Query, Ranker, best_first
 from service.scoring import Inline, Pool
 from service.settings import Settings
@@ -29,7 +29,7 @@ USER_FEATURES = st.fixed_dictionaries({}, optional={"age": st.sampled_from(["25"
 
 @pytest.fixture(scope="session")
 def models(repository):
-    return load_models(Settings(models=repository))
+    return bundles.loaded(Settings(models=repository))
 
 
 class Stored(MemoryStore):

@@ -1,0 +1,531 @@
+"""A second version beside the live one: who is ranked by it, what is measured of it, and what stops it."""
+
+import asyncio
+import contextlib
+import json
+import re
+import time
+
+import bundles
+import numpy as np
+import pytest
+from conftest import running
+from processes import fill, serving
+from test_swap import CANDIDATES, USERS, publish, until_version
+
+from features.bundle import MODEL, BundleError, locked, set_current
+from features.challenger import (
+    CHALLENGER,
+    VERDICT,
+    Bounds,
+    Challenger,
+    Verdict,
+    challenge,
+    read_challenger,
+    read_verdict,
+    write_verdict,
+)
+from features.releases import promote, rollback, stop
+from features.state import UserState
+from service import challenger as at_work
+from service import reload
+from service.challenger import CHALLENGING, LIVE, SLOT_SECONDS, SLOTS, Window, at_least, judge
+from service.settings import Settings
+from tests.test_cli import refused, run
+
+pytestmark = pytest.mark.anyio
+
+FEW = Bounds(min_requests=20)
+BROKEN = 1e30
+"""A price for which the model has no number: see `bundles.TOO_DEAR`."""
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(reload, "JUDGE_SECONDS", 0.02)
+
+
+def two(models, bias=1.0, words=0, **more):
+    """A live version and one that is not."""
+    live, expected = publish(models)
+    other, expected_of_other = publish(models, bias=bias, words=words, make_current=False, **more)
+    return live, other, {live: expected, other: expected_of_other}
+
+
+async def until(client, predicate, seconds=20):
+    """Wait until `/v1/models` says so of the challenger of `din`; what it says then."""
+    async with asyncio.timeout(seconds):
+        while True:
+            (told,) = [m["challenger"] for m in (await client.get("/v1/models")).json()["models"] if m["name"] == "din"]
+            if predicate(told):
+                return told
+            await asyncio.sleep(0.02)
+
+
+def there(told):
+    return told is not None
+
+
+def stopped(told):
+    return told is not None and told["state"] == "stopped"
+
+
+@contextlib.asynccontextmanager
+async def challenged(models, store, version, mode, share, bounds=FEW, **settings):
+    """A service whose live version is challenged."""
+    async with running(Settings(models=models, redis="memory://", **settings), store) as client:
+        challenge(models, "din", Challenger(int(version), mode, share, bounds))
+        await until(client, there)
+        yield client
+
+
+async def filled(store):
+    await store.put_users((f"u{i}", UserState({"age": ("25", "35")[i % 2], "income": float(i)}, [f"a{i % 30}"], [1])) for i in USERS)
+
+
+class TestShare:
+    def test_who_falls_to_it_is_always_the_same_and_as_many_as_stated(self):
+        users = [f"u{i}" for i in range(20_000)]
+        for share in (0.05, 0.1, 0.5, 1.0):
+            facts = Challenger(7, "canary", share)
+            taken = {user for user in users if facts.takes("din", user)}
+            assert len(taken) / len(users) == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / len(users)) + 1e-9)
+            assert taken == {user for user in users if Challenger(7, "shadow", share).takes("din", user)}
+            wider = Challenger(7, "canary", min(1.0, share * 1.5))
+            assert all(wider.takes("din", user) for user in taken)
+
+    def test_another_version_or_model_takes_others(self):
+        users = [f"u{i}" for i in range(20_000)]
+        taken = [
+            {user for user in users if Challenger(version, "canary", 0.1).takes(name, user)}
+            for version, name in ((7, "a"), (8, "a"), (7, "b"))
+        ]
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert len(taken[one] & taken[other]) / len(users) == pytest.approx(0.01, abs=0.004)
+
+    def test_any_text_is_a_user(self):
+        for user in ("", "é", "\ud800", "\0", "x" * 10_000):
+            assert Challenger(7, "canary", 1.0).takes("din", user)
+
+
+class TestFile:
+    def test_it_is_read_as_it_was_written(self, tmp_path):
+        _, other, _ = two(tmp_path)
+        facts = Challenger(int(other), "shadow", 0.25, Bounds(0.02, 2.0, (0.8, 1.25), 50))
+        challenge(tmp_path, "din", facts)
+        assert read_challenger(tmp_path / "din") == facts
+        verdict = Verdict("p99", "slow")
+        write_verdict(tmp_path / "din", facts, verdict)
+        assert read_verdict(tmp_path / "din", facts) == verdict
+        again = Challenger(int(other), "shadow", 0.25)
+        challenge(tmp_path, "din", again)
+        assert read_verdict(tmp_path / "din", again) is None
+        write_verdict(tmp_path / "din", facts, verdict)  # late, of the one before
+        assert not (tmp_path / "din" / VERDICT).exists()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"share": 0},
+            {"share": 1.5},
+            {"share": float("nan")},
+            {"share": "all"},
+            {"mode": "live"},
+            {"mode": ["shadow"]},
+            {"version": "new"},
+            {"version": -1},
+            {"version": True},
+            {"since": 3},
+            {"bounds": None},
+            {"bounds": {}},
+            {"bounds": {"error_share": 2, "p99_ratio": 1, "p_click_ratio": [0, 1], "min_requests": 1}},
+            {"bounds": {"error_share": 0, "p99_ratio": 0, "p_click_ratio": [0, 1], "min_requests": 1}},
+            {"bounds": {"error_share": 0, "p99_ratio": 1, "p_click_ratio": [2, 1], "min_requests": 1}},
+            {"bounds": {"error_share": 0, "p99_ratio": 1, "p_click_ratio": [0], "min_requests": 1}},
+            {"bounds": {"error_share": 0, "p99_ratio": 1, "p_click_ratio": [0, 1], "min_requests": 0}},
+            {"more": 1},
+        ],
+    )
+    def test_one_that_is_none_is_a_sentence(self, tmp_path, change):
+        _, other, _ = two(tmp_path)
+        challenge(tmp_path, "din", Challenger(int(other), "shadow", 0.25))
+        path = tmp_path / "din" / CHALLENGER
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        with pytest.raises(BundleError, match="challenger"):
+            read_challenger(tmp_path / "din")
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"version": 1}', "x" * 70_000, "[" * 60_000])
+    def test_one_that_is_no_object_is_a_sentence(self, tmp_path, text):
+        (tmp_path / CHALLENGER).write_text(text)
+        with pytest.raises(BundleError, match="does not name a challenger"):
+            read_challenger(tmp_path)
+        (tmp_path / VERDICT).write_text(text)
+        assert read_verdict(tmp_path, Challenger(1, "shadow", 1.0)) is None
+
+    def test_the_command_line(self, tmp_path):
+        live, other, _ = two(tmp_path)
+        home, where = tmp_path / "din", ("--models", tmp_path, "--name", "din")
+        said = f"din {other} challenges the live version: canary, 0.1 of the users\n"
+        bounds = ("--max-error-share", 0.5, "--max-p99-ratio", 3, "--p-click-ratio", 0.9, 1.1, "--min-requests", 7)
+        assert run("promote", *where, "--canary", 0.1, *bounds) == (0, said, "")
+        facts = read_challenger(home)
+        assert (facts.version, facts.mode, facts.share, facts.bounds) == (int(other), "canary", 0.1, Bounds(0.5, 3, (0.9, 1.1), 7))
+        assert run("promote", *where, "--shadow", 1, "--version", other)[0] == 0
+        assert read_challenger(home).bounds == Bounds()
+        assert run("promote", *where, "--stop") == (0, "no version of din challenges the live one any more\n", "")
+        assert read_challenger(home) is None
+        refused(run("promote", *where, "--stop"), "no version of din in .* challenges")
+        refused(run("promote", *where, "--stop", "--shadow", 1), "choose one")
+        refused(run("promote", *where, "--max-p99-ratio", 1), "give --shadow or --canary too")
+        refused(run("promote", *where, "--canary", 0.1, "--version", live), "it is live")
+        refused(run("promote", *where, "--canary", 0.1, "--p-click-ratio", 2, 1), "the lower first")
+        refused(run("promote", *where, "--canary", 0.1, "--version", 7), "cannot be read")
+        refused(run("promote", "--models", tmp_path, "--name", "absent", "--canary", 0.1, "--version", 7), "absent")
+        refused(run("promote", "--models", tmp_path, "--name", "../din", "--canary", 0.1, "--version", 7), "is not a model name")
+
+    @pytest.mark.parametrize("end", [promote, rollback, stop])
+    def test_a_promotion_a_rollback_and_a_stop_end_it(self, tmp_path, end):
+        publish(tmp_path)
+        _, other, _ = two(tmp_path)
+        challenge(tmp_path, "din", facts := Challenger(int(other), "shadow", 0.25))
+        write_verdict(tmp_path / "din", facts, Verdict("p99", "slow"))
+        end(tmp_path, "din")
+        assert not {CHALLENGER, VERDICT} & {path.name for path in (tmp_path / "din").iterdir()}
+
+
+class TestCanary:
+    async def test_its_users_get_it_and_the_others_the_live_version(self, tmp_path, ads):
+        await filled(ads)
+        live, other, expected = two(tmp_path / "models", words=2)
+        async with challenged(tmp_path / "models", ads, other, "canary", 0.4, Bounds(p_click_ratio=(0, 100))) as client:
+            facts = read_challenger(tmp_path / "models" / "din")
+            users = [f"u{i}" for i in USERS]
+            assert 0 < sum(facts.takes("din", user) for user in users) < len(users)
+            for _ in range(2):
+                for user in users:
+                    ranking = await client.rank(user, CANDIDATES)
+                    version = ranking["model"]["version"]
+                    assert version == (other if facts.takes("din", user) else live)
+                    assert {ad["ad_id"]: ad["p_click"] for ad in ranking["ads"]} == pytest.approx(expected[version][user], abs=2e-6)
+            (version,) = {
+                (await client.rank(user, options={"model": "din"}))["model"]["version"] for user in users if facts.takes("din", user)
+            }
+            assert version == other
+            taken = 3 * sum(facts.takes("din", user) for user in users)
+            assert await client.metric('adrank_challenger_requests_total{mode="canary",model="din",outcome="ok"}') == taken
+            assert (await client.get("/metrics")).text.count("adrank_model_info{") == 2
+            told = await until(client, there)
+            assert (told["version"], told["mode"], told["share"], told["state"]) == (other, "canary", 0.4, "running")
+            assert told["last_10_minutes"]["requests"] == taken
+            stop(tmp_path / "models", "din")
+            await until(client, lambda told: told is None)
+            assert {(await client.rank(user))["model"]["version"] for user in users} == {live}
+            assert (await client.get("/metrics")).text.count("adrank_model_info{") == 1
+
+    async def test_its_failures_are_ranked_by_the_live_version(self, tmp_path, ads, caplog):
+        live, other, _ = two(tmp_path / "models")
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
+            spoil(client)
+            answers = [await client.rank(f"u{i}", CANDIDATES) for i in range(10)]
+            assert {answer["model"]["version"] for answer in answers} == {live}
+            assert all(len(answer["ads"]) == len(CANDIDATES) and answer["degraded"] == [] for answer in answers)
+            assert await client.metric('adrank_challenger_requests_total{mode="canary",model="din",outcome="error"}') == 10
+            assert await client.metric('adrank_requests_total{model="din",outcome="ok",route="/rank"}') == 10
+            assert caplog.text.count("failed on a request, and may on more") == 1
+
+    async def test_a_caller_whose_request_is_wrong_is_told_so_and_it_is_not_counted(self, tmp_path, ads):
+        _, other, _ = two(tmp_path / "models")
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
+            for _ in range(5):
+                answer = await client.post("/rank", json={"user": {"id": "u", "features": {"age": 3.5}}, "candidates": ["a1"]})
+                assert answer.status_code == 422, answer.text
+            assert (await until(client, there))["last_10_minutes"]["requests"] == 0
+
+    async def test_where_it_gives_no_number_the_live_version_ranks(self, tmp_path, ads):
+        live, other, _ = two(tmp_path / "models")
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
+            spoil(client, lambda scores: scores * np.float32("nan"))
+            assert (await client.rank("u1", CANDIDATES))["model"]["version"] == live
+            assert (await until(client, there))["last_10_minutes"]["errors"] == 1
+
+
+def spoil(client, act=None):
+    """Let the challenger's scorer fail, or change what it gives."""
+    scorer = client.app.state.service.ranker.challenges["din"].model.scorer
+    run = scorer.run
+
+    def spoilt(feeds):
+        if act is None:
+            raise at_work.ScoringError("as told")
+        return act(run(feeds))
+
+    scorer.run = spoilt
+
+
+async def ask(client, count, **more):
+    for i in range(count):
+        await client.rank(f"u{i}", CANDIDATES, **more)
+
+
+class TestShadow:
+    @pytest.mark.parametrize("words", [0, 2])
+    async def test_its_differences_are_exact_and_nobody_sees_it(self, tmp_path, ads, words):
+        await filled(ads)
+        live, other, expected = two(tmp_path / "models", words=words)
+        async with challenged(tmp_path / "models", ads, other, "shadow", 0.5, Bounds(p_click_ratio=(0, 100))) as client:
+            facts = read_challenger(tmp_path / "models" / "din")
+            differences = []
+            for i in USERS:
+                user = f"u{i}"
+                assert (await client.rank(user, CANDIDATES))["model"]["version"] == live
+                if facts.takes("din", user):
+                    differences += [abs(expected[other][user][ad] - expected[live][user][ad]) for ad in CANDIDATES]
+                    scored = len(differences) / len(CANDIDATES)
+                    async with asyncio.timeout(10):
+                        while await client.metric('adrank_challenger_requests_total{mode="shadow",model="din",outcome="ok"}') < scored:
+                            await asyncio.sleep(0.01)
+            assert 0 < len(differences) < len(CANDIDATES) * len(USERS)
+            assert await client.metric('adrank_shadow_difference_count{model="din"}') == len(differences)
+            assert await client.metric('adrank_shadow_difference_sum{model="din"}') == pytest.approx(
+                sum(differences), abs=1e-5 * len(differences)
+            )
+            for bound in (0.05, 0.1, 0.2):
+                below = sum(difference <= bound for difference in differences)
+                assert await client.metric(f'adrank_shadow_difference_bucket{{le="{bound}",model="din"}}') == below
+
+    async def test_one_at_a_time_and_the_rest_is_dropped(self, tmp_path, ads):
+        _, other, _ = two(tmp_path / "models")
+        async with challenged(tmp_path / "models", ads, other, "shadow", 1.0) as client:
+            await asyncio.gather(*(client.rank(f"u{i}", CANDIDATES) for i in range(8)))
+            count = 'adrank_challenger_requests_total{{mode="shadow",model="din",outcome="{}"}}'.format
+            async with asyncio.timeout(10):
+                while not await client.metric(count("ok")):
+                    await asyncio.sleep(0.01)
+            assert await client.metric(count("ok")) + await client.metric(count("dropped")) == 8
+            assert await client.metric(count("dropped")) >= 5
+
+    async def test_its_failures_are_counted_and_stop_it(self, tmp_path, ads):
+        live, other, _ = two(tmp_path / "models")
+        async with challenged(tmp_path / "models", ads, other, "shadow", 1.0, FEW) as client:
+            spoil(client)
+            async with asyncio.timeout(20):
+                while not (await until(client, there))["verdict"]:
+                    assert (await client.rank("u1", CANDIDATES))["model"]["version"] == live
+            assert (await until(client, stopped))["verdict"]["reason"] == "errors"
+
+
+class TestStop:
+    """Each of the bounds, by a real service in this process and a real model that leaves it."""
+
+    async def stops(self, client, reason, models, live):
+        async with asyncio.timeout(30):
+            while not stopped(told := await until(client, there)):
+                await ask(client, 10)
+        assert told["verdict"]["reason"] == reason
+        assert await client.metric(f'adrank_challenger_rollback_total{{model="din",reason="{reason}"}}') == 1
+        assert {(await client.rank(f"u{i}"))["model"]["version"] for i in range(20)} == {live}
+        async with asyncio.timeout(10):
+            while (models / "din" / VERDICT).exists() is False:
+                await asyncio.sleep(0.01)
+            while (await client.get("/metrics")).text.count("adrank_model_info{") != 1:
+                await asyncio.sleep(0.01)
+        return told["verdict"]["detail"]
+
+    async def test_a_model_that_fails(self, tmp_path, ads, caplog):
+        live, other, _ = two(tmp_path / "models")
+        async with challenged(tmp_path / "models", ads, other, "canary", 0.5) as client:
+            spoil(client)
+            detail = await self.stops(client, "errors", tmp_path / "models", live)
+            assert re.search(r"^\d+ of \d+ requests failed, a share of 0\.01 is allowed$", detail)
+            assert f"challenger din {other} is stopped: {detail}" in caplog.text
+
+    @pytest.mark.parametrize(("mode", "bias"), [("canary", 4.0), ("canary", -3.0), ("shadow", -3.0)])
+    async def test_a_model_whose_p_click_is_off(self, tmp_path, ads, mode, bias):
+        live, other, _ = two(tmp_path / "models", bias=bias)
+        bounds = Bounds(min_requests=20, p99_ratio=1000.0, p_click_ratio=(0.5, 1.25))
+        async with challenged(tmp_path / "models", ads, other, mode, 0.5 if mode == "canary" else 1.0, bounds) as client:
+            detail = await self.stops(client, "p_click", tmp_path / "models", live)
+            assert re.search(r"^mean p\(click\) 0\.\d+ against 0\.\d+, 0\.5 to 1\.25 times is allowed, over \d+ requests", detail)
+
+    async def test_a_model_that_is_slow(self, tmp_path, ads):
+        live, other, _ = two(tmp_path / "models", bias=0.0)
+        async with challenged(tmp_path / "models", ads, other, "canary", 0.5, Bounds(min_requests=20, p99_ratio=3.0)) as client:
+            ran = client.app.state.service.ranker.challenges["din"].model.scorer.run
+
+            def slow(feeds):
+                time.sleep(0.1)
+                return ran(feeds)
+
+            client.app.state.service.ranker.challenges["din"].model.scorer.run = slow
+            assert "3 times is allowed" in await self.stops(client, "p99", tmp_path / "models", live)
+
+    async def test_the_same_version_goes_on(self, tmp_path, ads):
+        _, other, _ = two(tmp_path / "models", bias=0.0)
+        async with challenged(tmp_path / "models", ads, other, "canary", 0.5, Bounds(min_requests=20, p99_ratio=50.0)) as client:
+            await ask(client, 200)
+            await asyncio.sleep(0.1)
+            assert (await until(client, there))["state"] == "running"
+            assert (await until(client, there))["last_10_minutes"]["requests"] > 60
+
+    async def test_what_was_stopped_stays_so_until_it_is_announced_again(self, tmp_path, ads):
+        models = tmp_path / "models"
+        live, other, _ = two(models)
+        publish(models)
+        set_current(models, "din", int(live))
+        challenge(models, "din", facts := Challenger(int(other), "canary", 1.0, FEW))
+        write_verdict(models / "din", facts, Verdict("p99", "slow"))
+        async with running(Settings(models=models, redis="memory://"), ads) as client:  # as after a restart
+            told = await until(client, stopped)
+            assert told["verdict"] == {"reason": "p99", "detail": "slow"}
+            assert (await client.rank())["model"]["version"] == live
+            challenge(models, "din", Challenger(int(other), "canary", 1.0, FEW))
+            await until_version(client, other)
+
+    async def test_a_repository_that_cannot_be_written_is_said(self, tmp_path, ads, monkeypatch, caplog):
+        def full(*_):
+            raise OSError("read-only")
+
+        monkeypatch.setattr(reload, "write_verdict", full)
+        live, other, _ = two(tmp_path / "models")
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
+            spoil(client)
+            await ask(client, 30)
+            await until(client, stopped)
+            assert (await client.rank())["model"]["version"] == live
+            assert "each will judge for itself: read-only" in caplog.text
+
+
+async def test_a_challenger_that_is_bad_is_refused(tmp_path, ads):
+    models = tmp_path / "models"
+    live, other, _ = two(models)
+    async with running(Settings(models=models, redis="memory://"), ads) as client:
+        challenge(models, "din", Challenger(int(other), "canary", 1.0))
+        with locked(models / "din"):
+            (models / "din" / CHALLENGER).write_text("{}")
+        async with asyncio.timeout(10):
+            while not (refusals := (await client.get("/v1/models")).json()["refused"]):
+                await asyncio.sleep(0.02)
+        assert "does not name a challenger" in refusals["din, challenger"]
+        damaged = bundles.publish(models, bias=2.0, make_current=False)
+        challenge(models, "din", Challenger(int(damaged.name), "canary", 1.0))
+        (damaged / MODEL).write_bytes(b"other")
+        async with asyncio.timeout(10):
+            while "digest differs" not in (await client.get("/v1/models")).json()["refused"].get("din, challenger", ""):
+                await asyncio.sleep(0.02)
+        assert {(await client.rank(f"u{i}"))["model"]["version"] for i in range(5)} == {live}
+
+
+async def test_a_challenger_that_is_promoted_is_not_loaded_again(tmp_path, ads):
+    models = tmp_path / "models"
+    _, other, _ = two(models, words=2)
+    async with challenged(models, ads, other, "shadow", 1.0) as client:
+        ranker = client.app.state.service.ranker
+        model = ranker.challenges["din"].model
+        promote(models, "din")
+        await until_version(client, other)
+        assert ranker.models.loaded["din"] is model
+        await until(client, lambda told: told is None)
+        assert (await client.get("/metrics")).text.count("adrank_model_info{") == 1
+
+
+async def test_one_worker_s_verdict_stops_it_in_all(tmp_path, server):
+    models = tmp_path / "models"
+    await fill(server.url)
+    live, other, _ = two(models, bias=-5.0)
+    async with serving(models, server.url, workers=2) as client:
+        challenge(models, "din", Challenger(int(other), "canary", 0.5, Bounds(min_requests=20, p99_ratio=1000.0)))
+        async with asyncio.timeout(30):
+            while not (models / "din" / VERDICT).exists():
+                await asyncio.gather(*(client.rank(f"u{i}", CANDIDATES) for i in USERS))
+            while len(re.findall(r"challenger din \d+ is stopped", client.log.read_text())) < 2:
+                await asyncio.sleep(0.05)
+        for _ in range(5):
+            answers = await asyncio.gather(*(client.rank(f"u{i}", CANDIDATES) for i in USERS))
+            assert {answer["model"]["version"] for answer in answers} == {live}
+        await asyncio.sleep(1.2)  # until both have written their metrics
+        assert (await client.get("/metrics")).text.count("adrank_model_info{") == 1
+        assert "Traceback" not in client.log.read_text()
+
+
+class TestJudge:
+    """What is judged, by numbers."""
+
+    def window(self):
+        self.now = 0.0
+        return Window(lambda: self.now)
+
+    def filled(self, live=(1000, 0.001, 0.1), own=(1000, 0.001, 0.1), errors=0):
+        window = self.window()
+        for side, (count, seconds, p_click) in ((LIVE, live), (CHALLENGING, own)):
+            for i in range(count):
+                window.scored(side, seconds * (1 + 0.1 * (i % 7)), p_click * (0.5 + (i % 11) / 10))
+        for _ in range(errors):
+            window.failed()
+        return window.all()
+
+    def test_the_same_is_not_stopped(self):
+        assert judge(self.filled(), Bounds()) is None
+
+    @pytest.mark.parametrize(
+        ("own", "errors", "reason"),
+        [
+            ((1000, 0.001, 0.1), 10, None),  # 1 %
+            ((1000, 0.001, 0.1), 17, None),  # chance
+            ((1000, 0.001, 0.1), 40, "errors"),
+            ((0, 0.001, 0.1), 200, "errors"),
+            ((0, 0.001, 0.1), 199, None),  # too few
+            ((1000, 0.0014, 0.1), 0, None),
+            ((1000, 0.0017, 0.1), 0, "p99"),
+            ((199, 0.1, 0.1), 0, None),
+            ((1000, 0.001, 0.19), 0, None),
+            ((1000, 0.001, 0.22), 0, "p_click"),
+            ((1000, 0.001, 0.052), 0, None),
+            ((1000, 0.001, 0.045), 0, "p_click"),
+            ((200, 0.001, 0.201), 0, None),  # chance
+        ],
+    )
+    def test_each_bound(self, own, errors, reason):
+        verdict = judge(self.filled(own=own, errors=errors), Bounds())
+        assert (verdict and verdict.reason) == reason, verdict
+
+    def test_without_requests_of_the_live_version_only_errors_count(self):
+        assert judge(self.filled((0, 0.001, 0.1), (1000, 1.0, 0.9)), Bounds()) is None
+        assert judge(self.filled((0, 0.001, 0.1), (0, 1.0, 0.9), 1000), Bounds()).reason == "errors"
+
+    def test_percentiles_are_right_to_a_bin(self):
+        random = np.random.default_rng(1)
+        window, times = self.window(), random.lognormal(-6, 1, 5000)
+        for seconds in times:
+            window.scored(LIVE, float(seconds), 0.1)
+        assert window.all().p99(LIVE) == pytest.approx(np.quantile(times, 0.99), rel=0.06)
+        for seconds in (0.0, 1e9):
+            window.scored(LIVE, seconds, 0.1)
+        assert window.all().mean(LIVE) == pytest.approx(0.1)
+
+    def test_what_is_older_than_the_window_is_forgotten(self):
+        window = self.window()
+        for step in range(3 * SLOTS):
+            self.now = step * SLOT_SECONDS
+            window.scored(LIVE, 0.001, 0.1)
+            assert window.all().scored(LIVE) == min(step + 1, SLOTS)
+        self.now += SLOTS * SLOT_SECONDS * 10
+        assert window.all().scored(LIVE) == 0
+
+    def test_a_fault_that_begins_late_is_seen_soon(self):
+        window = self.window()
+        for step in range(60):
+            self.now = step * SLOT_SECONDS
+            for i in range(1000):
+                window.scored(i % 2, 0.001, 0.1 if step < 59 or i % 2 == LIVE else 0.3)
+        assert judge(window.all(), Bounds()) is None
+        assert judge(window.newest(200), Bounds()).reason == "p_click"
+
+    def test_chance_stops_none(self):
+        """A hundred challengers that are at the bound of errors, not over it, each judged a hundred times."""
+        random, stopped = np.random.default_rng(3), 0
+        for _ in range(100):
+            errors = (random.random(20_000) < 0.01).cumsum()
+            stopped += any(at_least(float(errors[n]), n + 1) > 0.01 for n in range(199, 20_000, 199))
+        assert stopped <= 1
+        assert at_least(8, 200) > 0.01 > at_least(7, 200)

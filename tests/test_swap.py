@@ -1,0 +1,375 @@
+"""Models that are swapped while they rank: under load, bad ones, by the command line, in several workers, and what becomes of the old."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import weakref
+from dataclasses import replace
+
+import bundles
+import pytest
+from conftest import running, until_ready
+from processes import ROOT, environment, fill, serving
+
+from features import bundle
+from features.bundle import goldens_json, load_bundle, set_current
+from features.encode import AdTable, Encoder, Request, encode_request
+from features.schema import parse_schema
+from features.state import Ad, UserState
+from features.vocabulary import Vocabularies, Vocabulary, parse_vocabularies
+from service import models as service_models
+from service import reload, scorer
+from service.catalogue import put_ads
+from service.settings import Settings
+
+pytestmark = pytest.mark.anyio
+
+CANDIDATES = ["a1", "a2", "a3", "a4", "a5", "a6", "a7"]
+USERS = range(10)
+
+
+def other_words(i):
+    """Vocabularies in which every value of the genre has another id: the fingerprint differs, and so do the scores."""
+    listed = {
+        "age": ["25", "35"],
+        "genre": [f"g{j}" for j in range(i)] + ["drama", "comedy", "news"],
+        "slot": ["feed", "side"],
+        "tags": ["x", "y"],
+    }
+    text = Vocabularies({name: Vocabulary(values) for name, values in listed.items()}, {}).to_json()
+    return text.encode(), Encoder(parse_schema(bundles.SCHEMA), parse_vocabularies(text, parse_schema(bundles.SCHEMA)))
+
+
+def publish(models, name="din", bias=0.0, words=0, make_current=True):
+    """A version, and what it must answer each user, by version."""
+    text, encoder = other_words(words)
+    goldens = [
+        replace(golden, p_click=[float(p) for p in bundles.expected(golden.feeds(encoder), bias)[0]]) for golden in bundles.goldens()
+    ]
+    path = bundles.publish(models, name, bias, {bundle.VOCABULARIES: text, bundle.GOLDENS: goldens_json(goldens)}, make_current)
+    return path.name, by_hand(encoder, bias)
+
+
+def by_hand(encoder, bias, ads=bundles.ADS):
+    """What a version must answer each user of `processes.fill`."""
+    table = AdTable(encoder)
+    put_ads(table, [Ad(ad_id, features) for ad_id, features in ads.items()])
+    answers = {}
+    for i in USERS:
+        request = Request(f"u{i}", {"age": ("25", "35")[i % 2], "income": float(i)}, {}, [f"a{i % 30}"], CANDIDATES)
+        answers[f"u{i}"] = dict(zip(CANDIDATES, bundles.expected(encode_request(table, request)[0], bias)[0].tolist(), strict=True))
+    return answers
+
+
+async def version_of(client, **options):
+    return (await client.rank("u1", CANDIDATES, **options))["model"]["version"]
+
+
+async def until_version(client, version, seconds=20):
+    async with asyncio.timeout(seconds):
+        while await version_of(client) != version:
+            await asyncio.sleep(0.02)
+
+
+class Load:
+    """Callers that ask all the time; every answer must be right for the version that it names."""
+
+    def __init__(self, client, expected):
+        self.client, self.expected, self.answers, self.versions = client, expected, 0, set()
+
+    async def ask(self, user):
+        while True:
+            answer = await self.client.post("/rank", json={"user": {"id": user}, "candidates": CANDIDATES})
+            assert answer.status_code == 200, answer.text
+            ranking = answer.json()
+            assert ranking["degraded"] == []
+            version = ranking["model"]["version"]
+            assert {ad["ad_id"]: ad["p_click"] for ad in ranking["ads"]} == pytest.approx(self.expected[version][user], abs=2e-6), version
+            self.versions.add(version)
+            self.answers += 1
+
+    @contextlib.asynccontextmanager
+    async def running(self):
+        tasks = [asyncio.create_task(self.ask(f"u{i}")) for i in USERS]
+        try:
+            yield self
+        finally:
+            failed = [task.exception() for task in tasks if task.done()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert not failed, failed
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_versions_are_swapped_under_load_and_no_request_fails(tmp_path, server, workers):
+    models = tmp_path / "models"
+    await fill(server.url)
+    expected = dict([publish(models)])
+    async with serving(models, server.url, workers=workers) as client, Load(client, expected).running() as load:
+        for bias, words in ((0.5, 0), (0.0, 2), (1.0, 3), (-0.5, 3)):
+            version, answers = await asyncio.to_thread(prepared, models, bias, words)
+            expected[version] = answers
+            set_current(models, "din", int(version))
+            async with asyncio.timeout(20):
+                while len(re.findall(f"version {version} is loaded", client.log.read_text())) < workers:
+                    await asyncio.sleep(0.05)
+            before = load.answers
+            await until_version(client, version)
+            async with asyncio.timeout(20):
+                while load.answers < before + 20:
+                    await asyncio.sleep(0.02)
+        assert load.versions == expected.keys()
+        text = (await client.get("/metrics")).text
+        assert text.count("adrank_model_info{") == 1
+        assert f'version="{version}"' in text
+        assert f'adrank_model_reload_total{{result="loaded"}} {5.0 * workers}' in text
+        log = client.log.read_text()
+        assert "Traceback" not in log
+        assert "ERROR" not in log
+
+
+def prepared(models, bias, words):
+    return publish(models, bias=bias, words=words, make_current=False)
+
+
+async def test_promote_and_rollback_are_followed(tmp_path, ads):
+    models = tmp_path / "models"
+    first, _ = publish(models)
+    async with running(Settings(models=models, redis="memory://"), ads) as client:
+        assert await version_of(client) == first
+        second, _ = publish(models, bias=1.0, make_current=False)
+        for words, version in ((("promote",), second), (("rollback",), first), (("promote", "--version", second), second)):
+            command = [sys.executable, "-m", "adrank", *words, "--models", str(models), "--name", "din"]
+            done = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            await until_version(client, version)
+        assert (await client.get("/v1/models")).json()["refused"] == {}
+
+
+def damage(path):
+    (path / bundle.MODEL).write_bytes(b"other")
+
+
+def other_contract(path):
+    manifest = json.loads((path / bundle.MANIFEST).read_text())
+    (path / bundle.MANIFEST).write_text(json.dumps({**manifest, "fingerprint": "0" * 16}))
+
+
+BAD = {
+    "digest": ({}, damage, "digest differs"),
+    "file": ({}, lambda path: (path / bundle.GOLDENS).unlink(), "cannot be read"),
+    "fingerprint": ({}, other_contract, "made with feature contract 0000"),
+    "goldens": ({bundle.MODEL: bundles.model(0.01)}, lambda path: None, "golden 0 is off by"),
+    "graph": ({bundle.MODEL: b"nonsense"}, lambda path: None, "cannot be loaded"),
+    "whole": ({}, lambda path: path.rename(path.with_name("elsewhere")), "cannot be read"),
+    "current": ({}, lambda path: path.with_name("current").write_text("latest"), "does not name a version"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, caplog, kind, monkeypatch):
+    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
+    files, spoil, reason = BAD[kind]
+    models = tmp_path / "models"
+    first, _ = publish(models)
+    async with running(Settings(models=models, redis="memory://"), ads) as client:
+        bad = bundles.publish(models, bias=0.0, files=files, make_current=False)
+        if kind != "current":
+            spoil(bad)
+            set_current(models, "din", int(bad.name))
+        else:
+            spoil(bad)
+        async with asyncio.timeout(10):
+            while not (report := (await client.get("/readyz")).json())["models"]["refused"]:
+                await asyncio.sleep(0.02)
+        assert report["status"] == "degraded"
+        assert reason in report["models"]["refused"]["din"]
+        assert report["models"]["refused"]["din"].endswith(f"; version {first} stays live")
+        assert (await client.get("/v1/models")).json()["refused"] == report["models"]["refused"]
+        await asyncio.sleep(0.3)  # time for a dozen more looks
+        assert await version_of(client) == first
+        assert await client.metric('adrank_model_reload_total{result="refused"}') == 1
+        assert caplog.text.count("model din is refused") == 1
+        assert "Traceback" not in caplog.text
+        good, _ = publish(models)
+        await until_version(client, good)
+        assert (await until_ready(client, "ready"))["models"]["refused"] == {}
+
+
+async def test_a_bad_version_is_tried_again_only_when_it_was_mended(tmp_path, ads, monkeypatch):
+    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
+    tries = []
+    load = reload.load_model
+    monkeypatch.setattr(reload, "load_model", lambda path, *rest: tries.append(path.name) or load(path, *rest))
+    models = tmp_path / "models"
+    publish(models)
+    async with running(Settings(models=models, redis="memory://"), ads) as client:
+        second = bundles.publish(models, bias=1.0, make_current=False)
+        whole = (second / bundle.MODEL).read_bytes()
+        damage(second)
+        set_current(models, "din", int(second.name))
+        async with asyncio.timeout(10):
+            while second.name not in tries:
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)
+        assert tries.count(second.name) == 1
+        (second / bundle.MODEL).write_bytes(whole)
+        await until_version(client, second.name)
+        assert tries.count(second.name) == 2
+
+
+async def test_what_nobody_foresaw_is_refused_too(tmp_path, ads, monkeypatch, caplog):
+    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
+    models = tmp_path / "models"
+    first, _ = publish(models)
+    async with running(Settings(models=models, redis="memory://"), ads) as client:
+        monkeypatch.setattr(reload, "load_model", lambda *_: 1 / 0)
+        publish(models)
+        async with asyncio.timeout(10):
+            while "ZeroDivisionError" not in (await client.get("/readyz")).json()["models"]["refused"].get("din", ""):
+                await asyncio.sleep(0.02)
+        assert await version_of(client) == first
+        assert caplog.text.count("in a way nobody foresaw") == 1
+
+
+async def test_models_come_and_go_and_the_default_stays(tmp_path, ads, caplog):
+    models = tmp_path / "models"
+    publish(models, "din")
+    async with running(Settings(models=models, redis="memory://"), ads) as client:
+        publish(models, "other", bias=1.0, words=3)
+        async with asyncio.timeout(10):
+            while "other" not in (await client.get("/readyz")).json()["models"]["loaded"]:
+                await asyncio.sleep(0.02)
+        assert (await client.rank(options={"model": "other"}))["model"]["name"] == "other"
+        for name in ("other", "din"):
+            (models / name / "current").unlink()
+        async with asyncio.timeout(10):
+            while "other" in (report := (await client.get("/readyz")).json()["models"])["loaded"] or not report["refused"]:
+                await asyncio.sleep(0.02)
+        assert report["loaded"] == ["din"]
+        assert "no live version any more" in report["refused"]["din"]
+        assert (
+            await client.post("/rank", json={"user": {"id": "u"}, "candidates": ["a1"], "options": {"model": "other"}})
+        ).status_code == 404
+        assert (await client.rank())["model"]["name"] == "din"
+        models.rename(tmp_path / "gone")
+        await asyncio.sleep(1.2)
+        assert (await client.rank())["model"]["name"] == "din"
+        assert caplog.text.count("has no live version any more") == 1
+
+
+async def test_a_chosen_default_appears_later(tmp_path, ads):
+    models = tmp_path / "models"
+    publish(models, "other")
+    async with running(Settings(models=models, redis="memory://", model="late"), ads, ready=False) as client:
+        assert "model late is not usable" in (await client.get("/readyz")).json()["reasons"][0]
+        assert (await client.post("/rank", json={"user": {"id": "u"}, "candidates": ["a1"]})).status_code == 503
+        publish(models, "late", bias=1.0, words=2)
+        await until_ready(client)
+        assert (await client.rank())["model"]["name"] == "late"
+
+
+async def test_changes_of_the_catalogue_during_a_swap_are_in_the_new_table(tmp_path, ads, monkeypatch):
+    models = tmp_path / "models"
+    publish(models)
+    async with running(Settings(models=models, redis="memory://"), ads) as client:
+        catalogue = client.app.state.service.ranker.catalogue
+        fill, began, go_on = catalogue._fill, asyncio.Event(), asyncio.Event()
+
+        async def filling(*arguments):
+            began.set()
+            await go_on.wait()
+            await fill(*arguments)
+
+        monkeypatch.setattr(catalogue, "_fill", filling)
+        version, _ = publish(models, bias=1.0, words=2)
+        async with asyncio.timeout(10):
+            await began.wait()
+        changed = {**bundles.ADS, "a1": {"genre": "news", "price": 5.0}}
+        await ads.put_ads([Ad("a1", changed["a1"]), Ad("a2", {}, active=False)])
+        async with asyncio.timeout(10):
+            while catalogue.ads != 29:
+                await asyncio.sleep(0.02)
+        go_on.set()
+        await until_version(client, version)
+        _, encoder = other_words(2)
+        await ads.put_users([("u1", UserState({"age": "35", "income": 1.0}, ["a1"], [1]))])
+        ranking = await client.rank("u1", CANDIDATES)
+        answers = {ad["ad_id"]: ad["p_click"] for ad in ranking["ads"]}
+        wanted = by_hand(encoder, 1.0, changed)["u1"]
+        assert [ad["ad_id"] for ad in ranking["ads"] if not ad.get("known", True)] == ["a2"]
+        assert {**answers, "a2": 0} == pytest.approx({**wanted, "a2": 0}, abs=2e-6)
+
+
+async def test_a_request_on_its_way_ends_with_the_version_that_it_began_with(tmp_path, ads, monkeypatch):
+    models = tmp_path / "models"
+    first, _ = publish(models)
+    async with running(Settings(models=models, redis="memory://"), ads) as client:
+        arrived, go_on, get_user = asyncio.Event(), asyncio.Event(), ads.get_user
+
+        async def slow(user_id):
+            if user_id == "slow":
+                arrived.set()
+                await go_on.wait()
+            return await get_user(user_id)
+
+        monkeypatch.setattr(ads, "get_user", slow)
+        asking = asyncio.create_task(client.rank("slow", CANDIDATES))
+        await arrived.wait()
+        second, _ = publish(models, bias=1.0, words=2)
+        await until_version(client, second)
+        catalogue = client.app.state.service.ranker.catalogue
+        assert list(catalogue._ads.tables) == [load_bundle(models / "din" / second).fingerprint]
+        go_on.set()
+        assert (await asking)["model"]["version"] == first
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+async def test_nothing_of_an_old_version_stays(tmp_path, ads, device, monkeypatch):
+    monkeypatch.setattr(scorer, "PROVIDERS", {**scorer.PROVIDERS, "cuda": "CPUExecutionProvider"})
+    if device == "cuda":  # tiles and batches, on the processor
+        tiled = scorer.TiledScorer
+        monkeypatch.setattr(service_models, "TiledScorer", lambda path, _, length: tiled(path, "cpu", length))
+    models = tmp_path / "models"
+    publish(models)
+    async with running(Settings(models=models, redis="memory://", device=device, threads=1), ads) as client:
+        await client.rank()
+        ranker = client.app.state.service.ranker
+        model = ranker.models.loaded["din"]
+        old = [weakref.ref(model), weakref.ref(model.bundle), weakref.ref(model.bundle.encoder), weakref.ref(model.scorer)]
+        old += [weakref.ref(ranker.catalogue.table(model.bundle.fingerprint))]
+        threads = {thread for thread in threading.enumerate() if thread.name.startswith("score")}
+        assert len(threads) == (device == "cuda")
+        del model
+        version, _ = publish(models, bias=1.0, words=2)
+        await until_version(client, version)
+        async with asyncio.timeout(10):
+            while any(each() for each in old) or any(thread.is_alive() for thread in threads):
+                await asyncio.sleep(0.02)
+
+
+async def test_the_thread_that_loads_gives_way_and_those_that_score_do_not(tmp_path, ads, monkeypatch):
+    if sys.platform != "linux":
+        pytest.skip("priorities of threads are Linux's")
+    seen = {}
+    load, made = reload.load_model, reload.load_model.__globals__["_open"]
+
+    def noted(name, act):
+        def acting(*arguments):
+            seen[name] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+            return act(*arguments)
+
+        return acting
+
+    monkeypatch.setitem(load.__globals__, "_open", noted("open", made))
+    monkeypatch.setattr(reload, "load_model", noted("load", load))
+    publish(tmp_path / "models")
+    async with running(Settings(models=tmp_path / "models", redis="memory://"), ads):
+        here = os.getpriority(os.PRIO_PROCESS, 0)
+        assert seen == {"load": min(19, here + reload.NICE), "open": here}
