@@ -123,13 +123,15 @@ class _Resampled:
     """The metrics of `METRICS` of one model, on rows of which each user's are weighted. Nothing is sorted a second time."""
 
     def __init__(self, labels: Array, users: Array, p_click: Array) -> None:
-        self.by_p = order = np.argsort(p_click, kind="stable")
+        order = np.argsort(p_click, kind="stable")
         p, self.labels, self.users = p_click[order].astype(np.float64), labels[order].astype(np.float64), users[order]
         starts = np.flatnonzero(np.r_[True, p[1:] != p[:-1]])
         tie = np.cumsum(np.r_[False, p[1:] != p[:-1]])
-        self.first, self.end = starts[tie], np.r_[starts[1:], len(p)][tie]
-        self.gaps = self.labels - p
-        self.bins = np.repeat(np.arange(BINS), [len(part) for part in np.array_split(order, BINS)])
+        self.clicks = np.flatnonzero(self.labels)
+        self.ties = starts[tie[self.clicks]], np.r_[starts[1:], len(p)][tie[self.clicks]]
+        """Of each click, how many rows have a smaller p, and how many a smaller one or its own."""
+        self.gaps, self.others = self.labels - p, 1 - self.labels
+        self.bins = np.cumsum([0, *(len(part) for part in np.array_split(order, BINS) if len(part))])[:-1]
         losses = -np.where(self.labels > 0, np.log(np.clip(p, 1e-12, 1)), np.log1p(-np.clip(p, 0, 1 - 1e-12)))
         count = int(users.max()) + 1
         self.sums = np.stack([np.bincount(self.users, each, count) for each in (np.ones(len(p)), self.labels, p, losses)])
@@ -154,12 +156,12 @@ class _Resampled:
         """The metrics `(6,)`, and the logarithm of p(click) over clicks, where each user counts `weights (U,)` times."""
         rows, clicks, p, loss = self.sums @ weights
         rate = clicks / rows
-        each = weights[self.users].astype(np.float64)
-        below = np.r_[0.0, np.cumsum(each * (1 - self.labels))]
+        each = weights.astype(np.float64)[self.users]
+        others = np.cumsum(np.r_[0.0, each * self.others])
         pairs = clicks * (rows - clicks)
-        area = float((each * self.labels) @ (below[self.first] + below[self.end])) / 2
+        area = (each[self.clicks] * (others[self.ties[0]] + others[self.ties[1]])).sum() / 2
         ranked = weights @ self.ranked
-        error = np.abs(np.bincount(self.bins, each * self.gaps)).sum() / rows
+        error = np.abs(np.add.reduceat(each * self.gaps, self.bins)).sum() / rows
         entropy = -(rate * log(rate) + (1 - rate) * log(1 - rate)) if 0 < rate < 1 else np.nan
         none = float("nan")
         ratio = log(p / clicks) if clicks and p else none

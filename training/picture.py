@@ -1,20 +1,25 @@
 """The picture of a report, as an SVG: how p(click) and click rate agree, and each difference with its interval."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from math import isfinite
 
 from .compare import Interval
 
 WIDTH, HEIGHT, SIDE, LEFT, TOP = 980, 420, 300, 70, 60
 COLOURS = {"champion": "#8a8f98", "challenger": "#1f6feb"}
+SAME, BETTER, WORSE = "#8a8f98", "#1f6feb", "#cf222e"
 FONT = 'font-family="system-ui, sans-serif" font-size="13" fill="#24292f"'
 FOREST, ROW = (650, 290), 48
 """Left end and width of the differences' axis; the height of each."""
 
 
-def picture(reliability: Mapping[str, Sequence[tuple[float, float]]], differences: Mapping[str, Interval]) -> str:
-    """The SVG's text. `reliability` has (mean p(click), click rate) of bins by model; `differences` are challenger less champion."""
-    parts = [_reliability(reliability), *(_difference(i, name, each) for i, (name, each) in enumerate(differences.items()))]
+def picture(reliability: Mapping[str, Sequence[tuple[float, float]]], differences: Mapping[str, Interval], higher: Container[str]) -> str:
+    """The SVG's text. `reliability` has (mean p(click), click rate) of bins by model; `differences` are challenger less champion.
+
+    A metric is better where it is lower, but for those that `higher` names.
+    """
+    rows = enumerate(differences.items())
+    parts = [_reliability(reliability), *(_difference(i, name, each, name in higher) for i, (name, each) in rows)]
     if differences:
         parts.insert(1, _text(FOREST[0], TOP - 22, "challenger less champion, with 95 % intervals", "middle", FOREST[1] / 2))
     body = "\n".join(parts)
@@ -51,7 +56,7 @@ def _reliability(models: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     return "\n".join(parts)
 
 
-def _difference(i: int, name: str, each: Interval) -> str:
+def _difference(i: int, name: str, each: Interval, higher: bool) -> str:
     """A row on an axis of its own, 0 in its middle."""
     (left, width), y = FOREST, TOP + 20 + ROW * i
     middle = left + width / 2
@@ -60,7 +65,7 @@ def _difference(i: int, name: str, each: Interval) -> str:
         return "\n".join([*parts, _text(middle + 8, y + 5, "not to be had")])
     scale = width / 2 / (max(abs(each.low), abs(each.high), abs(each.value)) * 1.05 or 1.0)
     low, value, high = (middle + v * scale for v in (each.low, each.value, each.high))
-    colour = COLOURS["champion" if each.covers(0) else "challenger"]
+    colour = SAME if each.covers(0) else BETTER if (each.value > 0) == higher else WORSE
     parts.append(_line(low, y, high, y, f'stroke="{colour}" stroke-width="3"'))
     parts.append(f'<circle cx="{value:.1f}" cy="{y}" r="5" fill="{colour}"/>')
     return "\n".join([*parts, _text(middle, y + 24, f"{each.value:+.5f} ({each.low:+.5f} to {each.high:+.5f})", "middle")])

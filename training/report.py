@@ -155,7 +155,9 @@ def window_rows(window: Profile, past: Past) -> list[tuple[str, ...]]:
 
 def drawn(found: Comparison) -> str:
     """The picture of a comparison."""
-    return picture(found.reliability, {TITLES[name]: interval for name, interval in found.differences.items()})
+    return picture(
+        found.reliability, {TITLES[name]: interval for name, interval in found.differences.items()}, (TITLES["auc"], TITLES["gauc"])
+    )
 
 
 def _markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
