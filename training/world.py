@@ -7,6 +7,7 @@ the recent history says what the profile cannot. A world may go on after its log
 each day some ads leave and others come.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,7 @@ def write_log(world: World, out: Path, impressions: int = 160_000, seed: int = 7
 
 def _between(day: Array, first: int, end: int) -> pl.Series:
     return pl.Series((day >= first) & (day < end))
+
+
+if __name__ == "__main__":
+    write_log(make_world(), Path(sys.argv[1]))

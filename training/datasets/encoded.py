@@ -56,8 +56,10 @@ def _part(block: Block) -> Part:
     return Part(torch.from_numpy(block.ids), torch.from_numpy(block.numbers))
 
 
-def learn_vocabularies(data: Prepared) -> Vocabularies:
+def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Vocabularies:
     """Values and moments of the train split: most frequent first, then by the value, so that the order is certain.
+
+    What `base` has stays as it is, ids and moments, and the values that are new come after it.
 
     Raises:
         DataError: the split is absent, or a column is of another type than its field.
@@ -67,7 +69,7 @@ def learn_vocabularies(data: Prepared) -> Vocabularies:
     sums: dict[str, list[tuple[int, float, float]]] = {field.path: [] for field in schema.fields if field.transform == "standard"}
     tables = {side: data.table(side) for side in ("user", "ad")}
     for frame in data.frames("train"):
-        whole = _joined(frame, schema, tables)
+        whole = joined(frame, schema, tables)
         for field in schema.fields:
             column = column_of(whole, field)
             if column is not None and field.path in sums:
@@ -82,8 +84,12 @@ def learn_vocabularies(data: Prepared) -> Vocabularies:
     categories: dict[str, Vocabulary | HashBuckets] = {}
     for field in schema.fields:
         if field.kind != "number":
-            categories[field.vocabulary] = HashBuckets(field.buckets) if field.buckets else _vocabulary(counts[field.vocabulary], field)
-    return Vocabularies(categories, {path: _moments(parts, path) for path, parts in sums.items()})
+            kept = base.categories[field.vocabulary] if base else None
+            first = kept.values if isinstance(kept, Vocabulary) else ()
+            categories[field.vocabulary] = (
+                HashBuckets(field.buckets) if field.buckets else _vocabulary(counts[field.vocabulary], field, first)
+            )
+    return Vocabularies(categories, base.moments if base else {path: _moments(parts, path) for path, parts in sums.items()})
 
 
 def _counts(column: pl.Series) -> pl.DataFrame:
@@ -91,12 +97,13 @@ def _counts(column: pl.Series) -> pl.DataFrame:
     return flat.drop_nulls().rename("value").value_counts(name="count")
 
 
-def _vocabulary(counts: Sequence[pl.DataFrame], field: Field) -> Vocabulary:
+def _vocabulary(counts: Sequence[pl.DataFrame], field: Field, first: Sequence[str]) -> Vocabulary:
     if not counts:
         raise DataError(f"no column holds the values of {field.path}, neither the train split nor a table; prepare the data set again")
     total = pl.concat(counts).group_by("value").agg(pl.col("count").sum())
     kept = total.filter(pl.col("count") >= field.min_count).sort(["count", "value"], descending=[True, False])
-    return Vocabulary(kept["value"].to_list())
+    known = set(first)
+    return Vocabulary([*first, *(value for value in kept["value"].to_list() if value not in known)])
 
 
 def _moments(parts: Sequence[tuple[int, float, float]], path: str) -> Moments:
@@ -107,7 +114,8 @@ def _moments(parts: Sequence[tuple[int, float, float]], path: str) -> Moments:
     return Moments(mean, max(squares / count - mean**2, 0.0) ** 0.5 or 1.0)
 
 
-def _joined(frame: pl.DataFrame, schema: Schema, tables: Mapping[str, pl.DataFrame | None]) -> pl.DataFrame:
+def joined(frame: pl.DataFrame, schema: Schema, tables: Mapping[str, pl.DataFrame | None]) -> pl.DataFrame:
+    """Rows with the features of users and ads beside them, from the tables where the rows do not have their own."""
     for side, table in tables.items():
         if table is not None and not _inline(frame, schema, side):
             frame = frame.join(table, on=f"{side}_id", how="left", maintain_order="left")
@@ -165,7 +173,7 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
     for frame in frames:
         labels.append(frame["label"].to_numpy().astype(np.float32))
         names.append(frame["user_id"])
-        whole = _joined(frame, schema, {"user": users})
+        whole = joined(frame, schema, {"user": users})
         user, context = (encoder.encode(side, _columns(whole, schema.side(side)), len(frame)) for side in sides)
         parts["user"].append(user.beside(context))
         parts["ad"].append(_served_ads(frame, encoder) if isinstance(data, Log) else _encode_ads(frame, data, encoder, table))
