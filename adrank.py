@@ -261,8 +261,10 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, metric
 @click.option("--log", type=FOLDER, required=True, help="The log that adrank join writes; or a prepared data set, taken as it is.")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
 @click.option("--name", required=True, help="Name in the repository; its live version is the champion.")
-@click.option("--since", metavar="TIME", help="Begin of the window: 2026-11-22T17:00:00Z, or seconds since 1970. Default: the log's.")
-@click.option("--until", metavar="TIME", help="End of the window. Default: the log's.")
+@click.option(
+    "--since", callback=moment, metavar="TIME", help="Begin of the window: 2026-11-22T17:00:00Z, or seconds since 1970. Default: the log's."
+)
+@click.option("--until", callback=moment, metavar="TIME", help="End of the window. Default: the log's.")
 @click.option("--days", type=click.IntRange(1, 36_500), help="Length of the window, in place of --since.")
 @click.option("--start", type=click.Choice(["warm", "scratch"]), default="warm", show_default=True, help="Weights to begin with.")
 @click.option("--model", "network", help="The network, where it is not the live version's: deepfm or din.")
@@ -275,7 +277,7 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, metric
 @click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the rows.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the checks or of the gate.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
-def retrain(since: str | None, until: str | None, settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Train on a window of the log, and publish if the new version stands up to the live one; exit code 3 if not."""
     from rich.console import Console
 
@@ -287,7 +289,7 @@ def retrain(since: str | None, until: str | None, settings: tuple[str, ...], as_
     given = dict(_pair(text) for text in settings)
     given |= {name: str(value) for name in ("seed", "epochs", "gate") if (value := flags.pop(name)) is not None}
     with progress_bar() as progress:
-        report = run(Order(since=_time("--since", since), until=_time("--until", until), settings=given, **flags), progress)
+        report = run(Order(settings=given, **flags), progress)
     if as_json:
         print(json.dumps(report.as_dict()))
     else:
@@ -393,17 +395,6 @@ def _rate(text: str | None) -> Any:
     if isinstance(rate, float) and not 0 < rate <= 1e6:
         raise Refusal(f"--rate {text}: expected requests a second, above 0 and at most 1,000,000, or half")
     return rate
-
-
-def _time(flag: str, text: str | None) -> int | None:
-    """Seconds since 1970 of a time as text, UTC where it names no zone."""
-    if text is None or text.isdecimal():
-        return None if text is None else int(text)
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise Refusal(f"{flag} {text}: expected a time such as 2026-11-22T17:00:00Z, or seconds since 1970") from error
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
 def _pair(text: str) -> tuple[str, str]:
