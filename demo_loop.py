@@ -282,6 +282,7 @@ def _conclude(history: Sequence[Mapping[str, Any]], crowd: Crowd, folder: Path, 
         table.add_row(str(result["round"]), *(f"{result[arm]:.4f}" for arm in ARMS), f"{loss:+.1%}", result["versions"][-1])
     console.print(table)
     (folder / "loop.json").write_text(json.dumps({"rounds": list(history), "failed_requests": crowd.failed}, indent=1))
+    reports = folder / "models/din/reports"
     console.print(
-        f"{crowd.failed} requests failed; {folder / 'loop.json'} has the figures, {folder / 'models/din/reports'} why each model was taken or not"
+        f"{crowd.failed} requests failed. {folder / 'loop.json'} has the figures; {reports} says of each model why it was taken or not."
     )
