@@ -346,17 +346,22 @@ def rollback(models: Path, name: str) -> None:
 
 @cli.command(epilog="Example: adrank demo --once")
 @click.option("--once", is_flag=True, help="Print one ranking and stop.")
+@click.option("--loop", is_flag=True, help="Let users visit, click and change; retrain and swap the model every minute.")
+@click.option("--rounds", type=click.IntRange(2, 100), default=8, show_default=True, help="With --loop: how many minutes.")
 @click.option("--port", type=int, default=8000, show_default=True, help="Port of the service.")
 @click.option(
     "--dir", "folder", type=FOLDER, default="data/demo", show_default=True, help="Where the demo's data and models go, anew each time."
 )
-def demo(once: bool, port: int, folder: Path) -> None:
-    """Make a synthetic ad world, train DIN and DeepFM on its log, serve them, and rank for a user."""
+def demo(once: bool, loop: bool, rounds: int, port: int, folder: Path) -> None:
+    """Make a synthetic ad world, train DIN and DeepFM on its log, serve them, and rank for a user; --loop closes the loop."""
     from demo import run
+    from demo_loop import run as run_loop
 
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: the store and the service end with the demo
         signal.signal(ending, signal.default_int_handler)
-    run(folder, port, once)
+    if loop and once:
+        raise Refusal("--once stops after one ranking, --loop goes on: choose one")
+    run_loop(folder, port, rounds) if loop else run(folder, port, once)
 
 
 @cli.command(epilog="Example: adrank bench --url http://127.0.0.1:8000 --redis redis://127.0.0.1:6379/0 --candidates 500 --rate half")
