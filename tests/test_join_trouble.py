@@ -135,6 +135,10 @@ async def test_entries_whose_acknowledgement_failed_are_not_taken_again_after_th
         await joiner.drain(True)
     assert rows(joining.folder)["ad_id"].to_list() == ["a1", "a2", "a3"]
     assert streams.lengths() == (0, 0)
+    streams.add(*(ranking(f"more{i}") for i in range(3)))
+    streams.redis.xtrim(SERVED, maxlen=1, approximate=False)
+    await joining.once()
+    assert joining.counts["trimmed"] == 2  # an entry that was read twice counts as taken once
 
 
 async def test_an_emptied_redis_is_noticed_and_what_was_taken_is_kept(streams, joining, server):

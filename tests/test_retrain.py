@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import bundles
 import numpy as np
 import polars as pl
 import pytest
@@ -328,6 +329,13 @@ def test_other_fields_need_a_start_from_scratch(tmp_path: Path, models: Path) ->
         RetrainError, match=r"the fields of .*schema\.toml are not those of the live version .*, so its weights do not fit; use"
     ):
         retrain(Order(log, models, "shop"), small.quiet())
+
+
+def test_a_live_version_that_training_did_not_make_is_a_sentence(log: Path, tmp_path: Path) -> None:
+    bundles.publish(tmp_path, "din")
+    refused(
+        run("retrain", "--log", log, "--models", tmp_path, "--name", "din"), "has no calibration.json, so nothing can be compared with it"
+    )
 
 
 def test_a_report_that_cannot_be_written_is_a_sentence(log: Path, models: Path, tmp_path: Path) -> None:

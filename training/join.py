@@ -11,8 +11,7 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol
+from collections.abc import Awaitable, Callable
 
 from features.events import Event
 from features.served import unpack_served
@@ -24,9 +23,10 @@ from .join_clock import Clock
 from .join_files import NOTHING, Builder, Columns, Content, grouped, unjoined
 from .join_log import JoinError, Log, hour_folder, only_joiner, write_parquet
 from .join_plan import JOINED, JoinSettings, plan, sweep
-from .join_quality import PLACES, Windows
+from .join_quality import Windows
 from .join_records import DAMAGED, damaged, new_event, new_ranking, read_event, revision_key
 from .join_state import NO_ROOM, Held, NewEvent, NewRanking, NoRoomError, Part, State
+from .join_told import JoinWatch, Told
 
 READ = 500
 """Entries of a read: what is in memory and in one transaction at once."""
@@ -39,31 +39,6 @@ TRIMMED, STREAM_LOST, CLOCK_JUMPED, DISK_FULL, UNREACHABLE = "trimmed", "stream_
 DUPLICATE = "duplicate"
 
 log = logging.getLogger(__name__)
-
-
-class JoinWatch(Protocol):
-    """Who is told what the joiner does."""
-
-    def events(self, type_: str, outcome: str, count: int) -> None:
-        """Events ended so."""
-
-    def incident(self, kind: str, count: int) -> None:
-        """Something happened that should not: `trimmed`, `disk_full` and the like."""
-
-    def rankings(self, model: str, count: int) -> None:
-        """Rankings of a model were written."""
-
-    def rows(self, model: str, position: str, count: int, clicks: int, p_click: float) -> None:
-        """Rows of a position were written, with so many clicks, and p(click) that sum to so much."""
-
-    def quality(self, model: str, calibration: float, by_position: Mapping[str, float], entropy: float) -> None:
-        """What a model's newest rows come to."""
-
-    def drift(self, model: str, by_field: Mapping[str, float]) -> None:
-        """How far the fields of a model's newest rows have drifted."""
-
-    def stream(self, stream: str, backlog: int, lag: float) -> None:
-        """So many entries stand in a stream, the oldest of them for so many seconds."""
 
 
 async def join_log(streams: Callable[[], Streams], into: Log, settings: JoinSettings, watch: JoinWatch, once: str | None = None) -> str:
@@ -100,19 +75,17 @@ class Joiner:
             HeldError: the log's state cannot be used.
             NoRoomError: the disk is full.
         """
-        self._streams, self._log, self._settings, self._watch = streams, log_, settings, watch
+        self._streams, self._log, self._settings = streams, log_, settings
         self._clock = clock or Clock()
         self._state = State(log_.state, log_.first_part)
         self._columns = Columns(log_.schema)
-        self._windows = Windows(log_.models)
+        self._told = Told(watch, Windows(log_.models))
         self._read_to: dict[Stream, float] = dict.fromkeys(STREAMS, -math.inf)
         """By stream, up to when it has been read."""
         self._drained: set[Stream] = set()
         """The streams that had no more to read at some time."""
-        self._swept = self._looked = self._told = -math.inf
+        self._swept = self._looked = self._logged = -math.inf
         self._stop = asyncio.Event()
-        self.counts: Counter[str] = Counter()
-        """What has happened since the start, for people: rankings and rows written, and events and incidents by what they were."""
 
     def stop(self) -> None:
         """End soon, between two steps."""
@@ -167,7 +140,7 @@ class Joiner:
             try:
                 busy = await step()
             except (StoreError, NoRoomError) as error:
-                self._incident(DISK_FULL if isinstance(error, NoRoomError) else UNREACHABLE)
+                self._told.incident(DISK_FULL if isinstance(error, NoRoomError) else UNREACHABLE)
                 if not tries:
                     log.warning("waiting: %s", error)
                 await self._rest(RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)])
@@ -216,7 +189,7 @@ class Joiner:
     async def _lost(self, stream: Stream, error: Exception) -> None:
         log.warning("%s: Redis has been emptied, and entries that were not yet taken are lost", error)
         self._state.forget(stream)
-        self._incident(STREAM_LOST)
+        self._told.incident(STREAM_LOST)
         await self._begin(stream)
 
     def _reached(self, stream: Stream, batch: Batch, began: float) -> float:
@@ -241,10 +214,10 @@ class Joiner:
         if stream == SERVED:
             self._state.take_rankings(stream, last, count, rankings, events)
             if early := sum(ranking.ahead > self._settings.lateness for ranking in rankings):
-                self._incident(CLOCK_JUMPED, early)
+                self._told.incident(CLOCK_JUMPED, early)
             return
         for repeated in self._state.take_events(stream, last, count, events, now):
-            self._event(types.get(repeated.key, DAMAGED), DUPLICATE)
+            self._told.event(types.get(repeated.key, DAMAGED), DUPLICATE)
 
     # Writing
 
@@ -295,7 +268,7 @@ class Joiner:
                 raise NoRoomError(f"the disk of {folder} is full: {error.strerror}") from error
             raise JoinError(f"the log {folder} cannot be written: {error}") from error
         self._state.done(part, new, self._clock.now())
-        self._report(content, rankings, settled)
+        self._told.written(content, rankings, settled)
 
     def _content(self, part: Part, settled: list[tuple[Held, Event | None]]) -> tuple[Content, Counter[str]]:
         joined = [(held.ranking, event) for held, event in settled if held.outcome == JOINED and event is not None]
@@ -309,37 +282,9 @@ class Joiner:
 
     # Telling
 
-    def _report(self, content: Content, models: Counter[str], settled: list[tuple[Held, Event | None]]) -> None:
-        for kind, count in content.troubles.items():
-            self._incident(kind, count)
-        for (type_, outcome), count in Counter((event.type if event else DAMAGED, held.outcome or "") for held, event in settled).items():
-            self._event(type_, outcome, count)
-        for name, count in models.items():
-            self._watch.rankings(self._windows.name(name), count)
-        self.counts["rankings"] += models.total()
-        self.counts["rows"] += len(content.rows)
-        if len(content.rows):
-            self._report_quality(content)
-
-    def _report_quality(self, content: Content) -> None:
-        for name, (sums, quality) in self._windows.add(content.rows).items():
-            for place, rows, clicks, p_click in zip(PLACES, sums.rows, sums.clicks, sums.p_click, strict=True):
-                if rows:
-                    self._watch.rows(name, place, int(rows), int(clicks), float(p_click))
-            self._watch.quality(name, quality.calibration, quality.by_place, quality.normalised_entropy)
-            self._watch.drift(name, quality.drift)
-
-    def _event(self, type_: str, outcome: str, count: int = 1) -> None:
-        self._watch.events(type_, outcome, count)
-        self.counts[f"{type_} {outcome}"] += count
-
-    def _incident(self, kind: str, count: int = 1) -> None:
-        self._watch.incident(kind, count)
-        self.counts[kind] += count
-
     def _watch_clock(self) -> None:
         if jump := self._clock.jumped():
-            self._incident(CLOCK_JUMPED)
+            self._told.incident(CLOCK_JUMPED)
             log.warning(
                 "the clock jumped by %+.0f s; no window closes early for it. If the new time is right, start the joiner again", jump
             )
@@ -352,20 +297,20 @@ class Joiner:
                 extent = await self._streams.extent(stream)
             except StreamLostError:
                 continue  # the next read finds out
-            self._watch.stream(stream, extent.length, 0.0 if extent.oldest is None else max(0.0, self._looked - extent.oldest))
+            self._told.watch.stream(stream, extent.length, 0.0 if extent.oldest is None else max(0.0, self._looked - extent.oldest))
             if gone := self._state.trimmed(stream, extent.added, extent.length):
-                self._incident(TRIMMED, gone)
+                self._told.incident(TRIMMED, gone)
                 log.warning("%d entries of %s were trimmed before they were read; they are lost", gone, stream)
 
     def _tell(self) -> None:
         now = time.monotonic()
-        if now - self._told >= TELL_SECONDS:
-            self._told = now
+        if now - self._logged >= TELL_SECONDS:
+            self._logged = now
             log.info("%s", self.summary())
 
     def summary(self) -> str:
         """What has happened since the start, in a line."""
-        return "joined " + ", ".join(f"{count:,} {what}" for what, count in sorted(self.counts.items())) if self.counts else "nothing yet"
+        return self._told.summary()
 
 
 def _event(held: Held) -> Event | None:

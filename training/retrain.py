@@ -27,7 +27,7 @@ from . import compare, window
 from .datasets.encoded import encode_split
 from .datasets.log import Log, is_log, open_log
 from .datasets.prepared import Prepared, open_prepared
-from .export import METRICS, check_int8, contents, scores, scores_of
+from .export import CALIBRATION, METRICS, check_int8, contents, scores, scores_of
 from .networks import NETWORKS
 from .report import DONE, Report, brief
 from .train import Start, Trained, TrainSettings, overridden, train
@@ -175,6 +175,10 @@ def _end(log: Path) -> int:
 
 def _plan(order: Order, data: Prepared) -> Plan:
     champion = load_bundle(current_path(order.models, order.name)) if (order.home / CURRENT).exists() else None
+    if champion and (lacking := {CALIBRATION, METRICS} - champion.files):
+        raise RetrainError(
+            f"the live version {champion.path} has no {min(lacking)}, so nothing can be compared with it; adrank train makes one"
+        )
     family = order.network or (champion.manifest.get("network") if champion else order.name)
     if family not in NETWORKS:
         raise RetrainError(f"there is no network {family!r}; name one with --model: {', '.join(NETWORKS)}")
