@@ -112,9 +112,13 @@ class Ad:
 def _told(known: Features, changed: Mapping[str, float], news: Features, ts: float) -> tuple[Features, Mapping[str, float]]:
     fresh = {name: value for name, value in news.items() if ts >= changed.get(name, NEVER)}
     together = {name: value for name, value in {**known, **fresh}.items() if name not in fresh or value is not None}
-    times = {**changed, **dict.fromkeys(fresh, ts)}
-    if max(len(together), len(times)) > FEATURES_LIMIT:
+    if len(together) > FEATURES_LIMIT:
         raise StateError(f"it would have more than {FEATURES_LIMIT} features; take some away first, by sending null for them")
+    times = {**changed, **dict.fromkeys(fresh, ts)}
+    # When a feature was taken away is remembered as long as there is room, since names could be made up without end.
+    taken_away = sorted(times.keys() - together.keys() - {ACTIVE}, key=times.__getitem__)
+    for name in taken_away[: max(0, len(times) - FEATURES_LIMIT)]:
+        del times[name]
     return together, times
 
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from features.events import JOINED, pack_event
 from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, StoreError
+from features.streams import EVENTS, FIELD
 from features.subject import Change, Outcome, Subject, together
 
 from .line import Command, Line, ReplyError
 
-EVENTS = "adrank:events"
 ATTEMPTS = 60
 """How often a change is tried while others change the same. Of those who try at once, one succeeds each time."""
 PAUSE_SECONDS = 0.0005
@@ -147,7 +147,7 @@ class EventStore:
                 f"{length:,} events wait to be joined, the most that are kept; see whether adrank join runs, and send these again later"
             )
             raise StoreError("backlog", detail)
-        _unrefused(await self._line.ask_all([(b"XADD", EVENTS, b"*", b"v", pack_event(event)) for event in events]))
+        _unrefused(await self._line.ask_all([(b"XADD", EVENTS, b"*", FIELD, pack_event(event)) for event in events]))
 
     async def _write(self, turns: Mapping[int, _Turn]) -> dict[int, bytes]:
         if not turns:

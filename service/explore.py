@@ -11,13 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from features.policy import FLOOR
 from features.vocabulary import Ids
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
-COLDEST, HOTTEST = 0.01, 100.0
-"""Bounds of a temperature: colder than this hardly ever explores, hotter is uniform."""
-FLOOR = 1e-12
-"""What a value of 0 counts as where weights are made of values: every ad then has a chance, if a small one."""
 
 
 class Drawn(NamedTuple):

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from .explore import COLDEST, HOTTEST
+from features.policy import COLDEST, HOTTEST
 
 PREFIX = "ADRANK_"
 SCHEMES = ("redis", "rediss", "unix", "memory")

@@ -34,6 +34,7 @@ from features.state import (
     unpack_ad,
     unpack_user,
 )
+from features.streams import FIELD, SERVED
 from features.subject import Outcome, Subject
 
 from .event_store import UNTOLD, Bounds, EventStore, Place
@@ -44,7 +45,6 @@ HASHES = 64
 BATCH = 500
 """Ads of one stream entry, users of one pipeline, ads of one scan: what is held in memory and on the wire at once."""
 CHANGES_KEPT = 10_000
-SERVED = "adrank:served"
 ENTRIES_READ = 8
 BULK_SECONDS = 30.0
 """A bulk step, such as one batch of a load, may take this long; the request path has its own, short timeout."""
@@ -98,7 +98,7 @@ class RedisStore:
         # A line of their own: the read of a ranking must not stand behind a thousand events.
         self._eventful = Line(_address(url), EVENT_SECONDS)
         self._events = EventStore(self._eventful, place, ttl, bounds)
-        self._slow = _connect(url, 8)  # the follower blocks on its connection; a request must never wait for that one
+        self._slow = connect(url, 8)  # the follower blocks on its connection; a request must never wait for that one
 
     async def get_user(self, user_id: str) -> UserState | None:
         """See `Store`; gives up after the timeout, whatever Redis or the network do."""
@@ -116,7 +116,7 @@ class RedisStore:
     async def put_users(self, users: Iterable[tuple[str, UserState]]) -> None:
         """See `Store`."""
         for batch in _batches(users):
-            async with _answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
+            async with answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
                 for user_id, state in batch:
                     pipe.set(user_key(user_id), pack_user(user_id, state), ex=self._ttl)
                 await pipe.execute()
@@ -127,7 +127,7 @@ class RedisStore:
             hashes: dict[str, dict[str, bytes]] = defaultdict(dict)
             for ad in batch:
                 hashes[ads_key(ad.ad_id)][ad.ad_id] = pack_ad(ad)
-            async with _answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
+            async with answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
                 for key, values in hashes.items():
                     pipe.hset(key, mapping=values)
                 await pipe.execute()
@@ -144,7 +144,7 @@ class RedisStore:
             raise _told(error, EVENT_SECONDS) from error
         # Those of duplicates too: who did such an event first may not have lived to announce it.
         for batch in _batches(dict.fromkeys(subject.id for subject in subjects if subject.kind == "ad")):
-            async with _answering(EVENT_SECONDS):
+            async with answering(EVENT_SECONDS):
                 await self._announce(batch)
         return outcomes
 
@@ -153,20 +153,20 @@ class RedisStore:
         for n in range(HASHES):
             cursor = -1
             while cursor:
-                async with _answering(BULK_SECONDS):
+                async with answering(BULK_SECONDS):
                     cursor, found = await self._slow.hscan(f"adrank:ads:{{{n}}}", max(cursor, 0), count=BATCH)
                 yield [ad for ad_id, value in found.items() if (ad := self._ad(ad_id, value))]
 
     async def cursor(self) -> str:
         """See `Store`. The id of the last change, and how many there have ever been."""
-        async with _answering(BULK_SECONDS):
+        async with answering(BULK_SECONDS):
             last, added, _ = await self._stream()
         return f"{last}/{added}"
 
     async def changed_ads(self, cursor: str, wait: float) -> tuple[list[Ad], str]:
         """See `Store`."""
         last, _, count = cursor.partition("/")
-        async with _answering(wait + FOLLOW_SECONDS):
+        async with answering(wait + FOLLOW_SECONDS):
             # A block of 0 would wait for ever.
             reply = await self._slow.xread({CHANGES: last}, count=ENTRIES_READ, block=max(1, int(wait * 1000)))
             # Checked after reading: what was read before it was trimmed is not lost.
@@ -219,7 +219,7 @@ class RedisStore:
 
     async def append_served(self, records: Sequence[bytes]) -> int:
         """See `Store`. Never sent twice, so that a record has one id in the stream."""
-        commands: list[Command] = [(b"XADD", SERVED, b"*", b"v", record) for record in records]
+        commands: list[Command] = [(b"XADD", SERVED, b"*", FIELD, record) for record in records]
         try:
             replies = await self._served.ask_once([*commands, (b"XLEN", SERVED)])
         except (OSError, hiredis.ReplyError) as error:
@@ -241,7 +241,7 @@ class RedisStore:
         await self._slow.aclose()
 
 
-def _connect(url: str, connections: int) -> Any:
+def connect(url: str, connections: int) -> Any:
     """A client. Untyped: redis-py's types of replies are the union over all of its modes."""
     # RESP2, since RESP3 lets the server push data between replies, and redis-py then stops checking a pooled connection for
     # stray data. One immediate retry mends a connection that the server closed while idle; backing off is for the follower.
@@ -264,7 +264,7 @@ def _address(url: str) -> Address:
 
 
 @asynccontextmanager
-async def _answering(seconds: float) -> AsyncIterator[None]:
+async def answering(seconds: float) -> AsyncIterator[None]:
     """Bound what is done inside, and turn its failures into `StoreError`s."""
     try:
         async with asyncio.timeout(seconds):

@@ -8,7 +8,7 @@ from redis.exceptions import ResponseError
 
 from features.streams import FIELD, Batch, Entry, Extent, Stream, StreamLostError
 
-from .store import _answering, _connect
+from .store import answering, connect
 
 GROUP, CONSUMER = "join", "joiner"
 SECONDS = 30.0
@@ -24,7 +24,7 @@ class RedisStreams:
     """
 
     def __init__(self, url: str) -> None:
-        self._redis = _connect(url, 4)
+        self._redis = connect(url, 4)
         self._from: dict[Stream, str] = {}
         """By stream the last entry of the pending ones that was read again, or `NEW` when there are none left."""
 
@@ -83,7 +83,7 @@ class RedisStreams:
     async def _asking(self, stream: Stream) -> AsyncIterator[None]:
         """Read what is pending again if this fails, and tell a stream that is gone from a Redis that does not answer."""
         try:
-            async with _answering(SECONDS):
+            async with answering(SECONDS):
                 try:
                     yield
                 except ResponseError as error:

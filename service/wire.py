@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainValidator, Tag, WithJsonSchema
 
+from features.policy import COLDEST, HOTTEST
 from features.state import HISTORY_LIMIT
 
-from .explore import COLDEST, HOTTEST
 from .metrics import Stages
 from .ranker import Ranking
 

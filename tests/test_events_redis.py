@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from features.events import unpack_event
 from features.state import Ad, StoreError, UserState, pack_user
+from features.streams import EVENTS
 from features.subject import by_subject
-from service.event_store import EVENTS, Bounds, EventStore
+from service.event_store import Bounds, EventStore
 from service.store import CHANGES, RedisStore, ads_key, place, user_key
 from tests.test_events import known_events, settled
 from tests.test_store import NOW, ODD, ad, applied, click, shown, user

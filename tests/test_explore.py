@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from service.explore import FLOOR, EpsilonGreedy, PlackettLuce, best_first
+from features.policy import FLOOR
+from service.explore import EpsilonGreedy, PlackettLuce, best_first
 from service.explore import arrange as arrange_rows
 from service.wire import RankAnswer
 

@@ -89,8 +89,7 @@ def ranked(draw: st.DrawFn) -> list[Served]:
                 history=history,
                 ads={ad_id: pack_features(draw(FEATURES)) for ad_id in known},
                 unknown=left,
-                # A null sent with an ad that the catalogue does not know is the one thing that the log cannot tell from nothing sent.
-                sent={ad_id: {n: v for n, v in told.items() if v is not None or ad_id not in left} for ad_id, told in sent.items()},
+                sent=sent,
             )
         )
     return found

@@ -15,6 +15,7 @@ from processes import fill, serving, workers_of
 
 from features.served import pack_served, unpack_served
 from features.state import Ad, MemoryStore, StoreError, UserState, unpack_features
+from features.streams import SERVED
 from service import served as module
 from service.catalogue import Catalogue
 from service.explore import EpsilonGreedy, PlackettLuce
@@ -23,7 +24,7 @@ from service.ranker import Query, Ranker
 from service.scoring import Inline
 from service.served import ServedLog, served
 from service.settings import Settings
-from service.store import SERVED, RedisStore
+from service.store import RedisStore
 
 pytestmark = pytest.mark.anyio
 LEFT = {"left": {"genre": "news", "price": 7.0}, "deleted": {"genre": "drama"}}

@@ -28,6 +28,7 @@ from .datasets.encoded import Rows, encode_split
 from .datasets.prepared import Prepared, column_of
 from .drift import REFERENCE, make_reference
 from .evaluate import Metrics, measure
+from .graph import chunks, feeds_of
 from .networks import NETWORKS
 from .networks.blocks import Part
 from .networks.din import LocalActivation
@@ -44,8 +45,6 @@ SIZES = (1, 2, 7, 64)
 SAMPLE = (3, 31, 41)
 """Requests, behaviours and candidates of the request that is traced: no size derived from them, such as the number of tiles, is 1."""
 GOLDEN_ROWS = 8
-SCORED_ROWS = 128
-"""Requests of one candidate that are scored at once; a served graph holds a matrix for each behaviour of each of them."""
 SHOWN_ROWS = 16_384
 """Rows of the train split that int8 scales are taken from."""
 CALIBRATION, METRICS = "calibration.json", "metrics.json"
@@ -285,7 +284,7 @@ def _int8(data: Prepared, trained: Trained, graph: bytes, progress: Progress) ->
     shown, judged = encode_split(data, "train", trained.encoder), encode_split(data, "test", trained.encoder)
     some = np.random.default_rng(1).permutation(len(shown))[:SHOWN_ROWS]
     schema = trained.encoder.schema
-    coarse = quantised(graph, (_feeds(schema, shown, chunk) for chunk in _chunks(np.sort(some))))
+    coarse = quantised(graph, (feeds_of(schema, shown, chunk) for chunk in chunks(np.sort(some))))
     measured = [
         measure(judged.labels, scores(each, schema, trained.calibration, judged, progress), judged.users) for each in (graph, coarse)
     ]
@@ -319,19 +318,5 @@ def scores_of(
 def scores(graph: bytes, schema: Schema, calibration: Calibration, rows: Rows, progress: Progress) -> np.ndarray[Any, np.dtype[np.float64]]:
     """What a graph gives for encoded rows `(N,)`, with the correction of the log's sampling taken back, to compare with their labels."""
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    chunks = progress.track(_chunks(np.arange(len(rows))), description="scoring")
-    return calibration.to_log(np.concatenate([session.run(None, _feeds(schema, rows, chunk))[0][:, 0] for chunk in chunks]))
-
-
-def _chunks(rows: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-    return np.array_split(rows, range(SCORED_ROWS, len(rows), SCORED_ROWS))
-
-
-def _feeds(schema: Schema, rows: Rows, chunk: np.ndarray[Any, Any]) -> Feeds:
-    parts = dict(zip(("user", "history", "ad"), rows.batch(chunk), strict=True))
-    return {name: _laid_out(parts[part], name).numpy() for name, (part, _) in schema.tensors.items()}
-
-
-def _laid_out(part: Part, name: str) -> Tensor:
-    values = part.ids if name.endswith("_ids") else part.numbers
-    return values if part.rows is None else values[part.rows]
+    some = progress.track(chunks(np.arange(len(rows))), description="scoring")
+    return calibration.to_log(np.concatenate([session.run(None, feeds_of(schema, rows, chunk))[0][:, 0] for chunk in some]))

@@ -26,16 +26,24 @@ class Graph:
 
     def p_click(self, rows: Rows, ads: Block | None = None) -> Array:
         """The probabilities `(N,)` float32 of the rows' own ads, or those `(N, C)` of `ads (N, C, ...)` for each of the rows."""
-        some = rows.ad.take(np.arange(len(rows))[:, None]) if ads is None else ads
-        step = max(1, min(REQUESTS, PAIRS // some.ids.shape[1]))
-        chunks = np.array_split(np.arange(len(rows)), range(step, len(rows), step))
-        scores: Array = np.concatenate([self._session.run(None, self._feeds(rows, some, chunk))[0] for chunk in chunks])
+        step = REQUESTS if ads is None else max(1, min(REQUESTS, PAIRS // ads.ids.shape[1]))
+        scores: Array = np.concatenate(
+            [self._session.run(None, feeds_of(self.schema, rows, some, ads))[0] for some in chunks(np.arange(len(rows)), step)]
+        )
         return scores[:, 0] if ads is None else scores
 
-    def _feeds(self, rows: Rows, ads: Block, chunk: Array) -> Feeds:
-        longest = max(1, int((rows.history[chunk] > 0).sum(1).max(initial=0)))
-        blocks = {"user": rows.user.take(chunk), "history": rows.behaviours.take(rows.history[chunk][:, :longest]), "ad": ads.take(chunk)}
-        return {
-            name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)
-            for name, (part, _) in self.schema.tensors.items()
-        }
+
+def chunks(rows: Array, step: int = REQUESTS) -> list[Array]:
+    """Numbers of rows, so many at a time."""
+    return np.array_split(rows, range(step, len(rows), step))
+
+
+def feeds_of(schema: Schema, rows: Rows, some: Array, ads: Block | None = None) -> Feeds:
+    """The tensors of some rows: requests of their own ad, or of `ads (N, C, ...)`."""
+    longest = max(1, int((rows.history[some] > 0).sum(1).max(initial=0)))
+    own = rows.ad.take(some[:, None]) if ads is None else ads.take(some)
+    blocks = {"user": rows.user.take(some), "history": rows.behaviours.take(rows.history[some][:, :longest]), "ad": own}
+    return {
+        name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)
+        for name, (part, _) in schema.tensors.items()
+    }
