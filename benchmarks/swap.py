@@ -132,9 +132,7 @@ def swaps(subject: Subject, built: Built, models: Path, made: Sequence[str], req
     for released, version in zip(noting.released, map(int, made), strict=True):
         answered = due + took
         if not (by == version).any():
-            raise LoadError(
-                f"version {version} never answered; its release was {clock() - released:.0f} s ago: give more time with --every"
-            )
+            raise LoadError(f"version {version} never answered; give more time with --every")
         first = float(answered[by == version].min())
         later = (due >= released) & (by != version) & (answered < first + every / 2)
         last = float(answered[later].max(initial=first))

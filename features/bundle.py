@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -86,7 +86,7 @@ class Bundle:
         """The encoder of this bundle's schema and vocabularies."""
         return Encoder(self.schema, self.vocabularies)
 
-    @cached_property
+    @property
     def goldens(self) -> list[Golden]:
         """The requests that the model must score as training did."""
         try:
@@ -336,22 +336,23 @@ def check_files(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_bundle(path: Path, manifest: Mapping[str, Any]) -> Bundle:
-    """The bundle whose files have been checked.
+def read_bundle(path: Path, manifest: Mapping[str, Any], others: Collection[Bundle] = ()) -> Bundle:
+    """The bundle whose files have been checked. What its vocabularies have in common with those of the others is in memory once.
 
     Raises:
         BundleError: it lacks a file, or was made by other feature code.
     """
     try:
         schema = parse_schema((path / SCHEMA).read_text("utf-8"))
-        vocabularies = parse_vocabularies((path / VOCABULARIES).read_text("utf-8"), schema)
+        vocabularies = parse_vocabularies((path / VOCABULARIES).read_text("utf-8"), schema, [other.vocabularies for other in others])
         if {MODEL, SCHEMA, VOCABULARIES, GOLDENS} - set(manifest["files"]):
             raise BundleError(f"bundle {path}: {MANIFEST} does not list all of its files")
-    except (OSError, ValueError, SchemaError) as error:
+        ours, theirs = fingerprint(schema, vocabularies), manifest.get("fingerprint")
+    except (OSError, ValueError, TypeError, SchemaError) as error:
         raise _unreadable(path, error) from error
-    ours, theirs = fingerprint(schema, vocabularies), manifest.get("fingerprint")
     if theirs != ours:
         raise BundleError(f"bundle {path}: made with feature contract {theirs}, this program has {ours}; train it again with this version")
+    vocabularies = next((other.vocabularies for other in others if other.fingerprint == ours), vocabularies)
     return Bundle(path, str(manifest["name"]), int(manifest["version"]), ours, schema, vocabularies, manifest)
 
 

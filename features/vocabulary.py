@@ -3,9 +3,11 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from json.decoder import scanstring  # type: ignore[attr-defined]  # in C, and of one string
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ ENCODING = 1
 """Raise this whenever encoding changes what it does: it is part of every fingerprint, so old bundles are refused."""
 AT_ONCE = 5_000
 """Values written at once: about half a millisecond."""
+BEGINNING = '{"categories":{'
 
 Ids = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float32]
@@ -88,7 +91,7 @@ class Vocabularies:
 
     def json_pieces(self) -> Iterator[bytes]:
         """The text in pieces, each made so soon that other threads need not wait."""
-        before = b'{"categories":{'
+        before = BEGINNING.encode()
         for name, vocabulary in self.categories.items():
             if isinstance(vocabulary, Vocabulary):
                 yield before + orjson.dumps(name) + b":["
@@ -104,13 +107,16 @@ class Vocabularies:
         )
 
 
-def parse_vocabularies(text: str, schema: Schema) -> Vocabularies:
-    """Read a `vocabularies.json`.
+def parse_vocabularies(text: str, schema: Schema, others: Iterable[Vocabularies] = ()) -> Vocabularies:
+    """Read a `vocabularies.json`. What the others have in memory already, under the same name, is not kept twice.
 
     Raises:
         ValueError: it is not JSON of that form, or lacks a vocabulary that the schema needs.
     """
-    document = orjson.loads(text)
+    try:
+        document = _read(text, others)
+    except (ValueError, IndexError):  # written by someone else, or not JSON, which is told better here
+        document = orjson.loads(text)
     try:
         listed, moments = document["categories"], document["moments"]
         categories: dict[str, Vocabulary | HashBuckets] = {}
@@ -122,6 +128,32 @@ def parse_vocabularies(text: str, schema: Schema) -> Vocabularies:
         return Vocabularies(categories, {path: Moments(*map(float, moments[path])) for path in standard})
     except (KeyError, TypeError) as error:
         raise ValueError(f"vocabularies do not fit the schema {schema.name!r}: {error!r}") from error
+
+
+def _read(text: str, others: Iterable[Vocabularies]) -> dict[str, Any]:
+    """What `Vocabularies.to_json` wrote, value by value: whole, it would hold up other threads, and leave holes in memory.
+
+    Raises:
+        ValueError, IndexError: something else wrote it.
+    """
+    at, listed = _past(text, 0, BEGINNING), dict[str, list[str]]()
+    while text[at] != "}":
+        name, at = scanstring(text, _past(text, at, '"'))
+        values, at = listed.setdefault(name, []), _past(text, at, ":[")
+        known = [each for other in others if isinstance(each := other.categories.get(name), Vocabulary)]
+        while text[at] != "]":
+            value, at = scanstring(text, _past(text, at, '"'))
+            values.append(next((each.values[each.id(value) - FIRST] for each in known if each.id(value) != UNKNOWN), value))
+            at += text[at] == ","
+        at += 1 + (text[at + 1] == ",")
+    document: dict[str, Any] = orjson.loads(BEGINNING + text[at:])
+    return {**document, "categories": listed}
+
+
+def _past(text: str, at: int, expected: str) -> int:
+    if not text.startswith(expected, at):
+        raise ValueError(f"expected {expected} at {at}")
+    return at + len(expected)
 
 
 def fingerprint(schema: Schema, vocabularies: Vocabularies) -> str:

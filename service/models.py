@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,17 +72,18 @@ class Models:
         return self.loaded[self.default]
 
 
-def load_model(path: Path, settings: Settings, beside: Executor) -> Model:
+def load_model(path: Path, settings: Settings, beside: Executor, others: Collection[Bundle] = ()) -> Model:
     """Load and check a version, and warm it up. Blocks for a second or more; to be called in a thread of low priority.
 
     `beside` is a thread of usual priority. In it is done what holds Python's lock, since a thread of low priority that holds it, and
-    waits for a processor, holds up all others; and what may start threads, which would inherit the low priority.
+    waits for a processor, holds up all others; and what may start threads, which would inherit the low priority. `others` are in
+    memory, and what the bundle has in common with them is not kept twice.
 
     Raises:
         BundleError: it is not what was published, or not for this program.
         ScoringError: it cannot be scored with.
     """
-    bundle = beside.submit(read_bundle, path, check_files(path)).result()
+    bundle = beside.submit(read_bundle, path, check_files(path), others).result()
     schema, graph = bundle.schema, graph_of(bundle, settings)
     scorer = beside.submit(_open, bundle, graph, settings).result()
     beside.submit(bundle.check_goldens, scorer.score, graph).result()

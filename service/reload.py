@@ -6,6 +6,7 @@ loop. A version that cannot be used is refused, and the one before stays.
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -32,6 +33,7 @@ JUDGE_SECONDS = 0.25
 NICE = 10
 """How much lower than that of others the priority of the thread is that loads."""
 SWITCH_SECONDS = 0.0002
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -71,9 +73,11 @@ class Reload:
         self._tried: dict[str, Tried] = {}
         self._said: dict[str, str] = {}
         self._held: set[Model] = set()
+        self._freed = False
         self.looked = False
         """Whether it is known what the repository has."""
         ranker.use(Models({}, {}, settings.model), ranker.catalogue)
+        _map_large_blocks()
 
     @property
     def waiting_for(self) -> str:
@@ -109,6 +113,9 @@ class Reload:
     async def look(self) -> None:
         """Do what the repository asks for now."""
         refused: dict[str, str] = {}
+        if self._freed:
+            self._freed = False
+            await asyncio.get_running_loop().run_in_executor(self._beside, _give_back)
         before = self._held
         try:
             found = await self._aside(look, self._settings.models)
@@ -126,6 +133,7 @@ class Reload:
             self._say("waiting", self.waiting_for, logging.WARNING)
         self._let_go()
         if self._held != before:
+            self._freed = True
             gc.freeze()  # what is loaded by now stays, and need not be searched for garbage in the middle of a request
 
     async def _follow(self, name: str, found: Found | None, refused: dict[str, str]) -> None:
@@ -176,7 +184,9 @@ class Reload:
         if tried is None or (tried.path, tried.mark) != (path, mark):
             try:
                 with _switching_often():
-                    model = await self._aside(load_model, path, self._settings, self._beside)
+                    others = [other.bundle for other in self._models()]
+                    model = await self._aside(load_model, path, self._settings, self._beside, others)
+                    del others
             except (BundleError, ScoringError) as error:
                 tried = Tried(path, mark, str(error))
             except Exception as error:
@@ -211,13 +221,13 @@ class Reload:
         self._held = now
         self._ranker.catalogue.keep({model.bundle.fingerprint for model in now})
         for model in before - now:
-            log.info("model %s version %d is let go of", model.name, model.bundle.version)
             self._metrics.reload("dropped")
             self._metrics.no_model(*_labels(model))
+            log.info("model %s version %d is let go of", model.name, model.bundle.version)
         for model in now - before:
-            log.info("model %s version %d is loaded and warm (%s)", model.name, model.bundle.version, model.scorer.provider)
             self._metrics.reload("loaded")
             self._metrics.model(*_labels(model))
+            log.info("model %s version %d is loaded and warm (%s)", model.name, model.bundle.version, model.scorer.provider)
 
     def _models(self) -> set[Model]:
         challengers = {challenge.model for challenge in self._ranker.challenges.values()} - {None}
@@ -287,6 +297,18 @@ def _give_way() -> None:
         with contextlib.suppress(OSError):
             thread = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICE))
+
+
+def _map_large_blocks() -> None:
+    """Let glibc take large blocks from the system and give them back at once: in a heap, those of models leave holes."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
+def _give_back() -> None:
+    """Give memory that is free back to the system; glibc keeps what threads have freed, as much as a model takes."""
+    with contextlib.suppress(AttributeError, OSError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -80,6 +80,12 @@ async def challenged(models, store, version, mode, share, bounds=FEW, **settings
         yield client
 
 
+def some_share(version):
+    """A share to which some of the few users fall, and not all."""
+    shares = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8)
+    return next(s for s in shares if 0 < sum(Challenger(int(version), "canary", s).takes("din", f"u{i}") for i in USERS) < len(USERS))
+
+
 async def filled(store):
     await store.put_users((f"u{i}", UserState({"age": ("25", "35")[i % 2], "income": float(i)}, [f"a{i % 30}"], [1])) for i in USERS)
 
@@ -198,7 +204,7 @@ class TestCanary:
     async def test_its_users_get_it_and_the_others_the_live_version(self, tmp_path, ads):
         await filled(ads)
         live, other, expected = two(tmp_path / "models", words=2)
-        async with challenged(tmp_path / "models", ads, other, "canary", 0.4, Bounds(p_click_ratio=(0, 100))) as client:
+        async with challenged(tmp_path / "models", ads, other, "canary", some_share(other), Bounds(p_click_ratio=(0, 100))) as client:
             facts = read_challenger(tmp_path / "models" / "din")
             users = [f"u{i}" for i in USERS]
             assert 0 < sum(facts.takes("din", user) for user in users) < len(users)
@@ -216,7 +222,7 @@ class TestCanary:
             assert await client.metric('adrank_challenger_requests_total{mode="canary",model="din",outcome="ok"}') == taken
             assert (await client.get("/metrics")).text.count("adrank_model_info{") == 2
             told = await until(client, there)
-            assert (told["version"], told["mode"], told["share"], told["state"]) == (other, "canary", 0.4, "running")
+            assert (told["version"], told["mode"], told["share"], told["state"]) == (other, "canary", facts.share, "running")
             assert told["last_10_minutes"]["requests"] == taken
             stop(tmp_path / "models", "din")
             await until(client, lambda told: told is None)
@@ -273,7 +279,7 @@ class TestShadow:
     async def test_its_differences_are_exact_and_nobody_sees_it(self, tmp_path, ads, words):
         await filled(ads)
         live, other, expected = two(tmp_path / "models", words=words)
-        async with challenged(tmp_path / "models", ads, other, "shadow", 0.5, Bounds(p_click_ratio=(0, 100))) as client:
+        async with challenged(tmp_path / "models", ads, other, "shadow", some_share(other), Bounds(p_click_ratio=(0, 100))) as client:
             facts = read_challenger(tmp_path / "models" / "din")
             differences = []
             for i in USERS:
@@ -443,8 +449,9 @@ async def test_one_worker_s_verdict_stops_it_in_all(tmp_path, server):
         for _ in range(5):
             answers = await asyncio.gather(*(client.rank(f"u{i}", CANDIDATES) for i in USERS))
             assert {answer["model"]["version"] for answer in answers} == {live}
-        await asyncio.sleep(1.2)  # until both have written their metrics
-        assert (await client.get("/metrics")).text.count("adrank_model_info{") == 1
+        async with asyncio.timeout(10):
+            while (await client.get("/metrics")).text.count("adrank_model_info{") != 1:  # both let go of it soon
+                await asyncio.sleep(0.05)
         assert "Traceback" not in client.log.read_text()
 
 

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features import vocabulary
+from features.schema import parse_schema
 from features.vocabulary import HashBuckets, Moments, Vocabularies, Vocabulary, fingerprint, parse_vocabularies
 from tests.test_datasets import patient
 
@@ -112,3 +114,49 @@ def test_the_fingerprint_changes_with_whatever_changes_encoding(monkeypatch: pyt
     monkeypatch.setattr(vocabulary, "ENCODING", vocabulary.ENCODING + 1)
     prints.append(of())
     assert len(set(prints)) == len(prints)
+
+
+AWKWARD = ('"', "\\", '","', "]", "}", "[", "\u2028", "\x00\n")
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(AWKWARD)
+
+
+@patient
+@given(st.dictionaries(TEXTS, st.lists(TEXTS, unique=True, max_size=8), max_size=4), st.floats(allow_nan=False, allow_infinity=False))
+def test_what_is_written_piece_by_piece_is_json_and_is_read_as_such(listed: dict[str, list[str]], mean: float) -> None:
+    written = Vocabularies({name: Vocabulary(values) for name, values in listed.items()}, {"user.income": Moments(mean, 1.0)})
+    text = written.to_json()
+    document = {"categories": listed, "moments": {"user.income": [mean, 1.0]}}
+    assert text == json.dumps(document, ensure_ascii=False, separators=(",", ":"))  # as fingerprints have always taken it
+    assert vocabulary._read(text, ()) == document
+    assert vocabulary._read(text, [written]) == document
+
+
+def test_many_values_are_written_and_read_in_pieces() -> None:
+    values = [f"value {i}" for i in range(2 * vocabulary.AT_ONCE + 1)]
+    written = Vocabularies({"genre": Vocabulary(values)}, {})
+    assert json.loads(written.to_json())["categories"]["genre"] == values
+    assert vocabulary._read(written.to_json(), ())["categories"]["genre"] == values
+
+
+def test_what_others_have_in_memory_is_not_kept_twice() -> None:
+    mine, theirs = Vocabulary(["drama", "comedy"]), Vocabulary(["news", "comedy", "drama"])
+    text = Vocabularies({"genre": mine}, {}).to_json()
+    read = vocabulary._read(text, [Vocabularies({"genre": theirs}, {})])["categories"]["genre"]
+    assert read == ["drama", "comedy"]
+    assert read[0] is theirs.values[2]
+    assert read[1] is theirs.values[1]
+
+
+@pytest.mark.parametrize("spaced", [json.dumps, lambda document: json.dumps(document, indent=1)])
+def test_what_someone_else_wrote_is_read_too(spaced: Callable[[object], str]) -> None:
+    schema = parse_schema('name = "s"\n[ad.genre]\nkind = "category"\n')
+    text = spaced({"moments": {}, "categories": {"genre": ["drama", "com\\u00e9die"]}})
+    assert parse_vocabularies(text, schema).categories["genre"].id("drama") == 2
+
+
+@pytest.mark.parametrize("cut", [20, 25, 30, 33, 40, 44])
+def test_what_was_cut_short_is_an_error(cut: int) -> None:
+    schema = parse_schema('name = "s"\n[ad.genre]\nkind = "category"\n')
+    text = Vocabularies({"genre": Vocabulary(["drama", "comedy"])}, {}).to_json()
+    with pytest.raises(ValueError, match=r"."):
+        parse_vocabularies(text[:cut], schema)
