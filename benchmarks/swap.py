@@ -129,18 +129,19 @@ def swaps(subject: Subject, built: Built, models: Path, made: Sequence[str], req
     memory.append(subject.memory())
     due, took, by = np.array(noting.dues), np.array(noting.takes), np.array(noting.by)
     firsts, lasts, during = [], [], np.zeros(len(due), bool)
-    for released, version in zip(noting.released, map(int, made), strict=True):
+    live = [int(by[0]), *map(int, made)]
+    for released, before, version in zip(noting.released, live, live[1:], strict=False):
         answered = due + took
         if not (by == version).any():
             raise LoadError(f"version {version} never answered; give more time with --every")
         first = float(answered[by == version].min())
-        later = (due >= released) & (by != version) & (answered < first + every / 2)
+        later = (due >= released) & (by == before) & (answered < first + every / 2)
         last = float(answered[later].max(initial=first))
         firsts.append(first - released)
         lasts.append(last - released)
         during |= (due >= released) & (due < last + AFTER_SECONDS)
-    before = due < noting.released[0]
-    p99 = [percentile(took[some], 99) * 1e3 for some in (before, during)]
+    quiet = due < noting.released[0]
+    p99 = [percentile(took[some], 99) * 1e3 for some in (quiet, during)]
     return Swaps(
         built.yardstick.name,
         len(subject.tree()) - 1 or 1,
@@ -149,7 +150,7 @@ def swaps(subject: Subject, built: Built, models: Path, made: Sequence[str], req
         len(made),
         len(due),
         measured.errors,
-        round(percentile(took[before], 50) * 1e3, 2),
+        round(percentile(took[quiet], 50) * 1e3, 2),
         round(p99[0], 2),
         round(percentile(took[during], 50) * 1e3, 2),
         round(p99[1], 2),

@@ -342,17 +342,19 @@ def read_bundle(path: Path, manifest: Mapping[str, Any], others: Collection[Bund
     Raises:
         BundleError: it lacks a file, or was made by other feature code.
     """
+    digests = manifest["files"]
+    if {MODEL, SCHEMA, VOCABULARIES, GOLDENS} - set(digests):
+        raise BundleError(f"bundle {path}: {MANIFEST} does not list all of its files")
+    same = [each for each in others if all(each.manifest["files"][file] == digests[file] for file in (SCHEMA, VOCABULARIES))]
     try:
         schema = parse_schema((path / SCHEMA).read_text("utf-8"))
-        vocabularies = parse_vocabularies((path / VOCABULARIES).read_text("utf-8"), schema, [other.vocabularies for other in others])
-        if {MODEL, SCHEMA, VOCABULARIES, GOLDENS} - set(manifest["files"]):
-            raise BundleError(f"bundle {path}: {MANIFEST} does not list all of its files")
-        ours, theirs = fingerprint(schema, vocabularies), manifest.get("fingerprint")
+        text = "" if same else (path / VOCABULARIES).read_text("utf-8")
+        vocabularies = same[0].vocabularies if same else parse_vocabularies(text, schema, [each.vocabularies for each in others])
+        ours, theirs = same[0].fingerprint if same else fingerprint(schema, vocabularies), manifest.get("fingerprint")
     except (OSError, ValueError, TypeError, SchemaError) as error:
         raise _unreadable(path, error) from error
     if theirs != ours:
         raise BundleError(f"bundle {path}: made with feature contract {theirs}, this program has {ours}; train it again with this version")
-    vocabularies = next((other.vocabularies for other in others if other.fingerprint == ours), vocabularies)
     return Bundle(path, str(manifest["name"]), int(manifest["version"]), ours, schema, vocabularies, manifest)
 
 

@@ -139,13 +139,18 @@ def _read(text: str, others: Iterable[Vocabularies]) -> dict[str, Any]:
     at, listed = _past(text, 0, BEGINNING), dict[str, list[str]]()
     while text[at] != "}":
         name, at = scanstring(text, _past(text, at, '"'))
-        values, at = listed.setdefault(name, []), _past(text, at, ":[")
         known = [each for other in others if isinstance(each := other.categories.get(name), Vocabulary)]
-        while text[at] != "]":
-            value, at = scanstring(text, _past(text, at, '"'))
-            values.append(next((each.values[each.id(value) - FIRST] for each in known if each.id(value) != UNKNOWN), value))
+        values, at = listed.setdefault(name, []), _past(text, at, ":[")
+        while text[at] == '"':
+            value, at = scanstring(text, at + 1)
+            for each in known:
+                if (i := each.id(value)) != UNKNOWN:
+                    value = each.values[i - FIRST]
+                    break
+            values.append(value)
             at += text[at] == ","
-        at += 1 + (text[at + 1] == ",")
+        at = _past(text, at, "]")
+        at += text[at] == ","
     document: dict[str, Any] = orjson.loads(BEGINNING + text[at:])
     return {**document, "categories": listed}
 

@@ -75,18 +75,17 @@ class Models:
 def load_model(path: Path, settings: Settings, beside: Executor, others: Collection[Bundle] = ()) -> Model:
     """Load and check a version, and warm it up. Blocks for a second or more; to be called in a thread of low priority.
 
-    `beside` is a thread of usual priority. In it is done what holds Python's lock, since a thread of low priority that holds it, and
-    waits for a processor, holds up all others; and what may start threads, which would inherit the low priority. `others` are in
+    `beside`, of usual priority, makes the scorer: threads that one of low priority starts have a low priority for ever. `others` are in
     memory, and what the bundle has in common with them is not kept twice.
 
     Raises:
         BundleError: it is not what was published, or not for this program.
         ScoringError: it cannot be scored with.
     """
-    bundle = beside.submit(read_bundle, path, check_files(path), others).result()
+    bundle = read_bundle(path, check_files(path), others)
     schema, graph = bundle.schema, graph_of(bundle, settings)
     scorer = beside.submit(_open, bundle, graph, settings).result()
-    beside.submit(bundle.check_goldens, scorer.score, graph).result()
+    bundle.check_goldens(scorer.score, graph)
     for behaviours, candidates in scorer.warm_up(schema.history_length):
         scorer.score(_blank(schema, behaviours, candidates))
     return Model(bundle, scorer, time.time(), "int8" if graph == INT8_MODEL else "float32")

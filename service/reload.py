@@ -30,8 +30,9 @@ from .settings import Settings
 
 LOOK_SECONDS = 0.5
 JUDGE_SECONDS = 0.25
-NICE = 10
-"""How much lower than that of others the priority of the thread is that loads."""
+NICE = 5
+"""How much lower than that of others the priority of the thread is that loads. Not much: it holds Python's lock now and then, and where
+other programs keep all processors busy, whoever wants the lock waits for as long as it waits for a processor."""
 SWITCH_SECONDS = 0.0002
 M_MMAP_THRESHOLD = -3  # of malloc.h
 

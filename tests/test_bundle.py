@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 
 from features import bundle, vocabulary
-from features.bundle import LOCK, BundleError, current_path, load_bundle, model_names, new_version, publish, set_current
+from features.bundle import (
+    LOCK,
+    BundleError,
+    check_files,
+    current_path,
+    load_bundle,
+    model_names,
+    new_version,
+    publish,
+    read_bundle,
+    set_current,
+)
 from features.encode import Feeds
 from tests.test_datasets import ROOT
 
@@ -290,3 +301,23 @@ def test_a_repository_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file")
     with pytest.raises(BundleError, match=r"^cannot publish din in .*: Not a directory; nothing was published$"):
         bundles.publish(tmp_path / "models")
+
+
+def test_what_bundles_have_in_common_is_in_memory_once(tmp_path: Path) -> None:
+    first, second = load_bundle(bundles.publish(tmp_path)), bundles.publish(tmp_path, bias=1.0)
+    assert read_bundle(second, check_files(second), [first]).vocabularies is first.vocabularies
+    other = bundles.vocabularies().to_json().replace('"comedy"', '"tragedy"')
+    third = bundles.publish(tmp_path, files={bundle.VOCABULARIES: other.encode()})
+    read = read_bundle(third, check_files(third), [first])
+    assert read.fingerprint == load_bundle(third).fingerprint != first.fingerprint
+    mine, theirs = read.vocabularies.categories["genre"], first.vocabularies.categories["genre"]
+    assert isinstance(mine, vocabulary.Vocabulary)
+    assert isinstance(theirs, vocabulary.Vocabulary)
+    assert mine.values == ("drama", "tragedy", "news")
+    assert mine.values[2] is theirs.values[2]
+
+
+def test_a_bundle_of_other_feature_code_is_refused_beside_one_like_it(tmp_path: Path) -> None:
+    first, path = load_bundle(bundles.publish(tmp_path)), bundles.publish(tmp_path)
+    with pytest.raises(BundleError, match="made with feature contract 0000"):
+        read_bundle(path, {**check_files(path), "fingerprint": "0" * 16}, [first])
