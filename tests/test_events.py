@@ -141,7 +141,7 @@ class TestOutcomes:
             await results(client, told("e1", {"age": "25", "interests": ["news"]}, -9), told("e2", {"age": None}, -5)) == ["accepted"] * 2
         )
         assert (await client.store.get_user("u1")).features == {"interests": ["news"]}
-        assert await results(client, told("e3", {f"f{i}": 1 for i in range(255)}, -1)) == ["too_many_features"]
+        assert await results(client, told("e3", {f"f{i}": 1 for i in range(256)}, -1)) == ["too_many_features"]
 
 
 class TestEnvelope:

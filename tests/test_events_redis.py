@@ -63,8 +63,8 @@ class TestKeys:
         assert seen == pytest.approx({f"adrank:seen:{name}": 8 for name in others}, abs=0.01)
 
     async def test_ids_go_once_they_are_too_old(self, raw, shared_server):
-        store = store_at(shared_server.url, bounds=Bounds(seen_seconds=100))
-        await raw.zadd("adrank:seen:user:{u1}", {"gone": NOW - 200, "kept": NOW - 50})
+        store = store_at(shared_server.url, bounds=Bounds(seen_seconds=20_000))
+        await raw.zadd("adrank:seen:user:{u1}", {"gone": NOW - 30_000, "kept": NOW - 10_000})
         await applied(store, click("c"))
         assert await raw.zrange("adrank:seen:user:{u1}", 0, -1) == [b"kept", b"c"]
         await store.close()
