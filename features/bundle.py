@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .encode import AdTable, Encoder, Features, Feeds, Request, encode_request
+from .encode import AdTable, Block, Encoder, Features, Feeds, Request, encode_request
 from .schema import Schema, SchemaError, parse_schema
 from .vocabulary import Numbers, Vocabularies, fingerprint, parse_vocabularies
 
@@ -61,8 +61,9 @@ class Golden:
     def feeds(self, encoder: Encoder) -> Feeds:
         """Encode the request just as the service does."""
         table = AdTable(encoder)
-        for ad_id, features in self.ads.items():
-            table.put([ad_id], encoder.encode_one("ad", features, ad_id))
+        if self.ads:
+            rows = [encoder.encode_one("ad", features, ad_id) for ad_id, features in self.ads.items()]
+            table.put(list(self.ads), Block(np.concatenate([row.ids for row in rows]), np.concatenate([row.numbers for row in rows])))
         return encode_request(table, Request(self.user_id, self.user, self.context, self.history, self.candidates))[0]
 
 
@@ -173,8 +174,9 @@ def _make_current(home: Path, version: int) -> None:
 def _clear_abandoned(home: Path) -> None:
     """Remove what a publisher that was killed has left; one that is at work is younger."""
     for staging in home.glob(".publishing-*"):
-        if time.time() - staging.stat().st_mtime > ABANDONED_SECONDS:
-            shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its publisher has finished meanwhile
+            if time.time() - staging.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def _free_version(home: Path) -> int:
