@@ -8,7 +8,7 @@ demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after
 	$(BIN)/adrank demo $(ARGS)
 
 test: $(INSTALLED)  ## everything that CI tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)  ## style, types and the rules between the packages
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
 MENDABLE = (
     ("features.bundle", "BundleError"),
+    ("features.policy", "PolicyError"),
     ("features.schema", "SchemaError"),
     ("features.state", "StoreError"),
     ("service.settings", "SettingsError"),
     ("service.workers", "ListenError"),
     ("training.datasets.prepared", "DataError"),
+    ("training.report", "ReportError"),
+    ("training.retrain", "RetrainError"),
     ("training.train", "TrainError"),
+    ("training.join_log", "JoinError"),
+    ("training.join_state", "HeldError"),
+    ("training.join_state", "NoRoomError"),
     ("demo", "DemoError"),
     ("benchmarks.load", "LoadError"),
 )
@@ -34,6 +41,17 @@ class Refusal(click.ClickException):
     """Something a person can mend: one sentence, exit code 2."""
 
     exit_code = 2
+
+
+def moment(_context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """A time in seconds since 1970: given so, or as a date with perhaps a time of day, UTC."""
+    try:
+        if text is None or text.isdecimal():
+            return None if text is None else int(text)
+        at = datetime.fromisoformat(text)
+        return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+    except ValueError:
+        raise click.BadParameter(f"{text}: expected a time such as 2026-11-22, 2026-11-22T17:00 or 1795366800", param=option) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -64,7 +82,7 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
 
 
 @cli.command(epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")
-@click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
 @click.option("--model", required=True, help="The network: deepfm or din.")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
 @click.option("--name", help="Name in the repository; default: the network's.")
@@ -74,7 +92,7 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
 def train(data: Path, model: str, models: Path, name: str | None, seed: int | None, epochs: int | None, settings: tuple[str, ...]) -> None:
     """Train a network and publish it as a bundle, the new live version."""
     from features.bundle import check_name, read_manifest
-    from training.datasets.prepared import open_prepared
+    from training.datasets.log import open_data
     from training.export import train_and_publish
     from training.progress import progress_bar
 
@@ -82,7 +100,7 @@ def train(data: Path, model: str, models: Path, name: str | None, seed: int | No
     given = dict(_pair(text) for text in settings)
     given |= {key: str(value) for key, value in {"seed": seed, "epochs": epochs}.items() if value is not None}
     with progress_bar() as progress:
-        path, trained = train_and_publish(open_prepared(data), model, models, name or model, given, progress)
+        path, trained = train_and_publish(open_data(data), model, models, name or model, given, progress)
     _print_metrics(trained.metrics)
     print(f"published {path}")
     if int8 := read_manifest(path).get("int8"):
@@ -92,18 +110,18 @@ def train(data: Path, model: str, models: Path, name: str | None, seed: int | No
 
 @cli.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")
 @click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
-@click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(bundle: Path, data: Path, split: str, as_json: bool) -> None:
     """Measure a published bundle on a split, through ONNX Runtime."""
     from features.bundle import load_bundle
-    from training.datasets.prepared import open_prepared
+    from training.datasets.log import open_data
     from training.export import evaluate_bundle
     from training.progress import progress_bar
 
     with progress_bar() as progress:
-        metrics = evaluate_bundle(load_bundle(bundle), open_prepared(data), split, progress)
+        metrics = evaluate_bundle(load_bundle(bundle), open_data(data), split, progress)
     if as_json:
         print(json.dumps(metrics.as_dict()))
     else:
@@ -141,6 +159,143 @@ def serve(**flags: Any) -> None:
     from service.workers import serve as run
 
     run(load_settings(flags))
+
+
+@cli.command(epilog="Example: adrank skew --log log --models models --since 2026-11-22")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository that served.")
+@click.option("--name", help="Check the rows of this model alone.")
+@click.option("--since", callback=moment, help="Rows from that time on, UTC: 2026-11-22, 2026-11-22T17:00, or seconds since 1970.")
+@click.option("--until", callback=moment, help="Rows before that time.")
+@click.option("--sample", type=click.IntRange(min=1), help="Compare the scores of about so many rows; default: of all.")
+@click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True, help="Of the graph that served.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def skew(folder: Path, models: Path, name: str | None, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
+    """Encode and score logged rows again: exit code 0 if that comes to what was served, 3 if it does not."""
+    from rich.console import Console
+
+    from training.datasets.log import open_log
+    from training.skew import find_skew, show
+
+    found = find_skew(open_log(folder, since, until), models, name, **options)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        show(found, Console())
+    sys.exit(3 if found.found else 0)
+
+
+@cli.command("replay", epilog="Example: adrank replay --log log --bundle models/din/20261122101500 --policy plackett_luce:0.5 --top-k 3")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes, or a data set with propensities.")
+@click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
+@click.option("--policy", default="greedy", show_default=True, help="How it shows ads: greedy, epsilon_greedy:E, plackett_luce:T.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Only the first so many places; default: all that were shown.")
+@click.option("--since", callback=moment, help="Rows of a log from that time on, as for skew.")
+@click.option("--until", callback=moment, help="Rows of a log before that time.")
+@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True, help="Of a prepared data set.")
+@click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="The largest weight; it makes estimates biased.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
+    """Estimate the click rate that another bundle would have had on a log whose rankings explored."""
+    from rich.console import Console
+
+    from features.bundle import load_bundle
+    from features.policy import parse_policy
+    from training.datasets.log import is_log, open_log
+    from training.datasets.prepared import open_prepared
+    from training.replay import replay, show
+
+    target = parse_policy(policy)
+    if not is_log(folder) and (since is not None or until is not None):
+        raise Refusal(f"--since and --until are for a log; {folder} is none")
+    data = open_log(folder, since, until) if is_log(folder) else open_prepared(folder)
+    found = replay(data, load_bundle(bundle), target, **options)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        show(found, Console())
+
+
+@cli.command(epilog="Example: adrank join --redis redis://127.0.0.1:6379/0 --log data/log --models models --metrics-port 9109")
+@click.option("--redis", help="The service's store; default: ADRANK_REDIS, then redis://127.0.0.1:6379/0.")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log, made where there is none; docs/log.md says what it holds.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
+@click.option("--name", help="The model whose schema a new log takes; default: the repository's first.")
+@click.option("--window", type=click.FloatRange(0, 30 * 86_400), default=1800, show_default=True, help="Seconds that an event may take.")
+@click.option("--lateness", type=click.FloatRange(0, 86_400), default=60, show_default=True, help="Seconds to wait for events beyond it.")
+@click.option("--shown", type=click.Choice(["served", "reported"]), default="served", show_default=True, help="What an impression is.")
+@click.option("--rows-per-file", type=click.IntRange(1, 10_000_000), default=100_000, show_default=True)
+@click.option("--metrics-port", type=click.IntRange(0, 65_535), default=0, show_default=True, help="On 127.0.0.1; 0 is none.")
+@click.option("--once", is_flag=True, help="Take what there is, write what is due, and exit.")
+@click.option("--drain", is_flag=True, help="As --once, and write everything, whether its window is over or not.")
+def join(redis: str | None, folder: Path, models: Path, name: str | None, metrics_port: int, once: bool, drain: bool, **rest: Any) -> None:
+    """Join what was served with what came of it, into the log. May be killed at any time; one joiner a log."""
+    import logging
+
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # of a service with several workers; it would turn these metrics into its files
+    from service.metrics import JoinMetrics
+    from service.settings import load_settings
+    from service.streams import RedisStreams
+    from training.join import join_log
+    from training.join_log import open_log
+    from training.join_plan import JoinSettings
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+    url, metrics = load_settings({"redis": redis}).redis, JoinMetrics()
+    if url.startswith("memory:"):
+        raise Refusal("a store in memory has no streams to join; name a Redis with --redis")
+    into = open_log(folder, models, name)
+    try:
+        stop = metrics.serve(metrics_port) if metrics_port else None
+    except OSError as error:
+        raise Refusal(f"--metrics-port {metrics_port} cannot be listened on: {error.strerror}") from error
+    once_what = "everything" if drain else "due" if once else None
+    try:
+        print(asyncio.run(join_log(lambda: RedisStreams(url), into, JoinSettings(**rest), metrics, once_what)))
+    finally:
+        if stop:
+            stop()
+
+
+@cli.command(epilog="Example: adrank retrain --log log --models models --name din --days 14 --gate not-worse")
+@click.option("--log", type=FOLDER, required=True, help="The log that adrank join writes; or a prepared data set, taken as it is.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
+@click.option("--name", required=True, help="Name in the repository; its live version is the champion.")
+@click.option(
+    "--since", callback=moment, metavar="TIME", help="Begin of the window: 2026-11-22T17:00:00Z, or seconds since 1970. Default: the log's."
+)
+@click.option("--until", callback=moment, metavar="TIME", help="End of the window. Default: the log's.")
+@click.option("--days", type=click.IntRange(1, 36_500), help="Length of the window, in place of --since.")
+@click.option("--start", type=click.Choice(["warm", "scratch"]), default="warm", show_default=True, help="Weights to begin with.")
+@click.option("--model", "network", help="The network, where it is not the live version's: deepfm or din.")
+@click.option("--holdout", type=float, default=0.1, show_default=True, help="Share of the rows, the newest, to compare on.")
+@click.option("--valid", type=float, default=0.1, show_default=True, help="Share before them, for early stopping and calibration.")
+@click.option("--gate", type=click.Choice(["better", "not-worse"]), help="What log loss has to be; default better.")
+@click.option("--report", type=FOLDER, help="Folder for the report; default MODELS/NAME/reports/TIME.")
+@click.option("--position-as", metavar="CONTEXT.FIELD", help="The context field that takes the position where an ad was shown.")
+@click.option("--seed", type=int, help="One seed makes a run repeatable to the last bit on one machine.")
+@click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the rows.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the checks or of the gate.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
+def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Train on a window of the log, and publish if the new version stands up to the live one; exit code 3 if not."""
+    from rich.console import Console
+
+    from training.progress import progress_bar
+    from training.retrain import Order
+    from training.retrain import retrain as run
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    given = dict(_pair(text) for text in settings)
+    given |= {name: str(value) for name in ("seed", "epochs", "gate") if (value := flags.pop(name)) is not None}
+    with progress_bar() as progress:
+        report = run(Order(settings=given, **flags), progress)
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        Console().print(report.tables())
+        print(report.verdict)
+    sys.exit(0 if report.published else 3)
 
 
 @cli.command(epilog="Example: adrank promote --models models --name din --canary 0.1")
@@ -191,17 +346,22 @@ def rollback(models: Path, name: str) -> None:
 
 @cli.command(epilog="Example: adrank demo --once")
 @click.option("--once", is_flag=True, help="Print one ranking and stop.")
+@click.option("--loop", is_flag=True, help="Let users visit, click and change; retrain and swap the model every minute.")
+@click.option("--rounds", type=click.IntRange(2, 100), default=8, show_default=True, help="With --loop: how many minutes.")
 @click.option("--port", type=int, default=8000, show_default=True, help="Port of the service.")
 @click.option(
     "--dir", "folder", type=FOLDER, default="data/demo", show_default=True, help="Where the demo's data and models go, anew each time."
 )
-def demo(once: bool, port: int, folder: Path) -> None:
-    """Make a synthetic ad world, train DIN and DeepFM on its log, serve them, and rank for a user."""
+def demo(once: bool, loop: bool, rounds: int, port: int, folder: Path) -> None:
+    """Make a synthetic ad world, train DIN and DeepFM on its log, serve them, and rank for a user; --loop closes the loop."""
     from demo import run
+    from demo_loop import run as run_loop
 
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: the store and the service end with the demo
         signal.signal(ending, signal.default_int_handler)
-    run(folder, port, once)
+    if loop and once:
+        raise Refusal("--once stops after one ranking, --loop goes on: choose one")
+    run_loop(folder, port, rounds) if loop else run(folder, port, once)
 
 
 @cli.command(epilog="Example: adrank bench --url http://127.0.0.1:8000 --redis redis://127.0.0.1:6379/0 --candidates 500 --rate half")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,29 +46,45 @@ def run(folder: Path, port: int, once: bool) -> None:
     Raises:
         DemoError: the port or the folder is taken, or the service did not start.
     """
-    _check(folder, load_settings({"port": port}))
     console, world = Console(), make_world()
+    with stage(folder, port, world, NETWORKS) as (_, url):
+        user, request = _request(world)
+        answer = _post(url, request)
+        console.print(f"\nWhat user u{user} clicked last, newest first", _behaviours(world, user, folder / "data"))
+        console.print("What adrank makes of the candidates", _ranking(world, user, request, answer))
+        model, took = answer["model"], answer["timings_ms"]["total"]
+        console.print(f"{model['name']} {model['version']} ranked {CANDIDATES} ads in {took:.1f} ms")
+        if not once:
+            _stay(console, url, request)
+
+
+@contextmanager
+def stage(
+    folder: Path, port: int, world: World, networks: Mapping[str, Mapping[str, str]], then: Callable[[Path], None] = lambda _models: None
+) -> Iterator[tuple[Settings, str]]:
+    """The world's log, the networks trained on it, a store with its users and ads, and the service: its settings and address.
+
+    `then` is called with the repository when the networks are there.
+
+    Raises:
+        DemoError: the port or the folder is taken, or the service did not start.
+    """
+    _check(folder, load_settings({"port": port}))
     data, models = folder / "data", folder / "models"
-    shutil.rmtree(data, ignore_errors=True)
-    shutil.rmtree(models, ignore_errors=True)
+    for made in (data, models, folder / "log"):
+        shutil.rmtree(made, ignore_errors=True)
     with progress_bar() as progress:
         progress.add_task("making the world", total=None)
         write_log(world, data)
-        for network, chosen in NETWORKS.items():
-            train_and_publish(open_prepared(data), network, models, network, chosen, progress)
+        for network, chosen in networks.items():
+            train_and_publish(open_prepared(data), network, models, network, dict(chosen), progress)
+    then(models)
     with ValkeyServer(config={"save": ""}) as valkey:
         settings = load_settings({"models": models, "redis": valkey.connection_url, "port": port, "model": "din"})
         with progress_bar() as progress:
             asyncio.run(fill_store(open_store(settings), open_prepared(data), progress))
         with _service(settings, folder / "service.log") as url:
-            user, request = _request(world)
-            answer = _post(url, request)
-            console.print(f"\nWhat user u{user} clicked last, newest first", _behaviours(world, user, data))
-            console.print("What adrank makes of the candidates", _ranking(world, user, request, answer))
-            model, took = answer["model"], answer["timings_ms"]["total"]
-            console.print(f"{model['name']} {model['version']} ranked {CANDIDATES} ads in {took:.1f} ms")
-            if not once:
-                _stay(console, url, request)
+            yield settings, url
 
 
 def _check(folder: Path, settings: Settings) -> None:

@@ -98,7 +98,7 @@ class Model:
 
     def feeds(self, ads: Ads, user_id: str, packed: Any, candidates: list[str]) -> Feeds:
         """Tensors of a request, one row a candidate; `packed` is the user's state as the store has it."""
-        _, _, features, behaviours, _ = msgpack.unpackb(packed) if packed else (0, 0, {}, [], [])
+        _, _, features, behaviours, *_ = msgpack.unpackb(packed) if packed else (0, 0, {}, [], [])
         known = {"user_id": user_id, **features}
         user = np.array([[int(vocabulary.encode([known.get(name)])[0]) for name, vocabulary in self._fields]])
         feeds = {"user_ids": np.repeat(user, len(candidates), axis=0), "ad_ids": ads.take(candidates)}

@@ -17,6 +17,7 @@ from .load import LoadError, Target
 from .yardstick import ROOT, Built
 
 HOST = "127.0.0.1"
+LOG_SHARE = "ADRANK_LOG_SHARE"
 START_SECONDS = 120
 STOP_SECONDS = 30
 QUIET_SECONDS, QUIET_CPU = 0.5, 0.05
@@ -71,11 +72,14 @@ def fastapi(built: Built, redis: str, port: int, workers: int) -> list[str]:
 def serving(name: str, command: Sequence[str], port: int, log: Path) -> Iterator[Subject]:
     """Run a server until the block ends, each of its workers scoring one request at a time.
 
+    What it serves is not logged: what it is measured beside has no such log, and nobody would take the records. `ADRANK_LOG_SHARE` in
+    the environment says otherwise.
+
     Raises:
         LoadError: it was not ready in time.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ADRANK_", "PROMETHEUS_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "ADRANK_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "ADRANK_THREADS": "1", LOG_SHARE: os.environ.get(LOG_SHARE, "0")}
     began = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -34,8 +33,7 @@ GOLDEN_TOLERANCE = 1e-5
 """float32 sums in another order, on another CPU, move a probability by about 1e-7 a layer; a wrong input moves it far more."""
 INT8_TOLERANCE = 5e-3
 """A value that float32 leaves on the other side of a rounding moves a byte by one step; a processor that saturates moves far more."""
-ABANDONED_SECONDS = 24 * 3600
-CURRENT, RELEASES, LOCK = "current", "releases.jsonl", ".lock"
+CURRENT, RELEASES, LOCK, STAGING = "current", "releases.jsonl", ".lock", ".publishing-"
 RELEASES_KEPT = 100
 
 Score = Callable[[Feeds], Numbers]
@@ -141,10 +139,7 @@ def publish(models: Path, name: str, files: Mapping[str, bytes], facts: Mapping[
     home = models / check_name(name)
     try:
         home.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(home)
-        with tempfile.TemporaryDirectory(prefix=".publishing-", dir=home, ignore_cleanup_errors=True) as staging:
-            staged = Path(staging) / "bundle"
-            staged.mkdir()
+        with _staging(home) as staged:
             for file, data in files.items():
                 _write(staged / file, data)
             schema = parse_schema(files[SCHEMA].decode())
@@ -171,12 +166,53 @@ def _make_current(home: Path, version: int) -> None:
         raise
 
 
+@contextlib.contextmanager
+def _staging(home: Path) -> Iterator[Path]:
+    """A folder to write a version into. It is locked, so that one whose publisher was killed can be told by its lock."""
+    with locked(home):
+        _clear_abandoned(home)
+        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=home))
+        handle = os.open(staging, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        staged = staging / "bundle"
+        staged.mkdir()
+        yield staged
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(handle)
+
+
+def clear_abandoned(models: Path, name: str) -> None:
+    """Remove what publishers of a model that were killed have left.
+
+    Raises:
+        BundleError: the repository cannot be written.
+    """
+    home = models / check_name(name)
+    try:
+        with locked(home):
+            _clear_abandoned(home)
+    except OSError as error:
+        raise BundleError(f"cannot write to {home}: {error.strerror or error}") from error
+
+
 def _clear_abandoned(home: Path) -> None:
-    """Remove what a publisher that was killed has left; one that is at work is younger."""
-    for staging in home.glob(".publishing-*"):
-        with contextlib.suppress(FileNotFoundError):  # its publisher has finished meanwhile
-            if time.time() - staging.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(staging, ignore_errors=True)
+    for left in home.glob(".*-*"):
+        if left.is_file():  # of `replace_file`, which is used only while `locked`
+            left.unlink(missing_ok=True)
+    for staging in home.glob(f"{STAGING}*"):
+        try:
+            handle = os.open(staging, os.O_RDONLY)
+        except FileNotFoundError:  # its publisher has just finished
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(staging, ignore_errors=True)
+        except BlockingIOError:  # its publisher is at work
+            pass
+        finally:
+            os.close(handle)
 
 
 def _free_version(home: Path) -> int:

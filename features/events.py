@@ -4,7 +4,7 @@ Knows nothing about the wire format (`service/events.py`) or about what an event
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import msgpack
@@ -59,7 +59,8 @@ class Event:
 
 def pack_event(event: Event) -> bytes:
     """An event as one value of a stream."""
-    packed: bytes = msgpack.packb({name: value for name, value in asdict(event).items() if value not in ("", None, {})})
+    values = {name: getattr(event, name) for name in Event.__slots__}
+    packed: bytes = msgpack.packb({name: value for name, value in values.items() if value not in ("", None, {})})
     return packed
 
 

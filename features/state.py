@@ -5,23 +5,34 @@ Knows nothing about Redis (`service/store.py`) or about tensors (`encode.py`).
 
 import asyncio
 import contextlib
+import time
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgpack
 
 from .encode import Features
+
+if TYPE_CHECKING:  # it is made of what stands here
+    from .subject import Outcome, Subject
 
 FORMAT = 2
 HISTORY_LIMIT = 1_000
 """The most behaviours kept a user, whatever a schema asks for."""
 FEATURES_LIMIT = 256
 """The most features kept of a user or an ad."""
+SERVED_KEPT = 1_000
+"""The most rankings that a store in memory logs."""
 ACTIVE = ""
 """The name under which `Ad.changed` keeps when the ad's being active was last told; no feature has it."""
 NEVER = float("-inf")
+SEEN_SECONDS = 8 * 24 * 3600.0
+"""How long after its time an event is remembered, unless a store is told otherwise."""
+SEEN_LIMIT = 10_000
+"""The most events remembered of a user, an ad or a ranking; the oldest by their own time are forgotten first."""
 
 
 class StateError(ValueError):
@@ -101,9 +112,13 @@ class Ad:
 def _told(known: Features, changed: Mapping[str, float], news: Features, ts: float) -> tuple[Features, Mapping[str, float]]:
     fresh = {name: value for name, value in news.items() if ts >= changed.get(name, NEVER)}
     together = {name: value for name, value in {**known, **fresh}.items() if name not in fresh or value is not None}
-    times = {**changed, **dict.fromkeys(fresh, ts)}
-    if max(len(together), len(times)) > FEATURES_LIMIT:
+    if len(together) > FEATURES_LIMIT:
         raise StateError(f"it would have more than {FEATURES_LIMIT} features; take some away first, by sending null for them")
+    times = {**changed, **dict.fromkeys(fresh, ts)}
+    # When a feature was taken away is remembered as long as there is room, since names could be made up without end.
+    taken_away = sorted(times.keys() - together.keys() - {ACTIVE}, key=times.__getitem__)
+    for name in taken_away[: max(0, len(times) - FEATURES_LIMIT)]:
+        del times[name]
     return together, times
 
 
@@ -196,6 +211,13 @@ class Store(Protocol):
     async def put_ads(self, ads: Iterable[Ad]) -> None:
         """Write ads over what was there, and announce them to every ranker."""
 
+    async def apply(self, subjects: Sequence["Subject"]) -> "list[Sequence[Outcome]]":
+        """Do what events lead to, and say what became of each, beside the subjects.
+
+        An event is done once, however often and by however many it is brought, and is remembered until it would be refused as too
+        old. Where this raises, some may have been done; all may be brought again.
+        """
+
     def all_ads(self) -> AsyncIterator[list[Ad]]:
         """The whole catalogue, those that have left included, in batches."""
 
@@ -209,6 +231,12 @@ class Store(Protocol):
             ChangesLostError: changes after the cursor have been trimmed, or the store was emptied.
         """
 
+    async def append_served(self, records: Sequence[bytes]) -> int:
+        """Append packed rankings (`served.pack_served`) to the log of what was served; how many it holds then.
+
+        Where it fails, some or all may have been appended, and are not to be appended again.
+        """
+
     async def ping(self) -> None:
         """Return if the store answers."""
 
@@ -219,10 +247,14 @@ class Store(Protocol):
 class MemoryStore:
     """A store in this process's memory, packed as Redis holds it. For tests and for a service without Redis."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen_seconds: float = SEEN_SECONDS, clock: Callable[[], float] = time.time) -> None:
+        self._seen_seconds, self._clock = seen_seconds, clock
         self._users: dict[str, bytes] = {}
         self._ads: dict[str, bytes] = {}
+        self._seen: dict[tuple[str, str], dict[str, float]] = {}
         self._changes: list[str] = []
+        self.served: deque[bytes] = deque(maxlen=SERVED_KEPT)
+        """The newest packed rankings: nobody takes them from here."""
         self._news = asyncio.Event()
 
     async def get_user(self, user_id: str) -> UserState | None:
@@ -241,6 +273,31 @@ class MemoryStore:
         self._changes.extend(packed)
         self._news.set()
 
+    async def apply(self, subjects: Sequence["Subject"]) -> "list[Sequence[Outcome]]":
+        """See `Store`. Nobody joins what a store in memory has taken, so impressions and conversions are remembered only."""
+        floor = self._clock() - self._seen_seconds
+        while self._seen and max(next(iter(self._seen.values())).values()) <= floor:
+            del self._seen[next(iter(self._seen))]
+        outcomes = [self._applied(subject, floor) for subject in subjects]
+        if changed := [subject.id for subject in subjects if subject.kind == "ad" and subject.id in self._ads]:
+            self._changes.extend(changed)
+            self._news.set()
+        return outcomes
+
+    def _applied(self, subject: "Subject", floor: float) -> "Sequence[Outcome]":
+        seen = {event_id: ts for event_id, ts in self._seen.pop((subject.kind, subject.id), {}).items() if ts > floor}
+        if len(seen) >= SEEN_LIMIT:
+            floor = max(floor, min(seen.values()))
+        kept = {"user": self._users, "ad": self._ads}.get(subject.kind, {})
+        change = subject.change(kept.get(subject.id), [event.event_id in seen for event in subject.events], floor)
+        seen |= {event.event_id: event.ts for event in change.fresh}
+        if change.fresh:
+            kept[subject.id] = change.packed
+        if seen:  # the newest last, so that those to be forgotten stand first
+            newest = sorted(seen, key=seen.__getitem__)[-SEEN_LIMIT:]
+            self._seen[subject.kind, subject.id] = {event_id: seen[event_id] for event_id in newest}
+        return change.outcomes
+
     async def all_ads(self) -> AsyncIterator[list[Ad]]:
         """See `Store`."""
         yield [unpack_ad(ad_id, value) for ad_id, value in self._ads.items()]
@@ -254,9 +311,15 @@ class MemoryStore:
         if int(cursor) == len(self._changes):
             self._news.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), wait)
+                async with asyncio.timeout(wait):  # before Python 3.12 `wait_for` forgets that it was cancelled when news comes then
+                    await self._news.wait()
         changed = dict.fromkeys(self._changes[int(cursor) :])
         return [unpack_ad(ad_id, self._ads[ad_id]) for ad_id in changed], str(len(self._changes))
+
+    async def append_served(self, records: Sequence[bytes]) -> int:
+        """See `Store`."""
+        self.served.extend(records)
+        return len(self.served)
 
     async def ping(self) -> None:
         """See `Store`."""

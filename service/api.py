@@ -6,49 +6,31 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pydantic_core
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import errors
 from .errors import Kind, Mistake, ServiceError
+from .event_wire import events_answer, read_batch
+from .events import Intake
+from .explore import Policy
 from .metrics import CONTENT_TYPE, Metrics, Stages
+from .openapi import RANKED
 from .ranker import Query, Ranker
-from .requests import locate, parse_request, sent_request_id, to_query
+from .requests import default_policy, locate, parse_request, sent_request_id, to_query
 from .settings import Settings
-from .wire import Problem, RankAnswer, RankRequest, Wire, answer
+from .wire import RankRequest, answer
 
-RANKED = {"/rank": "rank", "/v1/rank": "rank_v1"}
-"""The paths that rank, and their names in the OpenAPI document."""
-REFERENCE = "#/components/schemas/{model}"
-ROUTES = frozenset({"/rank", "/v1/rank", "/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/docs", "/openapi.json"})
-
-
-def _content(kind: str, model: str) -> dict[str, Any]:
-    return {"content": {kind: {"schema": {"$ref": REFERENCE.format(model=model)}}}}
-
-
-RANK_ERRORS: dict[str, dict[str, Any]] = {
-    str(kind.status): {"description": kind.title, **_content("application/problem+json", "Problem")}
-    for error, kind in errors.KINDS.items()
-    if error is not errors.CallerLeftError
-}
-MODELS: tuple[tuple[type[Wire], Literal["validation", "serialization"]], ...] = (
-    (RankRequest, "validation"),
-    (RankAnswer, "serialization"),
-    (Problem, "validation"),
+EVENTS = "/v1/events"
+ROUTES = frozenset(
+    {"/rank", "/v1/rank", "/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/v1/events", "/docs", "/openapi.json"}
 )
-RANK_OPERATION = {
-    "summary": "Rank",
-    "description": "Rank ads for a user, the likeliest click first.",
-    "requestBody": {"required": True, **_content("application/json", "RankRequest")},
-    "responses": {"200": {"description": "Successful Response", **_content("application/json", "RankAnswer")}, **RANK_ERRORS},
-}
+
 
 DOCS = Path(__file__).with_name("docs.html")
 
@@ -61,6 +43,7 @@ class RankEndpoint:
 
     def __init__(self, ranker: Ranker, metrics: Metrics, settings: Settings) -> None:
         self._ranker, self._metrics, self._settings = ranker, metrics, settings
+        self._policy = default_policy(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Rank ads for a user, the likeliest click first."""
@@ -90,7 +73,7 @@ class RankEndpoint:
     async def _rank(self, state: dict[str, Any], body: bytes) -> bytes:
         stages: Stages = state["observed"]
         stages.enter("parse")
-        wire, query = _read(state, body, self._settings.max_candidates)
+        wire, query = _read(state, body, self._settings.max_candidates, self._policy)
         stages.model = self._ranker.models.label(query.model)
         try:
             ranking = await self._ranker.rank(query, stages)
@@ -99,15 +82,44 @@ class RankEndpoint:
         return answer(state["request_id"], ranking, stages)
 
 
-def _read(state: dict[str, Any], body: bytes, most: int) -> tuple[RankRequest, Query]:
+def _read(state: dict[str, Any], body: bytes, most: int, default: Policy | None) -> tuple[RankRequest, Query]:
     """The request, its id noted for the answer even if the rest of it is wrong."""
     try:
         wire = parse_request(body)
         state["request_id"] = wire.request_id or state["request_id"]
-        return wire, to_query(wire, most)
+        query = to_query(wire, most, default)
+        query.request_id = state["request_id"]
+        return wire, query
     except errors.InvalidError:
         state["request_id"] = sent_request_id(body) or state["request_id"]
         raise
+
+
+class EventsEndpoint:
+    """`POST /v1/events`, as plain ASGI."""
+
+    def __init__(self, intake: Intake, settings: Settings) -> None:
+        self._intake, self._settings, self._under_way = intake, settings, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Take a batch of events, and say what became of each."""
+        try:
+            response = Response(await self._answer(scope, receive), 202, media_type="application/json")
+        except ServiceError as error:
+            response = problem(scope, errors.KINDS[type(error)], error.detail, error.mistakes)
+        await response(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive) -> bytes:
+        settings = self._settings
+        if self._under_way >= settings.max_event_batches:
+            raise errors.OverLimitError(f"{settings.max_event_batches} batches of events are being taken already; try again")
+        self._under_way += 1
+        try:
+            body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_ms / 1000)
+            sent = await read_batch(body, settings.max_events)
+            return events_answer(scope["state"]["request_id"], sent, await self._intake.take(sent))
+        finally:
+            self._under_way -= 1
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, seconds: float) -> bytes:
@@ -288,26 +300,11 @@ class Application(FastAPI):
         self.add_middleware(Edge, metrics=metrics)
         self.router.routes += [Route(path, endpoint, methods=["POST"], include_in_schema=False) for path in RANKED]
 
+    def take_events(self, endpoint: EventsEndpoint) -> None:
+        """Take events with the endpoint."""
+        self.router.routes.append(Route(EVENTS, endpoint, methods=["POST"], include_in_schema=False))
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         ranks = scope["type"] == "http" and scope["path"] in RANKED and scope["method"] == "POST"
         await (self.rank if ranks else super().__call__)(scope, receive, send)
-
-
-def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """What makes the OpenAPI document: FastAPI's own, with the types that the routes read and write by hand."""
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            operations = {path: {"post": {**RANK_OPERATION, "operationId": name}} for path, name in RANKED.items()}
-            document["paths"] = {**operations, **document["paths"]}
-            components = document.setdefault("components", {}).setdefault("schemas", {})
-            for model, mode in MODELS:
-                described = model.model_json_schema(ref_template=REFERENCE, mode=mode)
-                components.update(described.pop("$defs", {}))
-                components[model.__name__] = described
-            app.openapi_schema = document
-        return app.openapi_schema
-
-    return openapi

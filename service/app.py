@@ -9,14 +9,19 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from features.encode import Encoder
 from features.state import MemoryStore, Store, StoreError
 
-from .api import Application, RankEndpoint, add_error_handlers, describe, state_routes
+from .api import Application, EventsEndpoint, RankEndpoint, add_error_handlers, state_routes
 from .batcher import Batcher
+from .event_store import Bounds
+from .events import Ages, Intake
 from .metrics import Metrics, Registry
+from .openapi import describe
 from .ranker import Ranker
 from .reload import Reload
 from .scoring import Inline, Pool, Scoring
+from .served import ServedLog
 from .settings import Settings, load_settings
 from .store import RedisStore
 
@@ -33,7 +38,8 @@ class Service:
 
     def __init__(self, settings: Settings, store: Store, metrics: Metrics) -> None:
         self.settings, self.store, self.metrics = settings, store, metrics
-        self.ranker = Ranker(store, metrics, _scoring(settings, metrics))
+        self.served = ServedLog(store, metrics, settings)
+        self.ranker = Ranker(store, metrics, _scoring(settings, metrics), self.served.put)
         self.reload = Reload(settings, self.ranker, metrics)
 
     async def run(self) -> None:
@@ -101,14 +107,24 @@ def _scoring(settings: Settings, metrics: Metrics) -> Scoring:
 
 def open_store(settings: Settings, on_damaged: Callable[[], None] = lambda: None) -> Store:
     """The store that the settings name. Nothing is connected yet."""
+    seen_seconds = float(settings.event_age_seconds + settings.event_ahead_seconds)
     if settings.redis.startswith("memory:"):
-        return MemoryStore()
+        return MemoryStore(seen_seconds)
     return RedisStore(
         settings.redis,
         timeout=settings.store_timeout_ms / 1000,
         ttl=settings.user_ttl_seconds,
         on_damaged=on_damaged,
+        bounds=Bounds(seen_seconds, settings.events_kept),
     )
+
+
+def _intake(service: Service) -> Intake:
+    def encoders() -> list[Encoder]:
+        return [model.bundle.encoder for model in service.ranker.models.loaded.values()]
+
+    ages = Ages(service.settings.event_age_seconds, service.settings.event_ahead_seconds)
+    return Intake(service.store, service.metrics, encoders, ages)
 
 
 def create_app(settings: Settings, store: Store | None = None, registry: Registry | None = None) -> FastAPI:
@@ -119,6 +135,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         work = [asyncio.create_task(service.run()), asyncio.create_task(service.flush())]
+        service.served.start()
         try:
             await service.settle()
             yield
@@ -126,6 +143,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
             for task in work:
                 task.cancel()
             await asyncio.gather(*work, return_exceptions=True)
+            await service.served.close()
             metrics.flush()
             service.reload.close()
             service.ranker.close()
@@ -143,6 +161,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
     )
     app.include_router(state_routes(service.ranker, metrics, service.health))
     app.take(RankEndpoint(service.ranker, metrics, settings), metrics)
+    app.take_events(EventsEndpoint(_intake(service), settings))
     add_error_handlers(app)
     app.openapi = describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the document
     app.state.service = service

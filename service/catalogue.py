@@ -7,14 +7,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from features.encode import AdTable, Encoder, FieldError, clean
 from features.schema import IDENTITY, Field
-from features.state import Ad, ChangesLostError, Store, StoreError, pack_features, unpack_features
+from features.state import Ad, ChangesLostError, Store, StoreError
 
+from .ads import Ads, View
 from .metrics import Metrics
 
 AT_ONCE = 200
@@ -25,28 +25,6 @@ POLL_SECONDS = 1.0
 BACK_OFF_SECONDS = (0.1, 5.0)
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Ads:
-    """All ads: encoded, by fingerprint; the packed features that they were encoded from; and which of them have left."""
-
-    tables: dict[str, AdTable]
-    features: dict[str, bytes] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
-
-    def note(self, ads: Sequence[Ad]) -> None:
-        """Keep the features of ads that were read; one that was deleted outright has none, and keeps those it had."""
-        self.features.update((ad.ad_id, pack_features(ad.features)) for ad in ads if ad.active or ad.features)
-        self.gone.difference_update(ad.ad_id for ad in ads if ad.active)
-        self.gone.update(ad.ad_id for ad in ads if not ad.active)
-
-    def batches(self, size: int) -> Iterator[list[Ad]]:
-        """The ads that are there now, some at a time, each as it is when its turn comes."""
-        ad_ids = list(self.features)
-        for start in range(0, len(ad_ids), size):
-            some = ad_ids[start : start + size]
-            yield [Ad(ad_id, unpack_features(self.features[ad_id]), ad_id not in self.gone) for ad_id in some]
 
 
 class Catalogue:
@@ -62,17 +40,16 @@ class Catalogue:
         self.reason: str | None = None
         """Why the catalogue is not in step with the store, None while it is."""
 
-    def _empty(self) -> _Ads:
-        return _Ads({fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()})
+    def _empty(self) -> Ads:
+        return Ads({fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()})
 
     def table(self, fingerprint: str) -> AdTable:
         """The ads as the encoder of that fingerprint encodes them. Ask anew for each request: a re-read replaces it."""
         return self._ads.tables[fingerprint]
 
-    def features(self, ad_ids: Iterable[str]) -> dict[str, bytes]:
-        """The packed features (`state.pack_features`) of those of the ads that the catalogue has, or had before they left."""
-        known = self._ads.features
-        return {ad_id: known[ad_id] for ad_id in ad_ids if ad_id in known}
+    def view(self, fingerprint: str) -> View:
+        """That table and the features that its rows are encoded from now. It stays good when the catalogue is read anew or drops it."""
+        return View(self._ads, fingerprint)
 
     async def add(self, fingerprint: str, encoder: Encoder) -> None:
         """Encode all ads for one more fingerprint while ranking goes on; when it returns, that table is in step with the others."""
@@ -81,7 +58,7 @@ class Catalogue:
         self._encoders[fingerprint] = encoder
         ads = self._ads
         ads.tables[fingerprint] = AdTable(
-            encoder, len(ads.features)
+            encoder, len(ads.packed)
         )  # changes reach it from now on: an ad may be encoded twice, each time as it is then
         await self._fill(ads, fingerprint)
 
@@ -89,12 +66,10 @@ class Catalogue:
         """Let go of the tables of all other fingerprints."""
         for fingerprint in self._encoders.keys() - set(fingerprints):
             del self._encoders[fingerprint]
-            self._ads.tables.pop(fingerprint, None)
+            self._ads.drop(fingerprint)
 
-    async def _fill(self, ads: _Ads, fingerprint: str) -> None:
-        for batch in ads.batches(AT_ONCE_UNDER_LOAD):
-            if fingerprint in ads.tables:
-                self._encode(ads.tables[fingerprint], batch)
+    async def _fill(self, ads: Ads, fingerprint: str) -> None:
+        for _ in ads.fill(fingerprint, AT_ONCE_UNDER_LOAD, self._encode):
             await asyncio.sleep(0)
 
     @property
@@ -158,23 +133,22 @@ class Catalogue:
         self.observe()
         return cursor_after
 
-    async def _put(self, into: _Ads, ads: Sequence[Ad]) -> None:
+    async def _put(self, into: Ads, ads: Sequence[Ad]) -> None:
         for start in range(0, len(ads), AT_ONCE):
-            batch = ads[start : start + AT_ONCE]
-            into.note(batch)
-            for table in into.tables.values():
-                self._encode(table, batch)
+            into.change(ads[start : start + AT_ONCE], self._encode)
             await asyncio.sleep(0)
 
-    def _encode(self, table: AdTable, ads: Sequence[Ad]) -> None:
+    def _encode(self, table: AdTable, ads: Sequence[Ad]) -> Collection[str]:
         if mistyped := put_ads(table, ads):
-            log.warning("%d ads are left out, they do not fit the schema; the first: %s", len(mistyped), mistyped[0])
+            first = next(iter(mistyped.items()))
+            log.warning("%d ads are left out, they do not fit the schema; the first: %r (%s)", len(mistyped), *first)
             self._metrics.degraded("catalogue", "ad_mistyped", len(mistyped))
+        return mistyped
 
 
-def put_ads(table: AdTable, ads: Sequence[Ad]) -> list[str]:
-    """Encode ads into a table; why each ad that does not fit the schema was left out."""
-    mistyped, fields = [], table.encoder.schema.side("ad")
+def put_ads(table: AdTable, ads: Sequence[Ad]) -> dict[str, str]:
+    """Encode ads into a table; those that do not fit the schema and were left out, and why."""
+    mistyped, fields = {}, table.encoder.schema.side("ad")
     for active in (True, False):
         # An ad that was deleted outright has no features: those it had stay, for the histories that hold it.
         kept: list[tuple[str, list[Any]]] = []
@@ -183,7 +157,7 @@ def put_ads(table: AdTable, ads: Sequence[Ad]) -> list[str]:
                 try:
                     kept.append((ad.ad_id, _clean(fields, ad)))
                 except FieldError as error:
-                    mistyped.append(f"{ad.ad_id!r} ({error})")
+                    mistyped[ad.ad_id] = str(error)
         columns = dict(zip([field.name for field in fields], zip(*(row for _, row in kept), strict=True), strict=False))
         table.put([ad_id for ad_id, _ in kept], table.encoder.encode("ad", columns, len(kept)), active)
     table.remove([ad.ad_id for ad in ads if not ad.active])

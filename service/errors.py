@@ -70,6 +70,14 @@ class ScoringError(ServiceError):
     """The model failed on a request or cannot be loaded; the fault is the model's or the machine's, not the caller's."""
 
 
+class StoreDownError(ServiceError):
+    """The store did not take events; they may be sent again, whatever part of them it took."""
+
+
+class BacklogError(ServiceError):
+    """So many events wait to be joined that no more are taken."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """How an error is told: its HTTP status, its code (also the `outcome` of metrics), a title, seconds to wait before a retry."""
@@ -91,6 +99,8 @@ KINDS: dict[type[ServiceError], Kind] = {
     CallerLeftError: Kind(499, "caller_left", "The caller closed the connection"),
     ScoringError: Kind(500, "scoring_failed", "The model could not score the request"),
     NotReadyError: Kind(503, "not_ready", "The service is not ready", 2),
+    StoreDownError: Kind(503, "store_down", "The store did not take the events", 1),
+    BacklogError: Kind(503, "backlog", "Too many events wait to be joined", 10),
     DeadlineError: Kind(504, "deadline", "The deadline passed"),
 }
 NOT_FOUND = Kind(404, "not_found", "No such page")

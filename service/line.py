@@ -23,6 +23,7 @@ NOT_SERVING = ("LOADING", "NOAUTH", "WRONGPASS", "ERR max number of clients reac
 _INCOMPLETE = object()
 
 Command = tuple[str | bytes, ...]
+ReplyError = hiredis.ReplyError
 
 
 class LostError(ConnectionError):
@@ -63,6 +64,33 @@ class Line:
             return await (self._connection or await self._connected(until)).ask(command, until)
         except LostError:
             return await (await self._connected(until)).ask(command, until)
+
+    async def ask_once(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies to commands that are sent together, and never twice: where it fails, some may have been carried out.
+
+        Raises:
+            TimeoutError, ConnectionError, hiredis.ReplyError: as `ask` does; the first of them.
+        """
+        until = asyncio.get_running_loop().time() + self._timeout
+        connection = self._connection or await self._connected(until)
+        replies = await _all(*connection.ask_all(commands, until))
+        for reply in replies:
+            if isinstance(reply, hiredis.ReplyError):
+                raise reply
+        return replies
+
+    async def ask_all(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies to commands that go out together, each as for `ask`; a refusal stands among them as its `ReplyError`.
+
+        Raises:
+            TimeoutError: one did not come in time.
+            ConnectionError: the server cannot be reached, or does not serve.
+        """
+        until = asyncio.get_running_loop().time() + self._timeout
+        try:
+            return await _all(*(self._connection or await self._connected(until)).ask_all(commands, until))
+        except LostError:
+            return await _all(*(await self._connected(until)).ask_all(commands, until))
 
     async def _connected(self, until: float) -> "_Connection":
         """The connection, opened by whoever needs it first; all others wait for the same attempt."""
@@ -118,20 +146,23 @@ class _Connection(asyncio.Protocol):
 
     def ask(self, command: Command, until: float) -> asyncio.Future[Any]:
         """The reply to be; TimeoutError at the time `until`, of the loop's clock."""
-        future: asyncio.Future[Any] = self._loop.create_future()
+        (future,) = self.ask_all([command], until)
+        return future
+
+    def ask_all(self, commands: Sequence[Command], until: float) -> "list[asyncio.Future[Any]]":
+        """The replies to be, of commands that go out together."""
+        futures: list[asyncio.Future[Any]] = [self._loop.create_future() for _ in commands]
         if self._transport is None or self._transport.is_closing():
-            future.set_exception(LostError("the connection is closed"))
-            return future
-        if len(self._waiting) >= MOST_WAITING:
-            future.set_exception(ConnectionError(f"it owes {MOST_WAITING} replies already"))
-            return future
+            return _failed(futures, LostError("the connection is closed"))
+        if len(self._waiting) + len(commands) > MOST_WAITING:
+            return _failed(futures, ConnectionError(f"it owes {len(self._waiting)} replies already"))
         if not self._waiting:
             self._heard = self._loop.time()  # it owed nothing, so its silence begins now
-        self._waiting.append((future, until))
-        self._transport.write(hiredis.pack_command(command))  # type: ignore[arg-type]  # its stub wants one word
+        self._waiting.extend((future, until) for future in futures)
+        self._transport.write(b"".join(map(hiredis.pack_command, commands)))  # type: ignore[arg-type]  # its stub wants one word
         if self._timer is None:
             self._timer = self._loop.call_at(until, self._give_up, until)
-        return future
+        return futures
 
     def connection_made(self, transport: Any) -> None:
         """Asyncio says that the connection is open."""
@@ -185,3 +216,18 @@ def _settle(future: asyncio.Future[Any], reply: Any) -> None:
         future.set_exception(ConnectionError(str(reply)))
     else:
         future.set_exception(reply)
+
+
+def _failed(futures: "list[asyncio.Future[Any]]", error: Exception) -> "list[asyncio.Future[Any]]":
+    for future in futures:
+        future.set_exception(error)
+    return futures
+
+
+async def _all(*futures: "asyncio.Future[Any]") -> list[Any]:
+    """Their results, once all are there, so that none is left whose failure nobody hears of."""
+    results = await asyncio.gather(*futures, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, ReplyError):
+            raise result
+    return results

@@ -7,11 +7,11 @@ there, and whichever worker is scraped adds them up. No label holds what a calle
 import collections
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
@@ -88,6 +88,10 @@ class Metrics:
         self._rows: list[Stages] = []
         self.under_way = 0
         """Rankings under way now."""
+        self.served: collections.Counter[str] = collections.Counter()
+        """Rankings by what became of their records, since the last flush."""
+        self.served_waiting = 0
+        """Records that wait to be written now."""
         self._requests = Counter("adrank_requests", "Requests answered", ["route", "model", "outcome"], registry=r)
         labels = ["route", "outcome"]
         self._durations = Histogram("adrank_request_duration_seconds", "From a request to its answer", labels, buckets=SECONDS, registry=r)
@@ -101,6 +105,7 @@ class Metrics:
         self._shed = Counter("adrank_shed", "Rankings refused to protect the service", ["reason"], registry=r)
         self._degraded = Counter("adrank_degraded", "Rankings that did without something", ["stage", "reason"], registry=r)
         self._lookups = Counter("adrank_feature_lookups", "Users and ads looked up", ["group", "result"], registry=r)
+        self._events = Counter("adrank_events", "Events by what became of them", ["type", "result"], registry=r)
         self._ads = Gauge("adrank_catalogue_ads", "Active ads, of the worker with the fewest", registry=r, multiprocess_mode="livemin")
         lag = "Since the catalogue last was in step with the store, of the worker furthest behind"
         self._lag = Gauge("adrank_catalogue_lag_seconds", lag, registry=r, multiprocess_mode="livemax")
@@ -115,6 +120,11 @@ class Metrics:
         self._rollbacks = Counter("adrank_challenger_rollback", stopped, ["model", "reason"], registry=r)
         moved = "By how much p(click) of a candidate differs between a model and its shadow"
         self._differences = Histogram("adrank_shadow_difference", moved, ["model"], buckets=DIFFERENCES, registry=r)
+
+        about = "Rankings by what became of their records: written, sampled_out, dropped_queue, dropped_backlog, dropped_store or failed"
+        self._served = Counter("adrank_served_log", about, ["result"], registry=r)
+        waiting = "Records of rankings that wait to be written"
+        self._served_queue = Gauge("adrank_served_log_queue", waiting, registry=r, multiprocess_mode="livesum")
 
     def begin(self, route: str) -> Stages:
         """A request begins; `end` is to be called whatever becomes of it."""
@@ -132,6 +142,10 @@ class Metrics:
         """Write what has been noted into the metrics. To be called on the event loop: before a scrape, now and then, and at the end."""
         rows, self._rows = self._rows, []
         self._inflight.set(self.under_way)
+        self._served_queue.set(self.served_waiting)
+        for result, count in self.served.items():
+            self._served.labels(result).inc(count)
+        self.served.clear()
         for counted, count in collections.Counter((row.route, row.model, row.outcome) for row in rows).items():
             self._requests.labels(*counted).inc(count)
         durations, clicks = collections.defaultdict(list), collections.defaultdict(list)
@@ -173,6 +187,11 @@ class Metrics:
     def degraded(self, stage: str, reason: str, count: int = 1) -> None:
         """Count something that was done without."""
         self._degraded.labels(stage, reason).inc(count)
+
+    def events(self, counted: Mapping[tuple[str, str], int]) -> None:
+        """Count events by their type (`unknown` where it is none) and result: accepted, duplicate, or why they were not taken."""
+        for labels, count in counted.items():
+            self._events.labels(*labels).inc(count)
 
     def catalogue(self, ads: int, lag: float) -> None:
         """Set how many ads the catalogue has, and the seconds since it was last in step with the store."""
@@ -249,3 +268,81 @@ def _bury_the_dead(folder: Path) -> None:
             mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
         except PermissionError:
             pass
+
+
+class JoinMetrics:
+    """The metrics of the joiner, on a registry of its own: a `training.join.JoinWatch`. `model` is a name of the repository or `_other`."""
+
+    def __init__(self) -> None:
+        self.registry = r = CollectorRegistry()
+        self._rankings = Counter("adrank_join_rankings", "Rankings written to the log", ["model"], registry=r)
+        self._impressions = Counter("adrank_join_impressions", "Rows written to the log", ["model"], registry=r)
+        self._events = Counter("adrank_join_events", "Events by what became of them", ["type", "outcome"], registry=r)
+        self._incidents = Counter("adrank_join_incidents", "What should not happen", ["kind"], registry=r)
+        self._backlog = Gauge("adrank_join_backlog", "Entries that stand in a stream", ["stream"], registry=r)
+        self._lag = Gauge("adrank_join_lag_seconds", "Age of the oldest entry that stands in a stream", ["stream"], registry=r)
+        placed = ["model", "position"]
+        self._p_click = Counter("adrank_p_click_sum", "Sum of p(click) of the rows written", placed, registry=r)
+        self._clicks = Counter("adrank_clicks", "Clicks of the rows written", placed, registry=r)
+        about = "of the last 100,000 impressions, in whole files"
+        self._calibration = Gauge("adrank_calibration_ratio", f"Sum of p(click) over clicks {about}", ["model"], registry=r)
+        by_place = f"Sum of p(click) over clicks by position {about}"
+        self._calibration_by_place = Gauge("adrank_position_calibration_ratio", by_place, placed, registry=r)
+        entropy = f"Log loss over the entropy of the click rate {about}"
+        self._entropy = Gauge("adrank_normalised_entropy", entropy, ["model"], registry=r)
+        drift = f"Population stability index {about}, against the train split"
+        self._drift = Gauge("adrank_field_drift_psi", drift, ["model", "field"], registry=r)
+        self._fields: dict[str, set[str]] = {}
+
+    def serve(self, port: int) -> Callable[[], None]:
+        """Answer scrapes on 127.0.0.1, in a thread of its own, until what this returns is called.
+
+        Raises:
+            OSError: the port is taken.
+        """
+        server, thread = start_http_server(port, "127.0.0.1", self.registry)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return stop
+
+    def events(self, type_: str, outcome: str, count: int) -> None:
+        """Count events that ended so."""
+        self._events.labels(type_, outcome).inc(count)
+
+    def incident(self, kind: str, count: int) -> None:
+        """Count what should not happen."""
+        self._incidents.labels(kind).inc(count)
+
+    def rankings(self, model: str, count: int) -> None:
+        """Count rankings that were written."""
+        self._rankings.labels(model).inc(count)
+
+    def rows(self, model: str, position: str, count: int, clicks: int, p_click: float) -> None:
+        """Count rows of a position that were written, their clicks, and the sum of their p(click)."""
+        self._impressions.labels(model).inc(count)
+        self._clicks.labels(model, position).inc(clicks)
+        self._p_click.labels(model, position).inc(p_click)
+
+    def quality(self, model: str, calibration: float, by_position: Mapping[str, float], entropy: float) -> None:
+        """Set what a model's newest rows come to."""
+        self._calibration.labels(model).set(calibration)
+        self._entropy.labels(model).set(entropy)
+        for position, ratio in by_position.items():
+            self._calibration_by_place.labels(model, position).set(ratio)
+
+    def drift(self, model: str, by_field: Mapping[str, float]) -> None:
+        """Set how far a model's fields have drifted; fields that are told no more are dropped."""
+        for field in self._fields.get(model, set()) - by_field.keys():
+            self._drift.remove(model, field)
+        for field, index in by_field.items():
+            self._drift.labels(model, field).set(index)
+        self._fields[model] = set(by_field)
+
+    def stream(self, stream: str, backlog: int, lag: float) -> None:
+        """Set how many entries stand in a stream, and for how many seconds the oldest of them has."""
+        self._backlog.labels(stream).set(backlog)
+        self._lag.labels(stream).set(lag)

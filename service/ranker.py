@@ -4,22 +4,24 @@ Candidates are columns from the request to the answer: nothing here makes an obj
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import orjson
 
-from features.encode import AdTable, Features, Feeds, FieldError, Mask, Request, encode_request
+from features.encode import Features, Feeds, FieldError, Mask, Request, encode_request
 from features.schema import IDENTITY
 from features.state import Store, StoreError, UserState
-from features.vocabulary import Ids, Numbers
+from features.vocabulary import Numbers
 
+from .ads import View
 from .catalogue import Catalogue
 from .challenger import Challenge
 from .errors import DeadlineError, InvalidError, Mistake, ScoringError
 from .explain import Seen, explain_ad, explain_request
+from .explore import Policy, arrange, best_first
 from .metrics import Metrics, Stages
 from .models import Model, Models
 from .scoring import Scoring
@@ -45,8 +47,11 @@ class Query:
     top_k: int | None = None
     objective: Literal["pctr", "ecpm"] = "pctr"
     explain: bool = False
+    policy: Policy | None = None
+    """How to explore; None: not at all."""
     deadline: float | None = None
     """Seconds from the request's beginning."""
+    request_id: str = ""
 
 
 class Degraded(NamedTuple):
@@ -73,13 +78,54 @@ class Ranking:
     degraded: Sequence[Degraded]
     seen: Mapping[str, Seen] | None = None
     ads_seen: Sequence[Seen] | None = None
+    propensity: Sequence[float] | None = None
+    """How likely the policy was to put each ad at its place, given those above it; None where it did not explore."""
+
+
+class Encoded(NamedTuple):
+    """A request as the model takes it: each candidate once."""
+
+    request: Request
+    feeds: Feeds
+    known: Mask
+    view: View
+    """The features that the ads' rows were encoded from."""
+    repeated: Sequence[int] | None
+    """The positions of the request's candidates in the query, None where they are the same."""
+    behaviours: int
+
+
+class Scored(NamedTuple):
+    """Probabilities `(C,)`, and which of them are numbers."""
+
+    scores: Numbers
+    finite: Mask
+
+
+class Made(NamedTuple):
+    """A ranking and all that it was made of. Nothing here changes any more."""
+
+    query: Query
+    model: Model
+    encoded: Encoded
+    scored: Scored
+    ranking: Ranking
 
 
 class Ranker:
-    """Ranks with the models and the catalogue of the moment."""
+    """Ranks with the models and the catalogue of the moment, and tells of each ranking."""
 
-    def __init__(self, store: Store, metrics: Metrics, scoring: Scoring) -> None:
-        self._store, self._scoring = store, scoring
+    def __init__(
+        self,
+        store: Store,
+        metrics: Metrics,
+        scoring: Scoring,
+        on_ranked: Callable[[Made], None] = lambda _: None,
+        random: np.random.Generator | None = None,
+    ) -> None:
+        """`on_ranked` is called before the answer goes out, so it must be quick; `random` is by default seeded by the system."""
+        self._store, self._scoring, self._on_ranked = store, scoring, on_ranked
+        self._random = random or np.random.default_rng()
         self.models, self.catalogue = Models({}, {}), Catalogue(store, {}, metrics)
         self.challenges: Mapping[str, Challenge] = {}
 
@@ -111,13 +157,12 @@ class Ranker:
 
     async def _rank(self, query: Query, stages: Stages, model: Model, challenge: Challenge | None) -> Ranking:
         catalogue = self.catalogue
-        table = catalogue.table(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
         _check_bids(query)
+        view = catalogue.view(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
         stages.enter("features")
         degraded = [] if catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
         stored = await self._user(query, stages, model, degraded)
-        state, repeated = _usable(model, stored, degraded), _first_of_each(query)
-        encoded = _encode(query, table, state, repeated)
+        encoded = _encode(query, view, _usable(model, stored, degraded))
         stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
         scores = await self._scoring.score(model.scorer, encoded.feeds, stages, query.deadline)
         stages.enter("post")
@@ -128,13 +173,16 @@ class Ranker:
             def encode(other: Model) -> Feeds:
                 if other.bundle.fingerprint == model.bundle.fingerprint:
                     return encoded.feeds
-                return _encode(query, catalogue.table(other.bundle.fingerprint), _usable(other, stored, []), repeated).feeds
+                return _encode(query, catalogue.view(other.bundle.fingerprint), _usable(other, stored, [])).feeds
 
             challenge.note(model, query.user_id, stages.seconds["inference"], scores, encode)
         if np.count_nonzero(finite) < len(finite):
             degraded.append(Degraded("inference", "not_finite", "omitted"))
         stages.degraded = [(entry.stage, entry.reason) for entry in degraded]
-        return _ranking(query, model, encoded, _Scored(scores, finite), repeated, degraded)
+        scored = Scored(scores, finite)
+        ranking = _ranking(query, model, encoded, scored, degraded, self._random)
+        self._on_ranked(Made(query, model, encoded, scored, ranking))
+        return ranking
 
     async def _user(self, query: Query, stages: Stages, model: Model, degraded: list[Degraded]) -> UserState:
         """The user's state as far as the store gives it."""
@@ -158,20 +206,6 @@ class Ranker:
             return await self._store.get_user(query.user_id)
         async with asyncio.timeout(query.deadline - stages.total):
             return await self._store.get_user(query.user_id)
-
-
-class _Encoded(NamedTuple):
-    """A request as the model takes it, and which ads its rows are."""
-
-    feeds: Feeds
-    known: Mask
-    ad_ids: Sequence[str]
-    behaviours: int
-
-
-class _Scored(NamedTuple):
-    scores: Numbers
-    finite: Mask
 
 
 def _usable(model: Model, stored: UserState, degraded: list[Degraded]) -> UserState:
@@ -199,29 +233,38 @@ def _first_of_each(query: Query) -> list[int] | None:
     return list(first.values())
 
 
-def _encode(query: Query, table: AdTable, state: UserState, repeated: list[int] | None) -> _Encoded:
-    history = state.ad_ids if query.history is None else query.history
+def _request(query: Query, state: UserState, repeated: Sequence[int] | None) -> Request:
     ad_ids, sent = query.ad_ids, query.sent
     if repeated is not None:
         ad_ids = [ad_ids[i] for i in repeated]
         sent = {row: sent[i] for row, i in enumerate(repeated) if i in sent}
-    request = Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features)
+    history = state.ad_ids if query.history is None else query.history
+    return Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features)
+
+
+def _encode(query: Query, view: View, state: UserState) -> Encoded:
+    repeated = _first_of_each(query)
+    request = _request(query, state, repeated)
     try:
-        feeds, known = encode_request(table, request)
-        return _Encoded(feeds, known, ad_ids, min(len(history), table.encoder.schema.history_length))
+        feeds, known = encode_request(view.table, request)
+        view.renew()
+        behaviours = min(len(request.history), view.table.encoder.schema.history_length)
+        return Encoded(request, feeds, known, view, repeated, behaviours)
     except FieldError as error:
         raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
 
 
 def _ranking(
-    query: Query, model: Model, encoded: _Encoded, scored: _Scored, repeated: list[int] | None, degraded: list[Degraded]
+    query: Query, model: Model, encoded: Encoded, scored: Scored, degraded: list[Degraded], random: np.random.Generator
 ) -> Ranking:
-    """Ads best first, those beyond `top_k` omitted, and those without a finite score. Ties go by ad id."""
-    ad_ids, bids = encoded.ad_ids, query.bids if query.bids is None or repeated is None else query.bids[repeated]
+    """Ads best first, or as the policy drew them, those beyond `top_k` omitted, and those without a finite score. Ties go by ad id."""
+    ad_ids, repeated = encoded.request.candidates, encoded.repeated
+    bids = query.bids if query.bids is None or repeated is None else query.bids[repeated]
     (rows,) = scored.finite.nonzero()
     clicks = shortest(scored.scores) if len(rows) == len(ad_ids) else shortest(np.where(scored.finite, scored.scores, np.float32(0)))
     ecpm = None if bids is None else clicks * bids * 1000
-    order = best_first(rows, scored.scores if query.objective == "pctr" or ecpm is None else ecpm, ad_ids)
+    by = scored.scores if query.objective == "pctr" or ecpm is None else ecpm
+    order, propensity = arrange(best_first(rows, by, ad_ids), by, query.policy, query.top_k, random)
     kept = order[: query.top_k]
     places, known = kept.tolist(), encoded.known.take(kept)
     omitted = [] if repeated is None else [(ad_id, "duplicate") for ad_id in _others(query.ad_ids, repeated)]
@@ -236,6 +279,7 @@ def _ranking(
         None if np.count_nonzero(known) == len(known) else known.tolist(),
         omitted,
         degraded,
+        propensity=None if propensity is None else propensity.tolist(),
     )
     if query.explain:
         encoder = model.bundle.encoder
@@ -247,18 +291,6 @@ def _ranking(
 def _others(ad_ids: Sequence[str], ranked: Sequence[int]) -> list[str]:
     places = set(ranked)
     return [ad_id for i, ad_id in enumerate(ad_ids) if i not in places]
-
-
-def best_first(rows: Ids, by: Any, ad_ids: Sequence[str]) -> Ids:
-    """The rows by falling value, equal ones by ad id; numpy does all but the ties, since ids of thousands sort slowly."""
-    order: Ids = rows.take((-by.take(rows)).argsort(kind="stable"))
-    falling = by.take(order)
-    same = falling[1:] == falling[:-1]
-    if np.count_nonzero(same):
-        edges = np.flatnonzero(np.diff(same, prepend=False, append=False)).tolist()
-        for first, last in zip(edges[::2], edges[1::2], strict=True):
-            order[first : last + 1] = sorted(order[first : last + 1].tolist(), key=ad_ids.__getitem__)
-    return order
 
 
 def shortest(scores: Numbers) -> Bids:

@@ -8,13 +8,18 @@ import numpy as np
 import pydantic_core
 from pydantic import ValidationError
 
+from . import wire
 from .errors import InvalidError, Mistake, NotJsonError
+from .explore import EpsilonGreedy, PlackettLuce, Policy
 from .ranker import MISTAKES_TOLD, Bids, Query
+from .settings import Settings
 from .wire import Behaviour, Candidate, Columns, RankRequest
 
 ERRORS_LISTED = 1_000
 POINTER_STEP = 128
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+UNIONS = (("candidates",), ("options", "explore"))
+"""Where pydantic puts the name of the form into the path that it took a value for."""
 FORMS = "a list of ad ids, a list of objects with ad_id, or an object of columns"
 
 
@@ -28,15 +33,20 @@ def parse_request(body: bytes) -> RankRequest:
     try:
         return RankRequest.model_validate_json(body)
     except ValidationError as error:
-        count = error.error_count()
-        if count > ERRORS_LISTED:  # listing them would hold up every other request
-            raise InvalidError(f"{count} things are wrong with the request, too many to list") from None
-        wrong = error.errors(include_url=False, include_input=False, include_context=False)
+        raise refusal(error) from None
+
+
+def refusal(error: ValidationError) -> NotJsonError | InvalidError:
+    """What to tell the sender of a body that is not what it should be."""
+    count = error.error_count()
+    if count > ERRORS_LISTED:  # listing them would hold up every other request
+        return InvalidError(f"{count} things are wrong with the request, too many to list")
+    wrong = error.errors(include_url=False, include_input=False, include_context=False)
     if wrong[0]["type"] == "json_invalid":
-        raise NotJsonError(wrong[0]["msg"])
+        return NotJsonError(wrong[0]["msg"])
     mistakes = [_mistake(entry["loc"], entry["type"], entry["msg"]) for entry in wrong[:MISTAKES_TOLD]]
     told = f"{count} things are" if count > 1 else "one thing is"
-    raise InvalidError(f"{told} wrong with the request; errors says where", mistakes)
+    return InvalidError(f"{told} wrong with the request; errors says where", mistakes)
 
 
 def sent_request_id(body: bytes) -> str | None:
@@ -50,7 +60,8 @@ def sent_request_id(body: bytes) -> str | None:
 
 
 def _mistake(loc: Sequence[str | int], kind: str, message: str) -> Mistake:
-    path = list(loc[:1]) + list(loc[2:]) if loc[:1] == ("candidates",) else list(loc)  # without the union's tag
+    tag = next((len(union) for union in UNIONS if tuple(loc[: len(union)]) == union), len(loc))
+    path = [*loc[:tag], *loc[tag + 1 :]]
     detail = message.removeprefix("Value error, ")
     if path[-1:] == ["[key]"]:
         path, detail = path[:-1], f"its name: {detail}"
@@ -58,15 +69,18 @@ def _mistake(loc: Sequence[str | int], kind: str, message: str) -> Mistake:
         detail = "unknown field"
     elif kind == "union_tag_not_found":
         detail = f"expected {FORMS}"
-    return Mistake(tuple(step if isinstance(step, int) else _short(step) for step in path), detail)
+    return Mistake(tuple(map(short, path)), detail)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= POINTER_STEP else name[:POINTER_STEP] + "…"
+def short(step: str | int) -> str | int:
+    """A step of a path, cut where a caller made it very long."""
+    return step if isinstance(step, int) or len(step) <= POINTER_STEP else step[:POINTER_STEP] + "…"
 
 
-def to_query(request: RankRequest, most: int) -> Query:
+def to_query(request: RankRequest, most: int, default: Policy | None = None) -> Query:
     """The request as the ranker takes it, the same for rows and columns; `most` candidates are allowed.
+
+    `default` is the policy of a request that names none.
 
     Raises:
         InvalidError: too many candidates, columns of unequal length, or a history with only some times.
@@ -89,8 +103,22 @@ def to_query(request: RankRequest, most: int) -> Query:
         top_k=options.top_k,
         objective=options.objective,
         explain=options.explain,
+        policy=default if options.explore is None else _policy(options.explore),
         deadline=deadline,
     )
+
+
+def default_policy(settings: Settings) -> Policy | None:
+    """The policy of requests that name none; None is greedy."""
+    if settings.explore == "epsilon_greedy":
+        return EpsilonGreedy(settings.epsilon)
+    return PlackettLuce(settings.temperature) if settings.explore == "plackett_luce" else None
+
+
+def _policy(explore: wire.Explore) -> Policy | None:
+    if isinstance(explore, wire.EpsilonGreedy):
+        return EpsilonGreedy(explore.epsilon)
+    return PlackettLuce(explore.temperature) if isinstance(explore, wire.PlackettLuce) else None
 
 
 def _columns(candidates: Columns | list[Candidate] | list[str]) -> tuple[list[str], Bids | None, Mapping[int, dict[str, Any]]]:

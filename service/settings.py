@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from features.policy import COLDEST, HOTTEST
+
 PREFIX = "ADRANK_"
 SCHEMES = ("redis", "rediss", "unix", "memory")
 CGROUP = Path("/sys/fs/cgroup")
@@ -46,6 +48,30 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1_024, le=2**30)] = 4 * 2**20
     max_inflight: Annotated[int, Field(ge=1, le=100_000)] = 64
     user_ttl_seconds: Annotated[int, Field(ge=1)] = 90 * 24 * 3600
+    explore: Literal["greedy", "epsilon_greedy", "plackett_luce"] = "greedy"
+    """How requests are ranked that do not say it themselves; `epsilon` and `temperature` are those of their policies."""
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 0.1
+    temperature: Annotated[float, Field(ge=COLDEST, le=HOTTEST)] = 1.0
+    log_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """The share of rankings that are logged, drawn at random: a caller chooses its request ids, so they are no fair sample."""
+    log_tensors_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The share of those that are logged with the tensors that the model was given, for checks."""
+    log_shown: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """The most ads of an answer that count as shown and are logged: callers do best to set top_k to what they show."""
+    log_queue: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """Records that may wait for the store before new ones are dropped; their bytes have a bound too."""
+    log_kept: Annotated[int, Field(ge=1)] = 100_000
+    """Records in the store that nobody has taken, beyond which new ones are dropped."""
+    max_events: Annotated[int, Field(ge=1, le=10_000)] = 1_000
+    """Of one batch."""
+    max_event_batches: Annotated[int, Field(ge=1, le=1_000)] = 8
+    """Batches that a worker takes at once; more are answered with 429."""
+    event_age_seconds: Annotated[int, Field(ge=1, le=365 * 24 * 3600)] = 7 * 24 * 3600
+    """Older events are refused. Ids of events are remembered for as long, which takes memory of the store."""
+    event_ahead_seconds: Annotated[int, Field(ge=0, le=24 * 3600)] = 300
+    """How far an event's time may be ahead of our clock."""
+    events_kept: Annotated[int, Field(ge=1, le=10**9)] = 1_000_000
+    """Impressions, clicks and conversions that may wait in the store to be joined; then no more are taken."""
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 20
     """How long requests may still take after SIGTERM."""
 

@@ -1,8 +1,8 @@
 """Users, ads and changes in Redis 7 or later, or Valkey. The only module that knows Redis; requests ask it over a `line`.
 
 `adrank:user:{<user id>}` is one packed state with a TTL. The catalogue is 64 hashes `adrank:ads:{<n>}`, ad id -> packed ad.
-`adrank:ads:changes` is a stream whose entries name ads that changed. No command and no transaction spans two slots, so a
-Redis Cluster holds this layout as it is.
+`adrank:ads:changes` is a stream whose entries name ads that changed. How events change both is said in `event_store.py`. No command
+and no transaction spans two slots, so a Redis Cluster holds this layout as it is.
 """
 
 import asyncio
@@ -23,8 +23,21 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from features.state import Ad, ChangesLostError, StateError, StoreError, UserState, pack_ad, pack_user, unpack_ad, unpack_user
+from features.state import (
+    Ad,
+    ChangesLostError,
+    StateError,
+    StoreError,
+    UserState,
+    pack_ad,
+    pack_user,
+    unpack_ad,
+    unpack_user,
+)
+from features.streams import FIELD, SERVED
+from features.subject import Outcome, Subject
 
+from .event_store import UNTOLD, Bounds, EventStore, Place
 from .line import Address, Command, Line
 
 CHANGES = "adrank:ads:changes"
@@ -35,6 +48,10 @@ CHANGES_KEPT = 10_000
 ENTRIES_READ = 8
 BULK_SECONDS = 30.0
 """A bulk step, such as one batch of a load, may take this long; the request path has its own, short timeout."""
+APPEND_SECONDS = 5.0
+"""How long an append to a stream may take: nobody waits for it, and a server that writes to a slow disk may be silent for seconds."""
+EVENT_SECONDS = 2.0
+"""A step of a batch of events may take this long; its caller, unlike one who wants a ranking, can wait and would have to come again."""
 FOLLOW_SECONDS = 5.0
 """How long past its wait a read of changes may take: soon enough to notice a server that is there but silent."""
 
@@ -44,22 +61,44 @@ T = TypeVar("T")
 
 def user_key(user_id: str) -> str:
     """The key of a user's state; the braces make it the user's own slot in a cluster."""
-    return f"adrank:user:{{{user_id}}}"
+    return f"adrank:user:{_tag(user_id)}"
 
 
 def ads_key(ad_id: str) -> str:
     """The key of the hash that holds an ad."""
-    return f"adrank:ads:{{{zlib.crc32(ad_id.encode()) % HASHES}}}"
+    return f"adrank:ads:{{{_hash(ad_id)}}}"
+
+
+def place(subject: Subject) -> Place:
+    """The keys of what events are about; those of one subject are in one slot."""
+    if subject.kind == "user":
+        return Place(f"adrank:seen:user:{_tag(subject.id)}", user_key(subject.id))
+    if subject.kind == "ad":
+        return Place(f"adrank:seen:ad:{{{_hash(subject.id)}}}:{subject.id}", ads_key(subject.id), subject.id)
+    return Place(f"adrank:seen:request:{_tag(subject.id)}")
+
+
+def _hash(ad_id: str) -> int:
+    return zlib.crc32(ad_id.encode()) % HASHES
+
+
+def _tag(name: str) -> str:
+    """The name in braces. A cluster does not see braces that close at once, so such a name begins with something else."""
+    return f"{{\\{name}}}" if name.startswith(("}", "\\")) else f"{{{name}}}"
 
 
 class RedisStore:
     """A `features.state.Store`. Connects when first used, so a Redis that is down does not stop the service's start."""
 
-    def __init__(self, url: str, timeout: float, ttl: int, on_damaged: Callable[[], None]) -> None:
-        """Seconds for a `get_user`, seconds that a user is kept, what counts a damaged ad."""
+    def __init__(self, url: str, timeout: float, ttl: int, on_damaged: Callable[[], None], bounds: Bounds = UNTOLD) -> None:
+        """Seconds for a `get_user`, seconds that a user is kept, what counts a damaged ad, and what bounds events."""
         self._timeout, self._ttl, self._on_damaged = timeout, ttl, on_damaged
         self._fast = Line(_address(url), timeout)
-        self._slow = _connect(url, 8)  # the follower blocks on its connection; a request must never wait for that one
+        self._served = Line(_address(url), APPEND_SECONDS)  # of its own: a long batch must not stand before a user that is asked for
+        # A line of their own: the read of a ranking must not stand behind a thousand events.
+        self._eventful = Line(_address(url), EVENT_SECONDS)
+        self._events = EventStore(self._eventful, place, ttl, bounds)
+        self._slow = connect(url, 8)  # the follower blocks on its connection; a request must never wait for that one
 
     async def get_user(self, user_id: str) -> UserState | None:
         """See `Store`; gives up after the timeout, whatever Redis or the network do."""
@@ -77,7 +116,7 @@ class RedisStore:
     async def put_users(self, users: Iterable[tuple[str, UserState]]) -> None:
         """See `Store`."""
         for batch in _batches(users):
-            async with _answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
+            async with answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
                 for user_id, state in batch:
                     pipe.set(user_key(user_id), pack_user(user_id, state), ex=self._ttl)
                 await pipe.execute()
@@ -88,32 +127,46 @@ class RedisStore:
             hashes: dict[str, dict[str, bytes]] = defaultdict(dict)
             for ad in batch:
                 hashes[ads_key(ad.ad_id)][ad.ad_id] = pack_ad(ad)
-            async with _answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
+            async with answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
                 for key, values in hashes.items():
                     pipe.hset(key, mapping=values)
                 await pipe.execute()
-                entry = {"ads": msgpack.packb([ad.ad_id for ad in batch])}
-                await self._slow.xadd(CHANGES, entry, maxlen=CHANGES_KEPT, approximate=True)
+                await self._announce([ad.ad_id for ad in batch])
+
+    async def _announce(self, ad_ids: Sequence[str]) -> None:
+        await self._slow.xadd(CHANGES, {"ads": msgpack.packb(ad_ids)}, maxlen=CHANGES_KEPT, approximate=True)
+
+    async def apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
+        """See `Store`."""
+        try:
+            outcomes = await self._events.apply(subjects)
+        except (OSError, hiredis.ReplyError) as error:
+            raise _told(error, EVENT_SECONDS) from error
+        # Those of duplicates too: who did such an event first may not have lived to announce it.
+        for batch in _batches(dict.fromkeys(subject.id for subject in subjects if subject.kind == "ad")):
+            async with answering(EVENT_SECONDS):
+                await self._announce(batch)
+        return outcomes
 
     async def all_ads(self) -> AsyncIterator[list[Ad]]:
         """See `Store`. An ad may come twice (HSCAN); a damaged one is left out and counted."""
         for n in range(HASHES):
             cursor = -1
             while cursor:
-                async with _answering(BULK_SECONDS):
+                async with answering(BULK_SECONDS):
                     cursor, found = await self._slow.hscan(f"adrank:ads:{{{n}}}", max(cursor, 0), count=BATCH)
                 yield [ad for ad_id, value in found.items() if (ad := self._ad(ad_id, value))]
 
     async def cursor(self) -> str:
         """See `Store`. The id of the last change, and how many there have ever been."""
-        async with _answering(BULK_SECONDS):
+        async with answering(BULK_SECONDS):
             last, added, _ = await self._stream()
         return f"{last}/{added}"
 
     async def changed_ads(self, cursor: str, wait: float) -> tuple[list[Ad], str]:
         """See `Store`."""
         last, _, count = cursor.partition("/")
-        async with _answering(wait + FOLLOW_SECONDS):
+        async with answering(wait + FOLLOW_SECONDS):
             # A block of 0 would wait for ever.
             reply = await self._slow.xread({CHANGES: last}, count=ENTRIES_READ, block=max(1, int(wait * 1000)))
             # Checked after reading: what was read before it was trimmed is not lost.
@@ -164,6 +217,15 @@ class RedisStore:
             self._on_damaged()
             return None
 
+    async def append_served(self, records: Sequence[bytes]) -> int:
+        """See `Store`. Never sent twice, so that a record has one id in the stream."""
+        commands: list[Command] = [(b"XADD", SERVED, b"*", FIELD, record) for record in records]
+        try:
+            replies = await self._served.ask_once([*commands, (b"XLEN", SERVED)])
+        except (OSError, hiredis.ReplyError) as error:
+            raise _told(error, APPEND_SECONDS) from error
+        return int(replies[-1])
+
     async def ping(self) -> None:
         """See `Store`."""
         try:
@@ -174,10 +236,12 @@ class RedisStore:
     async def close(self) -> None:
         """See `Store`."""
         self._fast.close()
+        self._served.close()
+        self._eventful.close()
         await self._slow.aclose()
 
 
-def _connect(url: str, connections: int) -> Any:
+def connect(url: str, connections: int) -> Any:
     """A client. Untyped: redis-py's types of replies are the union over all of its modes."""
     # RESP2, since RESP3 lets the server push data between replies, and redis-py then stops checking a pooled connection for
     # stray data. One immediate retry mends a connection that the server closed while idle; backing off is for the follower.
@@ -200,7 +264,7 @@ def _address(url: str) -> Address:
 
 
 @asynccontextmanager
-async def _answering(seconds: float) -> AsyncIterator[None]:
+async def answering(seconds: float) -> AsyncIterator[None]:
     """Bound what is done inside, and turn its failures into `StoreError`s."""
     try:
         async with asyncio.timeout(seconds):

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainValidator, Tag, WithJsonSchema
 
+from features.policy import COLDEST, HOTTEST
 from features.state import HISTORY_LIMIT
 
 from .metrics import Stages
 from .ranker import Ranking
 
-TEXT_LENGTH, LIST_LENGTH, FEATURES, CANDIDATES = 1_024, 1_000, 256, 100_000
+TEXT_LENGTH, LIST_LENGTH, FEATURES, CANDIDATES, ID_LENGTH = 1_024, 1_000, 256, 100_000, 256
 TIMED = ("parse", "features", "queue", "inference")
 
 
@@ -57,7 +58,7 @@ _LIST = {"type": "array", "maxItems": LIST_LENGTH, "items": {"anyOf": [_TEXT, _W
 Value = Annotated[Any, PlainValidator(_value), WithJsonSchema({"anyOf": [_TEXT, _WHOLE, {"type": "number"}, _LIST, {"type": "null"}]})]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 FeatureMap = Annotated[dict[Name, Value], Field(max_length=FEATURES), BeforeValidator(_few)]
-Id = Annotated[str, Field(min_length=1, max_length=256)]
+Id = Annotated[str, Field(min_length=1, max_length=ID_LENGTH)]
 Bid = Annotated[float, Field(ge=0, le=1e9)]
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 
@@ -100,13 +101,46 @@ class Columns(Wire):
     features: Annotated[list[FeatureMap | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
 
 
+class Greedy(Wire):
+    """The best first."""
+
+    policy: Literal["greedy"]
+
+
+class EpsilonGreedy(Wire):
+    """At each place the best ad that is left, but with the probability `epsilon` any one of those left."""
+
+    policy: Literal["epsilon_greedy"]
+    epsilon: Annotated[float, Field(ge=0, le=1)]
+
+
+class PlackettLuce(Wire):
+    """At each place one of the ads left, in proportion to what it is ordered by ** (1 / `temperature`)."""
+
+    policy: Literal["plackett_luce"]
+    temperature: Annotated[float, Field(ge=COLDEST, le=HOTTEST)]
+
+
+def _known_policy(explore: object) -> str | None:
+    named = explore.get("policy") if isinstance(explore, dict) else getattr(explore, "policy", None)
+    return named if named in ("greedy", "epsilon_greedy", "plackett_luce") else None
+
+
+_POLICIES = "an object with policy: greedy, epsilon_greedy (and epsilon), or plackett_luce (and temperature)"
+Explore = Annotated[
+    Annotated[Greedy, Tag("greedy")] | Annotated[EpsilonGreedy, Tag("epsilon_greedy")] | Annotated[PlackettLuce, Tag("plackett_luce")],
+    Discriminator(_known_policy, custom_error_type="no_such_policy", custom_error_message=f"expected {_POLICIES}"),
+]
+
+
 class Options(Wire):
-    """How to rank. `deadline_ms` counts from the arrival of the request."""
+    """How to rank. `deadline_ms` counts from the arrival of the request; without `explore` the service's setting counts."""
 
     model: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     top_k: Annotated[int, Field(ge=1, le=CANDIDATES)] | None = None
     objective: Literal["pctr", "ecpm"] = "pctr"
     explain: bool = False
+    explore: Explore | None = None
     deadline_ms: Annotated[float, Field(gt=0, le=60_000)] | None = None
 
 
@@ -134,12 +168,15 @@ class ModelFacts(Wire):
 
 
 class AdAnswer(Wire):
-    """A ranked ad. `known` is there, and false, for an ad that the catalogue does not have."""
+    """A ranked ad. `known` is there, and false, for an ad that the catalogue does not have; `propensity` where the ranking explored:
+    the probability with which the policy puts this ad at this place, given the ads above it.
+    """
 
     ad_id: str
     rank: int
     p_click: float
     ecpm: float | None = None
+    propensity: float | None = None
     known: bool = True
     explain: dict[str, Any] | None = None
 
@@ -229,6 +266,9 @@ def _numbers(ranking: Ranking) -> list[bytes]:
         texts = [
             text if ecpm == b"null" else b'%s,"ecpm":%s' % (text, ecpm) for text, ecpm in zip(texts, _listed(ranking.ecpm), strict=True)
         ]
+    if ranking.propensity is not None:
+        chances = _listed(ranking.propensity)
+        texts = [b'%s,"propensity":%s' % (text, chance) for text, chance in zip(texts, chances, strict=True)]
     if ranking.known is not None:
         texts = [text if known else text + b',"known":false' for text, known in zip(texts, ranking.known, strict=True)]
     if ranking.ads_seen is not None:

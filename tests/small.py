@@ -121,12 +121,13 @@ def data_set(folder: Path, rows: Sequence[int] = (300, 100, 100), seed: int = 0)
     ).write_parquet(folder / "ads.parquet")
     for split, count in zip(("train", "valid", "test"), rows, strict=True):
         (folder / split).mkdir()
-        _split(random, count).write_parquet(folder / split / "0.parquet")
+        rows_of(random, count).write_parquet(folder / split / "0.parquet")
     return open_prepared(folder)
 
 
-def _split(random: np.random.Generator, count: int) -> pl.DataFrame:
-    user, ad = random.integers(0, 20, count), random.integers(0, ADS, count)
+def rows_of(random: np.random.Generator, count: int, ads: int = ADS) -> pl.DataFrame:
+    """Impressions of users `u0` to `u19`, with histories."""
+    user, ad = random.integers(0, 20, count), random.integers(0, ads, count)
     p = 1 / (1 + np.exp(-(1.5 * np.sin(ad) + 2.0 * ((user % 3) == (ad % 3)) - 0.7)))
     data = {
         "label": (random.random(count) < p).astype(np.int8),

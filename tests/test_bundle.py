@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import re
@@ -74,14 +75,20 @@ def test_a_manifest_that_does_not_belong_to_its_folder_is_refused(tmp_path: Path
         load_bundle(manifest.parent)
 
 
-def test_what_a_killed_publisher_left_is_cleared_a_day_later(tmp_path: Path) -> None:
-    old, young = tmp_path / "din" / ".publishing-old", tmp_path / "din" / ".publishing-young"
-    for staging in (old, young):
-        (staging / "20260102030405").mkdir(parents=True)
-    os.utime(old, (0, 0))
+def test_what_a_killed_publisher_left_is_cleared_and_one_at_work_is_left_alone(tmp_path: Path) -> None:
+    dead, alive = tmp_path / "din" / ".publishing-dead", tmp_path / "din" / ".publishing-alive"
+    for staging in (dead, alive):
+        (staging / "bundle").mkdir(parents=True)
+    (tmp_path / "din" / ".current-99").write_text("2026")
+    handle = os.open(alive, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
     bundles.publish(tmp_path, "din")
-    assert not old.exists()
-    assert young.exists()
+    assert not dead.exists()
+    assert not (tmp_path / "din" / ".current-99").exists()
+    assert alive.exists()
+    os.close(handle)
+    bundle.clear_abandoned(tmp_path, "din")
+    assert not alive.exists()
 
 
 def test_an_earlier_version_can_be_made_current(tmp_path: Path) -> None:
@@ -284,7 +291,8 @@ def test_a_process_that_is_killed_while_publishing_leaves_no_version(tmp_path: P
     assert model_names(tmp_path) == []
     [staging] = (path for path in (tmp_path / "din").iterdir() if path.name != ".lock")
     assert staging.name.startswith(".publishing-")
-    path = bundles.publish(tmp_path)  # what was left is in nobody's way
+    path = bundles.publish(tmp_path)  # what was left is in nobody's way, and gone
+    assert not staging.exists()
     assert model_names(tmp_path) == ["din"]
     load_bundle(path).check_goldens(bundles.expected)
 

@@ -9,7 +9,7 @@ import pytest
 import redis.asyncio
 
 from features.encode import AdTable
-from features.state import Ad, MemoryStore, pack_features
+from features.state import Ad, MemoryStore, pack_features, unpack_features
 from service import catalogue as module
 from service.catalogue import Catalogue, put_ads
 from service.metrics import Metrics
@@ -39,7 +39,7 @@ async def until(condition, seconds=10):
 
 def test_bulk_encoding_is_the_same_as_one_by_one():
     bulk, single = AdTable(bundles.encoder()), AdTable(bundles.encoder())
-    assert put_ads(bulk, [Ad(ad_id, features) for ad_id, features in bundles.ADS.items()]) == []
+    assert put_ads(bulk, [Ad(ad_id, features) for ad_id, features in bundles.ADS.items()]) == {}
     for ad_id, features in bundles.ADS.items():
         single.put([ad_id], single.encoder.encode_one("ad", features, ad_id))
     assert np.array_equal(bulk.block.ids, single.block.ids)
@@ -53,7 +53,7 @@ def test_an_ad_that_does_not_fit_is_left_out_and_the_others_are_not():
     ads = [Ad(f"bad{i}", features) for i, features in enumerate(bad)] + [Ad("good", {"price": 1.0, "unheard_of": [1, {}]})]
     mistyped = put_ads(table, ads)
     assert len(mistyped) == 5
-    assert "ad.price" in mistyped[0]
+    assert "ad.price" in mistyped["bad0"]
     assert len(table) == 1
     assert table.rows(["good"])[0] == 1
 
@@ -118,7 +118,71 @@ async def test_it_keeps_the_features_that_it_encoded():
         await until(lambda: catalogue.loaded)
         await store.put_ads([Ad("a1", {"price": 2.5}), Ad("a2", {}, active=False)])
         await until(lambda: catalogue.ads == 1)
-        assert catalogue.features(["a2", "a1", "none"]) == {"a1": pack_features({"price": 2.5}), "a2": pack_features({"genre": "news"})}
+        features = catalogue.view("f").features(["a2", "a1", "none"])
+        assert features == {"a1": pack_features({"price": 2.5}), "a2": pack_features({"genre": "news"})}
+
+
+async def test_a_view_is_of_its_moment():
+    store = MemoryStore()
+    await store.put_ads([Ad("a1", {"price": 1.0}), Ad("a2", {"price": 2.0}), Ad("bad", {"price": "dear"})])
+    catalogue = one(store)
+    cursor = await catalogue.load()
+    ad_ids = ["a1", "a2", "bad", "new"]
+    views, told = [], []
+    for ads in (
+        [Ad("a1", {"price": 1.5})],
+        [Ad("a1", {"price": "dear"}), Ad("a2", {}, active=False)],
+        [Ad("a1", {"price": "dearer"}), Ad("new", {"price": 1.0})],
+        [Ad("a1", {}, active=False), Ad("bad", {"price": 3.0})],
+        [Ad("a1", {"price": 4.0}), Ad("bad", {"price": "dear"}), Ad("new", {"price": 1.0}, active=False)],
+    ):
+        views.append(catalogue.view("f"))
+        table = catalogue.table("f")
+        told.append({ad_id: table.take(table.rows([ad_id])).numbers.tolist() for ad_id in ad_ids if table.rows([ad_id])[0]})
+        await store.put_ads(ads)
+        cursor = await catalogue._step(cursor)
+    encoder = bundles.encoder()
+    for view, numbers in zip(views, told, strict=True):
+        found = {
+            ad_id: encoder.encode_one("ad", unpack_features(packed)).numbers.tolist() for ad_id, packed in view.features(ad_ids).items()
+        }
+        assert found == numbers
+    assert [sorted(each) for each in told] == [["a1", "a2"], ["a1", "a2"], ["a1", "a2"], ["a1", "a2", "new"], ["a1", "a2", "bad", "new"]]
+    await catalogue.add("late", bundles.encoder())
+    assert sorted(catalogue.view("late").features(ad_ids)) == ["a1", "a2", "new"], "a misfit has no row in a table that is new"
+    later = [view.features(["a1"])["a1"] for view in views]
+    assert later == [pack_features({"price": price}) for price in (1.0, 1.5, 1.5, 1.5, 1.5)]
+
+
+async def test_a_view_goes_on_when_all_ads_are_read_anew_and_when_its_table_is_dropped():
+    store = MemoryStore()
+    await store.put_ads([Ad("a1", {"price": 1.0}), Ad("a2", {"price": "dear"}), Ad("a3", {"price": 3.0})])
+    catalogue = Catalogue(store, {"f": bundles.encoder(), "g": bundles.encoder()}, Metrics())
+
+    async def change(*ads):
+        nonlocal cursor
+        await store.put_ads(ads)
+        cursor = await catalogue._step(cursor)
+
+    cursor, view = await catalogue.load(), catalogue.view("f")
+    await change(Ad("a3", {"price": "dear"}))
+    misfit = catalogue.view("f")
+    await store.put_ads([Ad("a1", {"price": 2.0})])
+    cursor = await catalogue.load()
+    for each in (view, misfit):
+        assert each.features(["a1", "a2", "a3"]) == {"a1": pack_features({"price": 1.0}), "a3": pack_features({"price": 3.0})}
+    assert catalogue.view("f").features(["a1", "a2", "a3"]) == {"a1": pack_features({"price": 2.0})}
+
+    early, late = catalogue.view("f"), catalogue.view("f")
+    await change(Ad("a1", {"price": 2.5}), Ad("a2", {"price": 2.0}))
+    catalogue.keep(["g"])
+    with pytest.raises(KeyError):
+        catalogue.view("f")
+    await change(Ad("a1", {"price": 3.0}), Ad("a2", {"price": "dear"}), Ad("a3", {"price": 4.0}))
+    late.renew()
+    assert early.features(["a1", "a2", "a3"]) == {"a1": pack_features({"price": 2.0})}
+    assert late.features(["a1", "a2", "a3"]) == {"a1": pack_features({"price": 2.5}), "a2": pack_features({"price": 2.0})}
+    assert float(late.table.take(late.table.rows(["a1"])).numbers[0, 0]) == pytest.approx(np.log1p(2.5))
 
 
 async def test_it_loads_then_follows():

@@ -74,7 +74,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.data_set(tmp_path_factory.mktemp("small"), rows=(130, 60, 60)).folder
 
 
-@pytest.mark.parametrize("name", ["prepare", "train", "evaluate", "load", "serve", "demo", "bench", "promote", "rollback"])
+@pytest.mark.parametrize("name", sorted(adrank.cli.commands))
 def test_every_subcommand_explains_itself(name: str) -> None:
     shown = CliRunner().invoke(adrank.cli, [name, "--help"])
     assert shown.exit_code == 0

@@ -173,6 +173,14 @@ def test_sent_features_lie_over_the_catalogue_s() -> None:
     assert encode_request(table, request(candidates=["a2"]))[0]["ad_ids"].tolist() == [[[4, 4, 2, 3]]]  # the catalogue is as it was
 
 
+def test_to_say_that_a_feature_is_missing_says_nothing_of_an_ad_that_nobody_knows() -> None:
+    table = catalogue(small.encoder())
+    said, _ = encode_request(table, request(candidates=["zz", "a2"], sent={0: {"genre": None}, 1: {"genre": None}}))
+    silent, _ = encode_request(table, request(candidates=["zz", "a2"]))
+    assert said["ad_ids"][0, 0].tolist() == silent["ad_ids"][0, 0].tolist()
+    assert (said["ad_ids"][0, 1, 1], silent["ad_ids"][0, 1, 1]) == (0, 4)
+
+
 def test_a_wrong_sent_feature_names_its_candidate() -> None:
     for features in ({"price": "dear"}, {"colour": "red"}, {"ad_id": "a1"}):
         with pytest.raises(FieldError, match=r"^ad\.") as caught:

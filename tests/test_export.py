@@ -18,6 +18,7 @@ from tests.test_deepfm import HISTORY_AND_ADS, ONLY_AD_NUMBER
 from training import export
 from training.calibrate import Calibration
 from training.datasets.prepared import Prepared, open_prepared
+from training.drift import REFERENCE, make_reference, read_reference
 from training.export import Served, evaluate_bundle, random_feeds, score, to_onnx, verify
 from training.networks.blocks import Part
 from training.train import Trained
@@ -180,3 +181,9 @@ def test_a_graph_that_disagrees_is_not_published(
     with pytest.raises(BundleError, match=r"differ by .* nothing was published"):
         export.export(sampled, other, tmp_path / "models", "m", small.quiet())
     assert not (tmp_path / "models").exists()
+
+
+def test_a_bundle_has_the_reference_of_its_training_data(published: tuple[Trained, Path], sampled: Prepared) -> None:
+    trained, path = published
+    assert (path / REFERENCE).read_bytes() == make_reference(sampled, trained.encoder.vocabularies)
+    assert read_reference(load_bundle(path))

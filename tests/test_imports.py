@@ -28,6 +28,12 @@ def test_the_command_line_loads_nothing_until_it_runs() -> None:
     assert loaded("import adrank\nadrank.cli(['--help'], standalone_mode=False)") & (FRAMEWORKS | SIDES | {"numpy"}) == set()
 
 
-@pytest.mark.parametrize("module", ["training.world", "training.datasets.states"])
+@pytest.mark.parametrize("module", ["training.world", "training.datasets.states", "training.join"])
 def test_training_never_loads_the_service(module: str) -> None:
     assert loaded(f"import {module}") & {"service", "fastapi", "redis"} == set()
+
+
+def test_the_joiner_loads_no_torch() -> None:
+    assert (
+        loaded("import training.join, service.streams, service.metrics") & {"torch", "sklearn", "scipy", "onnxruntime", "fastapi"} == set()
+    )

@@ -15,9 +15,10 @@ from features.encode import AdTable, Request, encode_request
 from features.state import Ad, MemoryStore, StoreError, UserState
 from service.catalogue import Catalogue, put_ads
 from service.errors import DeadlineError, InvalidError, NotReadyError, UnknownModelError
+from service.explore import best_first
 from service.metrics import Metrics
 from service.models import Models
-from service.ranker import Degraded, Query, Ranker, best_first
+from service.ranker import Degraded, Query, Ranker
 from service.scoring import Inline, Pool
 from service.settings import Settings
 

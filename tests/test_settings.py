@@ -44,6 +44,16 @@ def test_an_unknown_flag_is_refused():
         ("STORE_TIMEOUT_MS", "-1"),
         ("MAX_BODY_BYTES", "1"),
         ("MAX_INFLIGHT", "0"),
+        ("EXPLORE", "thompson"),
+        ("EPSILON", "1.5"),
+        ("TEMPERATURE", "0"),
+        ("LOG_SHARE", "nan"),
+        ("LOG_QUEUE", "0"),
+        ("MAX_EVENTS", "10001"),
+        ("MAX_EVENT_BATCHES", "0"),
+        ("EVENT_AGE_SECONDS", "0"),
+        ("EVENT_AHEAD_SECONDS", "-1"),
+        ("EVENTS_KEPT", "0"),
     ],
 )
 def test_a_wrong_value_names_the_setting_and_no_secret(monkeypatch, name, value):

@@ -184,8 +184,17 @@ def test_features_are_not_told_without_end() -> None:
     state = UserState().told({str(i): "x" for i in range(FEATURES_LIMIT)}, 1)
     with pytest.raises(StateError, match="more than 256"):
         state.told({"one more": "x"}, 2)
-    with pytest.raises(StateError, match="more than 256"):
-        state.told(dict.fromkeys(["never", "there"]), 2)
+    assert state.told({"never": None, "0": None}, 2).told({"one more": "x"}, 3).features.keys() == {*state.features, "one more"} - {"0"}
+
+
+def test_what_was_taken_away_is_not_remembered_without_end() -> None:
+    state = UserState().told({"kept": "x"}, 0)
+    for ts in range(1, 2 * FEATURES_LIMIT):
+        state = state.told({f"name {ts}": None}, ts)
+    assert len(state.changed) == FEATURES_LIMIT
+    assert state.features == {"kept": "x"}
+    assert state.told({"kept": "older"}, -1).features == {"kept": "x"}
+    assert state.told({f"name {2 * FEATURES_LIMIT - 1}": "late"}, 5).features == {"kept": "x"}
 
 
 @patient

@@ -9,7 +9,9 @@ import pytest
 import redis.asyncio
 from conftest import Server, free_port
 
-from features.state import Ad, ChangesLostError, MemoryStore, StoreError, UserState, pack_ad, pack_user
+from features.events import Event
+from features.state import HISTORY_LIMIT, SEEN_LIMIT, Ad, ChangesLostError, MemoryStore, StoreError, UserState, pack_ad, pack_user
+from features.subject import by_subject
 from service.line import REFUSED_SECONDS
 from service.store import CHANGES, RedisStore, ads_key, user_key
 
@@ -51,6 +53,137 @@ async def store(request, servers):
 
 async def everything(store):
     return {ad.ad_id: ad async for batch in store.all_ads() for ad in batch}
+
+
+NOW = round(time.time())
+
+
+def click(event_id, ts=0.0, ad_id="a1", user_id="u1"):
+    return Event("click", event_id, NOW + ts, user_id=user_id, ad_id=ad_id, request_id="r1")
+
+
+def shown(event_id, request_id="r1", ts=0.0, kind="impression"):
+    return Event(kind, event_id, NOW + ts, request_id=request_id, ad_id="a1")
+
+
+def user(event_id, features, ts=0.0, user_id="u1"):
+    return Event("user", event_id, NOW + ts, user_id=user_id, features=features)
+
+
+def ad(event_id, features, ts=0.0, ad_id="a1", active=None):
+    return Event("ad", event_id, NOW + ts, ad_id=ad_id, features=features, active=active)
+
+
+async def applied(store, *events):
+    """What became of the events, by their ids."""
+    subjects = by_subject(events)
+    outcomes = await store.apply(subjects)
+    pairs = [pair for subject, each in zip(subjects, outcomes, strict=True) for pair in zip(subject.events, each, strict=True)]
+    return {event.event_id: outcome.reason or outcome.status for event, outcome in pairs}
+
+
+class TestEvents:
+    """The contract of `apply`."""
+
+    async def test_each_kind_does_its_own_and_once(self, store):
+        events = [click("c"), shown("i"), shown("v", kind="conversion"), user("u", {"age": "25"}), ad("a", {"genre": "news"})]
+        assert await applied(store, *events) == dict.fromkeys("civua", "accepted")
+        state, ads = await store.get_user("u1"), await everything(store)
+        for _ in range(3):
+            assert await applied(store, *reversed(events)) == dict.fromkeys("civua", "duplicate")
+        assert await store.get_user("u1") == state == UserState({"age": "25"}, ["a1"], [NOW], {"age": NOW})
+        assert await everything(store) == ads == {"a1": Ad("a1", {"genre": "news"}, True, {"genre": NOW})}
+
+    async def test_old_and_new_ones_may_come_together(self, store):
+        await applied(store, click("c1"), user("u1", {"age": "25"}))
+        assert await applied(store, click("c2", 1), click("c1"), user("u1", {"age": "35"})) == {
+            "c2": "accepted",
+            "c1": "duplicate",
+            "u1": "duplicate",
+        }
+        state = await store.get_user("u1")
+        assert (state.ts, state.features) == ([NOW, NOW + 1], {"age": "25"})
+
+    async def test_a_late_event_lands_in_its_place_by_time(self, store):
+        await store.put_users([("u1", UserState({}, ["old"], [NOW - 1000]))])
+        await applied(store, click("c3", -10, "a3"), user("t2", {"age": "35"}, -5))
+        await applied(store, click("c1", -30, "a1"), click("c2", -20, "a2"), user("t1", {"age": "25", "income": 1.5}, -50))
+        state = await store.get_user("u1")
+        assert state.ad_ids == ["old", "a1", "a2", "a3"]
+        assert state.features == {"age": "35", "income": 1.5}
+
+    async def test_subjects_of_the_same_name_are_not_mixed_up(self, store):
+        name = "same"
+        events = [click("e", user_id=name), shown("e", request_id=name), ad("e", {"genre": "news"}, ad_id=name)]
+        for event in events:
+            assert await applied(store, event) == {"e": "accepted"}
+        for event in events:
+            assert await applied(store, event) == {"e": "duplicate"}
+
+    async def test_odd_names_are_names(self, store):
+        for name in ODD:
+            events = [click(name, user_id=name), shown(f"{name}i", name), ad(f"{name}a", {"which": name}, ad_id=name)]
+            assert set((await applied(store, *events)).values()) == {"accepted"}
+            assert set((await applied(store, *events)).values()) == {"duplicate"}
+        assert [(await store.get_user(name)).ts for name in ODD] == [[NOW]] * len(ODD)
+        assert {ad_id: each.features["which"] for ad_id, each in (await everything(store)).items()} == {each: each for each in ODD}
+
+    async def test_history_is_bounded_and_what_is_too_old_for_it_is_still_done_once(self, store):
+        await applied(store, *(click(f"c{i}", i, f"a{i}") for i in range(-HISTORY_LIMIT - 20, 0)))
+        state = await store.get_user("u1")
+        assert (len(state.ts), state.ts[0], state.ad_ids[-1]) == (HISTORY_LIMIT, NOW - HISTORY_LIMIT, "a-1")
+        late = click("late", -HISTORY_LIMIT - 1000)
+        assert await applied(store, late) == {"late": "accepted"}
+        assert await applied(store, late) == {"late": "duplicate"}
+        assert await store.get_user("u1") == state
+
+    async def test_ids_are_bounded_and_what_was_forgotten_is_never_done_again(self, store):
+        events = [shown(f"e{i}", ts=i - SEEN_LIMIT) for i in range(SEEN_LIMIT + 300)]
+        for start in range(0, len(events), 1000):
+            await applied(store, *events[start : start + 1000])
+        assert set((await applied(store, *events[:300])).values()) == {"too_old"}
+        assert set((await applied(store, *events[300:330], *events[-30:])).values()) == {"duplicate"}
+        assert await applied(store, shown("new", ts=500)) == {"new": "accepted"}
+
+    async def test_what_is_older_than_what_is_remembered_is_refused(self, store):
+        week = 8 * 24 * 3600
+        assert await applied(store, click("old", -week - 60), click("new")) == {"old": "too_old", "new": "accepted"}
+        assert await applied(store, click("old", -week - 60), click("younger", -week + 60)) == {"old": "too_old", "younger": "accepted"}
+        assert len((await store.get_user("u1")).ts) == 2
+
+    async def test_too_many_features_are_refused_and_may_come_again(self, store):
+        many = {f"f{i}": "x" for i in range(250)}
+        assert await applied(store, user("e1", many), ad("e2", many)) == {"e1": "accepted", "e2": "accepted"}
+        more = {f"g{i}": "x" for i in range(10)}
+        refused = {"e3": "too_many_features", "e4": "too_many_features", "e5": "accepted"}
+        assert await applied(store, user("e3", more, 1), ad("e4", more, 1), click("e5")) == refused
+        assert await applied(store, user("e3", {"f1": None, "one": "y"}, 1)) == {"e3": "accepted"}
+        assert len((await store.get_user("u1")).features) == 250
+        large = {f"h{i}": ["x" * 1000] * 100 for i in range(3)}
+        assert await applied(store, user("e6", large, user_id="u2")) == {"e6": "too_many_features"}
+        assert await store.get_user("u2") is None
+
+    async def test_an_ad_leaves_and_comes_back_as_told(self, store):
+        cursor = await store.cursor()
+        await store.put_ads([Ad("a1", {"genre": "news"})])
+        await applied(store, ad("e2", {}, 10, active=False), ad("e1", {"genre": "drama"}, 5, active=True))
+        told = (await everything(store))["a1"]
+        assert (told.active, told.features) == (False, {"genre": "drama"})
+        ads, after = await store.changed_ads(cursor, 0.01)
+        assert ads == [told]
+        assert await applied(store, ad("e1", {}, 5)) == {"e1": "duplicate"}
+        assert (await store.changed_ads(after, 0.01))[0] == [told], "whoever did it first may not have lived to announce it"
+
+    async def test_many_at_once_are_each_done_once(self, store):
+        events = [click(f"c{i}", i, f"a{i}", user_id=f"u{i % 7}") for i in range(-140, 0)]
+        events += [ad(f"a{i}", {"n": i}, i, ad_id=f"a{i % 3}") for i in range(-30, 0)]
+        outcomes = await asyncio.gather(*(applied(store, *random.Random(n).sample(events, len(events))) for n in range(8)))
+        for event in events:
+            assert sorted(each[event.event_id] for each in outcomes) == ["accepted", *["duplicate"] * 7]
+        for n in range(7):
+            state = await store.get_user(f"u{n}")
+            assert list(state.ts) == [event.ts for event in events if event.user_id == f"u{n}"]
+        assert {ad_id: each.features["n"] for ad_id, each in (await everything(store)).items()} == {"a0": -3, "a1": -2, "a2": -1}
 
 
 class TestContract:

@@ -23,6 +23,8 @@ def plainly(ranking: Ranking, timings: dict[str, float]) -> bytes:
         ad = {"ad_id": ad_id, "rank": place + 1, "p_click": ranking.p_click[place]}
         if ranking.ecpm is not None and ranking.ecpm[place] is not None:
             ad["ecpm"] = ranking.ecpm[place]
+        if ranking.propensity is not None:
+            ad["propensity"] = ranking.propensity[place]
         if ranking.known is not None and not ranking.known[place]:
             ad["known"] = False
         if ranking.ads_seen is not None:
@@ -35,8 +37,8 @@ def plainly(ranking: Ranking, timings: dict[str, float]) -> bytes:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(ADS, st.booleans(), st.booleans(), st.booleans(), st.lists(st.tuples(IDS, st.just("top_k")), max_size=2))
-def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explained, omitted):
+@given(ADS, st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.lists(st.tuples(IDS, st.just("top_k")), max_size=2))
+def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explained, explored, omitted):
     clicks = shortest(np.array([ad[1] for ad in ads], np.float32)).tolist()
     ranking = Ranking(
         {"name": "din", "version": "1", "schema": "f"},
@@ -48,6 +50,7 @@ def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explaine
         [Degraded("user", "store_timeout", "sent_features")] if with_known else [],
         {"user": {"age": 3}} if explained else None,
         [{"ad_id": i, "price": 0.5} for i in range(len(ads))] if explained else None,
+        [1 / (place + 3) for place in range(len(ads))] if explored else None,
     )
     body = answer("r1", ranking, Stages("/rank"))
     timings = json.loads(body)["timings_ms"]

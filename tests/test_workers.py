@@ -320,8 +320,8 @@ async def test_a_worker_that_cannot_start_ends_the_service_and_says_why(tmp_path
 async def test_a_process_has_no_threads_but_its_own_and_says_what_it_was_sized_to(repository):
     async with serving(repository, "memory://", threads=1) as client:
         await client.rank()
-        # The loop, the one that scores, asyncio's for blocking work, and one that onnxruntime starts when it is imported.
-        assert psutil.Process(client.process.pid).num_threads() <= 4
+        # The loop, asyncio's for blocking work, one that onnxruntime starts when it is imported, and two that load versions.
+        assert psutil.Process(client.process.pid).num_threads() <= 5
         count = len(os.sched_getaffinity(0))
         assert re.search(rf"[1-{count}] processor\(s\) by (affinity|quota); 1 x 1 requests scored at once", client.log.read_text())
         assert "more is scored at once" not in client.log.read_text()

@@ -90,7 +90,7 @@ def test_clicks_come_as_often_as_the_truth_says(written: tuple[Prepared, pl.Data
 def test_p_click_by_hand() -> None:
     interests = np.zeros((DAYS, 1, len(CATEGORIES)))
     interests[4, 0, 1] = 2.0
-    one = World(interests, np.zeros(1, int), np.array([1, 2]), np.array([5, 6]), np.array([0.3, 0.3]))
+    one = World(interests, np.zeros(1, int), np.array([1, 2]), np.array([5, 6]), np.array([0.3, 0.3]), np.zeros((2, 2)))
     expected = 1 / (1 + np.exp(-(BASE + 0.3 + SLOT_BIAS[1] + POSITION_BIAS[2])))
     assert float(one.p_click(0, 0, 0, 1, 2)) == pytest.approx(expected)
     assert float(one.p_click(4, 0, 1, 1, 2)) == pytest.approx(expected)  # interested, but in another category
@@ -113,3 +113,21 @@ def test_interests_drift(written: tuple[Prepared, pl.DataFrame]) -> None:
     features = {ad.ad_id: ad.features for ad in ads(written[0])}
     assert len(features) == 30
     assert all(set(f) == {"category", "brand"} for f in features.values())
+
+
+def test_a_world_goes_on_after_its_log() -> None:
+    later = make_world(users=40, ads=50, later=20)
+    assert later.interests.shape == (DAYS + 20, 40, len(CATEGORIES))
+    live = [later.live(day) for day in range(DAYS + 20)]
+    assert all(len(ads) == 50 for ads in live)
+    assert all(np.array_equal(ads, np.arange(50)) for ads in live[:DAYS])
+    for before, after in zip(live[DAYS - 1 :], live[DAYS:], strict=False):
+        assert len(np.setdiff1d(before, after)) == len(np.setdiff1d(after, before)) == 3
+    assert len(later.ads()) == 50
+    # Fashion is what all users share of a day's change; before the log's end there is none.
+    shared = [(later.interests[day] - later.interests[day - 1]).mean(0) for day in (5, DAYS + 5)]
+    assert np.abs(shared[1]).mean() > 3 * np.abs(shared[0]).mean()
+
+
+def test_a_world_without_a_future_has_a_log_like_any_other() -> None:
+    assert np.array_equal(world().days, np.tile([0, DAYS], (30, 1)))

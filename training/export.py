@@ -26,13 +26,16 @@ from features.schema import Schema, Side
 from .calibrate import Calibration
 from .datasets.encoded import Rows, encode_split
 from .datasets.prepared import Prepared, column_of
+from .drift import REFERENCE, make_reference
 from .evaluate import Metrics, measure
+from .graph import chunks, feeds_of
 from .networks import NETWORKS
 from .networks.blocks import Part
 from .networks.din import LocalActivation
 from .networks.folded import TILE, folded
 from .quantise import moved, quantised, refusal
-from .train import Trained, TrainError, TrainSettings, override, train
+from .train import Trained, TrainError, TrainSettings, overridden, train
+from .weights import WEIGHTS, packed
 
 TOLERANCE = 1e-5
 """Largest difference of a probability between ONNX Runtime and torch. Both compute in float32, 6e-8 a rounding, but sum in
@@ -42,11 +45,9 @@ SIZES = (1, 2, 7, 64)
 SAMPLE = (3, 31, 41)
 """Requests, behaviours and candidates of the request that is traced: no size derived from them, such as the number of tiles, is 1."""
 GOLDEN_ROWS = 8
-SCORED_ROWS = 128
-"""Requests of one candidate that are scored at once; a served graph holds a matrix for each behaviour of each of them."""
 SHOWN_ROWS = 16_384
 """Rows of the train split that int8 scales are taken from."""
-CALIBRATION = "calibration.json"
+CALIBRATION, METRICS = "calibration.json", "metrics.json"
 
 
 class Served(nn.Module):
@@ -214,12 +215,8 @@ def train_and_publish(
     """
     if family not in NETWORKS:
         raise TrainError(f"there is no network {family!r}; there are {', '.join(NETWORKS)}")
-    rest = dict(given)
-    network, loop = override(NETWORKS[family].settings(), rest), override(TrainSettings(), rest)
-    if rest:
-        raise TrainError(f"--set {next(iter(rest))}: no such setting; there are {', '.join([*vars(network), *vars(loop)])}")
-    if loop.int8 and not NETWORKS[family].int8_pays:
-        raise TrainError(f"--set int8=true: int8 makes {family} no faster and less exact; leave it out")
+    network, loop = overridden(given, NETWORKS[family].settings(), TrainSettings())
+    check_int8(family, loop)
     trained = train(data, family, network, loop, progress)
     task = progress.add_task("exporting", total=1)
     path = export(data, trained, models, name, progress)
@@ -227,11 +224,30 @@ def train_and_publish(
     return path, trained
 
 
+def check_int8(family: str, loop: TrainSettings) -> None:
+    """Check that an int8 graph is asked for only of networks that gain by it.
+
+    Raises:
+        TrainError: this one does not.
+    """
+    if loop.int8 and not NETWORKS[family].int8_pays:
+        raise TrainError(f"--set int8=true: int8 makes {family} no faster and less exact; leave it out")
+
+
 def export(data: Prepared, trained: Trained, models: Path, name: str, progress: Progress) -> Path:
-    """Export, verify and publish; the folder of the new version. Where the settings ask for int8, such a graph too, if it passes.
+    """Export, verify and publish; the folder of the new version.
 
     Raises:
         BundleError: ONNX Runtime disagrees with torch, or the repository cannot be written.
+    """
+    return publish(models, name, *contents(data, trained, progress))
+
+
+def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """A bundle's files, verified, and the facts for its manifest. Where the settings ask for int8, such a graph too, if it passes.
+
+    Raises:
+        BundleError: ONNX Runtime disagrees with torch.
     """
     encoder = trained.encoder
     served = Served(trained.network, trained.calibration, encoder.schema).eval()
@@ -255,10 +271,12 @@ def export(data: Prepared, trained: Trained, models: Path, name: str, progress: 
         VOCABULARIES: encoder.vocabularies.to_json().encode(),
         GOLDENS: goldens_json(goldens),
         CALIBRATION: json.dumps(asdict(trained.calibration)).encode(),
-        "metrics.json": json.dumps(metrics, indent=1).encode(),
+        WEIGHTS: packed(trained.network),
+        METRICS: json.dumps(metrics, indent=1).encode(),
+        REFERENCE: make_reference(data, encoder.vocabularies),
     }
     facts["libraries"] = {library: version(library) for library in ("numpy", "torch", "onnx", "onnxruntime")}
-    return publish(models, name, files, facts)
+    return files, facts
 
 
 def _int8(data: Prepared, trained: Trained, graph: bytes, progress: Progress) -> tuple[bytes, dict[str, Any]]:
@@ -266,9 +284,11 @@ def _int8(data: Prepared, trained: Trained, graph: bytes, progress: Progress) ->
     shown, judged = encode_split(data, "train", trained.encoder), encode_split(data, "test", trained.encoder)
     some = np.random.default_rng(1).permutation(len(shown))[:SHOWN_ROWS]
     schema = trained.encoder.schema
-    coarse = quantised(graph, (_feeds(schema, shown, chunk) for chunk in _chunks(np.sort(some))))
-    exact, rough = (_measured(each, schema, trained.calibration, judged, progress) for each in (graph, coarse))
-    moves = moved(exact, rough)
+    coarse = quantised(graph, (feeds_of(schema, shown, chunk) for chunk in chunks(np.sort(some))))
+    measured = [
+        measure(judged.labels, scores(each, schema, trained.calibration, judged, progress), judged.users) for each in (graph, coarse)
+    ]
+    moves = moved(*measured)
     return coarse, {"moved": moves, "refused": refusal(moves)}
 
 
@@ -278,27 +298,25 @@ def evaluate_bundle(bundle: Bundle, data: Prepared, split: str, progress: Progre
     Raises:
         DataError: the split is absent or does not fit the bundle's schema.
     """
+    rows, p_click = scores_of(bundle, data, split, progress, graph)
+    return measure(rows.labels, p_click, rows.users)
+
+
+def scores_of(
+    bundle: Bundle, data: Prepared, split: str, progress: Progress, graph: str = MODEL
+) -> tuple[Rows, np.ndarray[Any, np.dtype[np.float64]]]:
+    """The rows of a split as a bundle encodes them, and what one of its graphs gives for them `(N,)`, to compare with their labels.
+
+    Raises:
+        DataError: the split is absent or does not fit the bundle's schema.
+    """
     rows = encode_split(replace(data, schema=bundle.schema), split, bundle.encoder)
     calibration = Calibration(**json.loads((bundle.path / CALIBRATION).read_text("utf-8")))
-    return _measured((bundle.path / graph).read_bytes(), bundle.schema, calibration, rows, progress)
+    return rows, scores((bundle.path / graph).read_bytes(), bundle.schema, calibration, rows, progress)
 
 
-def _measured(graph: bytes, schema: Schema, calibration: Calibration, rows: Rows, progress: Progress) -> Metrics:
+def scores(graph: bytes, schema: Schema, calibration: Calibration, rows: Rows, progress: Progress) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """What a graph gives for encoded rows `(N,)`, with the correction of the log's sampling taken back, to compare with their labels."""
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    chunks = progress.track(_chunks(np.arange(len(rows))), description="scoring")
-    scores = [session.run(None, _feeds(schema, rows, chunk))[0][:, 0] for chunk in chunks]
-    return measure(rows.labels, calibration.to_log(np.concatenate(scores)), rows.users)
-
-
-def _chunks(rows: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-    return np.array_split(rows, range(SCORED_ROWS, len(rows), SCORED_ROWS))
-
-
-def _feeds(schema: Schema, rows: Rows, chunk: np.ndarray[Any, Any]) -> Feeds:
-    parts = dict(zip(("user", "history", "ad"), rows.batch(chunk), strict=True))
-    return {name: _laid_out(parts[part], name).numpy() for name, (part, _) in schema.tensors.items()}
-
-
-def _laid_out(part: Part, name: str) -> Tensor:
-    values = part.ids if name.endswith("_ids") else part.numbers
-    return values if part.rows is None else values[part.rows]
+    some = progress.track(chunks(np.arange(len(rows))), description="scoring")
+    return calibration.to_log(np.concatenate([session.run(None, feeds_of(schema, rows, chunk))[0][:, 0] for chunk in some]))

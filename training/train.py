@@ -3,7 +3,7 @@
 Knows nothing about ONNX or bundles (`export.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from features.encode import Encoder
+from features.vocabulary import Vocabularies
 
 from .calibrate import Calibration, fit
 from .datasets.encoded import Batch, Rows, encode_split, learn_vocabularies
@@ -22,6 +23,7 @@ from .datasets.prepared import SPLITS, Prepared
 from .evaluate import Metrics, measure
 from .networks import NETWORKS
 from .networks.blocks import Embeddings, Fields, Part
+from .networks.grown import take_over
 
 EVALUATION_ROWS = 4096
 
@@ -100,22 +102,34 @@ class Trained:
     settings: dict[str, Any]
 
 
-def train(data: Prepared, family: str, network_settings: Any, settings: TrainSettings, progress: Progress) -> Trained:
-    """Learn vocabularies, encode, train, calibrate on valid, and measure valid and test once.
+@dataclass(frozen=True)
+class Start:
+    """A network to go on from, and the vocabularies that its embeddings are laid out by."""
+
+    network: nn.Module
+    vocabularies: Vocabularies
+
+
+def train(
+    data: Prepared, family: str, network_settings: Any, settings: TrainSettings, progress: Progress, start: Start | None = None
+) -> Trained:
+    """Learn vocabularies, encode, train, calibrate on valid, and measure valid and test once. `start` is where the weights begin.
 
     Raises:
         DataError: a split is absent or empty, or a column does not fit the schema.
-        TrainError: the network cannot be built for this schema.
+        TrainError: the network cannot be built for this schema, or is not that of `start`.
     """
     for split in SPLITS:
         data.files(split)  # an absent test split would be found after hours
     with _deterministic(settings):
         with _step(progress, "learning vocabularies"):
-            encoder = Encoder(data.schema, learn_vocabularies(data))
+            encoder = Encoder(data.schema, learn_vocabularies(data, start.vocabularies if start else None))
         with _step(progress, "encoding"):
             rows, valid = encode_split(data, "train", encoder), encode_split(data, "valid", encoder)
         try:
             network = NETWORKS[family](Fields.of(data.schema, encoder.vocabularies), network_settings)
+            if start:
+                take_over(start.network, network)
         except ValueError as error:
             raise TrainError(str(error)) from error
         epochs = fit_network(network, rows, valid, settings, progress)
@@ -264,6 +278,21 @@ def override(settings: Any, given: dict[str, str]) -> Any:
         text, now = given.pop(name), getattr(settings, name)
         changes[name] = _read(name, text, now)
     return replace(settings, **changes)
+
+
+def overridden(given: Mapping[str, str], *settings: Any) -> list[Any]:
+    """Each settings object with the values that are given for it, as `override` reads them.
+
+    Raises:
+        TrainError: a name is none of theirs, or a text is not of the setting's type.
+    """
+    rest = dict(given)
+    changed = [override(each, rest) for each in settings]
+    if rest:
+        raise TrainError(
+            f"--set {next(iter(rest))}: no such setting; there are {', '.join(name for each in settings for name in vars(each))}"
+        )
+    return changed
 
 
 def _read(name: str, text: str, now: object) -> object:

@@ -3,9 +3,11 @@
 A click is a coin with
     p(click) = sigmoid(base + interest[day, user, category of the ad] + quality[ad] + bias[slot] + bias[position])
 where a user's interest is the taste of the age group and, far stronger, two favourite categories that change now and then, so that
-the recent history says what the profile cannot.
+the recent history says what the profile cannot. A world may go on after its log: then categories come into fashion and go out of it, and
+each day some ads leave and others come.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,12 @@ POSITION_BIAS = -0.2 * np.arange(POSITIONS)
 BASE, FAVOURITE, TASTE, QUALITY = -2.2, 2.8, 0.4, 0.5
 FAVOURITES, DRIFT = 2, 0.01
 """Favourite categories of a user, and how likely one of them changes in a day."""
+FASHION = 0.25
+"""Deviation of the daily step of a category's fashion, after the log."""
+TURNOVER = 0.06
+"""Share of the ads that others replace in a day, after the log."""
+NEWCOMERS = 2.0
+"""How much more than the first ads' the quality of those that come later varies."""
 DAYS, DAY = 30, 86_400
 START = 1_767_225_600  # 2026-01-01, UTC
 SPLIT_DAYS = {"train": (0, 24), "valid": (24, 27), "test": (27, 30)}
@@ -56,13 +64,17 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class World:
-    """Users and ads by number; `interests (DAYS, users, categories)`, `quality (ads,)`, `category (ads,)`, `age (users,)`."""
+    """Users and ads by number; `interests (days, users, categories)`, `quality (ads,)`, `category (ads,)`, `age (users,)`.
+
+    `days (ads, 2)` are the first day of each ad and the first without it.
+    """
 
     interests: Array
     age: Array
     category: Array
     brand: Array
     quality: Array
+    days: Array
 
     def p_click(self, day: Array | int, user: Array | int, ad: Array | int, slot: Array | int, position: Array | int) -> Array:
         """True probabilities of impressions; the arrays broadcast, `position` counts from 0."""
@@ -71,33 +83,57 @@ class World:
         p: Array = 1 / (1 + np.exp(-logit))
         return p
 
+    def live(self, day: int) -> Array:
+        """The ads that are there on a day."""
+        return np.flatnonzero((self.days[:, 0] <= day) & (day < self.days[:, 1]))
+
     def ads(self) -> pl.DataFrame:
-        """`ads.parquet` of the world."""
-        ids = [f"a{ad}" for ad in range(len(self.quality))]
-        categories = [CATEGORIES[c] for c in self.category]
-        return pl.DataFrame({"ad_id": ids, "ad.category": categories, "ad.brand": [f"brand{b}" for b in self.brand]})
+        """`ads.parquet` of the world: the ads of its log."""
+        return pl.DataFrame([{"ad_id": f"a{ad}"} | {f"ad.{name}": text for name, text in self.ad(ad).items()} for ad in self.live(0)])
+
+    def ad(self, ad: int) -> dict[str, str]:
+        """The features of an ad."""
+        return {"category": CATEGORIES[self.category[ad]], "brand": f"brand{self.brand[ad]}"}
 
     def users(self) -> pl.DataFrame:
         """`users.parquet` of the world."""
         return pl.DataFrame({"user_id": [f"u{user}" for user in range(len(self.age))], "user.age": [AGES[a] for a in self.age]})
 
 
-def make_world(users: int = 800, ads: int = 400, seed: int = 7) -> World:
-    """Draw a world; the same seed gives the same one."""
+def make_world(users: int = 800, ads: int = 400, seed: int = 7, later: int = 0) -> World:
+    """Draw a world that goes on for `later` days after its log; the same seed and days give the same one."""
     random = np.random.default_rng(seed)
     age = random.integers(0, len(AGES), users)
     taste = random.normal(0, TASTE, (len(AGES), len(CATEGORIES)))[age]
     loved = np.argsort(random.random((users, len(CATEGORIES))))[:, :FAVOURITES]
     days = []
-    for _ in range(DAYS):
+    for _ in range(DAYS + later):
         loves = np.zeros(taste.shape)
         np.put_along_axis(loves, loved, FAVOURITE, axis=1)
         days.append(taste + loves)
         changed = random.random(users) < DRIFT
         loved[changed, random.integers(0, FAVOURITES)] = random.integers(0, len(CATEGORIES), changed.sum())
-    category = random.integers(0, len(CATEGORIES), ads)
-    brand = category * 5 + random.integers(0, 5, ads)
-    return World(np.stack(days), age, category, brand, random.normal(0, QUALITY, ads))
+    coming = round(TURNOVER * ads)
+    count = ads + coming * later
+    category = random.integers(0, len(CATEGORIES), count)
+    brand = category * 5 + random.integers(0, 5, count)
+    quality = random.normal(0, QUALITY, count)
+    quality[ads:] *= NEWCOMERS
+    fashion = np.zeros((DAYS + later, 1, len(CATEGORIES)))
+    fashion[DAYS:] = np.cumsum(random.normal(0, FASHION, (later, 1, len(CATEGORIES))), axis=0)
+    return World(np.stack(days) + fashion, age, category, brand, quality, _days(ads, coming, later, random))
+
+
+def _days(ads: int, coming: int, later: int, random: np.random.Generator) -> Array:
+    """First and end of each ad: those of the log leave at random, as those that come after it do."""
+    days = np.zeros((ads + coming * later, 2), np.int64)
+    days[:, 1] = DAYS + later
+    for day in range(later):
+        here = np.arange(ads + coming * day)
+        leaving = random.choice(here[days[here, 1] == DAYS + later], coming, replace=False)
+        days[leaving, 1] = DAYS + day
+        days[ads + coming * day : ads + coming * (day + 1), 0] = DAYS + day
+    return days
 
 
 def write_log(world: World, out: Path, impressions: int = 160_000, seed: int = 7) -> dict[str, int]:
@@ -106,7 +142,7 @@ def write_log(world: World, out: Path, impressions: int = 160_000, seed: int = 7
     seconds = np.sort(random.integers(0, DAYS * DAY, impressions))
     day = seconds // DAY
     user = random.integers(0, len(world.age), impressions)
-    ad = random.integers(0, len(world.quality), impressions)
+    ad = random.choice(world.live(0), impressions)
     slot, position = random.integers(0, len(SLOTS), impressions), random.integers(0, POSITIONS, impressions)
     click = random.random(impressions) < world.p_click(day, user, ad, slot, position)
     log = pl.DataFrame(
@@ -129,3 +165,7 @@ def write_log(world: World, out: Path, impressions: int = 160_000, seed: int = 7
 
 def _between(day: Array, first: int, end: int) -> pl.Series:
     return pl.Series((day >= first) & (day < end))
+
+
+if __name__ == "__main__":
+    write_log(make_world(), Path(sys.argv[1]))

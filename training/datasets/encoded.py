@@ -1,6 +1,10 @@
-"""A prepared data set as tensors: vocabularies learned from its train split, and each split encoded through `features/`."""
+"""A prepared data set as tensors: vocabularies learned from its train split, and each split encoded through `features/`.
 
-from collections.abc import Mapping, Sequence
+A log is encoded as it was served: an ad is keyed by its id and the revision of its features, and one that the catalogue did not know is
+encoded as unknown but for what was sent with it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +17,12 @@ from features.schema import Field, Schema, Side
 from features.vocabulary import HashBuckets, Ids, Moments, Vocabularies, Vocabulary
 from training.networks.blocks import Part
 
+from .log import Log
 from .prepared import DataError, Prepared, column_of
 
 Batch = tuple[Part, Part, Part]
+SEPARATOR = "\x1f"
+"""Between an ad's id and its revision."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,10 @@ def _part(block: Block) -> Part:
     return Part(torch.from_numpy(block.ids), torch.from_numpy(block.numbers))
 
 
-def learn_vocabularies(data: Prepared) -> Vocabularies:
+def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Vocabularies:
     """Values and moments of the train split: most frequent first, then by the value, so that the order is certain.
+
+    What `base` has stays as it is, ids and moments, and the values that are new come after it.
 
     Raises:
         DataError: the split is absent, or a column is of another type than its field.
@@ -60,7 +69,7 @@ def learn_vocabularies(data: Prepared) -> Vocabularies:
     sums: dict[str, list[tuple[int, float, float]]] = {field.path: [] for field in schema.fields if field.transform == "standard"}
     tables = {side: data.table(side) for side in ("user", "ad")}
     for frame in data.frames("train"):
-        whole = _joined(frame, schema, tables)
+        whole = joined(frame, schema, tables)
         for field in schema.fields:
             column = column_of(whole, field)
             if column is not None and field.path in sums:
@@ -75,8 +84,12 @@ def learn_vocabularies(data: Prepared) -> Vocabularies:
     categories: dict[str, Vocabulary | HashBuckets] = {}
     for field in schema.fields:
         if field.kind != "number":
-            categories[field.vocabulary] = HashBuckets(field.buckets) if field.buckets else _vocabulary(counts[field.vocabulary], field)
-    return Vocabularies(categories, {path: _moments(parts, path) for path, parts in sums.items()})
+            kept = base.categories[field.vocabulary] if base else None
+            first = kept.values if isinstance(kept, Vocabulary) else ()
+            categories[field.vocabulary] = (
+                HashBuckets(field.buckets) if field.buckets else _vocabulary(counts[field.vocabulary], field, first)
+            )
+    return Vocabularies(categories, base.moments if base else {path: _moments(parts, path) for path, parts in sums.items()})
 
 
 def _counts(column: pl.Series) -> pl.DataFrame:
@@ -84,12 +97,13 @@ def _counts(column: pl.Series) -> pl.DataFrame:
     return flat.drop_nulls().rename("value").value_counts(name="count")
 
 
-def _vocabulary(counts: Sequence[pl.DataFrame], field: Field) -> Vocabulary:
+def _vocabulary(counts: Sequence[pl.DataFrame], field: Field, first: Sequence[str]) -> Vocabulary:
     if not counts:
         raise DataError(f"no column holds the values of {field.path}, neither the train split nor a table; prepare the data set again")
     total = pl.concat(counts).group_by("value").agg(pl.col("count").sum())
     kept = total.filter(pl.col("count") >= field.min_count).sort(["count", "value"], descending=[True, False])
-    return Vocabulary(kept["value"].to_list())
+    known = set(first)
+    return Vocabulary([*first, *(value for value in kept["value"].to_list() if value not in known)])
 
 
 def _moments(parts: Sequence[tuple[int, float, float]], path: str) -> Moments:
@@ -100,7 +114,8 @@ def _moments(parts: Sequence[tuple[int, float, float]], path: str) -> Moments:
     return Moments(mean, max(squares / count - mean**2, 0.0) ** 0.5 or 1.0)
 
 
-def _joined(frame: pl.DataFrame, schema: Schema, tables: Mapping[str, pl.DataFrame | None]) -> pl.DataFrame:
+def joined(frame: pl.DataFrame, schema: Schema, tables: Mapping[str, pl.DataFrame | None]) -> pl.DataFrame:
+    """Rows with the features of users and ads beside them, from the tables where the rows do not have their own."""
     for side, table in tables.items():
         if table is not None and not _inline(frame, schema, side):
             frame = frame.join(table, on=f"{side}_id", how="left", maintain_order="left")
@@ -117,11 +132,18 @@ def _columns(frame: pl.DataFrame, fields: Sequence[Field]) -> dict[str, list[Any
 
 
 def ad_table(data: Prepared, encoder: Encoder) -> AdTable:
-    """The data set's ads, encoded."""
-    table, ads = AdTable(encoder), data.table("ad")
+    """The data set's ads, encoded; those of a log in every version, under the keys of `versions_of`."""
+    table = AdTable(encoder)
+    ads = data.versions() if isinstance(data, Log) else data.table("ad")
     if ads is not None:
-        table.put(ads["ad_id"].to_list(), encoder.encode("ad", _columns(ads, data.schema.side("ad")), len(ads)))
+        keys = versions_of(ads["ad_id"], ads["revision"]) if isinstance(data, Log) else ads["ad_id"]
+        table.put(keys.to_list(), encoder.encode("ad", _columns(ads, data.schema.side("ad")), len(ads)))
     return table
+
+
+def versions_of(ad_ids: pl.Series, revisions: pl.Series) -> pl.Series:
+    """The keys of ads as they were: id and revision, 0 being that of an ad that the catalogue did not have."""
+    return ad_ids + SEPARATOR + revisions.cast(pl.String)
 
 
 def encode_split(data: Prepared, split: str, encoder: Encoder) -> Rows:
@@ -130,54 +152,96 @@ def encode_split(data: Prepared, split: str, encoder: Encoder) -> Rows:
     Raises:
         DataError: the split is absent or empty, or a column does not fit the schema.
     """
-    schema, table = data.schema, ad_table(data, encoder)
-    users = data.table("user")
-    parts: dict[str, list[Any]] = {"labels": [], "users": [], "user": [], "ad": [], "history": []}
-    for frame in data.frames(split):
-        parts["labels"].append(frame["label"].to_numpy().astype(np.float32))
-        parts["users"].append(frame["user_id"])
-        whole = _joined(frame, schema, {"user": users})
-        sides: tuple[Side, Side] = ("user", "context")
+    rows = encode_frames(data, data.frames(split), encoder, ad_table(data, encoder))
+    if not len(rows):
+        raise DataError(f"the {split} split of {data.folder} has no row")
+    return rows
+
+
+def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encoder, table: AdTable) -> Rows:
+    """Encode frames of a data set, with `ad_table` of it.
+
+    Raises:
+        DataError: a column does not fit the schema, or a log lacks an ad.
+    """
+    schema, users = data.schema, data.table("user")
+    sides: tuple[Side, Side] = ("user", "context")
+    names, labels = [pl.Series(dtype=pl.String)], [np.zeros(0, np.float32)]
+    parts: dict[str, list[Block]] = {"user": [encoder.encode("user", {}, 0).beside(encoder.encode("context", {}, 0))], "ad": []}
+    parts["ad"].append(encoder.encode("ad", {}, 0))
+    history = [np.zeros((0, max(schema.history_length, 1)), np.int32)]
+    for frame in frames:
+        labels.append(frame["label"].to_numpy().astype(np.float32))
+        names.append(frame["user_id"])
+        whole = joined(frame, schema, {"user": users})
         user, context = (encoder.encode(side, _columns(whole, schema.side(side)), len(frame)) for side in sides)
         parts["user"].append(user.beside(context))
-        parts["ad"].append(_encode_ads(frame, encoder, table))
-        parts["history"].append(_history(frame, schema, table))
-    labels = np.concatenate(parts["labels"])
-    if not len(labels):
-        raise DataError(f"the {split} split of {data.folder} has no row")
-    numbers = pl.concat(parts["users"]).rank("dense").to_numpy().astype(np.uint32)
+        parts["ad"].append(_served_ads(frame, encoder) if isinstance(data, Log) else _encode_ads(frame, data, encoder, table))
+        history.append(_history(frame, data, table))
+    numbers = pl.concat(names).rank("dense").to_numpy().astype(np.uint32)
     behaviours = encoder.history_of(table.block)
-    return Rows(labels, numbers, _stack(parts["user"]), _stack(parts["ad"]), np.concatenate(parts["history"]), behaviours)
+    return Rows(np.concatenate(labels), numbers, _stack(parts["user"]), _stack(parts["ad"]), np.concatenate(history), behaviours)
 
 
 def _stack(blocks: Sequence[Block]) -> Block:
     return Block(np.concatenate([block.ids for block in blocks]), np.concatenate([block.numbers for block in blocks]))
 
 
-def _encode_ads(frame: pl.DataFrame, encoder: Encoder, table: AdTable) -> Block:
+def _encode_ads(frame: pl.DataFrame, data: Prepared, encoder: Encoder, table: AdTable) -> Block:
     if _inline(frame, encoder.schema, "ad"):
         return encoder.encode("ad", _columns(frame, encoder.schema.side("ad")), len(frame))
-    return table.block.take(_rows(frame["ad_id"], table))
+    return table.block.take(ad_rows(frame["ad_id"], data, table))
 
 
-def _history(frame: pl.DataFrame, schema: Schema, table: AdTable) -> np.ndarray[Any, np.dtype[np.int32]]:
-    width = schema.history_length
+def _served_ads(frame: pl.DataFrame, encoder: Encoder) -> Block:
+    """The ads of a log's rows; of one that the catalogue did not know, fields without a value were not sent and are unknown."""
+    columns = _columns(frame, encoder.schema.side("ad"))
+    ads = encoder.encode("ad", columns, len(frame))
+    unknown = np.flatnonzero(~frame["known"].to_numpy())
+    if len(unknown):
+        filled = encoder.unknown_ads(frame["ad_id"].gather(unknown).to_list())
+        for slot in encoder.layouts["ad"].ids:
+            values = columns.get(slot.field.name)
+            unsent = [at for at, row in enumerate(unknown) if values is None or values[row] is None]
+            ads.ids[unknown[unsent], slot.columns] = filled.ids[unsent, slot.columns]
+    return ads
+
+
+def _history(frame: pl.DataFrame, data: Prepared, table: AdTable) -> np.ndarray[Any, np.dtype[np.int32]]:
+    width = data.schema.history_length
     if not width:
         return np.zeros((len(frame), 1), np.int32)
     kept = frame["history"].fill_null([]).list.drop_nulls().list.tail(width)
     lengths = kept.list.len().to_numpy().astype(np.int64)
     padded = np.zeros((len(frame), width), np.int32)
     if lengths.any():
-        padded[np.arange(width) < lengths[:, None]] = _rows(kept.explode().drop_nulls(), table)
+        keys = kept.explode().drop_nulls()
+        if isinstance(data, Log):
+            keys = versions_of(keys, frame["history_revisions"].list.tail(width).explode().drop_nulls())
+        padded[np.arange(width) < lengths[:, None]] = ad_rows(keys, data, table)
     return padded
 
 
-def _rows(ad_ids: pl.Series, table: AdTable) -> Ids:
-    """Row of each ad in the table; an ad that the table lacks joins it as the service would encode it, by its id alone."""
-    unique = ad_ids.unique()
+def ad_rows(keys: pl.Series, data: Prepared, table: AdTable) -> Ids:
+    """Row of each ad in `ad_table`; one that the table lacks joins it as the service would encode it, by its id alone.
+
+    Raises:
+        DataError: the ad is a version that its log should have.
+    """
+    unique = keys.unique()
     values = unique.to_list()
     missing = [value for value, row in zip(values, table.rows(values), strict=True) if not row]
     if missing:
-        table.put(missing, table.encoder.unknown_ads(missing), active=False)
-    rows = ad_ids.replace_strict(unique, table.rows(values), return_dtype=pl.Int64).to_numpy()
+        ad_ids = _without_revision(missing, data) if isinstance(data, Log) else missing
+        table.put(missing, table.encoder.unknown_ads(ad_ids), active=False)
+    rows = keys.replace_strict(unique, table.rows(values), return_dtype=pl.Int64).to_numpy()
     return rows.astype(np.int64, copy=False)  # polars gives an empty column no type
+
+
+def _without_revision(keys: Sequence[str], data: Log) -> list[str]:
+    parts = [key.rpartition(SEPARATOR) for key in keys]
+    lost = [(ad_id, revision) for ad_id, _, revision in parts if revision != "0"]
+    if lost:
+        ad_id, revision = lost[0]
+        raise DataError(f"{data.folder / 'ads'} lacks {len(lost)} versions of ads that rows name, the first is {revision} of {ad_id}")
+    return [ad_id for ad_id, _, _ in parts]

@@ -69,13 +69,7 @@ class Prepared:
         """
         for path in self.files(split):
             frame = read_parquet(path)
-            _check(frame, {"label": pl.Int8(), "user_id": pl.String(), "ad_id": pl.String()}, path)
-            if self.schema.history_length:
-                _check(frame, {"history": pl.List(pl.String())}, path)
-            _check(frame, {f.path: DTYPES[f.kind] for f in self.schema.fields if f.path in frame.columns}, path)
-            bad = frame.filter(pl.col("label").is_null() | ~pl.col("label").is_in([0, 1]))
-            if len(bad):
-                raise DataError(f"{path}: {len(bad)} labels are not 0 or 1, the first is {bad['label'][0]}")
+            check_rows(frame, self.schema, path)
             yield frame
 
     def table(self, side: str) -> pl.DataFrame | None:
@@ -88,9 +82,9 @@ class Prepared:
         frame = _keyed(path, "user_id")
         if frame is None:
             return None
-        _check(frame, {"history": pl.List(pl.String())}, path)
+        check_columns(frame, {"history": pl.List(pl.String())}, path)
         if "history_ts" in frame.columns:
-            _check(frame, {"history_ts": pl.List(pl.Int64())}, path)
+            check_columns(frame, {"history_ts": pl.List(pl.Int64())}, path)
             if (frame["history"].list.len() != frame["history_ts"].list.len()).any():
                 raise DataError(f"{path}: history and history_ts differ in length")
         return frame
@@ -139,7 +133,7 @@ def _keyed(path: Path, key: str) -> pl.DataFrame | None:
     if not path.exists():
         return None
     frame = read_parquet(path)
-    _check(frame, {key: pl.String()}, path)
+    check_columns(frame, {key: pl.String()}, path)
     if frame[key].is_duplicated().any() or frame[key].has_nulls():
         raise DataError(f"{path}: {key} has duplicates or gaps; each row is one {key.removesuffix('_id')}")
     return frame
@@ -157,7 +151,27 @@ def columns_of(path: Path) -> list[str]:
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
 
-def _check(frame: pl.DataFrame, columns: Mapping[str, pl.DataType], path: Path) -> None:
+def check_rows(frame: pl.DataFrame, schema: Schema, path: Path) -> None:
+    """Check the rows of a file against the schema.
+
+    Raises:
+        DataError: a column is missing or of another type, or a label is not 0 or 1.
+    """
+    check_columns(frame, {"label": pl.Int8(), "user_id": pl.String(), "ad_id": pl.String()}, path)
+    if schema.history_length:
+        check_columns(frame, {"history": pl.List(pl.String())}, path)
+    check_columns(frame, {f.path: DTYPES[f.kind] for f in schema.fields if f.path in frame.columns}, path)
+    bad = frame.filter(pl.col("label").is_null() | ~pl.col("label").is_in([0, 1]))
+    if len(bad):
+        raise DataError(f"{path}: {len(bad)} labels are not 0 or 1, the first is {bad['label'][0]}")
+
+
+def check_columns(frame: pl.DataFrame, columns: Mapping[str, pl.DataType], path: Path) -> None:
+    """Check that a file has columns of these types.
+
+    Raises:
+        DataError: one is missing or of another type.
+    """
     for name, dtype in columns.items():
         if name not in frame.columns:
             raise DataError(f"{path}: column {name} is missing; it has {', '.join(frame.columns)}")

@@ -78,6 +78,11 @@ class Embeddings(nn.Module):
     def __contains__(self, name: str) -> bool:
         return name in self.layouts
 
+    def rows_of(self, vocabulary: str) -> slice:
+        """The rows of the table that a vocabulary has, for its ids from 1 on."""
+        before = sum(size - 1 for name, size in self.sizes.items() if name < vocabulary)
+        return slice(before + 1, before + self.sizes[vocabulary])
+
     def table_rows(self, name: str, ids: Tensor) -> Tensor:
         """Ids of a part `(..., W)` to rows of the table `(..., W)`."""
         return torch.where(ids > PADDING, ids + self.get_buffer(f"{name}_offsets"), PADDING)

@@ -1,0 +1,120 @@
+"""What events lead to: those about one user, ad or ranking, and what they make of what is kept about it.
+
+Knows nothing about where that is kept. A store reads, asks `Subject.change`, and writes if nobody else has written meanwhile.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from .events import Event, EventType
+from .state import NEVER, Ad, StateError, UserState, pack_ad, pack_features, pack_user, unpack_ad, unpack_user
+
+Kind = Literal["user", "ad", "request"]
+KINDS: Mapping[EventType, Kind] = {"click": "user", "user": "user", "ad": "ad", "impression": "request", "conversion": "request"}
+AT_ONCE = 50
+"""Events that are looked at before other work gets a turn: a millisecond or two."""
+FEATURES_BYTES = 2**18
+"""The most bytes that the features of a user or an ad take, packed."""
+
+
+class Outcome(NamedTuple):
+    """What became of an event. One that was accepted has a reason only where something had to be given up for it."""
+
+    status: Literal["accepted", "duplicate", "rejected"]
+    reason: str = ""
+    detail: str = ""
+
+
+ACCEPTED, DUPLICATE = Outcome("accepted"), Outcome("duplicate")
+REPLACED = Outcome("accepted", "state_replaced", "what was stored could not be read and gave way to what this event tells")
+FORGOTTEN = Outcome("rejected", "too_old", "it is older than the events that are remembered, so it may have been taken before")
+
+
+class Change(NamedTuple):
+    """What is to be stored (nothing for a ranking), the events that are to be remembered, and what becomes of each event."""
+
+    packed: bytes
+    fresh: Sequence[Event]
+    outcomes: Sequence[Outcome]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A user, an ad or a ranking (`request`) and events about it, their ids all different; at most `AT_ONCE`."""
+
+    kind: Kind
+    id: str
+    events: Sequence[Event]
+
+    def change(self, packed: bytes | None, seen: Iterable[object], floor: float = NEVER) -> Change:
+        """What the events lead to, given what is stored, which of them were seen before, and up to which time ids were forgotten."""
+        known = list(seen)
+        if all(known):
+            return Change(b"", [], [DUPLICATE] * len(known))
+        state, readable = self._unpacked(packed)
+        fresh, outcomes = list[Event](), list[Outcome]()
+        for event, before in zip(self.events, known, strict=True):
+            if before:
+                outcomes.append(DUPLICATE)
+            elif event.ts <= floor:
+                outcomes.append(FORGOTTEN)
+            else:
+                try:
+                    state = _after(state, event)
+                except StateError as error:
+                    outcomes.append(Outcome("rejected", "too_many_features", str(error)))
+                    continue
+                fresh.append(event)
+                outcomes.append(ACCEPTED if readable else REPLACED)
+        return Change(self._packed(state), fresh, outcomes)
+
+    def _unpacked(self, packed: bytes | None) -> tuple[UserState | Ad | None, bool]:
+        """What is stored, as it may be changed, and whether it could be read. What cannot be read is of no use to anyone."""
+        if self.kind == "request":
+            return None, True
+        empty = UserState() if self.kind == "user" else Ad(self.id, {})
+        try:
+            state = empty if not packed else unpack_user(self.id, packed) if self.kind == "user" else unpack_ad(self.id, packed)
+        except StateError:
+            return empty, False
+        times = [*state.changed.values(), *(state.ts if isinstance(state, UserState) else ())]
+        return (state, True) if set(map(type, times)) <= {int, float} else (empty, False)
+
+    def _packed(self, state: UserState | Ad | None) -> bytes:
+        if state is None:
+            return b""
+        return pack_ad(state) if isinstance(state, Ad) else pack_user(self.id, state)
+
+
+def _after(state: UserState | Ad | None, event: Event) -> UserState | Ad | None:
+    if state is None:
+        return None
+    if isinstance(state, UserState) and event.type == "click":
+        return state.clicked(event.ad_id, event.ts)
+    told = state.told(event.features, event.active, event.ts) if isinstance(state, Ad) else state.told(event.features, event.ts)
+    if len(pack_features(told.features)) > FEATURES_BYTES:
+        raise StateError(f"its features would take more than {FEATURES_BYTES} bytes; take some away first, by sending null for them")
+    return told
+
+
+def by_subject(events: Iterable[Event]) -> list[Subject]:
+    """The events by what they are about, in their order; a subject of very many comes several times."""
+    groups: dict[tuple[Kind, str], list[Event]] = {}
+    for event in events:
+        groups.setdefault((KINDS[event.type], event.subject), []).append(event)
+    parts = ((whom, about[start : start + AT_ONCE]) for whom, about in groups.items() for start in range(0, len(about), AT_ONCE))
+    return [Subject(*whom, about) for whom, about in parts]
+
+
+def together(subjects: Iterable[Subject]) -> Iterator[list[Subject]]:
+    """The subjects, as many at a time as have `AT_ONCE` events."""
+    some, count = list[Subject](), 0
+    for subject in subjects:
+        if count + len(subject.events) > AT_ONCE:
+            yield some
+            some, count = [], 0
+        some.append(subject)
+        count += len(subject.events)
+    if some:
+        yield some

@@ -1,0 +1,132 @@
+"""All ads in memory: encoded, and the packed features that they were encoded from, now and at the moment of any request under way.
+
+Knows nothing about the store or about how ads are encoded.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from features.encode import AdTable
+from features.state import Ad, pack_features, unpack_features
+
+Sources = Mapping[str, bytes | None]
+"""By ad id packed features, None: there were none."""
+Encode = Callable[[AdTable, Sequence[Ad]], Collection[str]]
+"""Encodes ads into a table, and tells the ids of those that do not fit its schema and were left out."""
+
+
+class _Change:
+    """A batch of changes: what was there before. The last one is empty, and is filled and followed by another when ads change.
+
+    Who holds one holds all that came after it, and nobody else does: what no reader needs any more goes by itself.
+    """
+
+    __slots__ = ("following", "misfits", "packed")
+
+    def __init__(self) -> None:
+        self.packed: Sources = {}
+        """Of the ads that changed."""
+        self.misfits: Mapping[str, Sources] = {}
+        """By the fingerprint of each table that changed, of those of them that were misfits."""
+        self.following: _Change | None = None
+
+
+@dataclass
+class Ads:
+    """All ads: encoded, by fingerprint; their packed features; and which of them have left."""
+
+    tables: dict[str, AdTable]
+    packed: dict[str, bytes] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    misfits: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
+    """By fingerprint, of the ads whose features do not fit its schema: what their rows were encoded from, None: there is no row."""
+    latest: _Change = field(default_factory=_Change)
+
+    def misfits_of(self, fingerprint: str) -> dict[str, bytes | None]:
+        """Those of one table."""
+        return self.misfits.setdefault(fingerprint, {})
+
+    def change(self, ads: Sequence[Ad], encode: Encode) -> None:
+        """Take over ads that were read: keep their features, and encode them into each table.
+
+        One that was deleted outright has no features, and keeps those it had.
+        """
+        change, self.latest = self.latest, _Change()
+        change.packed = {ad.ad_id: self.packed.get(ad.ad_id) for ad in ads}
+        change.misfits = {fingerprint: self._misfits_among(fingerprint, change.packed) for fingerprint in self.tables}
+        change.following = self.latest
+        self.packed.update((ad.ad_id, pack_features(ad.features)) for ad in ads if ad.active or ad.features)
+        self.gone.difference_update(ad.ad_id for ad in ads if ad.active)
+        self.gone.update(ad.ad_id for ad in ads if not ad.active)
+        for fingerprint in self.tables:
+            self._encode(fingerprint, ads, change.packed, encode)
+
+    def _misfits_among(self, fingerprint: str, ad_ids: Collection[str]) -> Sources:
+        misfits = self.misfits_of(fingerprint)
+        return {ad_id: misfits[ad_id] for ad_id in ad_ids if ad_id in misfits} if misfits else {}
+
+    def fill(self, fingerprint: str, size: int, encode: Encode) -> Iterator[None]:
+        """Encode the ads that are there into a table that is new, so many at each step, each as it is when its turn comes."""
+        ad_ids = list(self.packed)
+        for start in range(0, len(ad_ids), size):
+            some = ad_ids[start : start + size]
+            ads = [Ad(ad_id, unpack_features(self.packed[ad_id]), ad_id not in self.gone) for ad_id in some]
+            if fingerprint in self.tables:
+                self._encode(fingerprint, ads, {ad_id: self.packed[ad_id] for ad_id in some}, encode)
+            yield
+
+    def _encode(self, fingerprint: str, ads: Sequence[Ad], before: Sources, encode: Encode) -> None:
+        """Encode ads into one table; `before` are the features that they had."""
+        table, misfits = self.tables[fingerprint], self.misfits_of(fingerprint)
+        refused = encode(table, ads)
+        if refused or misfits:
+            for ad in ads:
+                if ad.ad_id in refused:
+                    misfits.setdefault(ad.ad_id, before[ad.ad_id] if table.rows([ad.ad_id])[0] else None)
+                elif ad.active or ad.features:
+                    misfits.pop(ad.ad_id, None)
+
+    def drop(self, fingerprint: str) -> None:
+        """Let go of a table."""
+        self.tables.pop(fingerprint, None)
+        self.misfits.pop(fingerprint, None)
+
+
+class View:
+    """A table, and what its rows were encoded from at one moment, however the ads change after it.
+
+    It costs nothing until it is asked: changes keep what they replace, for those who hold a view from before them.
+    """
+
+    __slots__ = ("_ads", "_fingerprint", "_misfits", "_since", "table")
+
+    def __init__(self, ads: Ads, fingerprint: str) -> None:
+        """A view of now.
+
+        Raises:
+            KeyError: there is no such table.
+        """
+        self.table, self._misfits = ads.tables[fingerprint], ads.misfits_of(fingerprint)
+        self._ads, self._fingerprint, self._since = ads, fingerprint, ads.latest
+
+    def renew(self) -> None:
+        """See the table as it is now. One that was dropped is as it was then."""
+        while self._since.following is not None and self._fingerprint in self._since.misfits:
+            self._since = self._since.following
+
+    def features(self, ad_ids: Sequence[str]) -> Mapping[str, bytes]:
+        """The packed features (`state.pack_features`) of those of the ads that had a row, whether or not they had left."""
+        found = dict(zip(ad_ids, map(self._ads.packed.get, ad_ids), strict=True))
+        if self._misfits:
+            found.update((ad_id, self._misfits[ad_id]) for ad_id in found.keys() & self._misfits.keys())
+        change, restored = self._since, set[str]()
+        while change.following is not None:
+            misfits = change.misfits.get(self._fingerprint, self._misfits)
+            for ad_id in (found.keys() & change.packed.keys()) - restored:
+                found[ad_id] = misfits[ad_id] if ad_id in misfits else change.packed[ad_id]
+                restored.add(ad_id)
+            change = change.following
+        for ad_id in [ad_id for ad_id, packed in found.items() if packed is None]:
+            del found[ad_id]
+        return cast("Mapping[str, bytes]", found)

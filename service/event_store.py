@@ -1,0 +1,175 @@
+"""Events into Redis, each once: read what they are about, change it, and write it if nobody else wrote meanwhile.
+
+The ids of the events that a user, an ad or a ranking has had stand in `adrank:seen:…`, a sorted set by the events' own times, in the
+slot of the state that they changed, and change together with it. Impressions, clicks and conversions go into the stream
+`adrank:events` before that: one may stand there twice, none that was acknowledged is missing. Nothing here touches two slots at once.
+"""
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from features.events import JOINED, pack_event
+from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, StoreError
+from features.streams import EVENTS, FIELD
+from features.subject import Change, Outcome, Subject, together
+
+from .line import Command, Line, ReplyError
+
+ATTEMPTS = 60
+"""How often a change is tried while others change the same. Of those who try at once, one succeeds each time."""
+PAUSE_SECONDS = 0.0005
+"""How much longer each attempt may wait for the others to be through than the one before."""
+DONE, TAKEN = b"done", b"taken"
+WRITE = b"""
+-- KEYS: seen, state; ARGV: seconds, most, field, ttl, state as it was read, state as it is to be, then time and id of each event.
+-- Redis's own clock says what is forgotten: that of a service may jump.
+local seen, state, field = KEYS[1], KEYS[2], ARGV[3]
+local seconds, most = tonumber(ARGV[1]), tonumber(ARGV[2])
+local past = tonumber(redis.call('TIME')[1]) - seconds
+local floor = past
+if redis.call('ZCARD', seen) >= most then
+  floor = math.max(floor, tonumber(redis.call('ZRANGE', seen, 0, 0, 'WITHSCORES')[2]))
+end
+local ids = {}
+for i = 7, #ARGV, 2 do
+  if tonumber(ARGV[i]) <= floor then return string.format('%.17g', floor) end
+  ids[#ids + 1] = ARGV[i + 1]
+end
+for _, score in ipairs(redis.call('ZMSCORE', seen, unpack(ids))) do
+  if score then return 'taken' end
+end
+if state then
+  local stored
+  if field == '' then stored = redis.call('GET', state) else stored = redis.call('HGET', state, field) end
+  if (stored or '') ~= ARGV[5] then return 'taken' end
+  if field == '' then redis.call('SET', state, ARGV[6], 'EX', ARGV[4]) else redis.call('HSET', state, field, ARGV[6]) end
+end
+redis.call('ZADD', seen, unpack(ARGV, 7))
+redis.call('ZREMRANGEBYSCORE', seen, '-inf', string.format('%.17g', past))
+redis.call('ZREMRANGEBYRANK', seen, 0, -1 - most)
+local newest = tonumber(redis.call('ZRANGE', seen, -1, -1, 'WITHSCORES')[2])
+redis.call('EXPIREAT', seen, string.format('%.0f', math.ceil(newest) + seconds + 1))
+return 'done'
+"""
+DIGEST = hashlib.sha1(WRITE, usedforsecurity=False).hexdigest()
+
+
+class Place(NamedTuple):
+    """The keys of a subject: of its events' ids, and of its state, in one slot; a `field` where the state is in a hash."""
+
+    seen: str
+    state: str = ""
+    field: str = ""
+
+
+class Bounds(NamedTuple):
+    """For how long after their time events are remembered, and how many may wait for the joiner."""
+
+    seen_seconds: float = SEEN_SECONDS
+    waiting: int = 1_000_000
+
+
+UNTOLD = Bounds()
+"""Where nobody says otherwise."""
+
+
+class _Turn(NamedTuple):
+    """A subject, what was read of it, and what is to become of it."""
+
+    subject: Subject
+    place: Place
+    stored: bytes
+    change: Change
+
+    def write(self, ttl: int, seen_seconds: float) -> Command:
+        keys = [self.place.seen, *([self.place.state] if self.place.state else [])]
+        state = (self.place.field, str(ttl), self.stored, self.change.packed)
+        events = [word for event in self.change.fresh for word in (repr(float(event.ts)), event.event_id)]
+        return (b"EVALSHA", DIGEST, str(len(keys)), *keys, repr(seen_seconds), str(SEEN_LIMIT), *state, *events)
+
+
+class EventStore:
+    """Applies events to what a server keeps."""
+
+    def __init__(self, line: Line, place: Callable[[Subject], Place], ttl: int, bounds: Bounds) -> None:
+        """The line to the server, the keys of a subject, seconds that a user's state is kept."""
+        self._line, self._place, self._ttl, self._bounds = line, place, ttl, bounds
+
+    async def apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
+        """What became of each event, beside the subjects.
+
+        Raises:
+            StoreError: too many events wait to be joined, or others change the same all the time.
+            OSError, ReplyError: the server did not answer, or refused.
+        """
+        outcomes: list[Sequence[Outcome]] = []
+        for some in together(subjects):
+            outcomes += await self._apply(some)
+            await asyncio.sleep(0)
+        return outcomes
+
+    async def _apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
+        outcomes: dict[int, Sequence[Outcome]] = {}
+        waiting = dict.fromkeys(range(len(subjects)), NEVER)
+        for attempt in range(ATTEMPTS):
+            turns = await self._read(subjects, waiting)
+            if attempt == 0:  # what is new later on was new before
+                await self._append(turns.values())
+            replies = await self._write({i: turn for i, turn in turns.items() if turn.change.fresh})
+            outcomes |= {i: turn.change.outcomes for i, turn in turns.items() if replies.get(i, DONE) == DONE}
+            waiting = {i: waiting[i] if reply == TAKEN else float(reply) for i, reply in replies.items() if reply != DONE}
+            if not waiting:
+                return [outcomes[i] for i in range(len(subjects))]
+            await asyncio.sleep(random.uniform(0, PAUSE_SECONDS * attempt))
+        raise StoreError("contended", f"others changed the same users or ads {ATTEMPTS} times over; send the events again")
+
+    async def _read(self, subjects: Sequence[Subject], waiting: Mapping[int, float]) -> dict[int, _Turn]:
+        places = {i: self._place(subjects[i]) for i in waiting}
+        commands = [command for i, place in places.items() for command in _reads(subjects[i], place)]
+        replies = iter(_unrefused(await self._line.ask_all(commands)))
+        turns = {}
+        for i, place in places.items():
+            stored = (next(replies) or b"") if place.state else b""
+            turns[i] = _Turn(subjects[i], place, stored, subjects[i].change(stored, next(replies), waiting[i]))
+        return turns
+
+    async def _append(self, turns: Iterable[_Turn]) -> None:
+        """Put what the joiner reads into its stream, unless that is full: entries that it has not taken are never dropped."""
+        events = [event for turn in turns for event in turn.change.fresh if event.type in JOINED]
+        if not events:
+            return
+        (length,) = _unrefused(await self._line.ask_all([(b"XLEN", EVENTS)]))
+        if length >= self._bounds.waiting:
+            detail = (
+                f"{length:,} events wait to be joined, the most that are kept; see whether adrank join runs, and send these again later"
+            )
+            raise StoreError("backlog", detail)
+        _unrefused(await self._line.ask_all([(b"XADD", EVENTS, b"*", FIELD, pack_event(event)) for event in events]))
+
+    async def _write(self, turns: Mapping[int, _Turn]) -> dict[int, bytes]:
+        if not turns:
+            return {}
+        commands = [turn.write(self._ttl, self._bounds.seen_seconds) for turn in turns.values()]
+        replies = await self._line.ask_all(commands)
+        if any(isinstance(reply, ReplyError) and str(reply).startswith("NOSCRIPT") for reply in replies):
+            # The server has been started since: nothing was done where it does not know the script, and what was done is not done twice.
+            again = [(b"EVAL", WRITE, *command[2:]) for command in commands]
+            fresh = iter(await self._line.ask_all([again[i] for i, reply in enumerate(replies) if isinstance(reply, ReplyError)]))
+            replies = [next(fresh) if isinstance(reply, ReplyError) else reply for reply in replies]
+        return dict(zip(turns, _unrefused(replies), strict=True))
+
+
+def _reads(subject: Subject, place: Place) -> list[Command]:
+    ids = [event.event_id for event in subject.events]
+    state: list[Command] = [(b"HGET", place.state, place.field) if place.field else (b"GET", place.state)] if place.state else []
+    return [*state, (b"ZMSCORE", place.seen, *ids)]
+
+
+def _unrefused(replies: Sequence[Any]) -> Sequence[Any]:
+    for reply in replies:
+        if isinstance(reply, ReplyError):
+            raise reply
+    return replies

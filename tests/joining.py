@@ -1,0 +1,199 @@
+"""Streams to join and a log to look at, for tests of the joiner."""
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import bundles
+import numpy as np
+import polars as pl
+import redis
+from processes import ROOT, environment
+
+from features.events import Event, pack_event
+from features.served import Served, pack_served
+from features.state import pack_features
+from features.streams import EVENTS, SERVED
+from service.streams import RedisStreams
+from training.join import Joiner
+from training.join_clock import Clock
+from training.join_log import open_log
+from training.join_plan import JoinSettings
+
+JOIN = (sys.executable, "-m", "adrank", "join")
+T0 = 1_763_800_200.0
+"""Half past eight in the morning of 22 November 2025, UTC."""
+ADS = {ad_id: pack_features(features) for ad_id, features in bundles.ADS.items()}
+
+
+def ranking(request_id: str = "r1", ts: float = T0, ad_ids=("a1", "a2", "a3"), **more) -> Served:
+    """A ranking of ads that the catalogue has."""
+    count = len(ad_ids)
+    known = {ad_id: ADS[ad_id] for ad_id in (*ad_ids, "a4", "a5") if ad_id in ADS}
+    base = Served(
+        request_id,
+        ts,
+        "din",
+        20251122000000,
+        "u1",
+        {"age": "25", "interests": ["news", "drama"], "income": 9.5},
+        {"slot": "feed"},
+        ["a4", "gone", "a5"],
+        list(ad_ids),
+        [round(0.5 / (i + 1), 6) for i in range(count)],
+        [1.0] * count,
+        ads=known,
+    )
+    return replace(base, **more)
+
+
+def click(request_id: str = "r1", ad_id: str = "a1", ts: float = T0 + 5, event_id: str | None = None, **more) -> Event:
+    return Event("click", event_id or f"click {request_id} {ad_id} {ts}", ts, "u1", request_id, ad_id, **more)
+
+
+def impression(request_id: str = "r1", ad_id: str = "a1", ts: float = T0 + 1, position: int | None = None) -> Event:
+    return Event("impression", f"seen {request_id} {ad_id} {ts}", ts, request_id=request_id, ad_id=ad_id, position=position)
+
+
+def conversion(request_id: str = "r1", ad_id: str = "a1", ts: float = T0 + 9, value: float | None = 2.5) -> Event:
+    return Event("conversion", f"bought {request_id} {ad_id} {ts}", ts, "u1", request_id, ad_id, value=value)
+
+
+class Writer:
+    """The service's side of the streams."""
+
+    def __init__(self, url: str) -> None:
+        self.redis = redis.Redis.from_url(url)
+
+    def add(self, *records: Served | Event | tuple[str, bytes]) -> None:
+        """Append records, or raw values to a stream."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for record in records:
+                if isinstance(record, Served):
+                    pipe.xadd(SERVED, {"v": pack_served(record)})
+                elif isinstance(record, Event):
+                    pipe.xadd(EVENTS, {"v": pack_event(record)})
+                else:
+                    pipe.xadd(record[0], {"v": record[1]})
+            pipe.execute()
+
+    def lengths(self) -> tuple[int, int]:
+        return self.redis.xlen(SERVED), self.redis.xlen(EVENTS)
+
+
+class Watch:
+    """Adds up what it is told."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, ...]] = Counter()
+        self.clicks = self.p_click = 0.0
+        self.qualities: dict[str, tuple] = {}
+        self.drifts: dict[str, dict[str, float]] = {}
+        self.streams: dict[str, tuple[int, float]] = {}
+
+    def events(self, type_, outcome, count):
+        self.counts[type_, outcome] += count
+
+    def incident(self, kind, count):
+        self.counts[(kind,)] += count
+
+    def rankings(self, model, count):
+        self.counts["rankings", model] += count
+
+    def rows(self, model, position, count, clicks, p_click):
+        self.counts["rows", model, position] += count
+        self.clicks += clicks
+        self.p_click += p_click
+
+    def quality(self, model, calibration, by_position, entropy):
+        self.qualities[model] = calibration, by_position, entropy
+
+    def drift(self, model, by_field):
+        self.drifts[model] = by_field
+
+    def stream(self, stream, backlog, lag):
+        self.streams[stream] = backlog, lag
+
+
+class Time:
+    """A clock for a joiner, set by hand."""
+
+    def __init__(self, wall: float) -> None:
+        self.wall, self.steady = wall, 1000.0
+
+    def clock(self) -> Clock:
+        return Clock(lambda: self.wall, lambda: self.steady)
+
+    def forward(self, seconds: float) -> None:
+        self.wall += seconds
+        self.steady += seconds
+
+
+class Joining:
+    """A joiner of a log in this process, whose time passes when it is told."""
+
+    def __init__(self, url: str, folder: Path, models: Path, at: float = T0, **settings) -> None:
+        self.url, self.folder, self.models, self.settings = url, folder, models, JoinSettings(**settings)
+        self.time, self.watch = Time(at), Watch()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {" ".join(key): count for key, count in self.watch.counts.items()}
+
+    @contextlib.asynccontextmanager
+    async def joiner(self, streams=None):
+        reader = streams or RedisStreams(self.url)
+        joiner = Joiner(reader, open_log(self.folder, self.models, "din"), self.settings, self.watch, self.time.clock())
+        try:
+            yield joiner
+        finally:
+            joiner.close()
+            await reader.close()
+
+    async def once(self, everything: bool = False) -> None:
+        async with self.joiner() as joiner:
+            await joiner.drain(everything)
+
+
+def rows(folder: Path) -> pl.DataFrame:
+    """All rows of a log, by ranking and position."""
+    files = sorted(folder.glob("day=*/hour=*/*.parquet"))
+    return pl.concat([pl.read_parquet(file, hive_partitioning=False) for file in files]).sort("request_id", "ts", "position")
+
+
+def table(folder: Path, name: str) -> pl.DataFrame:
+    """All rows of `ads` or `unjoined`."""
+    files = sorted((folder / name).glob("*.parquet"))
+    return pl.concat([pl.read_parquet(file) for file in files])
+
+
+def join_process(url: str, folder: Path, models: Path, *options: str, **more) -> "subprocess.Popen[bytes]":
+    """A joiner in a process of its own."""
+    command = [*JOIN, "--redis", url, "--log", str(folder), "--models", str(models), "--name", "din", *options]
+    return subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+def join_once(url: str, folder: Path, models: Path, *options: str) -> str:
+    """A joiner that drains and must succeed; what it printed."""
+    process = join_process(url, folder, models, *options)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err.decode()
+    return out.decode()
+
+
+def eventually(true, seconds: float = 30) -> None:
+    """Wait until something is true."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if true():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"not in {seconds} s")
+
+
+def tensor_bytes(*values, kind=np.int64) -> bytes:
+    return np.array(values, kind).tobytes()

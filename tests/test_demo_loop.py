@@ -1,0 +1,46 @@
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+import pytest
+from conftest import free_port
+
+import adrank
+import demo
+import demo_loop
+from training.datasets.log import open_log
+from training.world import make_world, write_log
+
+
+def test_users_visit_click_and_are_learned_from(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop with rounds of seconds, whose retraining only looks: that of minutes is measured, and retraining has its own tests."""
+    monkeypatch.setattr(demo_loop, "make_world", partial(make_world, users=40, ads=30))
+    monkeypatch.setattr(demo, "write_log", partial(write_log, impressions=3_000))
+    monkeypatch.setattr(demo_loop, "ROUND_SECONDS", 4.0)
+    monkeypatch.setattr(demo_loop, "WINDOW_SECONDS", 0.5)
+    monkeypatch.setattr(demo_loop, "LATENESS_SECONDS", 0.2)
+    monkeypatch.setattr(demo_loop, "_retrain", lambda *_: subprocess.Popen([sys.executable, "-c", f"exit({demo_loop.REFUSED})"]))
+    monkeypatch.setenv("COLUMNS", "200")
+    demo_loop.run(tmp_path, free_port(), rounds=3)
+    assert "0 requests failed" in capfd.readouterr().out
+    rounds = json.loads((tmp_path / "loop.json").read_text())["rounds"]
+    assert [result["retrain"] for result in rounds] == ["", "refused", "refused"]
+    for result in rounds:
+        assert all(result["shown"][arm] > 0 for arm in demo_loop.ARMS)
+        assert 0 < result["frozen"] < result["oracle"] < 1
+    assert len(open_log(tmp_path / "log").files("train")) > 0
+    rows = pl.read_parquet(tmp_path / "log" / "day=*" / "hour=*" / "*.parquet")
+    assert set(rows["model"].unique()) == {"din", "frozen"}
+    assert {policy.partition(" ")[0] for policy in rows["policy"].unique()} == {"greedy", "plackett_luce"}
+    # Clicks of the newest rankings are still on their way, and the oracle's are of no ranking; all others are in the log.
+    told = sum(result["clicks"][arm] for result in rounds for arm in ("retrained", "exploring", "frozen"))
+    assert 0.5 * told < rows["label"].sum() <= told
+
+
+def test_once_and_loop_are_two_things() -> None:
+    with pytest.raises(SystemExit) as stopped:
+        adrank.main(["demo", "--once", "--loop"])
+    assert stopped.value.code == 2

@@ -1,0 +1,236 @@
+"""What becomes of rankings and events, through a real Valkey: the rows of the log, and the outcome of every event."""
+
+from dataclasses import replace
+
+import bundles
+import polars as pl
+import pytest
+from joining import ADS, T0, Joining, Writer, click, conversion, impression, ranking, rows, table, tensor_bytes
+
+from features.events import Event, pack_event
+from features.served import pack_served
+from features.streams import EVENTS, SERVED
+from training.join_records import revision
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def streams(shared_server):
+    writer = Writer(shared_server.url)
+    writer.redis.flushall()
+    return writer
+
+
+@pytest.fixture
+def joining(shared_server, streams, tmp_path, repository):
+    return Joining(shared_server.url, tmp_path / "log", repository, at=T0 + 10_000)
+
+
+async def test_a_row_holds_what_was_served_and_what_came_of_it(streams, joining):
+    tensors = {
+        "user_ids": tensor_bytes(1, 2, 3),
+        "ad_ids": tensor_bytes(1, 2, 3, 4, 5, 6),
+        "ad_numbers": tensor_bytes(0.5, 1.5, 2.5, kind="<f4"),
+    }
+    streams.add(ranking(sent={"a2": {"price": 7}, "new": {"genre": "news"}}, ad_ids=["a1", "a2", "new"], unknown=["new"], tensors=tensors))
+    streams.add(click(ad_id="a2", ts=T0 + 20), click(ad_id="a2", ts=T0 + 8), conversion(ad_id="a2"), conversion(ad_id="a2", ts=T0 + 30))
+    streams.add(impression(ad_id="new", position=1), impression(ad_id="a1", position=3))
+    await joining.once()
+    assert [path.parent.name for path in joining.folder.glob("day=2025-11-22/*/*.parquet")] == ["hour=08"]
+    assert streams.lengths() == (0, 0)
+    new, second, first = rows(joining.folder).sort("ad_id", descending=True).to_dicts()
+    assert first["ad_id"], second["ad_id"] == ("a1", "a2")
+    shared = {"user_id": "u1", "request_id": "r1", "model": "din", "version": 20251122000000, "ts": int(T0), "policy": "greedy"}
+    shared |= {"user.age": "25", "user.interests": ["news", "drama"], "user.income": 9.5, "context.slot": "feed", "candidates": None}
+    shared |= {"history": ["a4", "gone", "a5"], "history_revisions": [revision(ADS["a4"]), 0, revision(ADS["a5"])]}
+    shared |= {"tensors.user_ids": [1, 2, 3], "tensors.history_ids": None, "candidate_revisions": None, "propensity": 1.0}
+    for row in (first, second, new):
+        assert {name: row[name] for name in shared} == shared
+    assert [row["label"] for row in (first, second, new)] == [0, 1, 0]
+    assert [row["p_click"] for row in (first, second, new)] == [0.5, 0.25, 0.166667]
+    assert [row["position"] for row in (first, second, new)] == [3, 2, 1]
+    assert [row["click_ts"] for row in (first, second, new)] == [None, T0 + 8, None]
+    assert [(row["conversion"], row["value"]) for row in (first, second, new)] == [(0, None), (1, 5.0), (0, None)]
+    assert [row["known"] for row in (first, second, new)] == [True, True, False]
+    assert [row["revision"] for row in (first, second, new)] == [revision(ADS["a1"]), revision(ADS["a2"]), 0]
+    assert [row["ad.price"] for row in (first, second, new)] == [1.0, 7.0, None]
+    assert [row["ad.genre"] for row in (first, second, new)] == ["comedy", "news", "news"]
+    assert [row["ad.tags"] for row in (first, second, new)] == [["x"], ["x", "y"], None]
+    assert [row["tensors.ad_ids"] for row in (first, second, new)] == [[1, 2], [3, 4], [5, 6]]
+    assert [row["tensors.ad_numbers"] for row in (first, second, new)] == [[0.5], [1.5], [2.5]]
+    assert joining.counts == {
+        "click joined": 2,
+        "conversion joined": 2,
+        "impression joined": 2,
+        "rankings din": 1,
+        **{f"rows din {i}": 1 for i in (1, 2, 3)},
+    }
+
+
+async def test_the_ads_file_has_each_revision_once(streams, joining):
+    streams.add(ranking("r1"), ranking("r2", T0 + 4000))
+    await joining.once()
+    changed = ranking("r3", T0 + 8000)
+    changed = replace(changed, ads={**changed.ads, "a1": ADS["a7"]})
+    streams.add(changed)
+    await joining.once()
+    ads = table(joining.folder, "ads")
+    assert len(list((joining.folder / "ads").iterdir())) == 2
+    assert ads.columns == ["ad_id", "revision", "ad.genre", "ad.tags", "ad.price"]
+    assert sorted(ads["ad_id"]) == ["a1", "a1", "a2", "a3", "a4", "a5"]
+    assert dict(zip(ads["revision"], ads["ad.price"], strict=True))[revision(ADS["a7"])] == 7.0
+    found = rows(joining.folder).join(ads, on=["ad_id", "revision"], how="left", suffix="_then")
+    assert (found["ad.price"] == found["ad.price_then"]).all()
+
+
+async def test_every_event_has_one_outcome(streams, joining):
+    at = T0 + 1
+    streams.add(ranking("r1", ad_ids=["a1", "a2"]), click(ts=at), click(ts=at), click(ad_id="a9"), click("nobody"), click(ts=T0 - 100))
+    streams.add(click(ad_id="a2", ts=T0 + 1801), click("", ad_id="a1"), Event("ad", "e9", T0, ad_id="a1", features={"price": 1.0}))
+    streams.add((EVENTS, b"\xc1 no record"), (SERVED, b"nor this"), (EVENTS, pack_event(click(ts=float("inf")))))
+    streams.add((SERVED, pack_served(ranking("bad", p_click=[0.1, float("nan"), 0.3]))))
+    await joining.once()
+    streams.add(click(ad_id="a2", ts=at), click(ts=at))
+    for _ in range(2):
+        joining.time.forward(100)
+        await joining.once()
+    assert {name: count for name, count in joining.counts.items() if not name.startswith("r")} == {
+        "click joined": 1,
+        "click duplicate": 2,
+        "click not_shown": 1,
+        "click unknown_request": 2,
+        "click before_ranking": 1,
+        "click late": 2,
+        "ad foreign": 1,
+        "damaged damaged": 4,
+    }
+    unjoined = table(joining.folder, "unjoined")
+    assert dict(unjoined["outcome"].value_counts().iter_rows()) == {
+        "not_shown": 1,
+        "unknown_request": 2,
+        "before_ranking": 1,
+        "late": 2,
+        "foreign": 1,
+        "damaged": 4,
+    }
+    damaged = unjoined.filter(outcome="damaged")
+    assert set(damaged["packed"]) >= {b"\xc1 no record", b"nor this"}
+    assert damaged["request_id"].is_null().all()
+    assert sorted(damaged["stream"]) == [EVENTS, EVENTS, SERVED, SERVED]
+    assert unjoined.filter(outcome="not_shown").select("type", "request_id", "ad_id", "ts").row(0) == ("click", "r1", "a9", T0 + 5)
+    assert rows(joining.folder)["label"].to_list() == [1, 0]
+
+
+async def test_a_repeated_request_id_gets_the_click_that_came_after_it(streams, joining):
+    first, second, third = ranking(ts=T0), ranking(ts=T0 + 100), ranking(ts=T0 + 200, ad_ids=["a9"])
+    streams.add(first, second, third, click(ts=T0 + 50), click(ad_id="a2", ts=T0 + 150), click(ad_id="a3", ts=T0 + 250))
+    streams.add(click(ad_id="a9", ts=T0 + 190))
+    await joining.once()
+    clicked = rows(joining.folder).filter(label=1).select("ts", "ad_id").rows()
+    assert clicked == [(int(T0), "a1"), (int(T0) + 100, "a2"), (int(T0) + 100, "a3"), (int(T0) + 200, "a9")]
+
+
+async def test_a_repeated_request_id_whose_first_ranking_is_written_first(streams, joining):
+    joining.time.wall = T0 + 1900
+    streams.add(ranking(ts=T0), ranking(ts=T0 + 1000), click(ts=T0 + 10), click(ad_id="a2", ts=T0 + 1100), click(ad_id="a9", ts=T0 + 1100))
+    await joining.once()
+    assert rows(joining.folder).filter(label=1).select("ts", "ad_id").rows() == [(int(T0), "a1")]
+    joining.time.forward(1000)
+    streams.add(click(ad_id="a3", ts=T0 + 20))
+    await joining.once()
+    assert rows(joining.folder).filter(label=1).select("ts", "ad_id").rows() == [(int(T0), "a1"), (int(T0) + 1000, "a2")]
+    assert joining.counts["click late"] == 2  # one of an ad that neither showed, as far as is still known
+    assert joining.counts["click joined"] == 2
+
+
+async def test_nothing_is_written_before_its_window_and_lateness_are_over(streams, joining):
+    joining.time.wall = T0 + 1859
+    streams.add(ranking())
+    await joining.once()
+    assert not list(joining.folder.glob("day=*"))
+    streams.add(click(ts=T0 + 1700))
+    joining.time.forward(2)
+    await joining.once()
+    assert rows(joining.folder)["label"].to_list() == [1, 0, 0]
+
+
+async def test_draining_writes_all_that_is_held(streams, joining):
+    joining.time.wall = T0 + 1
+    streams.add(ranking(), click(ts=T0 + 1), click("other"))
+    await joining.once(everything=True)
+    assert rows(joining.folder)["label"].to_list() == [1, 0, 0]
+    assert joining.counts["click unknown_request"] == 1
+
+
+async def test_only_what_is_reported_counts_where_that_is_asked_for(streams, joining):
+    joining.settings = replace(joining.settings, shown="reported")
+    streams.add(ranking(candidates=["a9", "a1"], ads={"a1": ADS["a1"], "a9": ADS["a9"]}, policy="epsilon_greedy 0.1"))
+    streams.add(click(ad_id="a2"), conversion(ad_id="a2"), impression(ad_id="a2"), click(), impression(ad_id="a3", position=9))
+    streams.add(ranking("r2"))
+    await joining.once()
+    found = rows(joining.folder)
+    assert found.select("ad_id", "label", "position").rows() == [("a2", 1, 2), ("a3", 0, 9)]
+    assert found["candidates"].to_list() == [["a9", "a1"], None]
+    assert found["candidate_revisions"].to_list() == [[revision(ADS["a9"]), revision(ADS["a1"])], None]
+    assert joining.counts["click no_impression"] == 1
+    assert joining.counts["rankings din"] == 2
+
+
+async def test_files_hold_no_more_rows_than_asked_for_and_one_hour_each(streams, joining):
+    joining.settings = replace(joining.settings, rows_per_file=7)
+    streams.add(*(ranking(f"r{i}", T0 + 700 * i) for i in range(6)), ranking("long", T0 + 100, ad_ids=[f"a{i}" for i in range(9)]))
+    await joining.once()
+    counts = {str(p.relative_to(joining.folder)): len(pl.read_parquet(p)) for p in sorted(joining.folder.glob("day=*/*/*.parquet"))}
+    assert list(counts.values()) == [3, 9, 6, 6, 3]
+    assert sorted({name.split("/")[1] for name in counts}) == ["hour=08", "hour=09"]
+    numbers = [name[-16:-8] for name in counts]
+    assert sorted(numbers) == [f"{i:08}" for i in range(1, 6)]
+    for name in counts:
+        assert {f"hour={ts % 86_400 // 3600:02}" for ts in pl.read_parquet(joining.folder / name)["ts"]} == {name.split("/")[1]}
+
+
+async def test_what_the_schema_lacks_or_cannot_read_is_left_out_and_counted(streams, joining):
+    odd = ranking(user={"age": 1.5, "hat": "red", "income": 3}, context={"slot": None}, sent={"a1": {"genre": ["no"], "x": 1}})
+    streams.add(
+        replace(odd, ads={**odd.ads, "a2": b"\xc1", "a5": b"\xc1 not looked at more than once"}, tensors={"ad_ids": b"12345", "what": b""})
+    )
+    await joining.once()
+    row = rows(joining.folder).to_dicts()[0]
+    assert (row["user.age"], row["user.income"], row["context.slot"], row["ad.genre"], row["tensors.ad_ids"]) == (
+        None,
+        3.0,
+        None,
+        None,
+        None,
+    )
+    assert (joining.counts["field_unknown"], joining.counts["value_unfit"]) == (3, 5)
+
+
+async def test_the_schema_is_that_of_the_log_even_when_the_model_changes(streams, joining, tmp_path):
+    models = tmp_path / "models"
+    bundles.publish(models, "din")
+    joining.models = models
+    await joining.once()
+    kept = (joining.folder / "schema.toml").read_text()
+    richer = bundles.SCHEMA + '[context.hour]\nkind = "category"\nbuckets = 24\n'
+    bundles.publish(models, "din", files={"schema.toml": richer.encode()})
+    streams.add(ranking(context={"slot": "feed", "hour": "8"}))
+    await joining.once()
+    assert (joining.folder / "schema.toml").read_text() == kept
+    assert "context.hour" not in rows(joining.folder).columns
+    assert joining.counts["field_unknown"] == 1
+
+
+async def test_models_that_the_repository_lacks_share_one_name(streams, joining):
+    streams.add(ranking(model="../../etc"), ranking("r2", model="other"))
+    await joining.once()
+    assert joining.counts["rankings _other"] == joining.counts["rankings other"] == 1
+    assert set(rows(joining.folder)["model"]) == {"../../etc", "other"}
+
+
+async def test_a_ranking_without_ads_makes_no_row(streams, joining):
+    streams.add(ranking(ad_ids=[]))
+    await joining.once()
+    assert not list(joining.folder.glob("day=*"))
+    assert joining.counts == {"rankings din": 1}

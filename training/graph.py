@@ -1,0 +1,49 @@
+"""A published bundle on encoded rows: what one of its graphs gives in ONNX Runtime. Knows nothing about logs."""
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from features.bundle import MODEL, Bundle
+from features.encode import Block, Feeds
+from features.schema import Schema
+
+from .datasets.encoded import Rows
+
+Array = np.ndarray[Any, np.dtype[Any]]
+REQUESTS, PAIRS = 128, 8192
+"""Requests, and ads of them all, that are scored at once; a served graph holds a matrix for each behaviour of each request."""
+
+
+class Graph:
+    """Scores with a graph of a bundle, on the CPU."""
+
+    def __init__(self, bundle: Bundle, file: str = MODEL) -> None:
+        """Load one of the bundle's graphs, by its file's name."""
+        self.schema: Schema = bundle.schema
+        self._session = onnxruntime.InferenceSession((bundle.path / file).read_bytes(), providers=["CPUExecutionProvider"])
+
+    def p_click(self, rows: Rows, ads: Block | None = None) -> Array:
+        """The probabilities `(N,)` float32 of the rows' own ads, or those `(N, C)` of `ads (N, C, ...)` for each of the rows."""
+        step = REQUESTS if ads is None else max(1, min(REQUESTS, PAIRS // ads.ids.shape[1]))
+        scores: Array = np.concatenate(
+            [self._session.run(None, feeds_of(self.schema, rows, some, ads))[0] for some in chunks(np.arange(len(rows)), step)]
+        )
+        return scores[:, 0] if ads is None else scores
+
+
+def chunks(rows: Array, step: int = REQUESTS) -> list[Array]:
+    """Numbers of rows, so many at a time."""
+    return np.array_split(rows, range(step, len(rows), step))
+
+
+def feeds_of(schema: Schema, rows: Rows, some: Array, ads: Block | None = None) -> Feeds:
+    """The tensors of some rows: requests of their own ad, or of `ads (N, C, ...)`."""
+    longest = max(1, int((rows.history[some] > 0).sum(1).max(initial=0)))
+    own = rows.ad.take(some[:, None]) if ads is None else ads.take(some)
+    blocks = {"user": rows.user.take(some), "history": rows.behaviours.take(rows.history[some][:, :longest]), "ad": own}
+    return {
+        name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)
+        for name, (part, _) in schema.tensors.items()
+    }

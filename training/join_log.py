@@ -1,0 +1,128 @@
+"""The folder of a log: its schema, its lock, and files that stand there whole or not at all."""
+
+import fcntl
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+
+from features.bundle import SCHEMA, BundleError, current_path, load_bundle, model_names
+from features.schema import Schema, SchemaError, parse_schema
+
+
+class JoinError(RuntimeError):
+    """The joiner cannot work; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """The folder of a log, and its fields."""
+
+    folder: Path
+    schema: Schema
+    models: Path
+
+    @property
+    def state(self) -> Path:
+        """Where the joiner keeps what it holds."""
+        return self.folder / ".join" / "state.db"
+
+    def first_part(self) -> int:
+        """A number above those of the files that are there, for a state that is new."""
+        return 1 + max((int(path.stem) for path in self.folder.rglob("*.parquet") if path.stem.isdecimal()), default=0)
+
+
+def open_log(folder: Path, models: Path, name: str | None) -> Log:
+    """Open a log's folder, or make it, with the schema of the live version of a model: `name`, or the repository's first.
+
+    Raises:
+        JoinError: the folder cannot be made or read, or there is no model to take a schema from.
+    """
+    path = folder / SCHEMA
+    try:
+        if not path.exists():
+            names = [name] if name else model_names(models)
+            if not names:
+                raise JoinError(f"{models} has no model to take the log's schema from; train one first, or name another --models")
+            write_file(path, load_bundle(current_path(models, names[0])).schema.to_toml().encode())
+        return Log(folder, parse_schema(path.read_text("utf-8")), models)
+    except (OSError, UnicodeDecodeError, SchemaError, BundleError) as error:
+        raise JoinError(f"{folder} cannot be used as a log: {error}") from error
+
+
+@contextmanager
+def only_joiner(folder: Path) -> Iterator[None]:
+    """Hold the log's lock, so that nobody else joins into it.
+
+    Raises:
+        JoinError: somebody does, or the folder cannot be written.
+    """
+    try:
+        (folder / ".join").mkdir(parents=True, exist_ok=True)
+        file = (folder / ".join" / "lock").open("ab")
+    except OSError as error:
+        raise JoinError(f"the log {folder} cannot be written: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise JoinError(f"another joiner writes to {folder}; one log has one joiner, so stop that one first") from error
+        yield
+
+
+def hour_folder(log: Path, hour: int) -> Path:
+    """The folder of an hour since 1970, UTC."""
+    at = datetime.fromtimestamp(hour * 3600, UTC)
+    return log / f"day={at:%Y-%m-%d}" / f"hour={at:%H}"
+
+
+def write_parquet(folder: Path, number: int, frame: pl.DataFrame) -> None:
+    """Write a file of the log: when this returns it stands there whole, whatever happens next.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left behind.
+    """
+    data = io.BytesIO()
+    frame.write_parquet(data, compression="zstd", statistics=True)
+    write_file(folder / f"{number:08}.parquet", data.getbuffer())
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a file by one rename. Its name until then ends in `.tmp`, which no reader looks for.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left behind.
+    """
+    _make(path.parent)
+    staged = path.with_name(f".{path.name}.tmp")
+    try:
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def _make(folder: Path) -> None:
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,37 @@
+"""A network that goes on from an older one, whose vocabularies have grown meanwhile."""
+
+import torch
+from torch import Tensor, nn
+
+from features.vocabulary import UNKNOWN
+
+from .blocks import Embeddings
+
+
+@torch.no_grad()
+def take_over(old: nn.Module, new: nn.Module) -> None:
+    """Give a network the weights of an older one whose vocabularies it extends: it scores every row as that one did.
+
+    Values that are new begin with the row of the unknown, as which they have been served until now.
+
+    Raises:
+        ValueError: the networks differ in more than the length of their vocabularies.
+    """
+    weights, before = dict(old.state_dict()), dict(old.named_modules())
+    for name, embeddings in new.named_modules():
+        if isinstance(embeddings, Embeddings) and isinstance(known := before.get(name), Embeddings):
+            weights[f"{name}.table.weight"] = _extended(known, embeddings)
+    try:
+        new.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the network to go on from is another one: {' '.join(str(error).split())}") from error
+
+
+def _extended(old: Embeddings, new: Embeddings) -> Tensor:
+    table = torch.zeros(new.table.num_embeddings, old.table.embedding_dim)
+    for vocabulary in new.sizes:
+        if vocabulary in old.sizes:
+            known, rows = old.table.weight[old.rows_of(vocabulary)], new.rows_of(vocabulary)
+            table[rows] = known[UNKNOWN - 1]
+            table[rows][: len(known)] = known
+    return table

@@ -1,0 +1,248 @@
+"""What another bundle's click rate would have been on a log: its policy's propensities at the places that were shown.
+
+The reward model of the doubly robust estimate is that bundle's own p(click). Knows no estimators (`offpolicy.py`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+
+from features.bundle import Bundle
+from features.encode import AdTable
+from features.policy import Policy, places
+
+from .datasets.encoded import Rows, ad_rows, ad_table, encode_frames, versions_of
+from .datasets.log import Log
+from .datasets.prepared import DataError, Prepared, check_columns
+from .graph import Graph
+from .offpolicy import Estimate, Estimates, Trail, estimate, joined
+
+Array = np.ndarray[Any, np.dtype[Any]]
+AT_ONCE = 65_536
+"""Candidates of the rankings that are weighed at once."""
+RANKING = ("request_id", "user_id", "ts")
+SHOWN: dict[str, pl.DataType] = {"request_id": pl.String(), "position": pl.Int64(), "propensity": pl.Float64(), "policy": pl.String()}
+OFFERED: dict[str, pl.DataType] = {"candidates": pl.List(pl.String()), "candidate_revisions": pl.List(pl.UInt64())}
+METHODS = {"ips": "IPS", "snips": "SNIPS", "dr": "doubly robust"}
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """N rankings and the M impressions in them, ranking by ranking, each from its first place on.
+
+    `first (N,)` and `count (N,)` say which rows of `rows` are a ranking's; `propensity (M,)` is that of the log. `candidates` are rows
+    of `ads`, those of a ranking from `edges[n]` to `edges[n + 1]`, in the order of their ids; `column (M,)` is the shown one among them.
+    """
+
+    rows: Rows
+    first: Array
+    count: Array
+    propensity: Array
+    ads: AdTable
+    candidates: Array
+    edges: Array
+    column: Array
+
+
+@dataclass
+class Replay:
+    """The estimates, and what of the log they leave out."""
+
+    policy: Policy
+    estimates: Estimates
+    rankings: int
+    impressions: int
+    greedy: int
+    """Impressions of rankings that did not explore, which cannot be weighed."""
+    unfit: int
+    """Impressions that cannot be weighed although their ranking explored: an ad above was not shown, or the candidates are not told."""
+    clip: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; what is not a number is None there."""
+        told = {name: getattr(self, name) for name in ("rankings", "impressions", "greedy", "unfit", "clip")}
+        rates = {name: _finite(getattr(self.estimates, name)) for name in ("log", *METHODS)}
+        facts = {name: getattr(self.estimates, name) for name in ("effective_sample", "largest_weight", "clicks", "warnings")}
+        return {"policy": str(self.policy), **told, **rates, **facts}
+
+
+def _finite(rate: Estimate) -> dict[str, float | None]:
+    return {name: value if isfinite(value) else None for name, value in asdict(rate).items()}
+
+
+class Weigher:
+    """Weighs rankings by what a bundle and a policy had done."""
+
+    def __init__(self, data: Prepared, bundle: Bundle, policy: Policy) -> None:
+        self.data: Prepared = replace(data, schema=bundle.schema)
+        self.encoder, self.policy = bundle.encoder, policy
+        self.ads, self._graph = ad_table(self.data, self.encoder), Graph(bundle)
+
+    def encode(self, frame: pl.DataFrame) -> Rows:
+        """A frame's rows as the bundle encodes them."""
+        return encode_frames(self.data, [frame], self.encoder, self.ads)
+
+    def trails(self, rankings: Rankings) -> Iterator[Trail]:
+        """Weigh rankings, those with about as many candidates together."""
+        sizes = np.diff(rankings.edges)
+        order = np.argsort(sizes, kind="stable")
+        while len(order):
+            # As many as fit if all had the candidates of the largest; the first alone may have more.
+            fits = max(1, int((sizes[order] * np.arange(1, len(order) + 1) <= AT_ONCE).sum()))
+            yield self._trail(rankings, order[:fits])
+            order = order[fits:]
+
+    def _trail(self, rankings: Rankings, chosen: Array) -> Trail:
+        sizes, count = np.diff(rankings.edges)[chosen], rankings.count[chosen]
+        left = np.arange(sizes.max()) < sizes[:, None]
+        at = np.where(left, rankings.edges[chosen][:, None] + np.arange(sizes.max()), 0)
+        ads = rankings.ads.take(np.where(left, rankings.candidates[at], 0))
+        shown = np.arange(count.max()) < count[:, None]
+        rows = np.where(shown, rankings.first[chosen][:, None] + np.arange(count.max()), 0)
+        column = np.where(shown, rankings.column[rows], 0)
+        ranking, place = np.nonzero(shown)
+        own = rankings.rows.ad.take(rows[ranking, place])  # as it was shown, with what was sent
+        ads.ids[ranking, column[ranking, place]], ads.numbers[ranking, column[ranking, place]] = own.ids, own.numbers
+        values = self._graph.p_click(_heads(rankings.rows, rankings.first[chosen]), ads).astype(np.float64)
+        if not np.isfinite(values[left]).all():
+            raise DataError("the bundle's score of a candidate is not a number; it cannot be replayed")
+        return self._followed(np.where(left, values, 0.0), left, column, shown, rankings.rows.labels[rows], rankings.propensity[rows])
+
+    def _followed(self, values: Array, left: Array, column: Array, shown: Array, clicks: Array, propensity: Array) -> Trail:
+        """Go down the places, once as they were shown and once as the target would fill them."""
+        found = {name: np.zeros(shown.shape) for name in ("ratios", "predicted", "expected", "baseline")}
+        best = np.argsort(np.where(left, -values, np.inf), axis=1, kind="stable")[:, : shown.shape[1]]
+        for n in np.unique(shown.sum(1)):  # rankings of n places together
+            some = np.flatnonzero(shown.sum(1) == n)
+            rankings, v = np.arange(len(some)), values[some]
+            likely = places(self.policy, v, left[some], best[some, :n])
+            for place, chances in enumerate(places(self.policy, v, left[some], column[some, :n])):
+                ads = column[some, place]
+                found["ratios"][some, place] = chances[rankings, ads] / propensity[some, place]
+                found["predicted"][some, place] = v[rankings, ads]
+                found["expected"][some, place] = (chances * v).sum(1)
+                found["baseline"][some, place] = (next(likely) * v).sum(1)
+        return Trail(shown, np.where(shown, clicks, 0.0), **found)
+
+
+def _heads(rows: Rows, first: Array) -> Rows:
+    """The rows that stand for their ranking: its user, its context and its history."""
+    return Rows(rows.labels[first], rows.users[first], rows.user.take(first), rows.ad.take(first), rows.history[first], rows.behaviours)
+
+
+def replay(
+    data: Prepared, bundle: Bundle, policy: Policy, top_k: int | None = None, clip: float | None = None, split: str = "test"
+) -> Replay:
+    """Estimate the clicks an impression of the bundle's scores under a policy, at the first `top_k` places.
+
+    Of a log, its window is replayed. Of a prepared data set with a column `propensity`, one split: each row is one action of a
+    contextual bandit, and all ads of `ads.parquet` could have been shown.
+
+    Raises:
+        DataError: the data is damaged, or has less than two rankings that explored.
+    """
+    weigher, counted = Weigher(data, bundle, policy), {"greedy": 0, "unfit": 0}
+    source = _of_log(data, weigher, top_k, counted) if isinstance(data, Log) else _of_bandit(data, weigher, split, counted)
+    trail = joined([trail for rankings in source for trail in weigher.trails(rankings)])
+    if len(trail) < 2:
+        told = f"{counted['greedy']:,} impressions are of greedy rankings, {counted['unfit']:,} of rankings that are not whole"
+        raise DataError(f"{data.folder} has {len(trail)} rankings that explored, which replay needs at least two of; {told}")
+    return Replay(policy, estimate(trail, clip), len(trail), trail.impressions, **counted, clip=clip)
+
+
+def _of_log(data: Log, weigher: Weigher, top_k: int | None, counted: dict[str, int]) -> Iterator[Rankings]:
+    """The rankings of a log that explored, hour by hour."""
+    for frame in data.hours(pl.lit(value=True), (*SHOWN, *OFFERED)):
+        check_columns(frame, {**SHOWN, **OFFERED}, data.folder)
+        explored = frame.filter(pl.col("policy") != "greedy")
+        counted["greedy"] += len(frame) - len(explored)
+        if top_k is not None:
+            explored = explored.filter(pl.col("position") <= top_k)
+        whole, offered = _whole(explored)
+        counted["unfit"] += len(explored) - len(whole)
+        if len(whole):
+            yield _rankings(whole, offered, weigher)
+
+
+def _whole(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The impressions that can be weighed, with `n`, their ranking's number, and `column`; and the candidates by `n` and id."""
+    within = {"partition_by": RANKING, "order_by": "position"}
+    rows = rows.sort(*RANKING, "position").with_columns(
+        told=pl.col("candidates").is_not_null().sum().over(RANKING),
+        place=pl.int_range(1, pl.len() + 1).over(**within),  # type: ignore[arg-type]
+    )
+    fits = (pl.col("position") == pl.col("place")) & (pl.col("told") == 1) & pl.col("propensity").is_between(0, 1, closed="right")
+    rows = rows.with_columns(fits=fits)
+    keys = rows.filter(pl.col("candidates").is_not_null(), pl.col("told") == 1).select(*RANKING, *OFFERED)
+    keys = keys.filter(pl.col("candidates").list.len() == pl.col("candidates").list.n_unique())
+    keys = keys.filter(pl.col("candidates").list.len() == pl.col("candidate_revisions").list.len()).with_row_index("n")
+    offered = keys.select("n", ad_id="candidates", revision="candidate_revisions").explode("ad_id", "revision").sort("n", "ad_id")
+    offered = offered.with_columns(column=pl.int_range(pl.len()).over("n"))
+    rows = rows.join(keys.select(*RANKING, "n"), on=RANKING, how="left").join(offered.drop("revision"), on=("n", "ad_id"), how="left")
+    rows = rows.sort("n", "position", nulls_last=True)
+    fits = pl.col("fits") & pl.col("column").is_not_null()
+    rows = rows.filter(pl.col("n").is_not_null()).with_columns(fits=fits.cast(pl.Int8).cum_min().over("n") == 1)
+    return rows.filter("fits"), offered
+
+
+def _rankings(whole: pl.DataFrame, offered: pl.DataFrame, weigher: Weigher) -> Rankings:
+    numbers, first, count = np.unique(whole["n"].to_numpy(), return_index=True, return_counts=True)
+    offered = offered.filter(pl.col("n").is_in(numbers.tolist()))
+    candidates = ad_rows(versions_of(offered["ad_id"], offered["revision"]), weigher.data, weigher.ads)
+    edges = np.append(np.unique(offered["n"].to_numpy(), return_index=True)[1], len(offered))
+    rows = weigher.encode(whole)
+    return Rankings(rows, first, count, whole["propensity"].to_numpy(), weigher.ads, candidates, edges, whole["column"].to_numpy())
+
+
+def _of_bandit(data: Prepared, weigher: Weigher, split: str, counted: dict[str, int]) -> Iterator[Rankings]:
+    """The rows of a split as rankings of one place, with all ads as candidates."""
+    ads = data.table("ad")
+    if ads is None:
+        raise DataError(f"{data.folder} has no ads.parquet; replay takes all of its ads as candidates")
+    ids = ads["ad_id"].sort()
+    columns = pl.DataFrame({"ad_id": ids, "column": np.arange(len(ids))})
+    for frame in data.frames(split):
+        check_columns(frame, {"propensity": pl.Float64()}, data.folder / split)
+        for piece in frame.iter_slices(max(1, AT_ONCE // len(ids))):
+            fit = piece.join(columns, on="ad_id", how="left", maintain_order="left")
+            fit = fit.filter(pl.col("column").is_not_null(), pl.col("propensity").is_between(0, 1, closed="right"))
+            counted["unfit"] += len(piece) - len(fit)
+            if len(fit):
+                yield _actions(fit, ids, weigher)
+
+
+def _actions(fit: pl.DataFrame, ids: pl.Series, weigher: Weigher) -> Rankings:
+    rows, each = weigher.encode(fit), np.arange(len(fit))
+    candidates = np.tile(weigher.ads.rows(ids.to_list()), len(fit))
+    edges = np.arange(len(fit) + 1) * len(ids)
+    return Rankings(rows, each, np.ones_like(each), fit["propensity"].to_numpy(), weigher.ads, candidates, edges, fit["column"].to_numpy())
+
+
+def show(found: Replay, console: Console) -> None:
+    """A table for people, and what stands behind it."""
+    table = Table("clicks an impression", "estimate", "95 % interval")
+    for name, title in {"log": "of the log", **METHODS}.items():
+        rate: Estimate = getattr(found.estimates, name)
+        known = isfinite(rate.value)
+        table.add_row(title, *((f"{rate.value:.5f}", f"{rate.low:.5f} to {rate.high:.5f}") if known else ("-", "-")))
+    console.print(table)
+    facts = found.estimates
+    console.print(
+        f"{found.policy}: {found.rankings:,} rankings, {found.impressions:,} impressions; effective sample {facts.effective_sample:,.1f} "
+        f"rankings, largest weight {facts.largest_weight:.4g}, {facts.clicks:,} clicks count",
+        soft_wrap=True,
+    )
+    if found.greedy:
+        console.print(f"left out: {found.greedy:,} impressions of rankings that did not explore; they cannot be weighed", soft_wrap=True)
+    if found.unfit:
+        console.print(f"left out: {found.unfit:,} impressions whose ranking is not whole in the log", soft_wrap=True)
+    if found.clip is not None:
+        console.print(f"weights are clipped at {found.clip:g}: the estimates are biased, IPS towards too little")
+    for warning in facts.warnings:
+        console.print(f"warning: {warning}", soft_wrap=True)

@@ -1,0 +1,186 @@
+"""What a retraining came to, as JSON, as a page with its verdict in the first line, as a picture and as tables in a terminal."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from .compare import METRICS, Comparison, Gate, Interval
+from .evaluate import Metrics
+from .picture import picture
+from .window import Limits, Past, Profile
+
+PAGE, PICTURE, DONE = "report.md", "report.svg", "report.json"
+"""In the order in which they are written: a report that has the last is whole."""
+TITLES = dict(
+    zip(METRICS, ("AUC", "GAUC", "log loss", "normalised entropy", "calibration error", "log of p(click) / clicks, from 0"), strict=True)
+)
+
+
+class ReportError(RuntimeError):
+    """A report cannot be written; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run of `adrank retrain`. What it did not come to is None."""
+
+    name: str
+    started: int
+    """Seconds since 1970."""
+    published: int | None
+    """The new version."""
+    champion: int | None
+    """The version that was live."""
+    reasons: list[str]
+    """Why it was refused; empty where it was published."""
+    training: dict[str, Any]
+    """How it was trained: network, start, seed, settings, epochs."""
+    window: Profile
+    past: Past
+    limits: Limits
+    gate: Gate
+    comparison: Comparison | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """In a line."""
+        if self.published is None:
+            return f"Refused {self.name}: {self.reasons[0]}" + (f" (and {len(self.reasons) - 1} more)" if self.reasons[1:] else "")
+        if self.comparison is None or self.comparison.champion is None:
+            return f"Published {self.name} {self.published}, its first version"
+        loss, before = self.comparison.differences["log_loss"], self.comparison.champion.log_loss
+        change = f"log loss {loss.value / before:+.2%} (95 % interval {loss.low / before:+.2%} to {loss.high / before:+.2%})"
+        return f"Published {self.name} {self.published}: {change} against {self.champion}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        comparison = {} if self.comparison is None else self.comparison.as_dict()
+        decision = {"verdict": self.verdict, "accepted": self.published is not None, "reasons": self.reasons, "warnings": self.warnings}
+        model = {"name": self.name, "version": self.published, "champion": self.champion, "started": self.started}
+        seen = {**self.window.as_dict(), "limits": asdict(self.limits)}
+        past = {"rows": self.past.rows, "click_rate": self.past.click_rate}
+        return {**decision, **model, "training": self.training, "window": seen, "before": past, "gate": asdict(self.gate), **comparison}
+
+    def markdown(self) -> str:
+        """As a page."""
+        lines = [f"**{self.verdict}**", ""]
+        lines += [f"- {reason}" for reason in self.reasons] + [""] * bool(self.reasons)
+        lines += [f"> {warning}\n" for warning in self.warnings]
+        if self.comparison is not None:
+            lines += ["## On the newest slice", "", *_markdown(METRIC_HEAD, metric_rows(self.comparison)), "", "![](report.svg)", ""]
+        lines += ["## The window", "", *_markdown(("", "rows", "clicks", "click rate"), window_rows(self.window, self.past)), ""]
+        lines += ["## The training", "", *_markdown(("", ""), [(k, str(v)) for k, v in self._told()]), ""]
+        return "\n".join(lines)
+
+    def _told(self) -> Iterable[tuple[str, Any]]:
+        yield "started", f"{datetime.fromtimestamp(self.started, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        yield "live version then", self.champion or "none"
+        for name, value in self.training.items():
+            if not isinstance(value, dict | list):
+                yield name, value
+        yield "gate", ", ".join(f"{name} {value}" for name, value in asdict(self.gate).items())
+
+    def tables(self) -> Group:
+        """For a terminal."""
+        parts: list[Any] = [_table(("", "rows", "clicks", "click rate"), window_rows(self.window, self.past))]
+        if self.comparison is not None:
+            parts.append(_table(METRIC_HEAD, metric_rows(self.comparison)))
+        parts += [*(f"note: {warning}" for warning in self.warnings), *(f"refused: {reason}" for reason in self.reasons)]
+        return Group(*parts)
+
+    def write(self, folder: Path) -> None:
+        """Write the three files, each whole or not at all.
+
+        Raises:
+            ReportError: the folder cannot be written.
+        """
+        texts = {PAGE: self.markdown(), DONE: json.dumps(self.as_dict(), indent=1)}
+        if self.comparison is not None:
+            texts = {PICTURE: drawn(self.comparison), **texts}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (PAGE, PICTURE, DONE):
+                (folder / name).unlink(missing_ok=True)  # of an earlier run into the same folder
+            for name, text in texts.items():
+                _write(folder / name, text)
+        except OSError as error:
+            raise ReportError(f"cannot write the report to {folder}: {error.strerror or error}") from error
+
+
+METRIC_HEAD = ("", "champion", "challenger", "difference", "95 % interval")
+
+
+def metric_rows(found: Comparison) -> list[tuple[str, ...]]:
+    """A row a metric: champion, challenger, difference and interval."""
+    rows: list[tuple[str, ...]] = []
+    for name, title in TITLES.items():
+        before, after = (_value(m, name) for m in (found.champion, found.challenger))
+        rows.append((title, before, after, *_interval(found.differences.get(name))))
+    ratios = (_value(m, "calibration_ratio") for m in (found.champion, found.challenger))
+    rows.append(("p(click) / clicks", *ratios, "", f"{exp(found.calibration.low):.5f} to {exp(found.calibration.high):.5f}"))
+    return [*rows, ("rows", "", f"{found.challenger.rows:,}", "", ""), ("clicks", "", f"{found.challenger.clicks:,}", "", "")]
+
+
+def _value(metrics: Metrics | None, name: str) -> str:
+    if metrics is None:
+        return ""
+    return f"{abs(log(metrics.calibration_ratio)) if name == 'calibration_distance' else getattr(metrics, name):.5f}"
+
+
+def _interval(interval: Interval | None) -> tuple[str, str]:
+    return ("", "") if interval is None else (f"{interval.value:+.5f}", f"{interval.low:+.5f} to {interval.high:+.5f}")
+
+
+def window_rows(window: Profile, past: Past) -> list[tuple[str, ...]]:
+    """A row a slice of the window, and what is known of before."""
+    names = {"train": "to train on", "valid": "for early stopping and calibration", "test": "held out, the newest"}
+    rows: list[tuple[str, ...]] = [
+        (names[s], f"{n:,}", f"{window.clicks[s]:,}", f"{window.clicks[s] / max(n, 1):.2%}") for s, n in window.rows.items()
+    ]
+    if past.rows is not None:
+        rows.append(("the window before", f"{past.rows:,}", "", ""))
+    if past.click_rate is not None:
+        rows.append(("what the live version was measured on", "", "", f"{past.click_rate:.2%}"))
+    return rows
+
+
+def drawn(found: Comparison) -> str:
+    """The picture of a comparison."""
+    return picture(
+        found.reliability, {TITLES[name]: interval for name, interval in found.differences.items()}, (TITLES["auc"], TITLES["gauc"])
+    )
+
+
+def _markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    table = Table(*head)
+    for cells in rows:
+        table.add_row(*cells)
+    return table
+
+
+def _write(path: Path, text: str) -> None:
+    staged = path.with_name(f".{path.name}.part")
+    with staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+
+
+def brief(found: Comparison) -> Mapping[str, Any]:
+    """What a bundle's manifest keeps of a comparison."""
+    return {name: value for name, value in found.as_dict().items() if name != "reliability"}

@@ -1,0 +1,301 @@
+"""One retraining: a window of the log is checked and trained on, and the challenger goes live if it stands up to the live version.
+
+Every run ends in a report. Only one run of a model is at work at a time; one that was interrupted leaves nothing behind.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from rich.progress import Progress
+
+from features.bundle import CURRENT, MODEL, Bundle, check_name, clear_abandoned, current_path, load_bundle, publish
+from features.vocabulary import Vocabulary
+
+from . import compare, window
+from .datasets.encoded import encode_split
+from .datasets.log import Log, is_log, open_log
+from .datasets.prepared import Prepared, open_prepared
+from .export import CALIBRATION, METRICS, check_int8, contents, scores, scores_of
+from .networks import NETWORKS
+from .report import DONE, Report, brief
+from .train import Start, Trained, TrainSettings, overridden, train
+from .weights import settings_of, start_of
+
+DAY = 86_400
+REPORTS, LOCK = "reports", ".retrain.lock"
+FACTS = "retrain"
+
+
+class RetrainError(ValueError):
+    """A retraining cannot be as asked for; the message says why."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be retrained, on what, and how. Times are in seconds since 1970."""
+
+    log: Path
+    models: Path
+    name: str
+    since: int | None = None
+    until: int | None = None
+    days: int | None = None
+    holdout: float = 0.1
+    valid: float = 0.1
+    """Shares of the rows: the newest is held out, the one before it stops the training and calibrates."""
+    position_as: str | None = None
+    network: str | None = None
+    """Default: the live version's, or else the model's name."""
+    start: str = "warm"
+    report: Path | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """As texts: of training, of the network, of `window.Limits` and of `compare.Gate`."""
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if self.start not in ("warm", "scratch"):
+            raise RetrainError(f"--start {self.start}: it must be warm or scratch")
+        if not (0 < self.holdout < 1 and 0 < self.valid < 1 and self.holdout + self.valid < 1):
+            raise RetrainError(f"--holdout {self.holdout:g} and --valid {self.valid:g} are shares of the rows: above 0, together below 1")
+        if self.days is not None and self.since is not None:
+            raise RetrainError("--days and --since both say where the window begins; leave one out")
+        if self.since is not None and self.until is not None and self.since >= self.until:
+            raise RetrainError(f"the window is empty: --since {self.since} is not before --until {self.until}")
+
+    @property
+    def home(self) -> Path:
+        """The model's folder."""
+        return self.models / self.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An order, settled: what it starts from, with which settings."""
+
+    champion: Bundle | None
+    start: Start | None
+    family: str
+    network: Any
+    loop: TrainSettings
+    limits: window.Limits
+    gate: compare.Gate
+
+    def told(self) -> dict[str, Any]:
+        """For the report and the manifest."""
+        start = "scratch" if self.start is None else "warm"
+        return {"network": self.family, "start": start, "seed": self.loop.seed}
+
+
+def retrain(order: Order, progress: Progress) -> Report:
+    """Check, train, compare, and publish or refuse; the report, which has been written.
+
+    Raises:
+        RetrainError: the order is impossible, another run is at work, or the live version changed meanwhile.
+        BundleError, DataError, TrainError, ReportError: as their makers say.
+    """
+    with _alone(order):
+        clear_abandoned(order.models, order.name)
+        _clear_reports(order)
+        started = int(time.time())
+        data, before = open_window(order)
+        plan = _plan(order, data)
+        seen, past = window.profile(data, window.slices(data)), _past(data, before, plan.champion)
+        version = plan.champion.version if plan.champion else None
+        reasons = window.reasons_against(seen, past, plan.limits)
+        report = Report(order.name, started, None, version, reasons, plan.told(), seen, past, plan.limits, plan.gate)
+        if not reasons:
+            report = _challenge(order, plan, data, report, progress)
+        report.write(order.report or _report_folder(order, started))
+        return report
+
+
+def _challenge(order: Order, plan: Plan, data: Prepared, report: Report, progress: Progress) -> Report:
+    trained = train(data, plan.family, plan.network, plan.loop, progress, plan.start)
+    files, facts = contents(data, trained, progress)
+    found = _compared(plan.champion, data, trained, files[MODEL], progress)
+    reasons = compare.reasons_against(found, plan.gate)
+    told = {**report.training, "settings": trained.settings, "epochs": [epoch.line() for epoch in trained.epochs]}
+    report = replace(report, reasons=reasons, training=told, comparison=found, warnings=_warnings(order, plan, data))
+    if reasons:
+        return report
+    if (now := _live(order)) != report.champion:
+        raise RetrainError(f"the live version of {order.name} was {report.champion} and is {now} now: the comparison is void; run it again")
+    seen = {**report.window.as_dict(), "held_out_from": _held_out_from(data)}
+    facts[FACTS] = {**plan.told(), "champion": report.champion, "window": seen, "comparison": brief(found)}
+    return replace(report, published=int(publish(order.models, order.name, files, facts).name))
+
+
+def open_window(order: Order) -> tuple[Prepared, Iterable[pl.DataFrame]]:
+    """The window, in slices of time, and the rows of a window as long just before it, none where the log does not say.
+
+    A prepared data set in place of a log is taken as it is.
+
+    Raises:
+        DataError: there is no such log, or no row in the window.
+        RetrainError: a prepared data set has no window to choose.
+    """
+    if not is_log(order.log):
+        if any(given is not None for given in (order.since, order.until, order.days, order.position_as)):
+            raise RetrainError(f"{order.log} is not a log, so it has no window: leave out --since, --until, --days and --position-as")
+        return open_prepared(order.log), ()
+    until = order.until
+    since = order.since
+    if order.days is not None:
+        until = _end(order.log) if until is None else until
+        since = until - order.days * DAY
+    shares = (1 - order.holdout - order.valid, order.valid, order.holdout)
+    data = open_log(order.log, since, until, shares, order.position_as)
+    if since is None:
+        return data, ()
+    begin = 2 * since - (_end(order.log) if until is None else until)
+    return data, open_log(order.log, begin, until, position_as=order.position_as).between(begin, since)
+
+
+def _end(log: Path) -> int:
+    """The end of the newest hour of a log."""
+    newest = max(log.glob("day=*/hour=*"))
+    try:
+        hour = datetime.strptime(f"{newest.parent.name} {newest.name} +0000", "day=%Y-%m-%d hour=%H %z")
+    except ValueError as error:
+        raise RetrainError(f"{newest} is not an hour of a log, such as day=2026-11-22/hour=17") from error
+    return int(hour.timestamp()) + window.HOUR
+
+
+def _plan(order: Order, data: Prepared) -> Plan:
+    champion = load_bundle(current_path(order.models, order.name)) if (order.home / CURRENT).exists() else None
+    if champion and (lacking := {CALIBRATION, METRICS} - champion.files):
+        raise RetrainError(
+            f"the live version {champion.path} has no {min(lacking)}, so nothing can be compared with it; adrank train makes one"
+        )
+    family = order.network or (champion.manifest.get("network") if champion else order.name)
+    if family not in NETWORKS:
+        raise RetrainError(f"there is no network {family!r}; name one with --model: {', '.join(NETWORKS)}")
+    same = champion if champion and champion.manifest.get("network") == family else None
+    base = settings_of(same) if same else (NETWORKS[family].settings(), TrainSettings())
+    network, loop, limits, gate = overridden(order.settings, *base, window.Limits(), compare.Gate())
+    check_int8(family, loop)
+    warm = champion is not None and order.start == "warm"
+    if warm and (changed := [f.name for f in fields(network) if same is None or getattr(network, f.name) != getattr(base[0], f.name)]):
+        what = f"--set {changed[0]}" if same else f"--model {family}"
+        raise RetrainError(f"{what}: a warm start goes on with the live version's network as it is; leave it out, or use --start scratch")
+    if warm and champion and champion.schema != data.schema:
+        raise RetrainError(
+            f"the fields of {order.log / 'schema.toml'} are not those of the live version {champion.path}, "
+            "so its weights do not fit; use --start scratch"
+        )
+    return Plan(champion, start_of(champion) if warm and champion else None, family, network, loop, limits, gate)
+
+
+def _past(data: Prepared, before: Iterable[pl.DataFrame], champion: Bundle | None) -> window.Past:
+    earlier = window.profile(data, {"before": before})
+    varied = {path: seen.varied for path, seen in earlier.fields.items()} if earlier.total else {}
+    rate = None
+    if champion is not None:
+        told = champion.manifest.get(FACTS, {}).get("window", {}).get("fields")
+        varied |= {path: bool(seen["varied"]) for path, seen in told.items()} if told else _varied(champion)
+        measured = json.loads((champion.path / METRICS).read_text("utf-8")).values()
+        rate = sum(each["clicks"] for each in measured) / sum(each["rows"] for each in measured)
+    return window.Past(earlier.total or None, rate, varied)
+
+
+def _varied(champion: Bundle) -> dict[str, bool]:
+    """Which fields varied in a training that did not note it: those whose vocabulary, theirs alone, has several values."""
+    users = [each.vocabulary for each in champion.schema.fields]
+    sizes = {name: len(v.values) for name, v in champion.vocabularies.categories.items() if isinstance(v, Vocabulary)}
+    alone = [each for each in champion.schema.fields if each.vocabulary in sizes and users.count(each.vocabulary) == 1]
+    return {each.path: sizes[each.vocabulary] > 1 for each in alone}
+
+
+def _compared(champion: Bundle | None, data: Prepared, trained: Trained, graph: bytes, progress: Progress) -> compare.Comparison:
+    rows = encode_split(data, "test", trained.encoder)
+    ours = scores(graph, data.schema, trained.calibration, rows, progress)
+    theirs = scores_of(champion, data, "test", progress)[1] if champion else None
+    return compare.compare(rows.labels, _users(data), ours, theirs)
+
+
+def _users(data: Prepared) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A number a user for each row of the newest slice; a ranking without a user is a user of its own, and so is a row without either."""
+    keys = []
+    for i, frame in enumerate(window.slices(data, ("test",))["test"]):
+        nobody = pl.col("request_id") if "request_id" in frame.columns else pl.format(f"{i} {{}}", pl.int_range(pl.len()))
+        user = pl.when(pl.col("user_id") == "").then(pl.lit("\x1f") + nobody).otherwise(pl.col("user_id"))
+        keys.append(frame.select(user.alias("key"))["key"])
+    numbers: np.ndarray[Any, np.dtype[np.int64]] = pl.concat(keys).rank("dense").to_numpy().astype(np.int64) - 1
+    return numbers
+
+
+def _warnings(order: Order, plan: Plan, data: Prepared) -> list[str]:
+    if plan.champion is None:
+        return ["there was no live version to compare with"]
+    warnings = []
+    rows, served = 0, 0
+    for frame in window.slices(data, ("test",))["test"]:
+        rows += len(frame)
+        if {"model", "version"} <= set(frame.columns):
+            served += len(frame.filter(pl.col("model") == order.name, pl.col("version") == plan.champion.version))
+    if served:
+        warnings.append(
+            f"{served / rows:.0%} of the rows that were held out were served by the live version, which chose what was shown: "
+            "of ads that it would not have shown, they tell nothing (selection bias)"
+        )
+    trained_until = plan.champion.manifest.get(FACTS, {}).get("window", {}).get("held_out_from")
+    begin = _held_out_from(data)
+    if trained_until is not None and begin is not None and begin < trained_until:
+        moments = (f"{datetime.fromtimestamp(ts, UTC):%Y-%m-%d %H:%M:%S} UTC" for ts in (trained_until, begin))
+        warnings.append("the live version was trained on rows up to {}, and the held-out rows begin at {}: it knows some".format(*moments))
+    return warnings
+
+
+def _held_out_from(data: Prepared) -> float | None:
+    return data.edges[2] if isinstance(data, Log) else None
+
+
+def _live(order: Order) -> int | None:
+    return int(current_path(order.models, order.name).name) if (order.home / CURRENT).exists() else None
+
+
+def _clear_reports(order: Order) -> None:
+    """Remove reports that were not finished."""
+    for folder in (order.home / REPORTS).glob("[0-9]*"):
+        if not (folder / DONE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _report_folder(order: Order, started: int) -> Path:
+    """A new folder, named by the time."""
+    version = int(f"{datetime.fromtimestamp(started, UTC):%Y%m%d%H%M%S}")
+    while (folder := order.home / REPORTS / str(version)).exists():
+        version += 1
+    return folder
+
+
+@contextmanager
+def _alone(order: Order) -> Iterator[None]:
+    """Hold the model's lock, which the kernel lets go of when this process ends, however it ends."""
+    try:
+        order.home.mkdir(parents=True, exist_ok=True)
+        file = (order.home / LOCK).open("a+")
+    except OSError as error:
+        raise RetrainError(f"cannot write to {order.home}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RetrainError(f"{order.name} is being retrained already, by {file.read().strip()}; wait for it, or end it") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
+        file.flush()
+        yield

@@ -1,0 +1,57 @@
+"""The weights in a bundle, and what else a training needs to go on from it."""
+
+import io
+from dataclasses import fields, replace
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import nn
+
+from features.bundle import Bundle, BundleError
+
+from .networks import NETWORKS
+from .networks.blocks import Fields
+from .train import Start, TrainError, TrainSettings
+
+WEIGHTS = "weights.npz"
+
+
+def packed(network: nn.Module) -> bytes:
+    """The weights of a network as an .npz, by the names of its state."""
+    file, weights = io.BytesIO(), {name: value.numpy() for name, value in network.state_dict().items()}
+    np.savez(file, allow_pickle=False, **weights)
+    return file.getvalue()
+
+
+def start_of(bundle: Bundle) -> Start:
+    """The network of a bundle as it was trained, to go on from.
+
+    Raises:
+        BundleError: the bundle has no weights, or they do not fit its network.
+    """
+    if WEIGHTS not in bundle.files:
+        raise BundleError(f"bundle {bundle.path} was published without {WEIGHTS}, so no training can go on from it; use --start scratch")
+    try:
+        network = NETWORKS[bundle.manifest["network"]](Fields.of(bundle.schema, bundle.vocabularies), settings_of(bundle)[0])
+        with (bundle.path / WEIGHTS).open("rb") as file, np.load(file, allow_pickle=False) as weights:
+            network.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights.files})
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, BadZipFile) as error:
+        raise BundleError(f"bundle {bundle.path}: {WEIGHTS} cannot be used: {' '.join(str(error).split())}; use --start scratch") from error
+    return Start(network.eval(), bundle.vocabularies)
+
+
+def settings_of(bundle: Bundle) -> tuple[Any, TrainSettings]:
+    """The settings that a bundle was trained with, those of the network and those of the loop; threads are the machine's own.
+
+    Raises:
+        BundleError: the manifest does not tell them, or tells what this program does not know.
+    """
+    try:
+        told = {name: tuple(value) if isinstance(value, list) else value for name, value in bundle.manifest["settings"].items()}
+        kinds: tuple[Any, Any] = (NETWORKS[bundle.manifest["network"]].settings, TrainSettings)
+        network, loop = (kind(**{f.name: told[f.name] for f in fields(kind) if f.name in told}) for kind in kinds)
+    except (KeyError, TypeError, AttributeError, TrainError) as error:
+        raise BundleError(f"bundle {bundle.path}: its manifest does not tell how it was trained: {error!r}") from error
+    return network, replace(loop, threads=0)
