@@ -74,7 +74,7 @@ class Noting(Run):
     models: Path = Path()
     name: str = ""
     versions: Sequence[str] = ()
-    every: float = 4.0
+    every: float = 6.0
     dues: "array[float]" = field(default_factory=lambda: array("d"))
     takes: "array[float]" = field(default_factory=lambda: array("d"))
     by: "array[int]" = field(default_factory=lambda: array("q"))
@@ -133,7 +133,9 @@ def swaps(subject: Subject, built: Built, models: Path, made: Sequence[str], req
     for released, before, version in zip(noting.released, live, live[1:], strict=False):
         answered = due + took
         if not (by == version).any():
-            raise LoadError(f"version {version} never answered; give more time with --every")
+            raise LoadError(
+                f"version {version} never answered: it was not loaded before the next was released; give more time with --every"
+            )
         first = float(answered[by == version].min())
         later = (due >= released) & (by == before) & (answered < first + every / 2)
         last = float(answered[later].max(initial=first))
@@ -145,7 +147,7 @@ def swaps(subject: Subject, built: Built, models: Path, made: Sequence[str], req
     return Swaps(
         built.yardstick.name,
         len(subject.tree()) - 1 or 1,
-        json.loads(requests[0])["candidates"].__len__(),
+        len(json.loads(requests[0])["candidates"]),
         round(peak / 2, 1),
         len(made),
         len(due),
@@ -183,7 +185,7 @@ def service(name: str, folder: Path, workers: int, count: int) -> Iterator[tuple
 @click.command()
 @click.option("--yardstick", "name", type=click.Choice(list(YARDSTICKS)), default="din-100", show_default=True)
 @click.option("--swaps", "count", type=click.IntRange(min=1), default=20, show_default=True)
-@click.option("--every", type=float, default=4.0, show_default=True, help="Seconds between two releases.")
+@click.option("--every", type=float, default=6.0, show_default=True, help="Seconds between two releases.")
 @click.option("--candidates", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), default=FOLDER, show_default=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .encode import AdTable, Encoder, Features, Feeds, Request, encode_request
+from .encode import AdTable, Block, Encoder, Features, Feeds, Request, encode_request
 from .schema import Schema, SchemaError, parse_schema
 from .vocabulary import Numbers, Vocabularies, fingerprint, parse_vocabularies
 
@@ -59,8 +59,9 @@ class Golden:
     def feeds(self, encoder: Encoder) -> Feeds:
         """Encode the request just as the service does."""
         table = AdTable(encoder)
-        for ad_id, features in self.ads.items():
-            table.put([ad_id], encoder.encode_one("ad", features, ad_id))
+        if self.ads:
+            rows = [encoder.encode_one("ad", features, ad_id) for ad_id, features in self.ads.items()]
+            table.put(list(self.ads), Block(np.concatenate([row.ids for row in rows]), np.concatenate([row.numbers for row in rows])))
         return encode_request(table, Request(self.user_id, self.user, self.context, self.history, self.candidates))[0]
 
 
@@ -201,7 +202,10 @@ def _clear_abandoned(home: Path) -> None:
         if left.is_file():  # of `replace_file`, which is used only while `locked`
             left.unlink(missing_ok=True)
     for staging in home.glob(f"{STAGING}*"):
-        handle = os.open(staging, os.O_RDONLY)
+        try:
+            handle = os.open(staging, os.O_RDONLY)
+        except FileNotFoundError:  # its publisher has just finished
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(staging, ignore_errors=True)
