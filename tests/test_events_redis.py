@@ -190,6 +190,7 @@ class TestServer:
             await store.close()
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # what asyncio.run, called 50 times, leaves to the collector
 def test_any_order_and_any_repetition_end_in_the_same_state(servers):
     raw = redis.Redis.from_url(servers("valkey").url)
 

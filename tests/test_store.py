@@ -148,7 +148,10 @@ class TestEvents:
     async def test_what_is_older_than_what_is_remembered_is_refused(self, store):
         week = 8 * 24 * 3600
         assert await applied(store, click("old", -week - 60), click("new")) == {"old": "too_old", "new": "accepted"}
-        assert await applied(store, click("old", -week - 60), click("younger", -week + 12 * 3600)) == {"old": "too_old", "younger": "accepted"}
+        assert await applied(store, click("old", -week - 60), click("younger", -week + 12 * 3600)) == {
+            "old": "too_old",
+            "younger": "accepted",
+        }
         assert len((await store.get_user("u1")).ts) == 2
 
     async def test_too_many_features_are_refused_and_may_come_again(self, store):
