@@ -57,9 +57,8 @@ class Catalogue:
             return
         self._encoders[fingerprint] = encoder
         ads = self._ads
-        ads.tables[fingerprint] = AdTable(
-            encoder, len(ads.packed)
-        )  # changes reach it from now on: an ad may be encoded twice, each time as it is then
+        # Changes reach it from now on: an ad may be encoded twice, each time as it is then.
+        ads.tables[fingerprint] = AdTable(encoder, len(ads.packed))
         await self._fill(ads, fingerprint)
 
     def keep(self, fingerprints: Collection[str]) -> None:
