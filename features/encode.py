@@ -277,8 +277,8 @@ class AdTable:
         """Which rows are ads that have not left."""
         return self._active[rows]
 
-    def put(self, ad_ids: Sequence[str], ads: Block, active: bool = True) -> None:
-        """Add ads, or replace those already there."""
+    def put(self, ad_ids: Sequence[str], ads: Block, active: bool | Mask = True) -> None:
+        """Add ads, or replace those already there. `active`, of all or `(n,)`: whether they have not left."""
         rows = self._index.add(ad_ids)
         self._grow(len(self._index) + 1)
         self._block.ids[rows], self._block.numbers[rows], self._active[rows] = ads.ids, ads.numbers, active

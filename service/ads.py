@@ -3,12 +3,18 @@
 Knows nothing about the store or about how ads are encoded.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
+
 from features.encode import AdTable
+from features.renumber import Renumbering
 from features.state import Ad, pack_features, unpack_features
+
+AT_ONCE = 1_000
+"""Ads whose rows are taken over from another table before other work gets a turn on the event loop: about half a millisecond."""
 
 Sources = Mapping[str, bytes | None]
 """By ad id packed features, None: there were none."""
@@ -67,14 +73,51 @@ class Ads:
         return {ad_id: misfits[ad_id] for ad_id in ad_ids if ad_id in misfits} if misfits else {}
 
     def fill(self, fingerprint: str, size: int, encode: Encode) -> Iterator[None]:
-        """Encode the ads that are there into a table that is new, so many at each step, each as it is when its turn comes."""
+        """Bring the ads that are there into a table that is new, some at each step, each ad as it is when its turn comes.
+
+        Rows that another table has are taken over from there where its encoder differs in its vocabularies only; `size` ads
+        at once are encoded where not.
+        """
         ad_ids = list(self.packed)
-        for start in range(0, len(ad_ids), size):
-            some = ad_ids[start : start + size]
-            ads = [Ad(ad_id, unpack_features(self.packed[ad_id]), ad_id not in self.gone) for ad_id in some]
-            if fingerprint in self.tables:
-                self._encode(fingerprint, ads, {ad_id: self.packed[ad_id] for ad_id in some}, encode)
+        source = yield from self._like(fingerprint)
+        for start in range(0, len(ad_ids), AT_ONCE):
+            some = ad_ids[start : start + AT_ONCE]
+            rest = self._take_over(fingerprint, source, some) if source else some
             yield
+            for at in range(0, len(rest), size):
+                self._fill(fingerprint, rest[at : at + size], encode)
+                yield
+
+    def _like(self, fingerprint: str) -> Generator[None, None, tuple[str, Renumbering] | None]:
+        """A table whose rows can be taken over, by its fingerprint, and how."""
+        encoder = self.tables[fingerprint].encoder
+        for other, table in self.tables.items():
+            renumbering = Renumbering(table.encoder, encoder)
+            if other != fingerprint and renumbering.possible:
+                yield from renumbering.steps()
+                return other, renumbering
+        return None
+
+    def _take_over(self, fingerprint: str, source: tuple[str, Renumbering], ad_ids: list[str]) -> list[str]:
+        """Take over the rows of ads from another table; the ads that could not be."""
+        other, renumbering = source
+        if not {fingerprint, other} <= self.tables.keys():
+            return ad_ids
+        table, misfits = self.tables[other], self.misfits_of(other)
+        rows = table.rows(ad_ids)
+        ads, unsure = renumbering(table.take(rows))
+        unsure |= rows == 0
+        if misfits:
+            unsure |= np.fromiter((ad_id in misfits for ad_id in ad_ids), np.bool_, len(ad_ids))
+        sure = np.flatnonzero(~unsure)
+        self.tables[fingerprint].put([ad_ids[i] for i in sure], ads.take(sure), table.active(rows[sure]))
+        return [ad_ids[i] for i in np.flatnonzero(unsure)]
+
+    def _fill(self, fingerprint: str, ad_ids: list[str], encode: Encode) -> None:
+        if fingerprint in self.tables:
+            packed = {ad_id: self.packed[ad_id] for ad_id in ad_ids}
+            ads = [Ad(ad_id, unpack_features(features), ad_id not in self.gone) for ad_id, features in packed.items()]
+            self._encode(fingerprint, ads, packed, encode)
 
     def _encode(self, fingerprint: str, ads: Sequence[Ad], before: Sources, encode: Encode) -> None:
         """Encode ads into one table; `before` are the features that they had."""
