@@ -80,7 +80,8 @@ def test_a_table_that_took_rows_over_is_the_one_that_encoded_them(old, new, ad_i
     taken, changes = [], dict(later)
     for step, _ in enumerate(first.fill("new", 2, lambda table, some: taken.extend(some) or put_ads(table, some))):
         if step in changes:
-            first.change(changes.pop(step), put_ads)
+            for ad in changes.pop(step):
+                first.change([ad], put_ads)
     alone = Ads({"new": AdTable(encoder(new, ad_ids[:known]))}, dict(first.packed), set(first.gone))
     for _ in alone.fill("new", 3, put_ads):
         pass
