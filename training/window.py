@@ -192,8 +192,11 @@ def _too_little(window: Profile, limits: Limits) -> Iterable[str]:
         return
     if min(clicks, rows - clicks) < limits.least_clicks:
         yield f"the window has {clicks:,} clicks in {rows:,} rows, too few of one kind to judge by: least_clicks is {limits.least_clicks:,}"
-    for split, name in zip(SPLITS, ("rows to train on", "slice for early stopping", "newest slice, which is held out,"), strict=True):
-        if window.clicks[split] in (0, window.rows[split]):
+    names = ("part to train on", "slice for early stopping", "newest slice, which is held out,")
+    for split, name in zip(SPLITS, names, strict=True):
+        if not window.rows[split]:
+            yield f"there are no rows for the {name}".rstrip(",")
+        elif window.clicks[split] in (0, window.rows[split]):
             yield f"all {window.rows[split]:,} labels of the {name} are {int(window.clicks[split] > 0)}"
 
 
