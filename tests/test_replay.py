@@ -103,6 +103,13 @@ def test_the_interval_of_the_log_is_that_of_a_mean() -> None:
         assert [each.value, each.low, each.high] == pytest.approx([clicks.mean(), clicks.mean() - error, clicks.mean() + error])
 
 
+def test_an_interval_has_its_estimate_in_it_even_where_that_is_below_any_click_rate() -> None:
+    found = estimate(
+        trail(clicks=[[0], [0], [0]], ratios=[[2], [1.5], [1]], predicted=[[0.2], [0.1], [0.1]], expected=[[0.1]] * 3, baseline=[[0.1]] * 3)
+    )
+    assert found.dr.low == found.dr.value < 0 < found.dr.high
+
+
 def test_what_cannot_be_estimated_is_no_number_and_warned_of() -> None:
     found = estimate(trail(clicks=[[1], [0]], ratios=[[0], [0]]))
     assert np.isnan(found.snips.value)

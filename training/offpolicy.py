@@ -138,7 +138,7 @@ def _normalised(weights: Array, clicks: Array, shown: Array) -> Estimate:
 
 
 def _interval(value: float, influence: Array) -> Estimate:
-    """Around an estimate to which each ranking adds its influence; a click rate is not below 0."""
-    count = len(influence)
+    """Around an estimate to which each ranking adds its influence. A click rate is not below 0; a doubly robust estimate of one can be."""
+    count, value = len(influence), float(value)
     reach = Z * float(np.sqrt((influence**2).sum() * count / (count - 1)))
-    return Estimate(float(value), max(0.0, float(value) - reach), float(value) + reach)
+    return Estimate(value, min(value, max(0.0, value - reach)), value + reach)
