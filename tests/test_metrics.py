@@ -38,7 +38,7 @@ def test_every_bucket_is_as_if_observed_one_by_one():
     assert inference == one_by_one("adrank_stage_duration_seconds", SECONDS, values)
     clicks = [line.replace(',model="din"', "") for line in lines(metrics, "adrank_p_click_bucket")]
     assert clicks == one_by_one("adrank_p_click", CLICKS, scores[np.isfinite(scores)].astype(float))
-    assert lines(metrics, 'adrank_requests_total{model="none",outcome="ok"')[0].endswith(f" {len(values)}.0")
+    assert lines(metrics, 'adrank_requests_total{model="none",outcome="ok",route="/rank"}')[0].endswith(f" {len(values)}.0")
 
 
 def test_rows_are_written_before_they_are_many(monkeypatch: pytest.MonkeyPatch):
@@ -46,10 +46,10 @@ def test_rows_are_written_before_they_are_many(monkeypatch: pytest.MonkeyPatch):
     metrics = Metrics()
     for _ in range(7):
         metrics.end(metrics.begin("/livez"))
-    assert lines(metrics, "adrank_requests_total{")[0].endswith(" 6.0")
+    assert lines(metrics, 'adrank_requests_total{model="none",outcome="cut_off",route="/livez"}')[0].endswith(" 6.0")
     metrics.flush()
     metrics.flush()
-    assert lines(metrics, "adrank_requests_total{")[0].endswith(" 7.0")
+    assert lines(metrics, 'adrank_requests_total{model="none",outcome="cut_off",route="/livez"}')[0].endswith(" 7.0")
 
 
 def test_stretches_of_a_stage_add_up_and_the_open_one_ends_with_the_request():
@@ -61,4 +61,4 @@ def test_stretches_of_a_stage_add_up_and_the_open_one_ends_with_the_request():
     assert 10.0 < stages.seconds["features"] < 11.0
     metrics.flush()
     assert lines(metrics, 'adrank_stage_duration_seconds_count{stage="features"}')[0].endswith(" 1.0")
-    assert lines(metrics, 'adrank_requests_total{model="none",outcome="cut_off"')[0].endswith(" 1.0")
+    assert lines(metrics, 'adrank_requests_total{model="none",outcome="cut_off",route="/rank"}')[0].endswith(" 1.0")
