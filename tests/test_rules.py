@@ -1,39 +1,28 @@
 """The alert rules: their unit tests, and a real Prometheus that scrapes a real joiner until they fire."""
 
-import contextlib
 import json
 import re
-import shutil
 import signal
 import subprocess
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
 import bundles
-import pytest
 import yaml
 from conftest import free_port
 from joining import Writer, click, eventually, join_process, ranking
+from watching import RULES, asked, prometheus, rules, tool
 
 from service.errors import KINDS, UNEXPECTED, BacklogError, OverLimitError, StoreDownError
 from service.metrics import SECONDS
 from service.series import FAULTS
 
 ROOT = Path(__file__).parent.parent
-RULES = ROOT / "prometheus" / "rules.yml"
-MISSING = "is not installed: apt-get install prometheus"
-
-
-def rules() -> list[dict]:
-    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 
 def test_the_rules_pass_their_own_tests() -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip(f"promtool {MISSING}")
+    promtool = tool("promtool")
     tests = sorted(path.name for path in RULES.parent.glob("*_test.yml"))
     for words in (["check", "rules", "rules.yml"], ["test", "rules", *tests]):
         done = subprocess.run([promtool, *words], cwd=RULES.parent, capture_output=True, text=True, check=False)
@@ -87,34 +76,6 @@ def test_the_objectives_are_what_the_service_counts() -> None:
     assert 0.05 in SECONDS
 
 
-@contextlib.contextmanager
-def prometheus(folder: Path, target: int):
-    """A Prometheus that looks every half second, with the shipped rules, which need not hold for long; its address."""
-    binary = shutil.which("prometheus")
-    if binary is None:
-        pytest.skip(f"prometheus {MISSING}")
-    shipped = RULES.read_text()
-    (folder / "rules.yml").write_text(re.sub(r"\bfor: \w+", "for: 1s", shipped))
-    every = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
-    job = {"job_name": "join", "static_configs": [{"targets": [f"127.0.0.1:{target}"]}]}
-    (folder / "prometheus.yml").write_text(json.dumps({"global": every, "rule_files": ["rules.yml"], "scrape_configs": [job]}))
-    port = free_port()
-    options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb", f"--web.listen-address=127.0.0.1:{port}"]
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen([binary, *options], stdout=log, stderr=log)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def asked(url: str):
-    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
-        return json.loads(answer.read())["data"]
-    return {}
-
-
 def test_alerts_fire_on_a_joiner_whose_model_is_off(server, tmp_path: Path) -> None:
     slot = {"kind": "category", "counts": [900, 100, 0, 0, 0], "values": ["feed", "side"], "edges": []}
     reference = json.dumps({"fields": {"context.slot": slot, "user.age": {**slot, "counts": [0, 1000, 0, 0, 0], "values": ["35", "25"]}}})
@@ -123,7 +84,8 @@ def test_alerts_fire_on_a_joiner_whose_model_is_off(server, tmp_path: Path) -> N
     options = ("--window", "0.2", "--lateness", "0.1", "--metrics-port", str(port))
     joiner = join_process(server.url, tmp_path / "log", tmp_path / "models", *options)
     try:
-        with prometheus(tmp_path, port) as address:
+        soon = re.sub(r"\bfor: \w+", "for: 1s", RULES.read_text())
+        with prometheus(tmp_path, {"adrank-joiner": port}, soon) as address:
             wave = iter(range(1000))
 
             def firing() -> set[tuple[str, ...]]:
