@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest, start_http_server
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
@@ -30,6 +30,7 @@ ROWS = (1, 64, 128, 256, 512, 1_024, 2_048, 4_096, 8_192)
 CLICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1)
 DIFFERENCES = (1e-7, 1e-6, 1e-5, 1e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
+disable_created_metrics()  # type: ignore[no-untyped-call]  # when each series began: as many series again, which nobody asks for
 Registry = CollectorRegistry
 
 
@@ -247,6 +248,8 @@ class Metrics:
 
     def challenger(self, model: str, mode: str) -> None:
         """A version begins to challenge the live one."""
+        if mode == "shadow":
+            self._differences.labels(model)
         for outcome in series.CHALLENGED[mode]:
             self._challenged.labels(model, mode, outcome)
         for reason in series.VERDICTS:

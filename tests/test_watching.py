@@ -21,7 +21,9 @@ from processes import SERVE, environment, fill
 from test_dashboard import BOARD, QUERIES
 from watching import asked, get, prometheus, rules, tool, unanswered, values
 
+from features.bundle import CURRENT
 from features.challenger import Bounds, Challenger, challenge
+from service import series
 
 SELECTOR = re.compile(r"(?<![\w:\"])(?:up|(?:\w+:)?adrank[\w:]*)(?:\{[^}]*\})?")
 USERS = 40
@@ -49,6 +51,7 @@ class Watched:
     joiner: str
     prometheus: str
     ports: tuple[int, int]
+    models: Path
 
 
 def publish(models: Path) -> None:
@@ -124,7 +127,7 @@ def watched(tmp_path_factory) -> Iterator[Watched]:
         eventually(lambda: sum(values(address, "sum(up)")) == 2)
         for wave in range(3):
             visit(client, wave, store)
-        yield Watched(f"http://127.0.0.1:{port}/metrics", f"http://127.0.0.1:{join_port}/metrics", address, (port, join_port))
+        yield Watched(f"http://127.0.0.1:{port}/metrics", f"http://127.0.0.1:{join_port}/metrics", address, (port, join_port), models)
 
 
 def chosen(query: str, **choice: str) -> str:
@@ -185,6 +188,25 @@ def test_the_pages_are_as_prometheus_wants_them(watched, page):
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
+def test_no_series_came_that_was_not_known(watched):
+    """So that each known list is whole as far as all this traffic goes."""
+    page = get(watched.ranker)
+    for name, order, known in (
+        ("served_log", ("result",), series.SERVED),
+        ("shed", ("reason",), series.SHED),
+        ("degraded", ("stage", "reason"), series.DEGRADED),
+        ("events", ("type", "result"), series.EVENTS),
+        ("feature_lookups", ("group", "result"), series.LOOKUPS),
+        ("model_reload", ("result",), series.RELOADS),
+    ):
+        found = {
+            tuple(re.search(rf'{label}="(\w+)"', line)[1] for label in order)
+            for line in page.splitlines()
+            if line.startswith(f"adrank_{name}_total{{")
+        }
+        assert found == set(map(tuple, known))
+
+
 def test_the_pages_have_what_the_design_names_and_not_much_more(watched):
     pages = {page: get(getattr(watched, page)) for page in ("ranker", "joiner")}
     named = {line.split()[2] for text in pages.values() for line in text.splitlines() if line.startswith("# TYPE")}
@@ -194,3 +216,11 @@ def test_the_pages_have_what_the_design_names_and_not_much_more(watched):
     assert len(samples["joiner"]) < 200
     chosen_by_callers = re.compile(r'="(u\d+|a\d+|r\d+-\d+|c\d+-\d+|new|nonsense)"')
     assert [line for lines in samples.values() for line in lines if chosen_by_callers.search(line)] == []
+
+
+def test_a_model_that_is_let_go_of_leaves_no_age_behind(watched):
+    aged = 'adrank_model_version_timestamp_seconds{model="other"}'
+    assert aged in get(watched.ranker)
+    (watched.models / "other" / CURRENT).unlink()
+    eventually(lambda: aged not in get(watched.ranker))
+    assert 'adrank_model_version_timestamp_seconds{model="din"}' in get(watched.ranker)
