@@ -52,6 +52,7 @@ class Watched:
     prometheus: str
     ports: tuple[int, int]
     models: Path
+    process: "subprocess.Popen[bytes]"
 
 
 def publish(models: Path) -> None:
@@ -97,10 +98,10 @@ def visit(client: httpx.Client, wave: int, store: Server) -> None:
 
 
 @contextlib.contextmanager
-def ended(process: subprocess.Popen) -> Iterator[None]:
-    """The process is ended in the end."""
+def ended(process: "subprocess.Popen[bytes]") -> Iterator["subprocess.Popen[bytes]"]:
+    """The process, which is ended in the end."""
     try:
-        yield
+        yield process
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
@@ -114,11 +115,11 @@ def watched(tmp_path_factory) -> Iterator[Watched]:
     models, (port, join_port) = folder / "models", (free_port(), free_port())
     publish(models)
     asyncio.run(fill(store.url))
-    settings = environment(models=models, redis=store.url, port=port, workers=2)
+    settings = environment(models=models, redis=store.url, port=port, workers=2, store_timeout_ms=500)  # a busy machine degrades nothing
     with contextlib.ExitStack() as stack:
         stack.callback(store.stop)
         log = stack.enter_context((folder / "log-of-ranker").open("wb"))
-        stack.enter_context(ended(subprocess.Popen(SERVE, env=settings, stdout=log, stderr=log)))
+        process = stack.enter_context(ended(subprocess.Popen(SERVE, env=settings, stdout=log, stderr=log)))
         options = ("--window", "0.2", "--lateness", "0.1", "--metrics-port", str(join_port))
         stack.enter_context(ended(join_process(store.url, folder / "log", models, *options)))
         address = stack.enter_context(prometheus(folder, {"adrank": port, "adrank-joiner": join_port}))
@@ -127,7 +128,9 @@ def watched(tmp_path_factory) -> Iterator[Watched]:
         eventually(lambda: sum(values(address, "sum(up)")) == 2)
         for wave in range(3):
             visit(client, wave, store)
-        yield Watched(f"http://127.0.0.1:{port}/metrics", f"http://127.0.0.1:{join_port}/metrics", address, (port, join_port), models)
+        yield Watched(
+            f"http://127.0.0.1:{port}/metrics", f"http://127.0.0.1:{join_port}/metrics", address, (port, join_port), models, process
+        )
 
 
 def chosen(query: str, **choice: str) -> str:
@@ -224,3 +227,16 @@ def test_a_model_that_is_let_go_of_leaves_no_age_behind(watched):
     (watched.models / "other" / CURRENT).unlink()
     eventually(lambda: aged not in get(watched.ranker))
     assert 'adrank_model_version_timestamp_seconds{model="din"}' in get(watched.ranker)
+
+
+def test_a_ranker_that_ends_is_missed(watched):
+    """The last one: what a ranker told must be gone with it, or no alert would see that it is."""
+
+    def alerts():
+        return {alert["labels"]["alertname"] for alert in asked(f"{watched.prometheus}/api/v1/alerts")["alerts"]}
+
+    missed = {"AdrankAbsent", "AdrankInstanceDown"}
+    assert not missed & alerts()
+    watched.process.terminate()
+    eventually(lambda: missed <= alerts())
+    assert "AdrankNoModel" not in alerts()  # nobody knows
