@@ -8,15 +8,19 @@ import collections
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest, start_http_server
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from features.vocabulary import Numbers
+
+from . import series
+from .series import STAGES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -26,10 +30,10 @@ ROWS = (1, 64, 128, 256, 512, 1_024, 2_048, 4_096, 8_192)
 CLICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1)
 DIFFERENCES = (1e-7, 1e-6, 1e-5, 1e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
+disable_created_metrics()  # type: ignore[no-untyped-call]  # when each series began: as many series again, which nobody asks for
 Registry = CollectorRegistry
 
 
-STAGES = ("parse", "features", "queue", "inference", "post")
 ROWS_KEPT = 64
 """Requests noted before they are written into the metrics even if nobody asks: writing them all takes half a millisecond."""
 
@@ -110,6 +114,8 @@ class Metrics:
         lag = "Since the catalogue last was in step with the store, of the worker furthest behind"
         self._lag = Gauge("adrank_catalogue_lag_seconds", lag, registry=r, multiprocess_mode="livemax")
         facts = ["model", "version", "provider", "schema"]
+        made = "When the live version of a model was made, as its number tells, of the worker with the oldest"
+        self._made = Gauge("adrank_model_version_timestamp_seconds", made, ["model"], registry=r, multiprocess_mode="livemin")
         self._info = Gauge("adrank_model_info", "1 for each model that is loaded", facts, registry=r, multiprocess_mode="livemax")
         loaded = "When a model was loaded, of the worker that did so last"
         self._loaded = Gauge("adrank_model_loaded_timestamp_seconds", loaded, ["model"], registry=r, multiprocess_mode="livemax")
@@ -125,6 +131,24 @@ class Metrics:
         self._served = Counter("adrank_served_log", about, ["result"], registry=r)
         waiting = "Records of rankings that wait to be written"
         self._served_queue = Gauge("adrank_served_log_queue", waiting, registry=r, multiprocess_mode="livesum")
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        known: tuple[tuple[Counter | Histogram, Iterable[Sequence[str]]], ...] = (
+            (self._requests, series.requests("none")),
+            (self._durations, [("/rank", "ok")]),
+            (self._stages, [(stage,) for stage in STAGES]),
+            (self._flushes, series.FLUSHES),
+            (self._shed, series.SHED),
+            (self._degraded, series.DEGRADED),
+            (self._lookups, series.LOOKUPS),
+            (self._events, series.EVENTS),
+            (self._reloads, series.RELOADS),
+            (self._served, series.SERVED),
+        )
+        for metric, labels in known:
+            for each in labels:
+                metric.labels(*each)
 
     def begin(self, route: str) -> Stages:
         """A request begins; `end` is to be called whatever becomes of it."""
@@ -202,6 +226,15 @@ class Metrics:
         """Note that a model has been loaded now."""
         self._info.labels(name, version, provider, schema).set(1)
         self._loaded.labels(name).set(time.time())
+        for each in series.requests(name):
+            self._requests.labels(*each)
+
+    def live(self, name: str, version: int | None) -> None:
+        """Note which version of a model is live; None: none is any more."""
+        made = 0.0 if version is None else _moment(version)
+        self._made.labels(name).set(made)
+        if not made and not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            self._made.remove(name)
 
     def no_model(self, name: str, version: str, provider: str, schema: str) -> None:
         """Note that a model is not loaded any more."""
@@ -212,6 +245,15 @@ class Metrics:
     def reload(self, result: str) -> None:
         """Count a version that was loaded, refused, or let go of."""
         self._reloads.labels(result).inc()
+
+    def challenger(self, model: str, mode: str) -> None:
+        """A version begins to challenge the live one."""
+        if mode == "shadow":
+            self._differences.labels(model)
+        for outcome in series.CHALLENGED[mode]:
+            self._challenged.labels(model, mode, outcome)
+        for reason in series.VERDICTS:
+            self._rollbacks.labels(model, reason)
 
     def challenged(self, model: str, mode: str, outcome: str) -> None:
         """Count a request that was a challenger's to score."""
@@ -237,14 +279,14 @@ class Metrics:
 
 
 class _Present(Collector):
-    """The metrics of all workers, without models that none of them has any more: theirs are the lines of `adrank_model_info` that are 0."""
+    """The metrics of all workers, without models that none of them has any more: theirs are the lines of these gauges that are 0."""
 
     def __init__(self, folder: str) -> None:
         self._all = MultiProcessCollector(None, folder)  # type: ignore[no-untyped-call]
 
     def collect(self) -> Iterable[Metric]:
         for metric in self._all.collect():  # type: ignore[no-untyped-call]
-            if metric.name == "adrank_model_info":
+            if metric.name in ("adrank_model_info", "adrank_model_version_timestamp_seconds"):
                 metric.samples = [sample for sample in metric.samples if sample.value]
             yield metric
 
@@ -257,6 +299,14 @@ def _observe(histogram: Histogram, bounds: Sequence[float], values: Sequence[flo
             if count:
                 histogram._buckets[bucket].inc(count)
         histogram._sum.inc(float(exact.sum()))
+
+
+def _moment(version: int) -> float:
+    """Seconds since 1970 of a version's number, which is UTC as yyyymmddhhmmss; 0 where it is another number."""
+    try:
+        return datetime.strptime(str(version), "%Y%m%d%H%M%S").replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _bury_the_dead(folder: Path) -> None:
@@ -293,6 +343,10 @@ class JoinMetrics:
         drift = f"Population stability index {about}, against the train split"
         self._drift = Gauge("adrank_field_drift_psi", drift, ["model", "field"], registry=r)
         self._fields: dict[str, set[str]] = {}
+        for kind in series.INCIDENTS:
+            self._incidents.labels(kind)
+        for each in series.JOIN_EVENTS:
+            self._events.labels(*each)
 
     def serve(self, port: int) -> Callable[[], None]:
         """Answer scrapes on 127.0.0.1, in a thread of its own, until what this returns is called.

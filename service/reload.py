@@ -173,6 +173,7 @@ class Reload:
         if model is None and found.verdict is None:
             return None
         challenge = Challenge(name, facts, model, self._metrics, self._background)
+        self._metrics.challenger(name, facts.mode)
         challenge.verdict = found.verdict
         return challenge
 
@@ -211,6 +212,7 @@ class Reload:
         _put(challenges, name, challenge)
         if old is not None and old is not challenge:
             old.stop()
+        self._metrics.live(name, model.bundle.version if model else None)
         ranker.use(Models(loaded, ranker.models.refused, self._settings.model), ranker.catalogue, challenges)
         self._let_go()
 

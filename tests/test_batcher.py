@@ -76,7 +76,7 @@ def counted(metrics):
     """Batches by why they began, and all candidates that were in them."""
     text = metrics.exposition().decode()
     rows = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if not line.startswith("#")}
-    reasons = {name.split('"')[1]: int(count) for name, count in rows.items() if name.startswith("adrank_batch_flush_total{")}
+    reasons = {name.split('"')[1]: int(count) for name, count in rows.items() if name.startswith("adrank_batch_flush_total{") and count}
     assert sum(reasons.values()) == rows["adrank_batch_rows_count"]
     return reasons, int(rows["adrank_batch_rows_sum"])
 

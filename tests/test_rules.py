@@ -1,64 +1,79 @@
 """The alert rules: their unit tests, and a real Prometheus that scrapes a real joiner until they fire."""
 
-import contextlib
 import json
 import re
-import shutil
 import signal
 import subprocess
 import time
-import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import bundles
-import pytest
+import yaml
 from conftest import free_port
 from joining import Writer, click, eventually, join_process, ranking
+from watching import RULES, asked, prometheus, rules, tool
 
-RULES = Path(__file__).parent.parent / "prometheus" / "rules.yml"
-MISSING = "is not installed: apt-get install prometheus"
+from service.errors import KINDS, UNEXPECTED, BacklogError, OverLimitError, StoreDownError
+from service.metrics import SECONDS
+from service.series import FAULTS
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_rules_pass_their_own_tests() -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip(f"promtool {MISSING}")
-    for words in (["check", "rules", "rules.yml"], ["test", "rules", "rules_test.yml"]):
+    promtool = tool("promtool")
+    tests = sorted(path.name for path in RULES.parent.glob("*_test.yml"))
+    for words in (["check", "rules", "rules.yml"], ["test", "rules", *tests]):
         done = subprocess.run([promtool, *words], cwd=RULES.parent, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_has_a_test() -> None:
-    alerts = set(re.findall(r"- alert: (\w+)", RULES.read_text()))
-    assert alerts == set(re.findall(r"alertname: (\w+)", (RULES.parent / "rules_test.yml").read_text()))
+ALERTS = [rule for rule in rules() if "alert" in rule]
 
 
-@contextlib.contextmanager
-def prometheus(folder: Path, target: int):
-    """A Prometheus that looks every half second, with the shipped rules, which need not hold for long; its address."""
-    binary = shutil.which("prometheus")
-    if binary is None:
-        pytest.skip(f"prometheus {MISSING}")
-    shipped = RULES.read_text()
-    (folder / "rules.yml").write_text(re.sub(r"\bfor: \w+", "for: 1s", shipped))
-    every = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
-    job = {"job_name": "join", "static_configs": [{"targets": [f"127.0.0.1:{target}"]}]}
-    (folder / "prometheus.yml").write_text(json.dumps({"global": every, "rule_files": ["rules.yml"], "scrape_configs": [job]}))
-    port = free_port()
-    options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb", f"--web.listen-address=127.0.0.1:{port}"]
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen([binary, *options], stdout=log, stderr=log)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(20)
+def test_every_alert_has_a_test_in_which_it_fires() -> None:
+    firing = Counter(
+        case["alertname"]
+        for path in RULES.parent.glob("*_test.yml")
+        for test in yaml.safe_load(path.read_text())["tests"]
+        for case in test.get("alert_rule_test", ())
+        if case["exp_alerts"]
+    )
+    assert set(firing) == {alert["alert"] for alert in ALERTS}
 
 
-def asked(url: str):
-    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
-        return json.loads(answer.read())["data"]
-    return {}
+def test_the_healthy_day_has_all_that_a_rule_asks_for() -> None:
+    (healthy,) = yaml.safe_load((RULES.parent / "healthy_test.yml").read_text())["tests"]
+    there = {series["series"].partition("{")[0] for series in healthy["input_series"]}
+    asked = set(re.findall(r"(?<!:)\badrank_\w+\b(?!:)|\bup\b", " ".join(rule["expr"] for rule in rules())))
+    assert asked == there
+
+
+def test_every_alert_says_what_how_bad_and_what_to_do() -> None:
+    for alert in ALERTS:
+        assert set(alert) == {"alert", "expr", "for", "labels", "annotations"}
+        assert alert["labels"].keys() == {"severity"}
+        assert alert["labels"]["severity"] in ("critical", "warning")
+        assert alert["annotations"].keys() == {"summary", "description", "runbook_url"}
+        assert alert["annotations"]["runbook_url"] == f"docs/runbook.md#{alert['alert'].lower()}"
+
+
+def test_the_runbook_has_a_section_for_each_alert_and_no_other() -> None:
+    sections = re.findall(r"^### (\w+)$", (ROOT / "docs" / "runbook.md").read_text(), re.MULTILINE)
+    assert sections == [alert["alert"] for alert in ALERTS]
+
+
+def test_the_objectives_are_what_the_service_counts() -> None:
+    recorded = {rule["record"]: rule["expr"] for rule in rules() if "record" in rule}
+    (outcomes,) = re.findall(r'outcome=~"([a-z_|]+)"', recorded["job:adrank_rankings_failed:rate5m"])
+    assert sorted(outcomes.split("|")) == sorted(FAULTS)
+    events_only = {StoreDownError, BacklogError}
+    ours = {kind.code for error, kind in KINDS.items() if kind.status >= 500 and error not in events_only}
+    assert set(FAULTS) == ours | {KINDS[OverLimitError].code, UNEXPECTED.code, "cut_off"}
+    edges = re.findall(r'le="([\d.]+)"', " ".join(recorded.values()))
+    assert [float(edge) for edge in edges] == [0.05]  # in one place
+    assert 0.05 in SECONDS
 
 
 def test_alerts_fire_on_a_joiner_whose_model_is_off(server, tmp_path: Path) -> None:
@@ -69,7 +84,8 @@ def test_alerts_fire_on_a_joiner_whose_model_is_off(server, tmp_path: Path) -> N
     options = ("--window", "0.2", "--lateness", "0.1", "--metrics-port", str(port))
     joiner = join_process(server.url, tmp_path / "log", tmp_path / "models", *options)
     try:
-        with prometheus(tmp_path, port) as address:
+        soon = re.sub(r"\bfor: \w+", "for: 1s", RULES.read_text())
+        with prometheus(tmp_path, {"adrank-joiner": port}, soon) as address:
             wave = iter(range(1000))
 
             def firing() -> set[tuple[str, ...]]:

@@ -1,0 +1,1 @@
+"""The dashboard, made by a program."""
