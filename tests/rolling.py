@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 import urllib.request
 from collections import Counter
@@ -35,11 +36,12 @@ TOOLS = ROOT / "build" / "k8s-tools" / "bin"
 MODEL = b'"model":{"name":"'
 
 
-def tool(name: str, target: str) -> str:
-    """A program, of the tools that `make` installs or of the machine. Without it the test is skipped, or fails where tools are required."""
-    found = shutil.which(name, path=f"{TOOLS}{os.pathsep}{os.environ.get('PATH', '')}")
+def tool(name: str, remedy: str) -> str:
+    """A program of the environment, of the tools that `make` installs, or of the machine. Without it the test is skipped, or fails where
+    tools are required."""
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), str(TOOLS), os.environ.get("PATH", "")]))
     if found is None:
-        (pytest.fail if os.environ.get("REQUIRE_TOOLS") else pytest.skip)(f"{name} is not installed: make {target}")
+        (pytest.fail if os.environ.get("REQUIRE_TOOLS") else pytest.skip)(f"{name} is not installed: {remedy}")
     return found
 
 
@@ -71,7 +73,16 @@ class Proxy:
         self.use([])
         configuration = folder / "envoy.json"
         configuration.write_text(json.dumps(self._configuration()))
-        words = [tool("envoy", "rollout-test"), "-c", str(configuration), "--concurrency", "1", "--disable-hot-restart", "-l", "warning"]
+        words = [
+            tool("envoy", "make rollout-test"),
+            "-c",
+            str(configuration),
+            "--concurrency",
+            "1",
+            "--disable-hot-restart",
+            "-l",
+            "warning",
+        ]
         with (folder / "envoy.log").open("wb") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log)
 
