@@ -224,7 +224,7 @@ def test_a_refused_challenger_is_not_tried_again() -> None:
 def test_the_gpu_is_asked_for() -> None:
     pod = templates("gpu")["adrank"]["spec"]
     assert container("gpu")["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert container("gpu")["image"].split(":")[0].endswith("/adrank-service-gpu")
+    assert container("gpu")["image"].split(":")[0].endswith("/adrank/service-gpu")
     assert pod["nodeSelector"]
     assert pod["tolerations"]
 

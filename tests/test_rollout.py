@@ -21,14 +21,16 @@ FAREWELL_SECONDS = 2.0
 long = pytest.mark.skipif(not os.environ.get("REQUIRE_TOOLS"), reason="shows what is lost without each precaution: make rollout-test")
 
 
-def roll(server: Server, folder: Path, pre_stop: float = PRE_STOP_SECONDS, kill: bool = False, farewell: float = FAREWELL_SECONDS):
+def roll(
+    server: Server, folder: Path, pre_stop: float = PRE_STOP_SECONDS, kill: bool = False, farewell: float = FAREWELL_SECONDS, **more: int
+):
     """A rollout; what its clients found, and how many answers each had from each pod.
 
     They are those of an ingress, those of a Service, and those of a Service that are far away and pause between two requests on one
     connection, for a second.
     """
     asyncio.run(fill(server.url))
-    settings = {"farewell_seconds": farewell, "max_inflight": 400}  # none is shed while a busy machine pauses
+    settings = {"farewell_seconds": farewell, "max_inflight": 400, **more}  # none is shed while a busy machine pauses
     with cluster(folder, server.url, pre_stop=pre_stop, kill=kill, settings=settings) as pods, far(pods.proxy.tcp) as away:
         ingress, service, distant = (Target("127.0.0.1", port) for port in (pods.proxy.http, pods.proxy.tcp, away))
         with load(ingress, 60, 8) as one, load(service, 60, 16) as two, load(distant, 100, 100) as three:
@@ -51,6 +53,13 @@ def test_a_rollout_loses_nothing(server: Server, tmp_path: Path) -> None:
         assert found.errors == 0, found.how
         assert set(found.by) == {"pod-1", "pod-2", "pod-3", "pod-4"}
         assert sum(found.by.values()) == found.answered
+
+
+@long
+def test_a_rollout_of_rankers_with_two_workers_loses_nothing(server: Server, tmp_path: Path) -> None:
+    for found in roll(server, tmp_path, workers=2):
+        assert found.errors == 0, found.how
+        assert set(found.by) == {"pod-1", "pod-2", "pod-3", "pod-4"}
 
 
 @long
