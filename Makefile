@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+K8S := build/k8s-tools/installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench k8s-test rollout-test clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -21,10 +22,21 @@ bench: $(INSTALLED)  ## scoring, service and growth, on this machine; tables, an
 	$(BIN)/python -m benchmarks.service --rounds 2 --seconds 1.5 --tail 5 --json data/bench/service.json
 	$(BIN)/python -m benchmarks.growth --seconds 1 --json data/bench/growth.json
 
+k8s-test: $(INSTALLED) $(K8S)  ## the manifests: rendered, held against the schemas of two versions and the operator's, and checkov
+	REQUIRE_TOOLS=1 $(BIN)/python -m pytest tests/test_kubernetes.py $(ARGS)
+
+rollout-test: $(INSTALLED) $(K8S)  ## rolls rankers behind a proxy, under load; and shows what is lost without each precaution
+	REQUIRE_TOOLS=1 $(BIN)/python -m pytest -s tests/test_rollout.py $(ARGS)
+
 clean:
 	rm -rf .venv build *.egg-info data/demo data/bench
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(K8S): k8s/requirements.txt
+	$(PYTHON) -m venv build/k8s-tools
+	build/k8s-tools/bin/python -m pip install --quiet --disable-pip-version-check -r k8s/requirements.txt
 	touch $@

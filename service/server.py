@@ -17,8 +17,6 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-FAREWELL_SECONDS = 0.5
-"""How long clients that keep their connection may still send a request when the server ends: its answer says that it is the last."""
 TICK_SECONDS = 0.02
 
 
@@ -82,10 +80,14 @@ class Connection(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """A server that answers what is on its way when it is told to end."""
+    """A server that answers what is on its way when it is told to end.
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    For `farewell` seconds clients that keep their connection may still send a request then: its answer says that it is the last.
+    """
+
+    def __init__(self, config: uvicorn.Config, farewell: float) -> None:
         super().__init__(config)
+        self._farewell = farewell
         self.server_state: State = State()
         self._adopting: set[asyncio.Task[None]] = set()
 
@@ -98,7 +100,7 @@ class Server(uvicorn.Server):
                     self._adopt(listener.accept()[0])
         for server in self.servers:
             server.close()
-        until = time.monotonic() + FAREWELL_SECONDS
+        until = time.monotonic() + self._farewell
         await asyncio.gather(asyncio.sleep(TICK_SECONDS), *self._adopting)
         while self.server_state.connections and not self.force_exit and time.monotonic() < until:
             await asyncio.sleep(TICK_SECONDS)
@@ -127,8 +129,8 @@ class Member(Server):
     them (0) when the server is ready. Each side ends with its `shutdown`; when the other process dies, this one ends as if told to.
     """
 
-    def __init__(self, config: uvicorn.Config, pair: socket.socket) -> None:
-        super().__init__(config)
+    def __init__(self, config: uvicorn.Config, farewell: float, pair: socket.socket) -> None:
+        super().__init__(config, farewell)
         self.server_state.on_closed = self._count_closed
         self._pair = pair
         self._closed = 0

@@ -74,6 +74,11 @@ class Settings(BaseSettings):
     """Impressions, clicks and conversions that may wait in the store to be joined; then no more are taken."""
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 20
     """How long requests may still take after SIGTERM."""
+    farewell_seconds: Annotated[float, Field(ge=0, le=300)] = 0.5
+    """How long clients that keep their connection may still send a request after SIGTERM, before idle ones are closed: its answer says
+    that it is the last. Longer than they pause between two requests, and no request meets a closed connection."""
+    keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = 75
+    """How long a connection may be idle. Longer than the clients and proxies in front keep theirs, which is 60 seconds for most."""
 
     @field_validator("redis")
     @classmethod

@@ -61,7 +61,7 @@ def serve(settings: Settings) -> None:
     log.info("listening on %s", ", ".join(_name(listener) for listener in listeners))
     _tell_threads(settings)
     if settings.workers == 1:
-        server = Server(config)
+        server = Server(config, settings.farewell_seconds)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(listeners)
         if not server.started:
@@ -129,13 +129,15 @@ def _config(settings: Settings) -> uvicorn.Config:
         server_header=False,
         log_config=LOGGING,
         backlog=BACKLOG,
+        timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=settings.drain_seconds,
     )
 
 
 def work(pair: socket.socket) -> None:
     """What a worker process does; its settings are in the environment."""
-    Member(_config(load_settings()), pair).run()
+    settings = load_settings()
+    Member(_config(settings), settings.farewell_seconds, pair).run()
 
 
 @dataclass(eq=False)
@@ -211,7 +213,8 @@ class Parent:
             elif not worker.leaving:
                 worker.process.kill()
         if self._workers:
-            limit = asyncio.get_running_loop().call_later(self._settings.drain_seconds + 5, self._kill)
+            seconds = self._settings.farewell_seconds + self._settings.drain_seconds + 5
+            limit = asyncio.get_running_loop().call_later(seconds, self._kill)
             await self._ended.wait()
             limit.cancel()
 
