@@ -238,7 +238,7 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
     from service.settings import load_settings
     from service.streams import RedisStreams
     from training.join import join_log
-    from training.join_log import open_log
+    from training.join_log import open_log, wait_for_log
     from training.join_plan import JoinSettings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
@@ -246,13 +246,13 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
     url, metrics = load_settings({"redis": redis}).redis, JoinMetrics()
     if url.startswith("memory:"):
         raise Refusal("a store in memory has no streams to join; name a Redis with --redis")
-    into = open_log(folder, models, name)
+    once_what = "everything" if drain else "due" if once else None
     try:
         stop = metrics.serve(metrics_port, metrics_host) if metrics_port else None
     except OSError as error:
         raise Refusal(f"--metrics-port {metrics_port} cannot be listened on, on {metrics_host}: {error.strerror}") from error
-    once_what = "everything" if drain else "due" if once else None
     try:
+        into = (open_log if once_what else wait_for_log)(folder, models, name)
         print(asyncio.run(join_log(lambda: RedisStreams(url), into, JoinSettings(**rest), metrics, once_what)))
     finally:
         if stop:

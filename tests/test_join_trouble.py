@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 from collections import Counter
 
+import bundles
 import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -371,13 +372,24 @@ def test_a_second_joiner_of_a_log_refuses(server, tmp_path, repository):
     assert out == b"nothing yet\n"
 
 
+def test_a_model_that_is_not_there_yet_is_waited_for(server, tmp_path):
+    process = join_process(server.url, tmp_path / "log", tmp_path / "models", "--name", "m")
+    assert process.stderr
+    assert b"waiting for it" in process.stderr.readline()
+    bundles.publish(tmp_path / "models", "m")
+    assert b"joining into" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (["--redis", "memory://"], "a store in memory has no streams to join; name a Redis with --redis"),
         (["--redis", "redis://127.0.0.1:1/0", "--once"], "the store cannot be reached"),
-        (["--name", "absent"], "absent/current does not name a version"),
-        (["--models", "/nowhere"], "nowhere has no model to take the log's schema from"),
+        (["--name", "absent", "--once"], "has no live version of absent to take the log's schema from"),
+        (["--models", "/nowhere", "--drain"], "nowhere has no live version of any model to take the log's schema from"),
         (["--window", "-1"], "Invalid value for '--window'"),
         (["--log", "/proc/no"], "/proc/no cannot be used as a log"),
     ],

@@ -2,7 +2,9 @@
 
 import fcntl
 import io
+import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +16,17 @@ import polars as pl
 from features.bundle import SCHEMA, BundleError, current_path, load_bundle, model_names
 from features.schema import Schema, SchemaError, parse_schema
 
+LOOK_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
+
 
 class JoinError(RuntimeError):
     """The joiner cannot work; the message says why and what to do."""
+
+
+class NoModelError(JoinError):
+    """There is no model yet to take a log's schema from."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +51,39 @@ def open_log(folder: Path, models: Path, name: str | None) -> Log:
     """Open a log's folder, or make it, with the schema of the live version of a model: `name`, or the repository's first.
 
     Raises:
-        JoinError: the folder cannot be made or read, or there is no model to take a schema from.
+        NoModelError: there is no model yet to take a schema from.
+        JoinError: the folder cannot be made or read.
     """
     path = folder / SCHEMA
     try:
         if not path.exists():
-            names = [name] if name else model_names(models)
+            names = [each for each in model_names(models) if name in (None, each)]
             if not names:
-                raise JoinError(f"{models} has no model to take the log's schema from; train one first, or name another --models")
+                what = name or "any model"
+                raise NoModelError(
+                    f"{models} has no live version of {what} to take the log's schema from; train one, or name another --models"
+                )
             write_file(path, load_bundle(current_path(models, names[0])).schema.to_toml().encode())
         return Log(folder, parse_schema(path.read_text("utf-8")), models)
     except (OSError, UnicodeDecodeError, SchemaError, BundleError) as error:
         raise JoinError(f"{folder} cannot be used as a log: {error}") from error
+
+
+def wait_for_log(folder: Path, models: Path, name: str | None) -> Log:
+    """Open a log's folder as `open_log` does, but wait for a model where there is none yet.
+
+    Raises:
+        JoinError: the folder cannot be made or read.
+    """
+    told = False
+    while True:
+        try:
+            return open_log(folder, models, name)
+        except NoModelError as error:
+            if not told:
+                log.warning("%s; waiting for it", error)
+            told = True
+            time.sleep(LOOK_SECONDS)
 
 
 @contextmanager
