@@ -225,10 +225,11 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 @click.option("--lateness", type=click.FloatRange(0, 86_400), default=60, show_default=True, help="Seconds to wait for events beyond it.")
 @click.option("--shown", type=click.Choice(["served", "reported"]), default="served", show_default=True, help="What an impression is.")
 @click.option("--rows-per-file", type=click.IntRange(1, 10_000_000), default=100_000, show_default=True)
-@click.option("--metrics-port", type=click.IntRange(0, 65_535), default=0, show_default=True, help="On 127.0.0.1; 0 is none.")
+@click.option("--metrics-port", type=click.IntRange(0, 65_535), default=0, show_default=True, help="Where scrapes are answered; 0 is none.")
+@click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address that the metrics are answered on.")
 @click.option("--once", is_flag=True, help="Take what there is, write what is due, and exit.")
 @click.option("--drain", is_flag=True, help="As --once, and write everything, whether its window is over or not.")
-def join(redis: str | None, folder: Path, models: Path, name: str | None, metrics_port: int, once: bool, drain: bool, **rest: Any) -> None:
+def join(redis: str | None, folder: Path, models: Path, name: str | None, once: bool, drain: bool, **rest: Any) -> None:
     """Join what was served with what came of it, into the log. May be killed at any time; one joiner a log."""
     import logging
 
@@ -241,14 +242,15 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, metric
     from training.join_plan import JoinSettings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+    metrics_host, metrics_port = rest.pop("metrics_host"), rest.pop("metrics_port")
     url, metrics = load_settings({"redis": redis}).redis, JoinMetrics()
     if url.startswith("memory:"):
         raise Refusal("a store in memory has no streams to join; name a Redis with --redis")
     into = open_log(folder, models, name)
     try:
-        stop = metrics.serve(metrics_port) if metrics_port else None
+        stop = metrics.serve(metrics_port, metrics_host) if metrics_port else None
     except OSError as error:
-        raise Refusal(f"--metrics-port {metrics_port} cannot be listened on: {error.strerror}") from error
+        raise Refusal(f"--metrics-port {metrics_port} cannot be listened on, on {metrics_host}: {error.strerror}") from error
     once_what = "everything" if drain else "due" if once else None
     try:
         print(asyncio.run(join_log(lambda: RedisStreams(url), into, JoinSettings(**rest), metrics, once_what)))

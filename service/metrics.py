@@ -294,13 +294,13 @@ class JoinMetrics:
         self._drift = Gauge("adrank_field_drift_psi", drift, ["model", "field"], registry=r)
         self._fields: dict[str, set[str]] = {}
 
-    def serve(self, port: int) -> Callable[[], None]:
-        """Answer scrapes on 127.0.0.1, in a thread of its own, until what this returns is called.
+    def serve(self, port: int, host: str = "127.0.0.1") -> Callable[[], None]:
+        """Answer scrapes on an address of this machine, in a thread of its own, until what this returns is called.
 
         Raises:
-            OSError: the port is taken.
+            OSError: the port is taken, or there is no such address.
         """
-        server, thread = start_http_server(port, "127.0.0.1", self.registry)
+        server, thread = start_http_server(port, host, self.registry)
 
         def stop() -> None:
             server.shutdown()
