@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench lock images compose-test clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -20,6 +20,16 @@ bench: $(INSTALLED)  ## scoring, service and growth, on this machine; tables, an
 	$(BIN)/python -m benchmarks.scoring --rounds 9 --json data/bench/scoring.json
 	$(BIN)/python -m benchmarks.service --rounds 2 --seconds 1.5 --tail 5 --json data/bench/service.json
 	$(BIN)/python -m benchmarks.growth --seconds 1 --json data/bench/growth.json
+
+lock: $(INSTALLED)  ## renews docker/*.txt, what the images install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/python docker/lock.py
+
+images:  ## adrank/service and adrank/training; ARGS=service-gpu another
+	$(PYTHON) docker/images.py $(ARGS)
+
+compose-test: images  ## docker-compose.yml on a real engine: up, degraded, back, restarted under load, down, up again
+	$(PYTHON) docker/compose_test.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info data/demo data/bench
