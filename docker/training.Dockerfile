@@ -38,9 +38,9 @@ RUN groupadd --gid 10001 adrank && useradd --uid 10001 --gid 10001 --home-dir /t
     && install -d -o 10001 -g 10001 /data /log /models
 COPY --from=build /opt/adrank /opt/adrank
 ENV PATH=/opt/adrank/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
-    ADRANK_MODELS=/models
+    ADRANK_MODELS=/models OMP_WAIT_POLICY=PASSIVE
 USER 10001:10001
-WORKDIR /tmp
+WORKDIR /
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["adrank"]
 CMD ["--help"]

@@ -17,8 +17,8 @@ from training.world import AGES, DAYS, SLOTS, World, make_world
 
 VISITS_A_SECOND = 10.0
 CANDIDATES, SHOWN = 30, 5
-STRANGERS, UNKNOWN_ADS, EXPLORING, SECOND_MODEL = 0.05, 0.1, 0.2, 0.2
-"""Shares of the visits: by users and with ads that nobody knows, of those that explore, and those that another model ranks."""
+STRANGERS, UNKNOWN_ADS, EXPLORING = 0.05, 0.1, 0.2
+"""Shares of the visits: by users and with ads that nobody knows, and of those that explore."""
 CONVERTING, NEWS = 0.1, 0.02
 TELL_EVERY = 60.0
 
@@ -30,7 +30,7 @@ def request(world: World, visit: int) -> tuple[int | None, int, dict[str, Any]]:
     candidates = [f"a{ad}" for ad in random.sample(world.live(DAYS - 1).tolist(), CANDIDATES)]
     if random.random() < UNKNOWN_ADS:
         candidates.append(f"new{visit}")
-    options: dict[str, Any] = {"top_k": SHOWN, "model": "deepfm" if random.random() < SECOND_MODEL else "din"}
+    options: dict[str, Any] = {"top_k": SHOWN}
     if random.random() < EXPLORING:
         options["explore"] = {"policy": "plackett_luce", "temperature": 0.5}
     caller = {"id": f"stranger{visit}" if user is None else f"u{user}"}

@@ -18,7 +18,7 @@ from training.export import train_and_publish
 from training.progress import progress_bar
 from training.world import make_world, write_log
 
-DATA = Path("/data/world")
+DATA, MODEL = Path("/data/world"), "din"
 STORE_TIMEOUT_MS = 2_000.0
 
 
@@ -42,10 +42,9 @@ def main() -> None:
         if not DATA.exists():
             write_log(world, DATA)
             done.append("made the world")
-        for network, chosen in NETWORKS.items():
-            if not (settings.models / network / "current").exists():
-                train_and_publish(open_prepared(DATA), network, settings.models, network, dict(chosen), progress)
-                done.append(f"trained {network}")
+        if not (settings.models / MODEL / "current").exists():
+            train_and_publish(open_prepared(DATA), MODEL, settings.models, MODEL, dict(NETWORKS[MODEL]), progress)
+            done.append(f"trained {MODEL}")
         if not asyncio.run(is_filled(open_store(settings), len(world.age))):
             asyncio.run(fill_store(open_store(settings), open_prepared(DATA), progress))
             done.append("loaded users and ads")
