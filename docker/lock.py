@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docker"
@@ -31,6 +32,8 @@ UV = (
 PLAIN = ("--no-header", "--no-annotate", "--no-sources", "--no-emit-find-links", "--constraint", "constraints.txt")
 HEADER = "# Made by `make lock` from pyproject.toml and constraints.txt.\n"
 CUDA = re.compile(r"nvidia-|cuda-|triton$")
+SERVING = ("otel",)
+"""Extras that the images have too, where the project has them."""
 Lock = dict[str, str]
 """By name: a pin with its hashes, as many lines."""
 
@@ -41,6 +44,11 @@ def locked(source: str, *words: str) -> Lock:
     command = [*UV, *PLAIN, *words, source if is_file else "-"]
     done = subprocess.run(command, cwd=ROOT, input=None if is_file else source, stdout=subprocess.PIPE, text=True, check=True)
     return read(done.stdout)
+
+
+def serving(project: Mapping[str, Any]) -> list[str]:
+    """The extras of `SERVING` that a project has."""
+    return [extra for extra in SERVING if extra in project["optional-dependencies"]]
 
 
 def read(text: str) -> Lock:
@@ -72,14 +80,15 @@ def with_cpu_build(pin: str, before: str) -> str:
 
 def main() -> None:
     """Write all lock files."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    write("build.txt", locked("\n".join(project["build-system"]["requires"])))
-    write("service.txt", locked("pyproject.toml"))
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    extras = [word for extra in serving(document["project"]) for word in ("--extra", extra)]
+    write("build.txt", locked("\n".join(document["build-system"]["requires"])))
+    write("service.txt", locked("pyproject.toml", *extras))
     # Both packages of ONNX Runtime write the same folder, so there must be one alone.
-    write("service-gpu.txt", chosen(locked("pyproject.toml", "--extra", "gpu"), lambda name: name != "onnxruntime"))
+    write("service-gpu.txt", chosen(locked("pyproject.toml", "--extra", "gpu", *extras), lambda name: name != "onnxruntime"))
     path = FOLDER / "torch.txt"
     before = read(path.read_text("utf-8")).get("torch", "") if path.exists() else ""
-    training = locked("pyproject.toml", "--extra", "train")
+    training = locked("pyproject.toml", "--extra", "train", *extras)
     write(path.name, {"torch": with_cpu_build(training.pop("torch"), before)})
     write("cuda.txt", chosen(training, CUDA.match))
     write("training.txt", chosen(training, lambda name: not CUDA.match(name)))

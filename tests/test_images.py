@@ -97,7 +97,10 @@ def test_every_pin_has_a_hash(name: str) -> None:
 def test_a_lock_has_all_that_is_needed(name: str, extras: list[str]) -> None:
     """From pyproject.toml on, by what each package that is installed here says it needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(text for extra in extras for text in project["optional-dependencies"][extra])]
+    wanted = [
+        *project["dependencies"],
+        *(text for extra in extras + lock.serving(project) for text in project["optional-dependencies"][extra]),
+    ]
     locked = pins(name) | (pins("torch.txt") | pins("cuda.txt") if extras else {})
     reached, left = set(), needed(wanted, [])
     while left:
