@@ -105,7 +105,7 @@ def build(names: Sequence[str]) -> None:
         for name in names:
             began = time.monotonic()
             labels = ["--build-arg", f"VERSION={version}", "--build-arg", f"REVISION={revision}"]
-            words = ["--file", f"docker/{name}.Dockerfile", "--tag", OURS[name], *labels, *options, "."]
+            words = ["--file", f"docker/{name}.Dockerfile", "--tag", OURS[name], "--tag", f"{OURS[name]}:{version}", *labels, *options, "."]
             run(DOCKER, "build", *words, DOCKER_BUILDKIT="1")
             size = (bytes_of(OURS[name]) - bytes_of(PYTHON)) / 1e6
             print(f"{OURS[name]}: {size:,.0f} MB on its base, in {time.monotonic() - began:.0f} s", flush=True)
