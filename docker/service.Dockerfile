@@ -1,0 +1,44 @@
+# The ranker: `adrank serve` on port 8000. No torch, no compiler, no pip; runs as 10001 with a read-only root and a tmpfs at /tmp.
+#   docker build --file docker/service.Dockerfile --tag adrank/service .
+# It needs BuildKit. docker/pip.sh says how to give the build a pip.conf and a CA bundle.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+WORKDIR /src
+RUN python3 -m venv /opt/build && python3 -m venv --without-pip /opt/adrank
+COPY docker/pip.sh docker/build.txt docker/service.txt docker/
+RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
+    docker/pip.sh install --require-hashes --only-binary :all: --requirement docker/build.txt \
+    && docker/pip.sh --python /opt/adrank/bin/python install --no-deps --require-hashes --only-binary :all: --requirement docker/service.txt
+COPY *.py pyproject.toml README.md LICENSE ./
+COPY benchmarks benchmarks
+COPY features features
+COPY service service
+COPY training training
+COPY docker/healthy.py docker/
+RUN docker/pip.sh wheel --no-deps --no-index --no-build-isolation --wheel-dir /dist . \
+    && docker/pip.sh --python /opt/adrank/bin/python install --no-deps --no-index /dist/*.whl \
+    && docker/pip.sh --python /opt/adrank/bin/python check \
+    && cp docker/healthy.py /opt/adrank/healthy.py
+
+FROM ${BASE}
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="adrank service" \
+      org.opencontainers.image.description="Ranks ads by p(click): POST /rank" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+RUN groupadd --gid 10001 adrank && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin adrank \
+    && install -d -o 10001 -g 10001 /models
+COPY --from=build /opt/adrank /opt/adrank
+ENV PATH=/opt/adrank/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    ADRANK_HOST=0.0.0.0 ADRANK_MODELS=/models
+USER 10001:10001
+WORKDIR /tmp
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# Degraded is healthy, as it is ready: without Redis the service still ranks.
+HEALTHCHECK --interval=10s --timeout=4s --start-period=60s --retries=3 CMD ["python", "-I", "/opt/adrank/healthy.py"]
+ENTRYPOINT ["adrank"]
+CMD ["serve"]
