@@ -74,6 +74,12 @@ class Settings(BaseSettings):
     """Impressions, clicks and conversions that may wait in the store to be joined; then no more are taken."""
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 20
     """How long requests may still take after SIGTERM."""
+    log_format: Literal["text", "json"] = "text"
+    """Of the lines on standard error; with `log_level` the joiner's too."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """At `debug` lines may tell of users."""
+    trace_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of requests that are traced, of those whose callers have not decided it; 0 traces none. Variables `OTEL_*` say the rest."""
 
     @field_validator("redis")
     @classmethod

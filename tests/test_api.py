@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from features import bundle
 from features.state import Ad, UserState
 from service import errors
-from service.api import ROUTES
+from service.edge import ROUTES
 from service.requests import parse_request, to_query
 from service.wire import Problem, RankAnswer
 
