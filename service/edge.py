@@ -24,6 +24,7 @@ ROUTES = frozenset(
     {"/rank", "/v1/rank", "/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/v1/events", "/docs", "/openapi.json"}
 )
 TRACED = frozenset({*RANKED, EVENTS})
+SCORING_FAILED = errors.KINDS[errors.ScoringError].code
 TOLD = (10, 1.0)
 """So many failed requests are logged in so many seconds, by each worker; metrics count them all."""
 
@@ -35,6 +36,7 @@ failures.addFilter(Few(*TOLD))
 def problem(scope: Scope, kind: Kind, detail: str, mistakes: Sequence[Mistake] = (), headers: Mapping[str, str] | None = None) -> Response:
     """An error as problem+json; notes its code as the outcome of the request."""
     scope["state"]["observed"].outcome = kind.code
+    scope["state"]["detail"] = detail
     document = {
         "type": f"urn:adrank:problem:{kind.code}",
         "title": kind.title,
@@ -81,14 +83,14 @@ class Edge:
             stages.finish()
         except Exception:
             response = problem(scope, errors.UNEXPECTED, "the service made a mistake; its log has it under this request_id")
-            failures.exception("the request failed in a way nobody foresaw", extra=_details(stages, errors.UNEXPECTED.status))
+            failures.exception("the request failed in a way nobody foresaw", extra=_details(scope, errors.UNEXPECTED.status))
             if status is not None:
                 raise
             await response(scope, receive, noting)
         finally:
             self._metrics.end(stages)
             if status is not None and status >= 500:
-                _tell(stages, status)
+                _tell(scope, status)
             if trace is not None and trace.recorded and self._tracer is not None:
                 self._tracer.end(trace, stages, scope, status)
 
@@ -101,14 +103,19 @@ class Edge:
         return trace
 
 
-def _tell(stages: Stages, status: int) -> None:
+def _tell(scope: Scope, status: int) -> None:
     """Log a failed request, unless it was a probe, or has been logged with what went wrong."""
+    stages: Stages = scope["state"]["observed"]
     if stages.route != "/readyz" and stages.outcome != errors.UNEXPECTED.code:
-        failures.log(logging.ERROR if status == 500 else logging.WARNING, "a request failed", extra=_details(stages, status))
+        failures.log(logging.ERROR if status == 500 else logging.WARNING, "a request failed", extra=_details(scope, status))
 
 
-def _details(stages: Stages, status: int) -> dict[str, Any]:
-    return {DETAILS: {"route": stages.route, "status": status, "code": stages.outcome}}
+def _details(scope: Scope, status: int) -> dict[str, Any]:
+    stages: Stages = scope["state"]["observed"]
+    told = {"request_id": scope["state"]["request_id"], "route": stages.route, "status": status, "code": stages.outcome}
+    if stages.outcome == SCORING_FAILED:  # its detail is ONNX Runtime's word on the model; others may quote what was sent
+        told["detail"] = scope["state"]["detail"]
+    return {DETAILS: told}
 
 
 def add_error_handlers(app: FastAPI) -> None:
