@@ -231,9 +231,8 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 @click.option("--drain", is_flag=True, help="As --once, and write everything, whether its window is over or not.")
 def join(redis: str | None, folder: Path, models: Path, name: str | None, once: bool, drain: bool, **rest: Any) -> None:
     """Join what was served with what came of it, into the log. May be killed at any time; one joiner a log."""
-    import logging
-
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # of a service with several workers; it would turn these metrics into its files
+    from service import logs
     from service.metrics import JoinMetrics
     from service.settings import load_settings
     from service.streams import RedisStreams
@@ -241,9 +240,10 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
     from training.join_log import open_log, wait_for_log
     from training.join_plan import JoinSettings
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
     metrics_host, metrics_port = rest.pop("metrics_host"), rest.pop("metrics_port")
-    url, metrics = load_settings({"redis": redis}).redis, JoinMetrics()
+    settings, metrics = load_settings({"redis": redis}), JoinMetrics()
+    logs.start(settings, private=True)
+    url = settings.redis
     if url.startswith("memory:"):
         raise Refusal("a store in memory has no streams to join; name a Redis with --redis")
     once_what = "everything" if drain else "due" if once else None

@@ -1,21 +1,19 @@
-"""HTTP: routes, the limits on a body, and errors as problem+json. Knows nothing about how a ranking is made."""
+"""HTTP: routes, and the limits on a body. Knows nothing about how a ranking is made."""
 
 import asyncio
-import logging
-import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic_core
 from fastapi import APIRouter, FastAPI, Request, Response
-from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import errors
-from .errors import Kind, Mistake, ServiceError
+from .edge import EVENTS, Edge, problem
+from .errors import ServiceError
 from .event_wire import events_answer, read_batch
 from .events import Intake
 from .explore import Policy
@@ -26,15 +24,11 @@ from .requests import default_policy, locate, parse_request, sent_request_id, to
 from .settings import Settings
 from .wire import RankRequest, answer
 
-EVENTS = "/v1/events"
-ROUTES = frozenset(
-    {"/rank", "/v1/rank", "/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/v1/events", "/docs", "/openapi.json"}
-)
-
+if TYPE_CHECKING:
+    from .traces import Tracer
 
 DOCS = Path(__file__).with_name("docs.html")
 
-log = logging.getLogger(__name__)
 Health = Callable[[], Awaitable[dict[str, Any]]]
 
 
@@ -224,80 +218,15 @@ def _json(document: Mapping[str, Any], status: int = 200) -> Response:
     return Response(pydantic_core.to_json(document), status, media_type="application/json")
 
 
-def problem(scope: Scope, kind: Kind, detail: str, mistakes: Sequence[Mistake] = (), headers: Mapping[str, str] | None = None) -> Response:
-    """An error as problem+json; notes its code as the outcome of the request."""
-    scope["state"]["observed"].outcome = kind.code
-    document = {
-        "type": f"urn:adrank:problem:{kind.code}",
-        "title": kind.title,
-        "status": kind.status,
-        "detail": detail,
-        "code": kind.code,
-        "request_id": scope["state"]["request_id"],
-        "errors": [{"pointer": mistake.pointer, "detail": mistake.detail} for mistake in mistakes],
-    }
-    wait = {} if kind.retry_after is None else {"retry-after": str(kind.retry_after)}
-    body = pydantic_core.to_json(document)
-    return Response(body, kind.status, {**(headers or {}), **wait}, media_type="application/problem+json")
-
-
-class Edge:
-    """The process's edge: every request gets an id, is counted and timed, and whatever goes wrong inside becomes a problem."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        path, state = scope["path"], scope.setdefault("state", {})
-        state["request_id"] = os.urandom(16).hex()
-        state["observed"] = stages = self._metrics.begin(path if path in ROUTES else "other")
-        begun = False
-
-        async def noting(message: Message) -> None:
-            nonlocal begun
-            if message["type"] == "http.response.start":
-                begun = True
-                message["headers"] = [*message["headers"], (b"x-request-id", state["request_id"].encode())]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noting)
-            stages.finish()
-        except Exception:
-            log.exception("request %s failed in a way nobody foresaw", state["request_id"])
-            response = problem(scope, errors.UNEXPECTED, "the service made a mistake; its log has it under this request_id")
-            if begun:
-                raise
-            await response(scope, receive, noting)
-        finally:
-            self._metrics.end(stages)
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Errors of routing, as problems."""
-
-    async def routing(request: Request, error: Exception) -> Response:
-        if not isinstance(error, HTTPException):
-            raise error
-        kind = errors.WRONG_METHOD if error.status_code == 405 else errors.NOT_FOUND
-        return problem(request.scope, kind, "see /docs for what there is", headers=error.headers)
-
-    app.add_exception_handler(HTTPException, routing)
-
-
 class Application(FastAPI):
     """FastAPI for all but rankings: it and its own middleware stand before any that is added, and take time of every request."""
 
     rank: ASGIApp
 
-    def take(self, endpoint: RankEndpoint, metrics: Metrics) -> None:
+    def take(self, endpoint: RankEndpoint, metrics: Metrics, tracer: "Tracer | None" = None) -> None:
         """Rank with the endpoint. Its routes are there for who asks with another method than POST."""
-        self.rank = Edge(endpoint, metrics)
-        self.add_middleware(Edge, metrics=metrics)
+        self.rank = Edge(endpoint, metrics, tracer)
+        self.add_middleware(Edge, metrics=metrics, tracer=tracer)
         self.router.routes += [Route(path, endpoint, methods=["POST"], include_in_schema=False) for path in RANKED]
 
     def take_events(self, endpoint: EventsEndpoint) -> None:

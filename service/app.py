@@ -5,15 +5,16 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
 from features.encode import Encoder
 from features.state import MemoryStore, Store, StoreError
 
-from .api import Application, EventsEndpoint, RankEndpoint, add_error_handlers, state_routes
+from .api import Application, EventsEndpoint, RankEndpoint, state_routes
 from .batcher import Batcher
+from .edge import add_error_handlers
 from .event_store import Bounds
 from .events import Ages, Intake
 from .metrics import Metrics, Registry
@@ -24,6 +25,9 @@ from .scoring import Inline, Pool, Scoring
 from .served import ServedLog
 from .settings import Settings, load_settings
 from .store import RedisStore
+
+if TYPE_CHECKING:
+    from .traces import Tracer
 
 START_OVER_SECONDS = 1.0
 FLUSH_SECONDS = 0.5
@@ -127,10 +131,20 @@ def _intake(service: Service) -> Intake:
     return Intake(service.store, service.metrics, encoders, ages)
 
 
+def _tracer(settings: Settings) -> "Tracer | None":
+    if not settings.trace_share:
+        return None
+    from .traces import open_tracer  # noqa: PLC0415  # an extra, which takes long to load
+
+    return open_tracer(settings.trace_share)
+
+
 def create_app(settings: Settings, store: Store | None = None, registry: Registry | None = None) -> FastAPI:
     """The application. It answers at once and says on `/readyz` when it can rank; a store that is passed in stays the caller's."""
     metrics = Metrics(registry)
     service = Service(settings, store or open_store(settings, lambda: metrics.degraded("catalogue", "ad_damaged")), metrics)
+
+    tracer = _tracer(settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -143,7 +157,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
             for task in work:
                 task.cancel()
             await asyncio.gather(*work, return_exceptions=True)
-            await service.served.close()
+            await asyncio.gather(service.served.close(), *([tracer.close()] if tracer else []))
             metrics.flush()
             service.reload.close()
             service.ranker.close()
@@ -158,9 +172,10 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},  # its own would tell what callers sent
     )
     app.include_router(state_routes(service.ranker, metrics, service.health))
-    app.take(RankEndpoint(service.ranker, metrics, settings), metrics)
+    app.take(RankEndpoint(service.ranker, metrics, settings), metrics, tracer)
     app.take_events(EventsEndpoint(_intake(service), settings))
     add_error_handlers(app)
     app.openapi = describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the document

@@ -129,13 +129,13 @@ class Batcher:
         began = time.perf_counter()
         self._metrics.batch(sum(candidates_of(request.feeds) for request in batch), reason)
         for request in batch:
-            request.stages.add("queue", began - request.since)
+            request.stages.add("queue", request.since, began)
         run = asyncio.wrap_future(scorer.submit([request.feeds for request in batch]))
         await asyncio.wait([run])
         queue.busy_seconds = time.perf_counter() - began
         error = run.exception()
         for i, request in enumerate(batch):
-            request.stages.add("inference", queue.busy_seconds)
+            request.stages.add("inference", began, began + queue.busy_seconds)
             if request.answer.done():  # its caller has left
                 continue
             if error is None:

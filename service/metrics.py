@@ -57,6 +57,9 @@ class Stages:
         self.known = self.behaviours = 0
         self.degraded: Sequence[tuple[str, str]] = ()
         self.scores: Numbers | None = None
+        self.version = 0
+        self.stretches: list[tuple[str, float, float]] | None = None
+        """Where the request is traced: each stretch of a stage, when it began and when it ended."""
 
     def finish(self) -> None:
         """The request was answered: well, unless something else has been noted."""
@@ -67,12 +70,14 @@ class Stages:
         """A stage begins, so the one before it ends; None: only that. Stretches of a stage add up."""
         now = time.perf_counter()
         if self.stage is not None:
-            self.add(self.stage, now - self.since)
+            self.add(self.stage, self.since, now)
         self.stage, self.since = stage, now
 
-    def add(self, stage: str, seconds: float) -> None:
+    def add(self, stage: str, began: float, until: float) -> None:
         """Add a stretch that was timed elsewhere."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + until - began
+        if self.stretches is not None:
+            self.stretches.append((stage, began, until))
 
     def ranked_with(self, behaviours: int, known: int, candidates: int) -> None:
         """Note the sizes of the request, and how many of its candidates the catalogue has."""

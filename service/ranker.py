@@ -160,6 +160,7 @@ class Ranker:
         _check_bids(query)
         view = catalogue.view(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
         stages.enter("features")
+        stages.version = model.bundle.version
         degraded = [] if catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
         stored = await self._user(query, stages, model, degraded)
         encoded = _encode(query, view, _usable(model, stored, degraded))

@@ -7,6 +7,7 @@ of its record. Knows nothing about HTTP or Redis.
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import random
 import time
@@ -19,6 +20,7 @@ from features.encode import Features
 from features.served import Served, pack_served
 from features.state import Store, StoreError
 
+from .logs import where
 from .metrics import Metrics
 from .ranker import Made
 from .settings import Settings
@@ -34,6 +36,8 @@ BATCH_RECORDS, BATCH_BYTES = 200, 2**20
 BACK_OFF_SECONDS = (0.1, 2.0)
 FLUSH_SECONDS = 1.0
 TELL_SECONDS = 60.0
+NO_REQUEST = contextvars.Context()
+"""What is done for several requests is no one's."""
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +130,7 @@ class ServedLog:
             self._unmade_ads += _size(made)
             self._metrics.served_waiting = self._waiting
             if self._turn is None:
-                self._turn = asyncio.get_running_loop().call_soon(self._make_soon)
+                self._turn = asyncio.get_running_loop().call_soon(self._make_soon, context=NO_REQUEST)
 
     @property
     def _waiting(self) -> int:
@@ -229,7 +233,8 @@ class ServedLog:
         """Log a failure, unless one was logged just now."""
         if time.monotonic() - self._told >= TELL_SECONDS:
             self._told = time.monotonic()
-            log.warning("%s; adrank_served_log_total counts it: %s: %s", what, type(error).__name__, error)
+            why = str(error) if isinstance(error, StoreError) else where(error)
+            log.warning("%s; adrank_served_log_total counts it: %s", what, why)
 
 
 def _size(made: Made) -> int:

@@ -79,6 +79,12 @@ class Settings(BaseSettings):
     that it is the last. Longer than they pause between two requests, and no request meets a closed connection."""
     keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = 75
     """How long a connection may be idle. Longer than the clients and proxies in front keep theirs, which is 60 seconds for most."""
+    log_format: Literal["text", "json"] = "text"
+    """Of the lines on standard error; with `log_level` the joiner's too."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """At `debug` lines may tell of users."""
+    trace_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of requests that are traced, of those whose callers have not decided it; 0 traces none. Variables `OTEL_*` say the rest."""
 
     @field_validator("redis")
     @classmethod

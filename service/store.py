@@ -278,7 +278,8 @@ def _told(error: Exception, seconds: float) -> StoreError:
         return StoreError("store_timeout", f"the store did not answer within {seconds:g} s")
     if isinstance(error, RedisConnectionError | OSError):
         return StoreError("store_unreachable", f"the store cannot be reached: {error}")
-    return StoreError("store_error", f"the store refused: {error}")
+    # To an unknown command a server answers with the arguments, and so with users: of them nothing is to be in a log.
+    return StoreError("store_error", f"the store refused: {str(error).partition(', with args')[0]}")
 
 
 def _announced(entry: dict[bytes, bytes]) -> Sequence[str]:

@@ -21,8 +21,9 @@ from multiprocessing.context import SpawnProcess
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
+from . import logs
 from .server import Connection, Member, Server
-from .settings import Settings, load_settings, processors
+from .settings import Settings, SettingsError, load_settings, processors
 
 BACKLOG = 2048  # connections that wait to be accepted
 RESTART_SECONDS = 2.0
@@ -31,13 +32,6 @@ BALANCE_SECONDS = 0.5
 """Between two looks at whether a worker has more connections than its share."""
 FULL_SECONDS = 0.05
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "root": {"handlers": ["stderr"], "level": "INFO"},
-}
 SPAWN = multiprocessing.get_context("spawn")
 
 log = logging.getLogger(__name__)
@@ -51,9 +45,11 @@ def serve(settings: Settings) -> None:
     """Run the server until it is told to stop; requests that are on their way are answered first.
 
     Raises:
+        SettingsError: requests are to be traced, and cannot be.
         ListenError: the port is not to be had.
         SystemExit: no worker could be started.
     """
+    _check_traces(settings)
     listeners = listen(settings.host, settings.port)
     os.environ.update(settings.environment())
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy, not imported yet, would start a thread for each processor of the host
@@ -118,7 +114,19 @@ def _name(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _check_traces(settings: Settings) -> None:
+    """Find out before a worker starts whether it can trace."""
+    if settings.trace_share:
+        try:
+            from .traces import check  # noqa: PLC0415  # an extra
+        except ImportError as error:
+            why = f"setting ADRANK_TRACE_SHARE: {settings.trace_share:g} needs OpenTelemetry, and {error.name} is not installed"
+            raise SettingsError(f"{why}; pip install 'adrank[otel]', or set it to 0") from error
+        check()
+
+
 def _config(settings: Settings) -> uvicorn.Config:
+    logs.start(settings)
     return uvicorn.Config(
         "service.app:create_from_environment",
         factory=True,
@@ -127,7 +135,7 @@ def _config(settings: Settings) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        log_config=LOGGING,
+        log_config=None,
         backlog=BACKLOG,
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=settings.drain_seconds,

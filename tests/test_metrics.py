@@ -27,7 +27,7 @@ def test_every_bucket_is_as_if_observed_one_by_one():
     scores = np.concatenate([chance.random(500), CLICKS, [0.0, 1.0, np.nan]]).astype(np.float32)
     for value in values:
         stages = metrics.begin("/rank")
-        stages.add("inference", float(value))
+        stages.add("inference", 0.0, float(value))
         stages.finish()
         metrics.end(stages)
     stages = metrics.begin("/rank")
@@ -57,7 +57,7 @@ def test_stretches_of_a_stage_add_up_and_the_open_one_ends_with_the_request():
     metrics = Metrics()
     stages = metrics.begin("/rank")
     stages.enter("features")
-    stages.add("features", 10.0)
+    stages.add("features", 0.0, 10.0)
     metrics.end(stages)
     assert 10.0 < stages.seconds["features"] < 11.0
     metrics.flush()

@@ -54,6 +54,9 @@ def test_an_unknown_flag_is_refused():
         ("EVENT_AGE_SECONDS", "0"),
         ("EVENT_AHEAD_SECONDS", "-1"),
         ("EVENTS_KEPT", "0"),
+        ("LOG_FORMAT", "xml"),
+        ("LOG_LEVEL", "loud"),
+        ("TRACE_SHARE", "1.1"),
     ],
 )
 def test_a_wrong_value_names_the_setting_and_no_secret(monkeypatch, name, value):

@@ -1,0 +1,130 @@
+"""HTTP's edge: ids, metrics, traces and logs of every request, and errors as problem+json. Knows nothing of what a request asks."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pydantic_core
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from . import errors
+from .errors import Kind, Mistake
+from .logs import DETAILS, REQUEST, Few
+from .metrics import Metrics, Stages
+from .openapi import RANKED
+
+if TYPE_CHECKING:
+    from .traces import Trace, Tracer
+
+EVENTS = "/v1/events"
+ROUTES = frozenset(
+    {"/rank", "/v1/rank", "/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/v1/events", "/docs", "/openapi.json"}
+)
+TRACED = frozenset({*RANKED, EVENTS})
+SCORING_FAILED = errors.KINDS[errors.ScoringError].code
+TOLD = (10, 1.0)
+"""So many failed requests are logged in so many seconds, by each worker; metrics count them all."""
+
+log = logging.getLogger(__name__)
+failures = logging.getLogger(f"{__name__}.failures")
+failures.addFilter(Few(*TOLD))
+
+
+def problem(scope: Scope, kind: Kind, detail: str, mistakes: Sequence[Mistake] = (), headers: Mapping[str, str] | None = None) -> Response:
+    """An error as problem+json; notes its code as the outcome of the request."""
+    scope["state"]["observed"].outcome = kind.code
+    scope["state"]["detail"] = detail
+    document = {
+        "type": f"urn:adrank:problem:{kind.code}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": detail,
+        "code": kind.code,
+        "request_id": scope["state"]["request_id"],
+        "errors": [{"pointer": mistake.pointer, "detail": mistake.detail} for mistake in mistakes],
+    }
+    wait = {} if kind.retry_after is None else {"retry-after": str(kind.retry_after)}
+    body = pydantic_core.to_json(document)
+    return Response(body, kind.status, {**(headers or {}), **wait}, media_type="application/problem+json")
+
+
+class Edge:
+    """The process's edge: every request gets an id, is counted and timed, and whatever goes wrong inside becomes a problem."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: "Tracer | None" = None) -> None:
+        self._app, self._metrics, self._tracer = app, metrics, tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, state = scope["path"], scope.setdefault("state", {})
+        state["request_id"] = os.urandom(16).hex()
+        state["observed"] = stages = self._metrics.begin(path if path in ROUTES else "other")
+        REQUEST.set(state)
+        trace = None if self._tracer is None else self._begin_trace(self._tracer, scope)
+        status: int | None = None
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", state["request_id"].encode())]
+                if trace is not None and trace.recorded:
+                    message["headers"].append((b"traceresponse", trace.response))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+            stages.finish()
+        except Exception:
+            response = problem(scope, errors.UNEXPECTED, "the service made a mistake; its log has it under this request_id")
+            failures.exception("the request failed in a way nobody foresaw", extra=_details(scope, errors.UNEXPECTED.status))
+            if status is not None:
+                raise
+            await response(scope, receive, noting)
+        finally:
+            self._metrics.end(stages)
+            if status is not None and status >= 500:
+                _tell(scope, status)
+            if trace is not None and trace.recorded and self._tracer is not None:
+                self._tracer.end(trace, stages, scope, status)
+
+    def _begin_trace(self, tracer: "Tracer", scope: Scope) -> "Trace | None":
+        if scope["path"] not in TRACED or scope["method"] != "POST":
+            return None
+        trace = tracer.begin(scope["headers"], scope["state"]["observed"])
+        if trace is not None:
+            scope["state"]["trace_id"] = trace.id
+        return trace
+
+
+def _tell(scope: Scope, status: int) -> None:
+    """Log a failed request, unless it was a probe, or has been logged with what went wrong."""
+    stages: Stages = scope["state"]["observed"]
+    if stages.route != "/readyz" and stages.outcome != errors.UNEXPECTED.code:
+        failures.log(logging.ERROR if status == 500 else logging.WARNING, "a request failed", extra=_details(scope, status))
+
+
+def _details(scope: Scope, status: int) -> dict[str, Any]:
+    stages: Stages = scope["state"]["observed"]
+    told = {"request_id": scope["state"]["request_id"], "route": stages.route, "status": status, "code": stages.outcome}
+    if stages.outcome == SCORING_FAILED:  # its detail is ONNX Runtime's word on the model; others may quote what was sent
+        told["detail"] = scope["state"]["detail"]
+    return {DETAILS: told}
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Errors of routing, as problems."""
+
+    async def routing(request: Request, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            raise error
+        kind = errors.WRONG_METHOD if error.status_code == 405 else errors.NOT_FOUND
+        return problem(request.scope, kind, "see /docs for what there is", headers=error.headers)
+
+    app.add_exception_handler(HTTPException, routing)
