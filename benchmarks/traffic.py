@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 from features.state import StoreError
 from service.settings import Settings
 from service.store import RedisStore, user_key
+from service.store_errors import told
 
 from .load import LoadError
 
@@ -57,7 +58,8 @@ def _users(settings: Settings) -> list[str]:
         with Redis.from_url(settings.redis, socket_timeout=30, socket_connect_timeout=5) as redis:
             keys = list(islice(redis.scan_iter(match=f"{prefix}*", count=1_000), USERS))
     except (RedisError, OSError) as error:
-        raise StoreError("store_unreachable", f"the store {settings.store_name} cannot be read: {error}") from error
+        wrong = told(error, 30)
+        raise StoreError(wrong.reason, f"the store {settings.store_name} cannot be read: {wrong}") from error
     return [key.decode("utf-8", "replace").removeprefix(prefix)[:-1] for key in keys]
 
 

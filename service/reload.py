@@ -35,6 +35,7 @@ NICE = 5
 other programs keep all processors busy, whoever wants the lock waits for as long as it waits for a processor."""
 SWITCH_SECONDS = 0.0002
 M_MMAP_THRESHOLD = -3  # of malloc.h
+UNREADABLE = "unreadable"
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -87,7 +88,9 @@ class Reload:
             return "models are being loaded"
         default = self._ranker.models.default
         wanted = f"model {default} is not usable" if default else "no model is usable"
-        return f"{wanted}; waiting for one to be published in {self._settings.models}"
+        refused = self._ranker.models.refused
+        why = [self._said[UNREADABLE]] if UNREADABLE in self._said else [f"{name}: {reason}" for name, reason in sorted(refused.items())]
+        return f"{wanted}{''.join(f' ({each})' for each in why[:1])}; waiting for one to be published in {self._settings.models}"
 
     async def follow(self) -> None:
         """Look, for ever."""
@@ -121,9 +124,9 @@ class Reload:
         try:
             found = await self._aside(look, self._settings.models)
         except OSError as error:
-            self._say("", f"the model repository cannot be read, so what is loaded stays: {error}")
+            self._say(UNREADABLE, f"the model repository cannot be read, so what is loaded stays: {error}")
         else:
-            self._said.pop("", None)
+            self._said.pop(UNREADABLE, None)
             for name in sorted(found.keys() | self._ranker.models.loaded.keys()):
                 await self._follow(name, found.get(name), refused)
             self._refuse(refused)
@@ -260,7 +263,14 @@ def look(models: Path) -> dict[str, Found]:
         OSError: it cannot be read; one that is not there has nothing.
     """
     homes = sorted(models.iterdir()) if models.exists() else []
-    return {home.name: _find(models, home) for home in homes if NAME.fullmatch(home.name) and (home / CURRENT).exists()}
+    return {home.name: _find(models, home) for home in homes if NAME.fullmatch(home.name) and _has_model(home)}
+
+
+def _has_model(home: Path) -> bool:
+    try:
+        return (home / CURRENT).exists()
+    except PermissionError:  # of this one alone: `_find` says so, and the others are followed
+        return True
 
 
 def _find(models: Path, home: Path) -> Found:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -15,6 +16,7 @@ from features.policy import COLDEST, HOTTEST
 PREFIX = "ADRANK_"
 SCHEMES = ("redis", "rediss", "unix", "memory")
 CGROUP = Path("/sys/fs/cgroup")
+SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
 
 
 class SettingsError(ValueError):
@@ -109,14 +111,32 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
     Raises:
         SettingsError: naming the setting, what was wrong with it, and for an unknown one what may have been meant.
     """
+    for unknown in unknown_variables().values():
+        raise SettingsError(unknown)
+    settings, impossible = usable_settings(flags)
+    if impossible:
+        raise SettingsError("; ".join(impossible.values()))
+    return settings
+
+
+def unknown_variables() -> dict[str, str]:
+    """What is wrong with each `ADRANK_*` variable that is not a setting."""
     known = [PREFIX + name.upper() for name in Settings.model_fields]
-    for variable in sorted(name for name in os.environ if name.upper().startswith(PREFIX)):
-        if variable.upper() not in known:
-            raise SettingsError(f"{variable} is not a setting{_meant(variable.upper(), known)}")
+    given = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+    return {name: f"{name} is not a setting{_of_a_service(name) or _meant(name.upper(), known)}" for name in given}
+
+
+def usable_settings(flags: Mapping[str, Any] | None = None) -> tuple[Settings, dict[str, str]]:
+    """Settings as `load_settings` reads them, defaults in place of impossible ones, and what is wrong with each of these by its name."""
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
     try:
-        return Settings(**{name: value for name, value in (flags or {}).items() if value is not None})
+        return Settings(**given), {}
     except ValidationError as error:
-        raise SettingsError("; ".join(_sentence(mistake) for mistake in error.errors(include_input=False))) from None
+        impossible: dict[str, str] = {}
+        for mistake in error.errors(include_input=False):
+            impossible.setdefault(str(mistake["loc"][0]), _sentence(mistake))
+    defaults = {name: Settings.model_fields[name].default for name in impossible if name in Settings.model_fields}
+    return Settings(**{name: value for name, value in given.items() if name not in impossible}, **defaults), impossible
 
 
 def _sentence(mistake: Mapping[str, Any]) -> str:
@@ -124,7 +144,14 @@ def _sentence(mistake: Mapping[str, Any]) -> str:
     if mistake["type"] == "extra_forbidden":
         return f"{name} is not a setting{_meant(name, [PREFIX + known.upper() for known in Settings.model_fields])}"
     text = str(mistake["msg"]).removeprefix("Value error, ")
-    return f"setting {name}: {text[:1].lower()}{text[1:]}"
+    return f"setting {name}: {text[:1].lower()}{text[1:]}{_of_a_service(name)}"
+
+
+def _of_a_service(variable: str) -> str:
+    """Kubernetes tells a pod where each Service is in variables named after the Service, in a form that Docker once made up."""
+    if not SERVICE_LINK.search(variable.upper()) and not os.environ.get(variable, "").startswith(("tcp://", "udp://", "sctp://")):
+        return ""
+    return "; Kubernetes sets it for a Service whose name begins with adrank: say enableServiceLinks: false in the pod's spec"
 
 
 def _meant(name: str, known: list[str]) -> str:

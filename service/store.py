@@ -19,9 +19,7 @@ import msgpack
 from redis.asyncio import ConnectionPool, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from features.state import (
     Ad,
@@ -39,12 +37,15 @@ from features.subject import Outcome, Subject
 
 from .event_store import UNTOLD, Bounds, EventStore, Place
 from .line import Address, Command, Line
+from .store_errors import told
 
 CHANGES = "adrank:ads:changes"
 HASHES = 64
 BATCH = 500
 """Ads of one stream entry, users of one pipeline, ads of one scan: what is held in memory and on the wire at once."""
 CHANGES_KEPT = 10_000
+PROBE = "adrank:user:probe"
+"""A key that no user has, since those have braces."""
 ENTRIES_READ = 8
 BULK_SECONDS = 30.0
 """A bulk step, such as one batch of a load, may take this long; the request path has its own, short timeout."""
@@ -105,7 +106,7 @@ class RedisStore:
         try:
             value = await self._fast.ask(b"GET", user_key(user_id))
         except (OSError, hiredis.ReplyError) as error:
-            raise _told(error, self._timeout) from error
+            raise told(error, self._timeout) from error
         if value is None:
             return None
         try:
@@ -141,7 +142,7 @@ class RedisStore:
         try:
             outcomes = await self._events.apply(subjects)
         except (OSError, hiredis.ReplyError) as error:
-            raise _told(error, EVENT_SECONDS) from error
+            raise told(error, EVENT_SECONDS) from error
         # Those of duplicates too: who did such an event first may not have lived to announce it.
         for batch in _batches(dict.fromkeys(subject.id for subject in subjects if subject.kind == "ad")):
             async with answering(EVENT_SECONDS):
@@ -223,15 +224,15 @@ class RedisStore:
         try:
             replies = await self._served.ask_once([*commands, (b"XLEN", SERVED)])
         except (OSError, hiredis.ReplyError) as error:
-            raise _told(error, APPEND_SECONDS) from error
+            raise told(error, APPEND_SECONDS) from error
         return int(replies[-1])
 
     async def ping(self) -> None:
         """See `Store`."""
         try:
-            await self._fast.ask(b"PING")
+            await self._fast.ask(b"GET", PROBE)  # what a request needs: a user of the store may be allowed PING and not this
         except (OSError, hiredis.ReplyError) as error:
-            raise _told(error, self._timeout) from error
+            raise told(error, self._timeout) from error
 
     async def close(self) -> None:
         """See `Store`."""
@@ -270,15 +271,7 @@ async def answering(seconds: float) -> AsyncIterator[None]:
         async with asyncio.timeout(seconds):
             yield
     except (OSError, RedisError) as error:
-        raise _told(error, seconds) from error
-
-
-def _told(error: Exception, seconds: float) -> StoreError:
-    if isinstance(error, TimeoutError | RedisTimeoutError):
-        return StoreError("store_timeout", f"the store did not answer within {seconds:g} s")
-    if isinstance(error, RedisConnectionError | OSError):
-        return StoreError("store_unreachable", f"the store cannot be reached: {error}")
-    return StoreError("store_error", f"the store refused: {error}")
+        raise told(error, seconds) from error
 
 
 def _announced(entry: dict[bytes, bytes]) -> Sequence[str]:

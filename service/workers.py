@@ -21,6 +21,7 @@ from multiprocessing.context import SpawnProcess
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
+from .preflight import check_start
 from .server import Connection, Member, Server
 from .settings import Settings, load_settings, processors
 
@@ -52,8 +53,10 @@ def serve(settings: Settings) -> None:
 
     Raises:
         ListenError: the port is not to be had.
+        SettingsError: it cannot be served with these settings on this machine.
         SystemExit: no worker could be started.
     """
+    check_start(settings)
     listeners = listen(settings.host, settings.port)
     os.environ.update(settings.environment())
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy, not imported yet, would start a thread for each processor of the host
