@@ -161,6 +161,31 @@ def serve(**flags: Any) -> None:
     run(load_settings(flags))
 
 
+@cli.command(epilog="Example: adrank doctor --models models --redis redis://127.0.0.1:6379/0 --workers 2")
+@click.option("--models", type=click.Path(path_type=Path), help="The model repository.")
+@click.option("--redis", help="The store's URL. A password belongs into ADRANK_REDIS, not on the command line.")
+@click.option("--host", help="Address to listen on; default 127.0.0.1.")
+@click.option("--port", help="Port to listen on; default 8000.")
+@click.option("--workers", help="Processes; default 1.")
+@click.option("--device", help="Where to score: cpu or cuda; default cpu.")
+@click.option("--precision", help="float32 or int8; default float32.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+def doctor(as_json: bool, **flags: Any) -> None:
+    """Say what is wrong with an installation and how to mend it; takes the flags of adrank serve. Changes nothing.
+
+    The exit code is 0 without a problem (there may be warnings), else that of the first area with one: 2 settings, 10 store, 11 models,
+    12 provider, 13 resources (threads, memory, open files), 14 clock, 15 port.
+    """
+    import logging
+
+    from service.doctor import examine, finding
+
+    logging.getLogger("service").addHandler(logging.NullHandler())  # what it would warn of is among the findings
+    findings = examine.examine(flags)
+    click.echo(json.dumps(finding.as_dict(findings)) if as_json else finding.table(findings))
+    sys.exit(finding.exit_code(findings))
+
+
 @cli.command(epilog="Example: adrank skew --log log --models models --since 2026-11-22")
 @click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes.")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository that served.")

@@ -105,14 +105,15 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         for listener in listeners:
             listener.close()
-        why = f"cannot listen on {host} port {port}: {_reason(error)}"
+        why = f"cannot listen on {host} port {port}: {reason(error)}"
         raise ListenError(f"{why}; choose another with --host and --port, or ADRANK_HOST and ADRANK_PORT") from error
     for listener in listeners:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each connection inherits it
     return listeners
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
+    """What the system says of it, in words."""
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
 
 
@@ -278,7 +279,7 @@ class Parent:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(listener)
             except OSError as error:  # it left while it waited, or there are no more file descriptors
-                log.warning("a connection could not be accepted: %s", _reason(error))
+                log.warning("a connection could not be accepted: %s", reason(error))
                 await asyncio.sleep(FULL_SECONDS)
                 continue
             with connection:  # the worker gets a handle of its own
