@@ -35,6 +35,8 @@ MENDABLE = (
 )
 SHARE = click.FloatRange(0, 1, min_open=True)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+PLACE = click.Path(readable=False, path_type=Path)
+"""What a service is pointed at is for the service to judge: it may wait for it."""
 
 
 class Refusal(click.ClickException):
@@ -146,7 +148,7 @@ def load(data: Path, redis: str | None) -> None:
 
 
 @cli.command(epilog="Example: adrank serve --models models --redis redis://127.0.0.1:6379/0 --workers 2")
-@click.option("--models", type=FOLDER, help="The model repository.")
+@click.option("--models", type=PLACE, help="The model repository.")
 @click.option("--redis", help="The store's URL. A password belongs into ADRANK_REDIS, not on the command line.")
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", type=int, help="Port to listen on; default 8000.")
@@ -162,7 +164,7 @@ def serve(**flags: Any) -> None:
 
 
 @cli.command(epilog="Example: adrank doctor --models models --redis redis://127.0.0.1:6379/0 --workers 2")
-@click.option("--models", type=click.Path(path_type=Path), help="The model repository.")
+@click.option("--models", type=PLACE, help="The model repository.")
 @click.option("--redis", help="The store's URL. A password belongs into ADRANK_REDIS, not on the command line.")
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", help="Port to listen on; default 8000.")
@@ -457,6 +459,8 @@ def main(words: Sequence[str] | None = None) -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
+        if isinstance(error, click.BadParameter) and error.param and isinstance(error.param.type, click.Path):
+            error.ctx = None  # a matter of this machine: how the command is used would say nothing about it
         error.show()
         sys.exit(2)
     except click.exceptions.Exit as stop:

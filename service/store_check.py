@@ -104,12 +104,13 @@ async def look(url: str, clock: Callable[[], float] = time) -> Looked:
                 if not _denied(error):
                     raise
         async with answering(SECONDS):
-            return await _look(client, clock)
+            return await look_with(client, clock)
     finally:
         await client.aclose()
 
 
-async def _look(client: Any, clock: Callable[[], float]) -> Looked:
+async def look_with(client: Any, clock: Callable[[], float]) -> Looked:
+    """Ask with a client that is connected."""
     nodes = [await _node(client, clock, *place) for place in _places(client)]
     denied, unwritable = await _probe(client)
     return Looked(nodes, await _ads(client), await _queues(client), denied, unwritable)
