@@ -1,6 +1,8 @@
 """The command line. It joins the offline and the online road, and loads of each only what a subcommand needs."""
 
 import asyncio
+import errno
+import io
 import json
 import os
 import signal
@@ -8,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -33,6 +35,7 @@ MENDABLE = (
     ("demo", "DemoError"),
     ("benchmarks.load", "LoadError"),
 )
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 SHARE = click.FloatRange(0, 1, min_open=True)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 PLACE = click.Path(readable=False, path_type=Path)
@@ -452,10 +455,27 @@ def _is_mendable(error: Exception) -> bool:
     return any(isinstance(error, getattr(sys.modules.get(module), name, ())) for module, name in MENDABLE)
 
 
+def _stand_any_terminal() -> None:
+    """Print where there is nobody to read, and in place of letters that the terminal does not have."""
+    if sys.stdout is None:
+        sys.stdout = _nowhere()
+    if sys.stderr is None:
+        sys.stderr = _nowhere()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _nowhere() -> TextIO:
+    return Path(os.devnull).open("w")
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run `adrank`: a mistake that a person can mend is one sentence and exit code 2, an interruption is exit code 130."""
+    _stand_any_terminal()
     try:
         cli(words, prog_name="adrank", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
@@ -465,7 +485,15 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
+    except BrokenPipeError:  # whoever read what is printed has left
+        sys.stdout = _nowhere()  # so that nothing is flushed to nobody at the end
+        sys.exit(1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            sys.stdout = _nowhere()
+            where = error.filename or "what is printed"
+            sys.stderr.write(f"Error: {error.strerror}, while writing {where}\n")
+            sys.exit(2)
         if not _is_mendable(error):
             raise
         sys.stderr.write(f"Error: {error}\n")
