@@ -86,11 +86,15 @@ class Reload:
         """Why requests that name no model cannot be ranked yet."""
         if not self.looked:
             return "models are being loaded"
-        default = self._ranker.models.default
-        wanted = f"model {default} is not usable" if default else "no model is usable"
         refused = self._ranker.models.refused
         why = [self._said[UNREADABLE]] if UNREADABLE in self._said else [f"{name}: {reason}" for name, reason in sorted(refused.items())]
-        return f"{wanted}{''.join(f' ({each})' for each in why[:1])}; waiting for one to be published in {self._settings.models}"
+        return self._waiting + "".join(f" ({each})" for each in why[:1])
+
+    @property
+    def _waiting(self) -> str:
+        default = self._ranker.models.default
+        wanted = f"model {default} is not usable" if default else "no model is usable"
+        return f"{wanted}; waiting for one to be published in {self._settings.models}"
 
     async def follow(self) -> None:
         """Look, for ever."""
@@ -134,7 +138,7 @@ class Reload:
         if self._ranker.models.ready:
             self._said.pop("waiting", None)
         else:
-            self._say("waiting", self.waiting_for, logging.WARNING)
+            self._say("waiting", self._waiting, logging.WARNING)
         self._let_go()
         if self._held != before:
             self._freed = True

@@ -9,7 +9,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from features.state import StoreError
 
 DENIED = "store_denied"
-NO_PASSWORD = ("NOAUTH", "Authentication required")
+NO_PASSWORD = ("NOAUTH", "Authentication required", "HELLO must be called with the client already authenticated")
 WRONG_PASSWORD = ("WRONGPASS", "invalid username-password pair", "invalid password", "without any password configured")
 NO_PERMISSION = ("NOPERM", "no permissions to")
 TLS = {
