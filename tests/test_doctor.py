@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -10,18 +11,22 @@ import time
 import bundles
 import pytest
 from conftest import Server, free_port
-from processes import SERVE, adrank, environment, fill
+from processes import ROOT, SERVE, adrank, environment, fill
 from redis import Redis
 from redis.asyncio.cluster import RedisCluster
 
 from features import bundle
 from features.challenger import CHALLENGER, Bounds, Challenger, challenge
+from features.events import Event
+from features.subject import by_subject
 from service import store_check
 from service.doctor.examine import examine
 from service.doctor.finding import CODES, Finding, as_dict, exit_code, table
 from service.doctor.machine import check_features, check_files, check_memory
 from service.doctor.store import eviction, memory, persistence, version
 from service.settings import Settings
+from service.store import RedisStore
+from service.streams import RedisStreams
 from tests.test_cli import run
 
 
@@ -233,6 +238,34 @@ class TestStore:
         assert "adrank serve may not: HSCAN adrank:ads:{0}, XLEN adrank:served" in grave.said
         told(findings, "ads", "skipped", "may not count")
         told(findings, "streams", "skipped", "may not read")
+
+    def test_the_permissions_that_the_documentation_lists_are_enough(self, alone, repository):
+        server, client = alone
+        text = (ROOT / "docs" / "doctor.md").read_text()
+        words = re.search(r"ACL SETUSER adrank on >PASSWORD ([^`]+)", text)[1].split()
+        client.execute_command("ACL", "SETUSER", "adrank", "on", ">PASSWORD", *words)
+        url = server.url.replace("//", "//adrank:PASSWORD@")
+        findings = self.found(url, repository)
+        told(findings, "permissions", "ok")
+        assert [finding for finding in findings if finding.status == "skipped"] == []
+
+        async def used():
+            await fill(url)
+            store, streams = RedisStore(url, 2, 1000, lambda: None), RedisStreams(url)
+            events = [Event("click", "e1", time.time(), user_id="u1", ad_id="a1", request_id="r1")]
+            outcomes = await store.apply(by_subject(events))
+            assert {outcome.status for each in outcomes for outcome in each} == {"accepted"}
+            await streams.begin("adrank:events")
+            (entry,) = (await streams.read("adrank:events", 10)).entries
+            await streams.acknowledge("adrank:events", [entry.id])
+            assert (await streams.extent("adrank:events")).length == 0
+            cursor = await store.cursor()
+            assert (await store.changed_ads(cursor, 0.01))[0] == []
+            assert await store.append_served([b"x"]) == 1
+            await streams.close()
+            await store.close()
+
+        asyncio.run(used())
 
     def test_a_replica(self, alone, healthy, repository):
         server, client = alone
