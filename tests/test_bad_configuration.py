@@ -246,6 +246,16 @@ class TestUnusualEnvironments:
 
     def test_nothing_is_written_at_home(self, repository, tmp_path):
         (tmp_path / "home").mkdir()
-        done = adrank("doctor", "--models", repository, "--redis", "memory://", "--port", free_port(), HOME=str(tmp_path / "home"))
+        done = adrank(
+            "doctor",
+            "--models",
+            repository,
+            "--redis",
+            "memory://",
+            "--port",
+            free_port(),
+            unset=("ORT_DISABLE_TELEMETRY",),
+            HOME=str(tmp_path / "home"),
+        )
         assert done.returncode == 0
         assert list((tmp_path / "home").iterdir()) == []  # nor is a session told to ONNX Runtime's maker
