@@ -40,6 +40,13 @@ def client_of(url: str) -> Any:
     return redis.Redis.from_url(url)
 
 
+def start_sentinel(folder: Path, *settings: str, port: int, kind: str = "valkey") -> "subprocess.Popen[bytes]":
+    """A sentinel, which keeps what it learns in its configuration."""
+    configuration = folder / f"sentinel-{port}.conf"
+    configuration.write_text("\n".join((f"port {port}", "bind 127.0.0.1", f"dir {folder}", *settings)) + "\n")
+    return subprocess.Popen([BINARIES[kind], str(configuration), "--sentinel"], stdout=subprocess.DEVNULL)
+
+
 class Sentinels:
     """A primary, replicas and three sentinels, from one binary."""
 
@@ -53,22 +60,14 @@ class Sentinels:
             follow = ("--replicaof", f"127.0.0.1 {self.primary.port}", "--dbfilename", f"replica-{n}.rdb")
             self.replicas.append(Server(kind, *common, *follow))
         self.ports = [free_port() for _ in range(count)]
-        self._sentinels = [self._sentinel(folder, port, kind) for port in self.ports]
+        self._sentinels = [start_sentinel(folder, *self._settings(), port=port, kind=kind) for port in self.ports]
         self.url = f"redis+sentinel://{','.join(f'127.0.0.1:{port}' for port in self.ports)}/{self.NAME}"
         eventually(self._formed)
 
-    def _sentinel(self, folder: Path, port: int, kind: str) -> "subprocess.Popen[bytes]":
-        configuration = folder / f"sentinel-{port}.conf"
-        lines = (
-            f"port {port}",
-            "bind 127.0.0.1",
-            f"sentinel monitor {self.NAME} 127.0.0.1 {self.primary.port} {len(self.ports) // 2 + 1}",
-            f"sentinel down-after-milliseconds {self.NAME} {DOWN_AFTER_MS}",
-            f"sentinel failover-timeout {self.NAME} 5000",
-            f"dir {folder}",
-        )
-        configuration.write_text("\n".join(lines) + "\n")
-        return subprocess.Popen([BINARIES[kind], str(configuration), "--sentinel"], stdout=subprocess.DEVNULL)
+    def _settings(self) -> Iterator[str]:
+        yield f"sentinel monitor {self.NAME} 127.0.0.1 {self.primary.port} {len(self.ports) // 2 + 1}"
+        yield f"sentinel down-after-milliseconds {self.NAME} {DOWN_AFTER_MS}"
+        yield f"sentinel failover-timeout {self.NAME} 5000"
 
     def ask(self, port: int, *words: str) -> object:
         with redis.Redis(port=port) as client:
