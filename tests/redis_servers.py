@@ -3,7 +3,7 @@
 import contextlib
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,21 +100,22 @@ class Sentinels:
 
 
 class Nodes:
-    """A cluster of three primaries, each with so many replicas."""
+    """A cluster of three primaries, and a replica of each that is named."""
 
-    def __init__(self, folder: Path, *options: str, replicas: int = 0, kind: str = "valkey") -> None:
-        self.nodes = [Server(kind, *self._options(folder), *options) for _ in range(3 * (1 + replicas))]
+    def __init__(self, folder: Path, *options: str, replicas_of: Sequence[int] = (), kind: str = "valkey") -> None:
+        self.nodes = [Server(kind, *self._options(folder), *options) for _ in range(3 + len(replicas_of))]
         self.clients = [redis.Redis(port=node.port, protocol=2) for node in self.nodes]
         for n, client in enumerate(self.clients):
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", n + 1)
             client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port, self._bus(self.nodes[0]))
         for n, client in enumerate(self.clients[:3]):
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", n * SLOTS // 3, (n + 1) * SLOTS // 3 - 1)
+        self.moved: dict[int, int] = {}
         self.url = f"redis+cluster://{','.join(f'127.0.0.1:{node.port}' for node in self.nodes[:2])}"
         self.ids = [client.execute_command("CLUSTER", "MYID").decode() for client in self.clients]
         eventually(lambda: all(self._info(client, "cluster_known_nodes") == str(len(self.nodes)) for client in self.clients))
-        for n, client in enumerate(self.clients[3:]):
-            eventually(lambda client=client, n=n: client.execute_command("CLUSTER", "REPLICATE", self.ids[n % 3]))
+        for n, client in zip(replicas_of, self.clients[3:], strict=True):
+            eventually(lambda client=client, n=n: client.execute_command("CLUSTER", "REPLICATE", self.ids[n]))
         eventually(lambda: all(self._info(client, "cluster_state") == "ok" for client in self.clients))
         for client in self.clients[3:]:
             eventually(lambda client=client: client.execute_command("ROLE")[3] == b"connected")
@@ -139,9 +140,17 @@ class Nodes:
         for client in self.clients[:3]:
             client.flushall()
 
+    def first_owner(self, slot: int) -> int:
+        """The number of the primary that had the slot at first."""
+        return next(n for n in range(3) if slot < (n + 1) * SLOTS // 3)
+
     def owner(self, key: str) -> int:
-        """The number of the primary that had the key's slot at first."""
-        return slot_of(key.encode()) * 3 // SLOTS
+        """The same of a key's slot."""
+        return self.first_owner(slot_of(key.encode()))
+
+    def where(self, key: str) -> tuple[int, int, int]:
+        """A key's slot, the number of its first primary, and that of another to move it to."""
+        return slot_of(key.encode()), self.owner(key), (self.owner(key) + 1) % 3
 
     def begin_to_move(self, slot: int, source: int, target: int) -> None:
         self.clients[target].execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", self.ids[source])
@@ -153,6 +162,7 @@ class Nodes:
             self.clients[source].execute_command("MIGRATE", "127.0.0.1", port, "", 0, 5000, "KEYS", *keys)
 
     def finish_moving(self, slot: int, source: int, target: int) -> None:
+        self.moved[slot] = target
         for n in (target, source):
             self.clients[n].execute_command("CLUSTER", "SETSLOT", slot, "NODE", self.ids[target])
 
