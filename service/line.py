@@ -217,12 +217,19 @@ class _Connection(asyncio.Protocol):
         try:
             while (reply := self._reader.gets()) is not _INCOMPLETE:
                 future, _ = self._waiting.popleft()
-                demoted = self._primary and isinstance(reply, hiredis.ReplyError) and str(reply).startswith("READONLY")
-                if not future.done():
-                    _settle(future, ConnectionError(str(reply)) if demoted else reply)
-                if demoted:
-                    self.close()
+                if isinstance(reply, hiredis.ReplyError):
+                    self._refused(future, reply)
+                elif not future.done():
+                    future.set_result(reply)
         except (hiredis.ProtocolError, IndexError):  # nothing that follows can be told apart
+            self.close()
+
+    def _refused(self, future: asyncio.Future[Any], reply: hiredis.ReplyError) -> None:
+        text = str(reply)
+        demoted = self._primary and text.startswith("READONLY")
+        if not future.done():
+            future.set_exception(ConnectionError(text) if demoted or text.startswith(NOT_SERVING) else reply)
+        if demoted:
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -252,17 +259,6 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._on_lost(self)
             self._transport.abort()
-
-
-def _settle(future: asyncio.Future[Any], reply: Any) -> None:
-    if isinstance(reply, ConnectionError):
-        future.set_exception(reply)
-    elif not isinstance(reply, hiredis.ReplyError):
-        future.set_result(reply)
-    elif str(reply).startswith(NOT_SERVING):
-        future.set_exception(ConnectionError(str(reply)))
-    else:
-        future.set_exception(reply)
 
 
 def _without(text: str, greeting: Sequence[Command]) -> str:

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .cluster import Cluster
-from .line import Address, Command, Line, ReplyError
+from .line import Address, Command, Line, ReplyError, unrefused
 from .store_url import Login, Place, StoreUrl, parse_store_url
 
-SENTINEL_SECONDS = 0.5
-"""How long a sentinel may take to answer; the others are asked at the same time."""
+SENTINEL_SECONDS = 1.0
+"""How long a sentinel may take to answer. All are asked at the same time, and once most have answered nobody waits for the others:
+one often goes down together with the primary, on the same host.
+"""
 WATCH_SECONDS = 1.0
 """How often sentinels are asked whether the primary is another one: one that is only cut off does not say so itself."""
 
@@ -138,11 +140,23 @@ class Sentinels:
         name = self._url.name
         # The first tells of a new primary sooner; the second tells how many fail-overs there have been.
         commands: list[Command] = [(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name), (b"SENTINEL", b"MASTER", name)]
-        answers = await asyncio.gather(*(line.ask_all(commands) for line in self._sentinels), return_exceptions=True)
-        known = [_named(answer) for answer in answers if not isinstance(answer, BaseException) and _knows(answer)]
+        asking = [asyncio.create_task(line.ask_all(commands)) for line in self._sentinels]
+        known, complaints = list[tuple[int, Place]](), list[str]()
+        try:
+            for answered in asyncio.as_completed(asking):
+                try:
+                    known.append(_named(await answered))
+                except (OSError, ReplyError) as error:
+                    complaints.append(_why(error))
+                if len(known) > len(asking) // 2:
+                    break
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
         if known:
             return address_of(max(known)[1], self._url)
-        raise ConnectionError(f"no sentinel names a primary {name}: " + "; ".join(map(_why, answers)))
+        raise ConnectionError(f"no sentinel names a primary {name}: " + "; ".join(complaints))
 
     async def _watch(self) -> None:
         """Leave a server that is not the primary any more, even if it does not know that."""
@@ -155,21 +169,16 @@ class Sentinels:
                         line.leave()
 
 
-def _knows(answer: list[Any]) -> bool:
-    return isinstance(answer[0], list) and isinstance(answer[1], list)
-
-
 def _named(answer: list[Any]) -> tuple[int, Place]:
-    (host, port), state = answer
+    """How many fail-overs a sentinel knows of, and the primary since then."""
+    place, state = unrefused(answer)
+    if place is None:
+        raise ConnectionError("it knows none of that name")
     said = dict(zip(state[::2], state[1::2], strict=True))
-    return int(said.get(b"config-epoch", 0)), Place(host.decode(), int(port))
+    return int(said.get(b"config-epoch", 0)), Place(place[0].decode(), int(place[1]))
 
 
-def _why(answer: Any) -> str:
-    if isinstance(answer, TimeoutError):
+def _why(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
         return f"no answer within {SENTINEL_SECONDS:g} s"
-    if isinstance(answer, BaseException):
-        hint = "; the URL's option sentinel_password is theirs" if "NOAUTH" in str(answer) else ""
-        return f"{answer}{hint}"
-    refusal = next((str(reply) for reply in answer if isinstance(reply, ReplyError)), "")
-    return refusal or "it knows none of that name"
+    return f"{error}; the URL's option sentinel_password is theirs" if "NOAUTH" in str(error) else str(error)

@@ -13,6 +13,7 @@ from redis_load import kept, load
 from redis_servers import Sentinels, eventually, start_sentinel
 
 from features.state import StoreError
+from service import line, topology
 from service.store import RedisStore
 
 pytestmark = pytest.mark.anyio
@@ -27,7 +28,7 @@ def sentinels(tmp_path):
 
 
 def store_at(url):
-    return RedisStore(url, timeout=1, ttl=100, on_damaged=lambda: None)
+    return RedisStore(url, timeout=5, ttl=100, on_damaged=lambda: None)
 
 
 async def test_a_primary_that_is_killed_under_load(sentinels, run):
@@ -135,7 +136,9 @@ async def make_replica(server, of):
     await writer.wait_closed()
 
 
-async def test_what_is_wrong_is_said(tmp_path):
+async def test_what_is_wrong_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(topology, "SENTINEL_SECONDS", 10)
+    monkeypatch.setattr(line, "FIND_SECONDS", 10)
     store = store_at(f"redis+sentinel://127.0.0.1:{free_port()}/m")
     with pytest.raises(StoreError, match=r"cannot be reached: no sentinel names a primary m: 127.0.0.1:\d+: .*Connect") as caught:
         await store.ping()
