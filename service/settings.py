@@ -6,15 +6,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from features.policy import COLDEST, HOTTEST
 
+from .store_url import parse_store_url, store_name
+
 PREFIX = "ADRANK_"
-SCHEMES = ("redis", "rediss", "unix", "memory")
 CGROUP = Path("/sys/fs/cgroup")
 SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
 
@@ -30,7 +30,7 @@ class Settings(BaseSettings):
 
     models: Path = Path("models")
     redis: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379/0"
-    """`redis://`, `rediss://`, `unix://`, or `memory://` for no Redis at all. May hold a password: log `store_name` instead."""
+    """A server, sentinels or a cluster (docs/redis.md), or `memory://` for no Redis. May hold a password: log `store_name` instead."""
     model: str | None = None
     """The model of requests that name none; by default the first by name."""
     host: str = "127.0.0.1"
@@ -80,20 +80,13 @@ class Settings(BaseSettings):
     @field_validator("redis")
     @classmethod
     def _is_store(cls, url: str) -> str:
-        try:
-            parts = urlsplit(url)
-            usable = parts.scheme in SCHEMES and parts.port != 0 and (bool(parts.hostname) or parts.scheme in ("unix", "memory"))
-        except ValueError:  # its text would quote the password
-            usable = False
-        if not usable:
-            raise ValueError("expected a URL such as redis://host:6379/0, rediss://…, unix:///path or memory://")
+        parse_store_url(url)
         return url
 
     @property
     def store_name(self) -> str:
         """The store's URL without its user name, password and options, for logs and answers."""
-        parts = urlsplit(self.redis)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return store_name(self.redis)
 
     @property
     def scoring_threads(self) -> int:

@@ -1,18 +1,18 @@
 """What `adrank doctor` asks of Redis or Valkey. Reads, and sends commands that cannot change anything; never changes anything."""
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import time
 from typing import Any
 
-from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import RedisError, ResponseError
-
 from features.streams import EVENTS, SERVED, STREAMS
 
-from .store import CHANGES, HASHES, PROBE, answering, connect
+from .line import Line, ReplyError
+from .store import CHANGES, HASHES, PROBE, answering, fields_of
 from .store_errors import NO_PERMISSION
 from .streams import GROUP
+from .topology import Route, open_servers
 
 CONNECT_SECONDS = 3.0
 SECONDS = 15.0
@@ -95,95 +95,88 @@ async def look(url: str, clock: Callable[[], float] = time) -> Looked:
     Raises:
         StoreError: it cannot be reached, does not answer in time, or refuses the password.
     """
-    client = connect(url, 2)
+    servers = open_servers(url)
+    route = servers.route(CONNECT_SECONDS)
     try:
         async with answering(CONNECT_SECONDS):
-            try:
-                await client.ping()
-            except ResponseError as error:
-                if not _denied(error):
-                    raise
+            lines = await route.lines()
+            for line in lines:
+                try:
+                    await line.ask(b"PING")
+                except ReplyError as error:
+                    if not _denied(error):
+                        raise
         async with answering(SECONDS):
-            return await look_with(client, clock)
+            denied, unwritable = await _probe(route, lines[0])
+            nodes = [await _node(line, clock, len(lines) > 1) for line in lines]
+            return Looked(nodes, await _ads(route), await _queues(route), denied, unwritable)
     finally:
-        await client.aclose()
+        servers.close()
+        await asyncio.sleep(0)
 
 
-async def look_with(client: Any, clock: Callable[[], float]) -> Looked:
-    """Ask with a client that is connected."""
-    nodes = [await _node(client, clock, *place) for place in _places(client)]
-    denied, unwritable = await _probe(client)
-    return Looked(nodes, await _ads(client), await _queues(client), denied, unwritable)
-
-
-def _places(client: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Each server by name, and the options that send it a command."""
-    if isinstance(client, RedisCluster):
-        return [(node.name, {"target_nodes": node}) for node in client.get_primaries()]
-    return [("", {})]
-
-
-async def _node(client: Any, clock: Callable[[], float], name: str, options: Mapping[str, Any]) -> Node:
+async def _node(line: Line, clock: Callable[[], float], named: bool) -> Node:
+    name = line.to.name if named and line.to else ""
     try:
         began = clock()
-        seconds, microseconds = await client.execute_command("TIME", **options)
+        seconds, microseconds = await line.ask(b"TIME")
         ahead: float | None = int(seconds) + int(microseconds) / 1e6 - (began + clock()) / 2
-    except ResponseError:
+    except ReplyError:
         ahead = None
     try:
-        return Node(name, await client.execute_command("INFO", **options), ahead)
-    except ResponseError:
+        return Node(name, _facts(await line.ask(b"INFO")), ahead)
+    except ReplyError:
         return Node(name, None, ahead)
 
 
-async def _ads(client: Any) -> int | None:
+def _facts(info: bytes) -> dict[str, str]:
+    pairs = (line.partition(":") for line in info.decode("utf-8", "replace").splitlines())
+    return {name: value for name, colon, value in pairs if colon}
+
+
+async def _ads(route: Route) -> int | None:
     try:
-        async with client.pipeline(transaction=False) as pipe:
-            for n in range(HASHES):
-                pipe.hlen(f"adrank:ads:{{{n}}}")
-            counts: list[int] = await pipe.execute()
-            return sum(counts)
-    except ResponseError:
+        return sum([int(await route.ask(b"HLEN", f"adrank:ads:{{{n}}}")) for n in range(HASHES)])
+    except ReplyError:
         return None
 
 
-async def _queues(client: Any) -> Mapping[str, Queue] | None:
+async def _queues(route: Route) -> Mapping[str, Queue] | None:
     try:
-        return {name: await _queue(client, name) for name in (*STREAMS, CHANGES)}
-    except ResponseError:
+        return {name: await _queue(route, name) for name in (*STREAMS, CHANGES)}
+    except ReplyError:
         return None
 
 
-async def _queue(client: Any, name: str) -> Queue:
-    length = await client.xlen(name)
-    first = await client.xrange(name, count=1)
+async def _queue(route: Route, name: str) -> Queue:
+    length = int(await route.ask(b"XLEN", name))
+    first = await route.ask(b"XRANGE", name, b"-", b"+", b"COUNT", b"1")
     oldest = time() - int(first[0][0].partition(b"-")[0]) / 1000 if first else None
     try:
-        groups = [group for group in await client.xinfo_groups(name) if group["name"] == GROUP.encode()]
-        consumers = await client.xinfo_consumers(name, GROUP) if groups else []
-    except ResponseError as error:
+        groups = [fields_of(group) for group in await route.ask(b"XINFO", b"GROUPS", name)]
+        has_joiner = any(group[b"name"] == GROUP.encode() for group in groups)
+        consumers = await route.ask(b"XINFO", b"CONSUMERS", name, GROUP) if has_joiner else []
+    except ReplyError as error:
         if _denied(error):
             raise
         return Queue(length, oldest)  # there is no such stream
-    idle = min((consumer["idle"] / 1000 for consumer in consumers), default=None)
-    return Queue(length, oldest, bool(groups), idle)
+    idle = min((int(fields_of(consumer)[b"idle"]) / 1000 for consumer in consumers), default=None)
+    return Queue(length, oldest, has_joiner, idle)
 
 
-async def _probe(client: Any) -> tuple[dict[str, list[str]], str | None]:
+async def _probe(route: Route, any_line: Line) -> tuple[dict[str, list[str]], str | None]:
     """What may not be done, by part of adrank; and why nothing can be written: it is a replica, full, or its disk is."""
     denied: dict[str, list[str]] = {}
     unwritable = None
     for part, commands in HARMLESS.items():
         for command in commands:
             try:
-                await client.execute_command(*command)
-            except ResponseError as error:
+                await (route if _key(command) else any_line).ask(*map(str.encode, command))
+            except ReplyError as error:
                 if _denied(error):
                     denied.setdefault(part, []).append(f"{command[0]} {_key(command)}".strip())
                 elif command[0] == "SET":
                     unwritable = str(error)
-            except (IndexError, KeyError, TypeError):  # redis-py could not make sense of an empty answer
-                continue
     return denied, unwritable
 
 
@@ -191,5 +184,5 @@ def _key(command: Sequence[str]) -> str:
     return next((word for word in command[1:] if word.startswith("adrank:")), "")
 
 
-def _denied(error: RedisError) -> bool:
+def _denied(error: ReplyError) -> bool:
     return any(sign.lower() in str(error).lower() for sign in NO_PERMISSION)

@@ -1,10 +1,7 @@
 """What is wrong between the service and its store, as a `StoreError` whose sentence a person can act on.
 
-Knows what Redis, redis-py and OpenSSL say, and nothing of what was asked.
+Knows what Redis and OpenSSL say, and nothing of what was asked.
 """
-
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from features.state import StoreError
 
@@ -12,6 +9,7 @@ DENIED = "store_denied"
 NO_PASSWORD = ("NOAUTH", "Authentication required", "HELLO must be called with the client already authenticated")
 WRONG_PASSWORD = ("WRONGPASS", "invalid username-password pair", "invalid password", "without any password configured")
 NO_PERMISSION = ("NOPERM", "no permissions to")
+SILENT = "; see whether host and port are right, and whether it speaks TLS if the URL says so"
 TLS = {
     "WRONG_VERSION_NUMBER": "it does not speak TLS at that port; write redis:// in place of rediss://, or name its TLS port",
     "record layer failure": "it does not speak TLS at that port; write redis:// in place of rediss://, or name its TLS port",
@@ -33,14 +31,12 @@ def told(error: Exception, seconds: float) -> StoreError:
     for sign, meaning in TLS.items():
         if sign in text:
             return StoreError("store_unreachable", f"the store cannot be reached: {meaning} ({text})")
-    if isinstance(error, RedisTimeoutError) and "connecting" in text:
-        detail = "no connection came about in time; see whether host and port are right, and whether it speaks TLS if the URL says so"
-        return StoreError("store_timeout", f"the store cannot be reached: {detail}")
-    if isinstance(error, TimeoutError | RedisTimeoutError):
+    if isinstance(error, TimeoutError):
         return StoreError("store_timeout", f"the store did not answer within {seconds:g} s")
-    if isinstance(error, RedisConnectionError | OSError):
-        return StoreError("store_unreachable", f"the store cannot be reached: {text}")
-    return StoreError("store_error", f"the store refused: {text}")
+    if isinstance(error, OSError):
+        return StoreError("store_unreachable", f"the store cannot be reached: {text}{SILENT if 'no answer within' in text else ''}")
+    hint = "; it is a cluster, whose URL begins with redis+cluster://" if text.startswith("MOVED") else ""
+    return StoreError("store_error", f"the store refused: {text}{hint}")
 
 
 def _says(text: str, signs: tuple[str, ...]) -> bool:

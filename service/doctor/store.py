@@ -68,7 +68,7 @@ def role(facts: Facts) -> Finding:
 
 def eviction(facts: Facts) -> Finding:
     """`noeviction`: all else takes ads, users or the log away when memory runs out."""
-    policy, bounded = str(facts.get("maxmemory_policy", "unknown")), bool(facts.get("maxmemory"))
+    policy, bounded = str(facts.get("maxmemory_policy", "unknown")), int(facts.get("maxmemory") or 0) > 0
     if policy == "noeviction":
         return _found("eviction", "ok", policy)
     lost = "users" if policy.startswith("volatile") else "users, ads and the log of what was served"
@@ -97,7 +97,7 @@ def persistence(facts: Facts) -> Finding:
         return _found(
             "persistence", "problem", "Redis could not write its data to disk the last time", "see its log, and its disk's free space"
         )
-    if facts.get("aof_enabled"):
+    if str(facts.get("aof_enabled", 0)) == "1":
         return _found("persistence", "ok", "appendonly")
     said = "appendonly is off: a restart loses what came after the last snapshot, if there is one"
     return _found("persistence", "warning", said, "set appendonly yes")
