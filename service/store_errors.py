@@ -21,13 +21,11 @@ def told(error: Exception, seconds: float) -> StoreError:
     """The failure of something that might take so many seconds."""
     text = str(error)
     if _says(text, NO_PERMISSION):
-        return StoreError(
-            DENIED, f"the store's user lacks a permission: {text.removeprefix('NOPERM ')}; docs/doctor.md lists what it needs"
-        )
+        return StoreError(DENIED, f"the store's user lacks a permission: {text.removeprefix('NOPERM ')}; docs/redis.md lists what it needs")
     if _says(text, NO_PASSWORD):
-        return StoreError(DENIED, "the store wants a password and was given none; put one into the URL in ADRANK_REDIS")
+        return StoreError(DENIED, f"the store wants a password and was given none ({text}); put one into the URL in ADRANK_REDIS")
     if _says(text, WRONG_PASSWORD):
-        return StoreError(DENIED, "the store refuses the user name or password of its URL; correct the one in ADRANK_REDIS")
+        return StoreError(DENIED, f"the store refuses the user name or password of its URL ({text}); correct the one in ADRANK_REDIS")
     for sign, meaning in TLS.items():
         if sign in text:
             return StoreError("store_unreachable", f"the store cannot be reached: {meaning} ({text})")

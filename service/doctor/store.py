@@ -106,7 +106,7 @@ def persistence(facts: Facts) -> Finding:
 def _rights(looked: Looked) -> Iterator[Finding]:
     for part, commands in looked.denied.items():
         grave: Status = "problem" if part == "adrank serve" else "warning"
-        cure = "grant it what docs/doctor.md lists: ACL SETUSER NAME ~adrank:* and the commands"
+        cure = "grant it what docs/redis.md lists, with ACL SETUSER"
         yield _found("permissions", grave, f"{part} may not: {', '.join(commands)}", cure)
     if not looked.denied:
         yield _found("permissions", "ok", "all commands that adrank gives")
