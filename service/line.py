@@ -152,6 +152,7 @@ class Line:
         except BaseException:
             connection.close()
             raise
+        connection.greeted()
         return connection
 
     def _drop(self, connection: "_Connection") -> None:
@@ -205,6 +206,12 @@ class _Connection(asyncio.Protocol):
         if self._timer is None:
             self._timer = self._loop.call_at(until, self._give_up, until)
         return futures
+
+    def greeted(self) -> None:
+        """The greeting, which may take long, is over: what is asked from now on sets a timer of its own."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def connection_made(self, transport: Any) -> None:
         """Asyncio says that the connection is open."""

@@ -16,7 +16,7 @@ SENTINEL_SECONDS = 1.0
 """How long a sentinel may take to answer. All are asked at the same time, and once most have answered nobody waits for the others:
 one often goes down together with the primary, on the same host.
 """
-WATCH_SECONDS = 1.0
+WATCH_SECONDS = 0.25
 """How often sentinels are asked whether the primary is another one: one that is only cut off does not say so itself."""
 
 
