@@ -177,7 +177,8 @@ class TestWaitedFor:
                 await until_ready(client, "ready")
             assert "word" not in log.read_text().replace("password", "")
 
-    async def test_a_repository_that_is_not_there_then_may_not_be_read(self, tmp_path, workers=2):
+    async def test_a_repository_that_is_not_there_then_may_not_be_read(self, tmp_path):
+        workers = 2
         models = tmp_path / "volume" / "models"
         async with starting(tmp_path, models=models, redis="memory://", workers=workers) as (client, log):
             await unready(client, f"no model is usable; waiting for one to be published in {models}")
