@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 K8S := build/k8s-tools/installed
 
-.PHONY: demo test lint bench k8s-test rollout-test lock images compose-test clean
+.PHONY: demo test lint bench k8s-test rollout-test redis-test lock images compose-test clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -37,6 +37,9 @@ images:  ## adrank/service and adrank/training; ARGS=service-gpu another
 
 compose-test: images  ## docker-compose.yml on a real engine: up, degraded, back, restarted under load, down, up again
 	$(PYTHON) docker/compose_test.py $(ARGS)
+
+redis-test: $(INSTALLED)  ## fail-overs and resharding beside a service under load: how long they take, what is lost
+	PYTHONPATH=. $(BIN)/python tests/redis_trouble.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info data/demo data/bench

@@ -1,6 +1,8 @@
 """The command line. It joins the offline and the online road, and loads of each only what a subcommand needs."""
 
 import asyncio
+import errno
+import io
 import json
 import os
 import signal
@@ -8,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -33,8 +35,11 @@ MENDABLE = (
     ("demo", "DemoError"),
     ("benchmarks.load", "LoadError"),
 )
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 SHARE = click.FloatRange(0, 1, min_open=True)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+PLACE = click.Path(readable=False, path_type=Path)
+"""What a service is pointed at is for the service to judge: it may wait for it."""
 
 
 class Refusal(click.ClickException):
@@ -146,7 +151,7 @@ def load(data: Path, redis: str | None) -> None:
 
 
 @cli.command(epilog="Example: adrank serve --models models --redis redis://127.0.0.1:6379/0 --workers 2")
-@click.option("--models", type=FOLDER, help="The model repository.")
+@click.option("--models", type=PLACE, help="The model repository.")
 @click.option("--redis", help="The store's URL. A password belongs into ADRANK_REDIS, not on the command line.")
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", type=int, help="Port to listen on; default 8000.")
@@ -159,6 +164,31 @@ def serve(**flags: Any) -> None:
     from service.workers import serve as run
 
     run(load_settings(flags))
+
+
+@cli.command(epilog="Example: adrank doctor --models models --redis redis://127.0.0.1:6379/0 --workers 2")
+@click.option("--models", type=PLACE, help="The model repository.")
+@click.option("--redis", help="The store's URL. A password belongs into ADRANK_REDIS, not on the command line.")
+@click.option("--host", help="Address to listen on; default 127.0.0.1.")
+@click.option("--port", help="Port to listen on; default 8000.")
+@click.option("--workers", help="Processes; default 1.")
+@click.option("--device", help="Where to score: cpu or cuda; default cpu.")
+@click.option("--precision", help="float32 or int8; default float32.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+def doctor(as_json: bool, **flags: Any) -> None:
+    """Say what is wrong with an installation and how to mend it; takes the flags of adrank serve. Changes nothing.
+
+    The exit code is 0 without a problem (there may be warnings), else that of the first area with one: 2 settings, 10 store, 11 models,
+    12 provider, 13 resources (threads, memory, open files), 14 clock, 15 port.
+    """
+    import logging
+
+    from service.doctor import examine, finding
+
+    logging.getLogger("service").addHandler(logging.NullHandler())  # what it would warn of is among the findings
+    findings = examine.examine(flags)
+    click.echo(json.dumps(finding.as_dict(findings)) if as_json else finding.table(findings))
+    sys.exit(finding.exit_code(findings))
 
 
 @cli.command(epilog="Example: adrank skew --log log --models models --since 2026-11-22")
@@ -250,7 +280,7 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
     try:
         stop = metrics.serve(metrics_port, metrics_host) if metrics_port else None
     except OSError as error:
-        raise Refusal(f"--metrics-port {metrics_port} cannot be listened on, on {metrics_host}: {error.strerror}") from error
+        raise Refusal(f"--metrics-port {metrics_port} cannot be listened on at {metrics_host}: {error.strerror}") from error
     try:
         into = (open_log if once_what else wait_for_log)(folder, models, name)
         print(asyncio.run(join_log(lambda: RedisStreams(url), into, JoinSettings(**rest), metrics, once_what)))
@@ -427,18 +457,45 @@ def _is_mendable(error: Exception) -> bool:
     return any(isinstance(error, getattr(sys.modules.get(module), name, ())) for module, name in MENDABLE)
 
 
+def _stand_any_terminal() -> None:
+    """Print where there is nobody to read, and in place of letters that the terminal does not have."""
+    if sys.stdout is None:
+        sys.stdout = _nowhere()
+    if sys.stderr is None:
+        sys.stderr = _nowhere()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _nowhere() -> TextIO:
+    return Path(os.devnull).open("w")
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run `adrank`: a mistake that a person can mend is one sentence and exit code 2, an interruption is exit code 130."""
+    _stand_any_terminal()
     try:
         cli(words, prog_name="adrank", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
+        if isinstance(error, click.BadParameter) and error.param and isinstance(error.param.type, click.Path):
+            error.ctx = None  # a matter of this machine: how the command is used would say nothing about it
         error.show()
         sys.exit(2)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
+    except BrokenPipeError:  # whoever read what is printed has left
+        sys.stdout = _nowhere()  # so that nothing is flushed to nobody at the end
+        sys.exit(1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            sys.stdout = _nowhere()
+            where = error.filename or "what is printed"
+            sys.stderr.write(f"Error: {error.strerror}, while writing {where}\n")
+            sys.exit(2)
         if not _is_mendable(error):
             raise
         sys.stderr.write(f"Error: {error}\n")

@@ -5,15 +5,12 @@ import json
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
-from redis import Redis
-from redis.exceptions import RedisError
 
 from features.state import StoreError
 from service.settings import Settings
-from service.store import RedisStore, user_key
+from service.store import RedisStore
 
 from .load import LoadError
 
@@ -42,7 +39,7 @@ def draw(settings: Settings, candidates: int) -> Entities:
     """
     if settings.redis.startswith("memory:"):
         raise LoadError("users and ads are drawn from Redis, and memory:// is none: name the service's store with --redis")
-    entities = Entities(_users(settings), asyncio.run(_ads(settings, max(ADS, candidates))))
+    entities = asyncio.run(_drawn(settings, max(ADS, candidates)))
     if not entities.user_ids or not entities.ad_ids:
         what = "ads" if entities.user_ids else "users"
         raise LoadError(f"the store {settings.store_name} has no {what}: fill it with adrank load, or name another with --redis")
@@ -51,27 +48,20 @@ def draw(settings: Settings, candidates: int) -> Entities:
     return entities
 
 
-def _users(settings: Settings) -> list[str]:
-    prefix = user_key("")[:-1]
-    try:
-        with Redis.from_url(settings.redis, socket_timeout=30, socket_connect_timeout=5) as redis:
-            keys = list(islice(redis.scan_iter(match=f"{prefix}*", count=1_000), USERS))
-    except (RedisError, OSError) as error:
-        raise StoreError("store_unreachable", f"the store {settings.store_name} cannot be read: {error}") from error
-    return [key.decode("utf-8", "replace").removeprefix(prefix)[:-1] for key in keys]
-
-
-async def _ads(settings: Settings, most: int) -> list[str]:
+async def _drawn(settings: Settings, most: int) -> Entities:
     store, found = RedisStore(settings.redis, timeout=5, ttl=1, on_damaged=lambda: None), set[str]()
     try:
+        user_ids = await store.user_ids(USERS)
         async with aclosing(store.all_ads()) as batches:  # type: ignore[type-var]  # a generator in fact
             async for batch in batches:
                 found.update(ad.ad_id for ad in batch if ad.active)
                 if len(found) >= most:
                     break
+    except StoreError as error:
+        raise StoreError(error.reason, f"the store {settings.store_name} cannot be read: {error}") from error
     finally:
         await store.close()
-    return sorted(found)
+    return Entities(user_ids, sorted(found))
 
 
 def bodies(entities: Entities, candidates: int, form: str = "ids", seed: int = 0) -> list[bytes]:

@@ -128,6 +128,23 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_publishable(models: Path, name: str) -> None:
+    """See that a model can be published, before hours are spent on it. Makes nothing.
+
+    Raises:
+        BundleError: the repository, or where it is to be made, is not a folder that this user may write.
+    """
+    there = models / check_name(name)
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        can = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError:
+        can = False
+    if not can:
+        raise BundleError(f"cannot publish {name} in {models}: {there} is not a folder that may be written; name another with --models")
+
+
 def publish(models: Path, name: str, files: Mapping[str, bytes], facts: Mapping[str, Any], make_current: bool = True) -> Path:
     """Write the files as a new version, by one rename, so that a reader sees all of it or none; and make it current, if so told.
 

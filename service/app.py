@@ -83,10 +83,10 @@ class Service:
         try:
             await self.store.ping()
         except StoreError as error:
-            store |= {"status": "down", "reason": error.reason}
+            store |= {"status": "down", "reason": error.reason, "detail": str(error)}
         reasons = [] if models.ready else [self.reload.waiting_for]
-        if models.ready and not catalogue.loaded:
-            reasons.append("the catalogue has not been loaded yet")
+        if not catalogue.loaded and (models.ready or catalogue.detail):
+            reasons.append(f"the catalogue has not been loaded yet: {catalogue.detail or 'it is being read'}")
         shaky = store["status"] == "down" or models.refused or catalogue.reason
         return {
             "status": "unready" if reasons else "degraded" if shaky else "ready",
@@ -98,6 +98,7 @@ class Service:
                 "ads": catalogue.ads,
                 "lag_seconds": round(catalogue.lag, 3),
                 "reason": catalogue.reason,
+                "detail": catalogue.detail,
             },
         }
 

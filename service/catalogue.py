@@ -39,6 +39,8 @@ class Catalogue:
         self._emptied = False
         self.reason: str | None = None
         """Why the catalogue is not in step with the store, None while it is."""
+        self.detail: str | None = None
+        """The same as a sentence, where the store has one."""
 
     def _empty(self) -> Ads:
         return Ads({fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()})
@@ -91,15 +93,15 @@ class Catalogue:
         while True:
             try:
                 cursor = await self.load() if cursor is None else await self._step(cursor)
-                pause, self.reason = BACK_OFF_SECONDS[0], "store_emptied" if self._emptied else None
+                pause, self.reason, self.detail = BACK_OFF_SECONDS[0], "store_emptied" if self._emptied else None, None
                 continue
             except ChangesLostError as error:
                 log.warning("reading the catalogue again: %s", error)
                 cursor = None
             except StoreError as error:
-                if self.reason is None:
+                if self.reason != error.reason:
                     log.warning("the catalogue is not followed for now: %s", error)
-                self.reason = error.reason
+                self.reason, self.detail = error.reason, str(error)
             self.observe()
             await asyncio.sleep(pause * random.uniform(0.5, 1))
             pause = min(pause * 2, BACK_OFF_SECONDS[1])

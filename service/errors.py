@@ -70,6 +70,10 @@ class ScoringError(ServiceError):
     """The model failed on a request or cannot be loaded; the fault is the model's or the machine's, not the caller's."""
 
 
+class DeviceError(ScoringError):
+    """The device that is to score is not there, or does not start."""
+
+
 class StoreDownError(ServiceError):
     """The store did not take events; they may be sent again, whatever part of them it took."""
 

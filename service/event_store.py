@@ -9,14 +9,15 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from features.events import JOINED, pack_event
 from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, StoreError
 from features.streams import EVENTS, FIELD
 from features.subject import Change, Outcome, Subject, together
 
-from .line import Command, Line, ReplyError
+from .line import Command, ReplyError, unrefused
+from .topology import Route
 
 ATTEMPTS = 60
 """How often a change is tried while others change the same. Of those who try at once, one succeeds each time."""
@@ -94,9 +95,9 @@ class _Turn(NamedTuple):
 class EventStore:
     """Applies events to what a server keeps."""
 
-    def __init__(self, line: Line, place: Callable[[Subject], Place], ttl: int, bounds: Bounds) -> None:
-        """The line to the server, the keys of a subject, seconds that a user's state is kept."""
-        self._line, self._place, self._ttl, self._bounds = line, place, ttl, bounds
+    def __init__(self, route: Route, place: Callable[[Subject], Place], ttl: int, bounds: Bounds) -> None:
+        """The way to the servers, the keys of a subject, seconds that a user's state is kept."""
+        self._route, self._place, self._ttl, self._bounds = route, place, ttl, bounds
 
     async def apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
         """What became of each event, beside the subjects.
@@ -129,7 +130,7 @@ class EventStore:
     async def _read(self, subjects: Sequence[Subject], waiting: Mapping[int, float]) -> dict[int, _Turn]:
         places = {i: self._place(subjects[i]) for i in waiting}
         commands = [command for i, place in places.items() for command in _reads(subjects[i], place)]
-        replies = iter(_unrefused(await self._line.ask_all(commands)))
+        replies = iter(unrefused(await self._route.ask_all(commands)))
         turns = {}
         for i, place in places.items():
             stored = (next(replies) or b"") if place.state else b""
@@ -141,35 +142,28 @@ class EventStore:
         events = [event for turn in turns for event in turn.change.fresh if event.type in JOINED]
         if not events:
             return
-        (length,) = _unrefused(await self._line.ask_all([(b"XLEN", EVENTS)]))
+        (length,) = unrefused(await self._route.ask_all([(b"XLEN", EVENTS)]))
         if length >= self._bounds.waiting:
             detail = (
                 f"{length:,} events wait to be joined, the most that are kept; see whether adrank join runs, and send these again later"
             )
             raise StoreError("backlog", detail)
-        _unrefused(await self._line.ask_all([(b"XADD", EVENTS, b"*", FIELD, pack_event(event)) for event in events]))
+        unrefused(await self._route.ask_all([(b"XADD", EVENTS, b"*", FIELD, pack_event(event)) for event in events]))
 
     async def _write(self, turns: Mapping[int, _Turn]) -> dict[int, bytes]:
         if not turns:
             return {}
         commands = [turn.write(self._ttl, self._bounds.seen_seconds) for turn in turns.values()]
-        replies = await self._line.ask_all(commands)
+        replies = await self._route.ask_all(commands)
         if any(isinstance(reply, ReplyError) and str(reply).startswith("NOSCRIPT") for reply in replies):
             # The server has been started since: nothing was done where it does not know the script, and what was done is not done twice.
             again = [(b"EVAL", WRITE, *command[2:]) for command in commands]
-            fresh = iter(await self._line.ask_all([again[i] for i, reply in enumerate(replies) if isinstance(reply, ReplyError)]))
+            fresh = iter(await self._route.ask_all([again[i] for i, reply in enumerate(replies) if isinstance(reply, ReplyError)]))
             replies = [next(fresh) if isinstance(reply, ReplyError) else reply for reply in replies]
-        return dict(zip(turns, _unrefused(replies), strict=True))
+        return dict(zip(turns, unrefused(replies), strict=True))
 
 
 def _reads(subject: Subject, place: Place) -> list[Command]:
     ids = [event.event_id for event in subject.events]
     state: list[Command] = [(b"HGET", place.state, place.field) if place.field else (b"GET", place.state)] if place.state else []
     return [*state, (b"ZMSCORE", place.seen, *ids)]
-
-
-def _unrefused(replies: Sequence[Any]) -> Sequence[Any]:
-    for reply in replies:
-        if isinstance(reply, ReplyError):
-            raise reply
-    return replies

@@ -7,19 +7,21 @@ and nothing of users or ads.
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import hiredis
 
 CONNECT_SECONDS = 5.0
+FIND_SECONDS = 2.0
+"""The same where others say which server it is, since they may know a better one soon."""
 REFUSED_SECONDS = 0.1
 """How long after a failed attempt to connect nobody tries again: a store that is down is not to be asked once a request."""
 SILENT_SECONDS = 1.0
 """A connection that owes replies and has been silent for so long is given up, since it may be half open."""
 MOST_WAITING = 10_000
-NOT_SERVING = ("LOADING", "NOAUTH", "WRONGPASS", "ERR max number of clients reached")
+NOT_SERVING = ("LOADING", "NOAUTH", "WRONGPASS", "MASTERDOWN", "CLUSTERDOWN", "ERR max number of clients reached")
 _INCOMPLETE = object()
 
 Command = tuple[str | bytes, ...]
@@ -37,16 +39,28 @@ class Address:
     host: str
     port: int
     path: str | None = None
-    tls: ssl.SSLContext | None = None
+    tls: Callable[[], ssl.SSLContext] | None = None
     greeting: Sequence[Command] = ()
+    primary: bool = False
+    """Whether only a primary will do: a connection to one that becomes a replica is given up."""
+
+    @property
+    def name(self) -> str:
+        """Of the server, for people."""
+        return self.path or (f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}")
+
+
+Find = Callable[[], Awaitable[Address]]
 
 
 class Line:
     """Asks one server. Connects when first asked and again whenever the connection is lost."""
 
-    def __init__(self, address: Address, timeout: float) -> None:
-        """The server, and the seconds that one command may take."""
+    def __init__(self, address: Address | Find, timeout: float) -> None:
+        """The server, or who knows it whenever a connection is opened, and the seconds that one command may take."""
         self._address, self._timeout = address, timeout
+        self.to: Address | None = None
+        """The server of the connection, or of the last one."""
         self._connection: _Connection | None = None
         self._opening: asyncio.Task[None] | None = None
         self._refusal, self._refused_until = "", 0.0
@@ -71,16 +85,12 @@ class Line:
         Raises:
             TimeoutError, ConnectionError, hiredis.ReplyError: as `ask` does; the first of them.
         """
-        until = asyncio.get_running_loop().time() + self._timeout
-        connection = self._connection or await self._connected(until)
-        replies = await _all(*connection.ask_all(commands, until))
-        for reply in replies:
-            if isinstance(reply, hiredis.ReplyError):
-                raise reply
-        return replies
+        return unrefused(await self.ask_all(commands, once=True))
 
-    async def ask_all(self, commands: Sequence[Command]) -> list[Any]:
+    async def ask_all(self, commands: Sequence[Command], once: bool = False) -> list[Any]:
         """The replies to commands that go out together, each as for `ask`; a refusal stands among them as its `ReplyError`.
+
+        With `once` they are never sent twice.
 
         Raises:
             TimeoutError: one did not come in time.
@@ -90,6 +100,8 @@ class Line:
         try:
             return await _all(*(self._connection or await self._connected(until)).ask_all(commands, until))
         except LostError:
+            if once:
+                raise
             return await _all(*(await self._connected(until)).ask_all(commands, until))
 
     async def _connected(self, until: float) -> "_Connection":
@@ -104,26 +116,57 @@ class Line:
         return self._connection
 
     async def _open(self) -> None:
-        loop, address = asyncio.get_running_loop(), self._address
-        connection = _Connection(loop, self._timeout, self._drop)
+        seconds = CONNECT_SECONDS if isinstance(self._address, Address) else FIND_SECONDS
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                if address.path is not None:
-                    await loop.create_unix_connection(lambda: connection, address.path)
-                else:
-                    await loop.create_connection(lambda: connection, address.host, address.port, ssl=address.tls)
-                for command in address.greeting:
-                    await connection.ask(command, loop.time() + CONNECT_SECONDS)
-            self._connection = connection
+            async with asyncio.timeout(seconds):
+                self.to = None
+                self.to = self._address if isinstance(self._address, Address) else await self._address()
+                self._connection = await self._connect(self.to)
+        except TimeoutError:
+            self._refuse(f"no answer within {seconds:g} s")
         except (OSError, hiredis.ReplyError) as error:
-            connection.close()
-            self._refusal, self._refused_until = str(error) or f"no answer within {CONNECT_SECONDS:g} s", loop.time() + REFUSED_SECONDS
+            self._refuse(str(error))
         finally:
             self._opening = None
+
+    def _refuse(self, why: str) -> None:
+        self._refusal = f"{self.to.name}: {why}" if self.to else why
+        self._refused_until = asyncio.get_running_loop().time() + REFUSED_SECONDS
+
+    async def _connect(self, address: Address) -> "_Connection":
+        loop = asyncio.get_running_loop()
+        connection = _Connection(loop, self._timeout, address.primary, self._drop)
+        try:
+            if address.path is not None:
+                await loop.create_unix_connection(lambda: connection, address.path)
+            else:
+                tls = address.tls() if address.tls else None
+                await loop.create_connection(lambda: connection, address.host, address.port, ssl=tls)
+            for command in address.greeting:
+                await connection.ask(command, loop.time() + CONNECT_SECONDS)
+            if address.primary and (await connection.ask((b"ROLE",), loop.time() + CONNECT_SECONDS))[0] != b"master":
+                raise ConnectionError("it is no primary")
+        except hiredis.ReplyError as error:  # a server that knows no AUTH would quote what came with it
+            connection.close()
+            raise ConnectionError(_without(str(error), address.greeting)) from None
+        except BaseException:
+            connection.close()
+            raise
+        connection.greeted()
+        return connection
 
     def _drop(self, connection: "_Connection") -> None:
         if connection is self._connection:
             self._connection = None
+
+    def leave(self) -> None:
+        """Give the connection up, if there is one: the server is elsewhere now. Who waits for a reply fails or asks again."""
+        if self._connection is not None:
+            self._connection.close()
+
+    async def lines(self) -> "Sequence[Line]":
+        """Itself: the lines to all the servers that it may ask."""
+        return [self]
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -136,8 +179,8 @@ class Line:
 class _Connection(asyncio.Protocol):
     """The replies that are awaited, in the order of their commands. One that nobody awaits any more is read and dropped."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float, on_lost: "Callable[[_Connection], None]") -> None:
-        self._loop, self._silence, self._on_lost = loop, max(SILENT_SECONDS, timeout), on_lost
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float, primary: bool, on_lost: "Callable[[_Connection], None]") -> None:
+        self._loop, self._silence, self._primary, self._on_lost = loop, max(SILENT_SECONDS, timeout), primary, on_lost
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE)
         self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()
         self._transport: Any = None  # uvloop's is no asyncio.Transport
@@ -164,6 +207,12 @@ class _Connection(asyncio.Protocol):
             self._timer = self._loop.call_at(until, self._give_up, until)
         return futures
 
+    def greeted(self) -> None:
+        """The greeting, which may take long, is over: what is asked from now on sets a timer of its own."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def connection_made(self, transport: Any) -> None:
         """Asyncio says that the connection is open."""
         self._transport = transport
@@ -175,9 +224,19 @@ class _Connection(asyncio.Protocol):
         try:
             while (reply := self._reader.gets()) is not _INCOMPLETE:
                 future, _ = self._waiting.popleft()
-                if not future.done():
-                    _settle(future, reply)
+                if isinstance(reply, hiredis.ReplyError):
+                    self._refused(future, reply)
+                elif not future.done():
+                    future.set_result(reply)
         except (hiredis.ProtocolError, IndexError):  # nothing that follows can be told apart
+            self.close()
+
+    def _refused(self, future: asyncio.Future[Any], reply: hiredis.ReplyError) -> None:
+        text = str(reply)
+        demoted = self._primary and text.startswith("READONLY")
+        if not future.done():
+            future.set_exception(ConnectionError(text) if demoted or text.startswith(NOT_SERVING) else reply)
+        if demoted:
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -209,13 +268,22 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
 
-def _settle(future: asyncio.Future[Any], reply: Any) -> None:
-    if not isinstance(reply, hiredis.ReplyError):
-        future.set_result(reply)
-    elif str(reply).startswith(NOT_SERVING):
-        future.set_exception(ConnectionError(str(reply)))
-    else:
-        future.set_exception(reply)
+def _without(text: str, greeting: Sequence[Command]) -> str:
+    for word in (word for command in greeting for word in command[1:]):
+        text = text.replace(f"'{word!s}'", "…")
+    return text
+
+
+def unrefused(replies: list[Any]) -> list[Any]:
+    """The replies, if none is a refusal.
+
+    Raises:
+        hiredis.ReplyError: the first of them.
+    """
+    for reply in replies:
+        if isinstance(reply, hiredis.ReplyError):
+            raise reply
+    return replies
 
 
 def _failed(futures: "list[asyncio.Future[Any]]", error: Exception) -> "list[asyncio.Future[Any]]":

@@ -35,6 +35,7 @@ NICE = 5
 other programs keep all processors busy, whoever wants the lock waits for as long as it waits for a processor."""
 SWITCH_SECONDS = 0.0002
 M_MMAP_THRESHOLD = -3  # of malloc.h
+UNREADABLE = "unreadable"
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -85,6 +86,12 @@ class Reload:
         """Why requests that name no model cannot be ranked yet."""
         if not self.looked:
             return "models are being loaded"
+        refused = self._ranker.models.refused
+        why = [self._said[UNREADABLE]] if UNREADABLE in self._said else [f"{name}: {reason}" for name, reason in sorted(refused.items())]
+        return self._waiting + "".join(f" ({each})" for each in why[:1])
+
+    @property
+    def _waiting(self) -> str:
         default = self._ranker.models.default
         wanted = f"model {default} is not usable" if default else "no model is usable"
         return f"{wanted}; waiting for one to be published in {self._settings.models}"
@@ -121,9 +128,9 @@ class Reload:
         try:
             found = await self._aside(look, self._settings.models)
         except OSError as error:
-            self._say("", f"the model repository cannot be read, so what is loaded stays: {error}")
+            self._say(UNREADABLE, f"the model repository cannot be read, so what is loaded stays: {error}")
         else:
-            self._said.pop("", None)
+            self._said.pop(UNREADABLE, None)
             for name in sorted(found.keys() | self._ranker.models.loaded.keys()):
                 await self._follow(name, found.get(name), refused)
             self._refuse(refused)
@@ -131,7 +138,7 @@ class Reload:
         if self._ranker.models.ready:
             self._said.pop("waiting", None)
         else:
-            self._say("waiting", self.waiting_for, logging.WARNING)
+            self._say("waiting", self._waiting, logging.WARNING)
         self._let_go()
         if self._held != before:
             self._freed = True
@@ -262,7 +269,14 @@ def look(models: Path) -> dict[str, Found]:
         OSError: it cannot be read; one that is not there has nothing.
     """
     homes = sorted(models.iterdir()) if models.exists() else []
-    return {home.name: _find(models, home) for home in homes if NAME.fullmatch(home.name) and (home / CURRENT).exists()}
+    return {home.name: _find(models, home) for home in homes if NAME.fullmatch(home.name) and _has_model(home)}
+
+
+def _has_model(home: Path) -> bool:
+    try:
+        return (home / CURRENT).exists()
+    except PermissionError:  # of this one alone: `_find` says so, and the others are followed
+        return True
 
 
 def _find(models: Path, home: Path) -> Found:

@@ -13,7 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 from features.encode import Feeds
 from features.vocabulary import Numbers
 
-from .errors import ScoringError
+from .errors import DeviceError, ScoringError
 from .tiles import TILE, Shape, candidates_of, fill, runs, shape_of, shapes, take_apart
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -27,6 +27,11 @@ OUTPUT = "p_click"
 TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
 SLICE = 512
 """Most candidates of one run: what the model keeps of them in between stays in the caches, however many a request has."""
+IDENTITY = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+"""A model in ONNX that gives back the one number that it takes: what a device can be tried with where there is no bundle."""
 WARM_SHAPES = ((1, 1), (1, 100), (50, 100), (50, 1_000))
 # ONNX Runtime's exceptions share no base below Exception.
 FAILURES: tuple[type[Exception], ...] = (
@@ -48,11 +53,10 @@ class Scorer:
             ScoringError: the device is not available, or the file is not a model with the output `p_click`.
         """
         self.provider = PROVIDERS[device]
-        if self.provider not in ort.get_available_providers():
-            raise ScoringError(f"device {device} is not available: this onnxruntime lacks {self.provider}; {INSTALL}")
+        _check_there(device)
         self._session = _open(model, self.provider, _options(threads))
         if self.provider not in self._session.get_providers():  # it falls back to the CPU by itself, many times slower
-            raise ScoringError(f"device {device} is not available: {self.provider} did not start, the log says what it misses; {INSTALL}")
+            raise DeviceError(f"device {device} is not available: {self.provider} did not start, the log says what it misses; {INSTALL}")
         self.inputs = tuple(entry.name for entry in self._session.get_inputs())
         if OUTPUT not in [entry.name for entry in self._session.get_outputs()]:
             raise ScoringError(f"{model} has no output {OUTPUT}")
@@ -171,6 +175,31 @@ class Bound:
         self._session.run_with_iobinding(self._binding, self._options)
         scores: Numbers = self._output.numpy()
         return scores
+
+
+def try_device(device: str) -> str:
+    """Start the provider of `cpu` or `cuda` on the smallest of models; what there is, in a few words.
+
+    Raises:
+        DeviceError: it is not available, or does not start.
+    """
+    _check_there(device)
+    provider = PROVIDERS[device]
+    if device == "cuda":
+        ort.preload_dlls()
+    try:
+        session = ort.InferenceSession(IDENTITY, _options(1), providers=[provider], enable_fallback=0)
+        session.run(None, {"x": np.zeros(1, np.float32)})
+    except FAILURES as error:
+        raise DeviceError(f"device {device} is not available: {provider} does not start ({error}); {INSTALL}") from error
+    if provider not in session.get_providers():
+        raise DeviceError(f"device {device} is not available: {provider} did not start; {INSTALL}")
+    return f"onnxruntime {ort.__version__}, {provider}"
+
+
+def _check_there(device: str) -> None:
+    if PROVIDERS[device] not in ort.get_available_providers():
+        raise DeviceError(f"device {device} is not available: this onnxruntime lacks {PROVIDERS[device]}; {INSTALL}")
 
 
 def _candidates(feeds: Feeds, some: slice) -> Feeds:

@@ -2,19 +2,21 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from features.policy import COLDEST, HOTTEST
 
+from .store_url import parse_store_url, store_name
+
 PREFIX = "ADRANK_"
-SCHEMES = ("redis", "rediss", "unix", "memory")
 CGROUP = Path("/sys/fs/cgroup")
+SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
 
 
 class SettingsError(ValueError):
@@ -28,7 +30,7 @@ class Settings(BaseSettings):
 
     models: Path = Path("models")
     redis: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379/0"
-    """`redis://`, `rediss://`, `unix://`, or `memory://` for no Redis at all. May hold a password: log `store_name` instead."""
+    """A server, sentinels or a cluster (docs/redis.md), or `memory://` for no Redis. May hold a password: log `store_name` instead."""
     model: str | None = None
     """The model of requests that name none; by default the first by name."""
     host: str = "127.0.0.1"
@@ -89,20 +91,13 @@ class Settings(BaseSettings):
     @field_validator("redis")
     @classmethod
     def _is_store(cls, url: str) -> str:
-        try:
-            parts = urlsplit(url)
-            usable = parts.scheme in SCHEMES and parts.port != 0 and (bool(parts.hostname) or parts.scheme in ("unix", "memory"))
-        except ValueError:  # its text would quote the password
-            usable = False
-        if not usable:
-            raise ValueError("expected a URL such as redis://host:6379/0, rediss://…, unix:///path or memory://")
+        parse_store_url(url)
         return url
 
     @property
     def store_name(self) -> str:
         """The store's URL without its user name, password and options, for logs and answers."""
-        parts = urlsplit(self.redis)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return store_name(self.redis)
 
     @property
     def scoring_threads(self) -> int:
@@ -120,14 +115,32 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
     Raises:
         SettingsError: naming the setting, what was wrong with it, and for an unknown one what may have been meant.
     """
+    for unknown in unknown_variables().values():
+        raise SettingsError(unknown)
+    settings, impossible = usable_settings(flags)
+    if impossible:
+        raise SettingsError("; ".join(impossible.values()))
+    return settings
+
+
+def unknown_variables() -> dict[str, str]:
+    """What is wrong with each `ADRANK_*` variable that is not a setting."""
     known = [PREFIX + name.upper() for name in Settings.model_fields]
-    for variable in sorted(name for name in os.environ if name.upper().startswith(PREFIX)):
-        if variable.upper() not in known:
-            raise SettingsError(f"{variable} is not a setting{_meant(variable.upper(), known)}")
+    given = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+    return {name: f"{name} is not a setting{_of_a_service(name) or _meant(name.upper(), known)}" for name in given}
+
+
+def usable_settings(flags: Mapping[str, Any] | None = None) -> tuple[Settings, dict[str, str]]:
+    """Settings as `load_settings` reads them, defaults in place of impossible ones, and what is wrong with each of these by its name."""
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
     try:
-        return Settings(**{name: value for name, value in (flags or {}).items() if value is not None})
+        return Settings(**given), {}
     except ValidationError as error:
-        raise SettingsError("; ".join(_sentence(mistake) for mistake in error.errors(include_input=False))) from None
+        impossible: dict[str, str] = {}
+        for mistake in error.errors(include_input=False):
+            impossible.setdefault(str(mistake["loc"][0]), _sentence(mistake))
+    defaults = {name: Settings.model_fields[name].default for name in impossible if name in Settings.model_fields}
+    return Settings(**{name: value for name, value in given.items() if name not in impossible}, **defaults), impossible
 
 
 def _sentence(mistake: Mapping[str, Any]) -> str:
@@ -135,7 +148,14 @@ def _sentence(mistake: Mapping[str, Any]) -> str:
     if mistake["type"] == "extra_forbidden":
         return f"{name} is not a setting{_meant(name, [PREFIX + known.upper() for known in Settings.model_fields])}"
     text = str(mistake["msg"]).removeprefix("Value error, ")
-    return f"setting {name}: {text[:1].lower()}{text[1:]}"
+    return f"setting {name}: {text[:1].lower()}{text[1:]}{_of_a_service(name)}"
+
+
+def _of_a_service(variable: str) -> str:
+    """Kubernetes tells a pod where each Service is in variables named after the Service, in a form that Docker once made up."""
+    if not SERVICE_LINK.search(variable.upper()) and not os.environ.get(variable, "").startswith(("tcp://", "udp://", "sctp://")):
+        return ""
+    return "; Kubernetes sets it for a Service whose name begins with adrank: say enableServiceLinks: false in the pod's spec"
 
 
 def _meant(name: str, known: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Users, ads and changes in Redis 7 or later, or Valkey. The only module that knows Redis; requests ask it over a `line`.
+"""Users, ads and changes in Redis 7 or later, or Valkey, however its servers are arranged (`topology.py`).
 
 `adrank:user:{<user id>}` is one packed state with a TTL. The catalogue is 64 hashes `adrank:ads:{<n>}`, ad id -> packed ad.
 `adrank:ads:changes` is a stream whose entries name ads that changed. How events change both is said in `event_store.py`. No command
@@ -14,14 +14,7 @@ from contextlib import asynccontextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
-import hiredis
 import msgpack
-from redis.asyncio import ConnectionPool, Redis, SSLConnection, UnixDomainSocketConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from features.state import (
     Ad,
@@ -38,13 +31,17 @@ from features.streams import FIELD, SERVED
 from features.subject import Outcome, Subject
 
 from .event_store import UNTOLD, Bounds, EventStore, Place
-from .line import Address, Command, Line
+from .line import Command, ReplyError, unrefused
+from .store_errors import told
+from .topology import open_servers
 
 CHANGES = "adrank:ads:changes"
 HASHES = 64
 BATCH = 500
 """Ads of one stream entry, users of one pipeline, ads of one scan: what is held in memory and on the wire at once."""
 CHANGES_KEPT = 10_000
+PROBE = "adrank:user:probe"
+"""A key that no user has, since those have braces."""
 ENTRIES_READ = 8
 BULK_SECONDS = 30.0
 """A bulk step, such as one batch of a load, may take this long; the request path has its own, short timeout."""
@@ -54,6 +51,8 @@ EVENT_SECONDS = 2.0
 """A step of a batch of events may take this long; its caller, unlike one who wants a ranking, can wait and would have to come again."""
 FOLLOW_SECONDS = 5.0
 """How long past its wait a read of changes may take: soon enough to notice a server that is there but silent."""
+WAIT_SECONDS = 5.0
+"""The longest wait for a change."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -93,19 +92,18 @@ class RedisStore:
     def __init__(self, url: str, timeout: float, ttl: int, on_damaged: Callable[[], None], bounds: Bounds = UNTOLD) -> None:
         """Seconds for a `get_user`, seconds that a user is kept, what counts a damaged ad, and what bounds events."""
         self._timeout, self._ttl, self._on_damaged = timeout, ttl, on_damaged
-        self._fast = Line(_address(url), timeout)
-        self._served = Line(_address(url), APPEND_SECONDS)  # of its own: a long batch must not stand before a user that is asked for
-        # A line of their own: the read of a ranking must not stand behind a thousand events.
-        self._eventful = Line(_address(url), EVENT_SECONDS)
+        self._servers = servers = open_servers(url)
+        # Routes of their own, so that no read of a user stands behind a long batch, a thousand events or a wait for changes.
+        self._fast, self._served, self._eventful = servers.route(timeout), servers.route(APPEND_SECONDS), servers.route(EVENT_SECONDS)
+        self._bulk, self._following = servers.route(BULK_SECONDS), servers.route(WAIT_SECONDS + FOLLOW_SECONDS)
         self._events = EventStore(self._eventful, place, ttl, bounds)
-        self._slow = connect(url, 8)  # the follower blocks on its connection; a request must never wait for that one
 
     async def get_user(self, user_id: str) -> UserState | None:
         """See `Store`; gives up after the timeout, whatever Redis or the network do."""
         try:
             value = await self._fast.ask(b"GET", user_key(user_id))
-        except (OSError, hiredis.ReplyError) as error:
-            raise _told(error, self._timeout) from error
+        except (OSError, ReplyError) as error:
+            raise told(error, self._timeout) from error
         if value is None:
             return None
         try:
@@ -116,46 +114,41 @@ class RedisStore:
     async def put_users(self, users: Iterable[tuple[str, UserState]]) -> None:
         """See `Store`."""
         for batch in _batches(users):
-            async with answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
-                for user_id, state in batch:
-                    pipe.set(user_key(user_id), pack_user(user_id, state), ex=self._ttl)
-                await pipe.execute()
+            ttl = str(self._ttl)
+            commands = [(b"SET", user_key(user_id), pack_user(user_id, state), b"EX", ttl) for user_id, state in batch]
+            async with answering(BULK_SECONDS):
+                unrefused(await self._bulk.ask_all(commands))
 
     async def put_ads(self, ads: Iterable[Ad]) -> None:
         """See `Store`. Announced after they are written: who hears of a change can read it."""
         for batch in _batches(ads):
-            hashes: dict[str, dict[str, bytes]] = defaultdict(dict)
+            hashes: dict[str, list[str | bytes]] = defaultdict(list)
             for ad in batch:
-                hashes[ads_key(ad.ad_id)][ad.ad_id] = pack_ad(ad)
-            async with answering(BULK_SECONDS), self._slow.pipeline(transaction=False) as pipe:
-                for key, values in hashes.items():
-                    pipe.hset(key, mapping=values)
-                await pipe.execute()
-                await self._announce([ad.ad_id for ad in batch])
-
-    async def _announce(self, ad_ids: Sequence[str]) -> None:
-        await self._slow.xadd(CHANGES, {"ads": msgpack.packb(ad_ids)}, maxlen=CHANGES_KEPT, approximate=True)
+                hashes[ads_key(ad.ad_id)] += (ad.ad_id, pack_ad(ad))
+            async with answering(BULK_SECONDS):
+                unrefused(await self._bulk.ask_all([(b"HSET", key, *values) for key, values in hashes.items()]))
+                await self._bulk.ask(*_announcement([ad.ad_id for ad in batch]))
 
     async def apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
         """See `Store`."""
         try:
             outcomes = await self._events.apply(subjects)
-        except (OSError, hiredis.ReplyError) as error:
-            raise _told(error, EVENT_SECONDS) from error
+        except (OSError, ReplyError) as error:
+            raise told(error, EVENT_SECONDS) from error
         # Those of duplicates too: who did such an event first may not have lived to announce it.
         for batch in _batches(dict.fromkeys(subject.id for subject in subjects if subject.kind == "ad")):
             async with answering(EVENT_SECONDS):
-                await self._announce(batch)
+                await self._eventful.ask(*_announcement(batch))
         return outcomes
 
     async def all_ads(self) -> AsyncIterator[list[Ad]]:
         """See `Store`. An ad may come twice (HSCAN); a damaged one is left out and counted."""
         for n in range(HASHES):
-            cursor = -1
-            while cursor:
+            cursor = b""
+            while cursor != b"0":
                 async with answering(BULK_SECONDS):
-                    cursor, found = await self._slow.hscan(f"adrank:ads:{{{n}}}", max(cursor, 0), count=BATCH)
-                yield [ad for ad_id, value in found.items() if (ad := self._ad(ad_id, value))]
+                    cursor, found = await self._bulk.ask(b"HSCAN", f"adrank:ads:{{{n}}}", cursor or b"0", b"COUNT", str(BATCH))
+                yield [ad for ad_id, value in fields_of(found).items() if (ad := self._ad(ad_id, value))]
 
     async def cursor(self) -> str:
         """See `Store`. The id of the last change, and how many there have ever been."""
@@ -166,18 +159,20 @@ class RedisStore:
     async def changed_ads(self, cursor: str, wait: float) -> tuple[list[Ad], str]:
         """See `Store`."""
         last, _, count = cursor.partition("/")
+        wait = min(wait, WAIT_SECONDS)
         async with answering(wait + FOLLOW_SECONDS):
             # A block of 0 would wait for ever.
-            reply = await self._slow.xread({CHANGES: last}, count=ENTRIES_READ, block=max(1, int(wait * 1000)))
+            command = (b"XREAD", b"COUNT", str(ENTRIES_READ), b"BLOCK", str(max(1, int(wait * 1000))), b"STREAMS", CHANGES, last)
+            reply = await self._following.ask(*command)
             # Checked after reading: what was read before it was trimmed is not lost.
             await self._check_reach(last, int(count))
             entries = reply[0][1] if reply else []
-            ads = await self._read(dict.fromkeys(ad_id for _, entry in entries for ad_id in _announced(entry)))
+            ads = await self._read(dict.fromkeys(ad_id for _, entry in entries for ad_id in _announced(fields_of(entry))))
         return ads, f"{entries[-1][0].decode()}/{int(count) + len(entries)}" if entries else cursor
 
     async def _check_reach(self, last: str, count: int) -> None:
         """The entry at the cursor still stands, so all after it do; or else exactly those up to the cursor have gone."""
-        if await self._slow.xrange(CHANGES, last, last, count=1):
+        if await self._following.ask(b"XRANGE", CHANGES, last, last, b"COUNT", b"1"):
             return
         newest, added, gone = await self._stream()
         if gone != count or _order(newest) < _order(last):
@@ -186,13 +181,13 @@ class RedisStore:
     async def _stream(self) -> tuple[str, int, int]:
         """Id of the last entry, how many entries there have ever been, and how many of them have been trimmed."""
         try:
-            info = await self._slow.xinfo_stream(CHANGES)
-        except ResponseError as error:
+            info = fields_of(await self._following.ask(b"XINFO", b"STREAM", CHANGES))
+        except ReplyError as error:
             if "no such key" in str(error):
                 return "0-0", 0, 0
             raise
-        added = int(info["entries-added"])
-        return info["last-generated-id"].decode(), added, added - int(info["length"])
+        added = int(info[b"entries-added"])
+        return info[b"last-generated-id"].decode(), added, added - int(info[b"length"])
 
     async def _read(self, ad_ids: Iterable[str]) -> list[Ad]:
         """The ads as they are now; one that is not there any more has left."""
@@ -201,10 +196,7 @@ class RedisStore:
             by_hash[ads_key(ad_id)].append(ad_id)
         if not by_hash:
             return []
-        async with self._slow.pipeline(transaction=False) as pipe:
-            for key, wanted in by_hash.items():
-                pipe.hmget(key, wanted)
-            replies = await pipe.execute()
+        replies = unrefused(await self._following.ask_all([(b"HMGET", key, *wanted) for key, wanted in by_hash.items()]))
         pairs = [pair for wanted, values in zip(by_hash.values(), replies, strict=True) for pair in zip(wanted, values, strict=True)]
         found = [Ad(ad_id, {}, active=False) if value is None else self._ad(ad_id, value) for ad_id, value in pairs]
         return [ad for ad in found if ad]
@@ -222,45 +214,47 @@ class RedisStore:
         commands: list[Command] = [(b"XADD", SERVED, b"*", FIELD, record) for record in records]
         try:
             replies = await self._served.ask_once([*commands, (b"XLEN", SERVED)])
-        except (OSError, hiredis.ReplyError) as error:
-            raise _told(error, APPEND_SECONDS) from error
+        except (OSError, ReplyError) as error:
+            raise told(error, APPEND_SECONDS) from error
         return int(replies[-1])
 
     async def ping(self) -> None:
         """See `Store`."""
         try:
-            await self._fast.ask(b"PING")
-        except (OSError, hiredis.ReplyError) as error:
-            raise _told(error, self._timeout) from error
+            lines = await self._fast.lines()
+            # A GET too, which is what a request needs: a user of the store may be allowed PING and not that.
+            await asyncio.gather(self._fast.ask(b"GET", PROBE), *(line.ask(b"PING") for line in lines))
+        except (OSError, ReplyError) as error:
+            raise told(error, self._timeout) from error
+
+    async def user_ids(self, most: int) -> list[str]:
+        """Users that there are, `most` at most. For tools: it asks for keys by the thousand.
+
+        Raises:
+            StoreError: the store does not answer.
+        """
+        start, found = user_key("")[:-1].encode(), dict[bytes, None]()
+        async with answering(BULK_SECONDS):
+            for line in await self._bulk.lines():
+                cursor = b""
+                while cursor != b"0" and len(found) < most:
+                    cursor, keys = await line.ask(b"SCAN", cursor or b"0", b"MATCH", start + b"*", b"COUNT", b"1000")
+                    found |= dict.fromkeys(keys)
+        return [key.removeprefix(start)[:-1].decode("utf-8", "replace") for key in islice(found, most)]
 
     async def close(self) -> None:
         """See `Store`."""
-        self._fast.close()
-        self._served.close()
-        self._eventful.close()
-        await self._slow.aclose()
+        self._servers.close()
+        await asyncio.sleep(0)  # the event loop closes their sockets in its next turn, if it has one
 
 
-def connect(url: str, connections: int) -> Any:
-    """A client. Untyped: redis-py's types of replies are the union over all of its modes."""
-    # RESP2, since RESP3 lets the server push data between replies, and redis-py then stops checking a pooled connection for
-    # stray data. One immediate retry mends a connection that the server closed while idle; backing off is for the follower.
-    retry = Retry(NoBackoff(), 1)
-    return Redis.from_url(url, protocol=2, max_connections=connections, retry=retry, socket_timeout=None, socket_connect_timeout=5)
+def fields_of(words: Sequence[Any]) -> dict[Any, Any]:
+    """A reply of names and values in turn, as a mapping."""
+    return dict(zip(words[::2], words[1::2], strict=True))
 
 
-def _address(url: str) -> Address:
-    """What redis-py reads out of a URL, its options for TLS included."""
-    as_read: Any = ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
-    greeting: list[Command] = []
-    if as_read.password:
-        greeting.append(("AUTH", *([as_read.username] if as_read.username else []), as_read.password))
-    if as_read.db:
-        greeting.append(("SELECT", str(as_read.db)))
-    if isinstance(as_read, UnixDomainSocketConnection):
-        return Address("", 0, as_read.path, None, greeting)
-    tls = as_read.ssl_context.get() if isinstance(as_read, SSLConnection) else None
-    return Address(as_read.host, as_read.port, None, tls, greeting)
+def _announcement(ad_ids: Sequence[str]) -> Command:
+    return (b"XADD", CHANGES, b"MAXLEN", b"~", str(CHANGES_KEPT), b"*", b"ads", msgpack.packb(ad_ids))
 
 
 @asynccontextmanager
@@ -269,17 +263,8 @@ async def answering(seconds: float) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(seconds):
             yield
-    except (OSError, RedisError) as error:
-        raise _told(error, seconds) from error
-
-
-def _told(error: Exception, seconds: float) -> StoreError:
-    if isinstance(error, TimeoutError | RedisTimeoutError):
-        return StoreError("store_timeout", f"the store did not answer within {seconds:g} s")
-    if isinstance(error, RedisConnectionError | OSError):
-        return StoreError("store_unreachable", f"the store cannot be reached: {error}")
-    # To an unknown command a server answers with the arguments, and so with users: of them nothing is to be in a log.
-    return StoreError("store_error", f"the store refused: {str(error).partition(', with args')[0]}")
+    except (OSError, ReplyError) as error:
+        raise told(error, seconds) from error
 
 
 def _announced(entry: dict[bytes, bytes]) -> Sequence[str]:

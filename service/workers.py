@@ -22,6 +22,7 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
 from . import logs
+from .preflight import check_start
 from .server import Connection, Member, Server
 from .settings import Settings, SettingsError, load_settings, processors
 
@@ -45,11 +46,12 @@ def serve(settings: Settings) -> None:
     """Run the server until it is told to stop; requests that are on their way are answered first.
 
     Raises:
-        SettingsError: requests are to be traced, and cannot be.
+        SettingsError: it cannot be served with these settings on this machine.
         ListenError: the port is not to be had.
         SystemExit: no worker could be started.
     """
     _check_traces(settings)
+    check_start(settings)
     listeners = listen(settings.host, settings.port)
     os.environ.update(settings.environment())
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy, not imported yet, would start a thread for each processor of the host
@@ -98,14 +100,15 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         for listener in listeners:
             listener.close()
-        why = f"cannot listen on {host} port {port}: {_reason(error)}"
+        why = f"cannot listen on {host} port {port}: {reason(error)}"
         raise ListenError(f"{why}; choose another with --host and --port, or ADRANK_HOST and ADRANK_PORT") from error
     for listener in listeners:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each connection inherits it
     return listeners
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
+    """What the system says of it, in words."""
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
 
 
@@ -286,7 +289,7 @@ class Parent:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(listener)
             except OSError as error:  # it left while it waited, or there are no more file descriptors
-                log.warning("a connection could not be accepted: %s", _reason(error))
+                log.warning("a connection could not be accepted: %s", reason(error))
                 await asyncio.sleep(FULL_SECONDS)
                 continue
             with connection:  # the worker gets a handle of its own

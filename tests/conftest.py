@@ -92,6 +92,32 @@ def servers() -> Iterator[Callable[[str], Server]]:
         server.stop()
 
 
+@pytest.fixture(scope="session")
+def arrangements(servers: Callable[[str], Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """The URL of a server of each kind, of sentinels and of a cluster, started when first asked for and emptied when asked for again."""
+    from redis_servers import Nodes, Sentinels, client_of  # noqa: PLC0415  # it imports this module
+
+    started: dict[str, Any] = {}
+
+    def of_kind(kind: str) -> str:
+        if kind in BINARIES:
+            url = servers(kind).url
+        else:
+            if kind not in started:
+                started[kind] = {"sentinel": Sentinels, "cluster": Nodes}[kind](tmp_path_factory.mktemp(kind))
+            url = started[kind].url
+        with client_of(url) as client:
+            client.flushall()
+        return url
+
+    yield of_kind
+    for each in started.values():
+        each.stop()
+
+
+ARRANGEMENTS = (*BINARIES, "sentinel", "cluster")
+
+
 @pytest.fixture(params=["redis-server", "valkey"])
 def shared_server(request: pytest.FixtureRequest, servers: Callable[[str], Server]) -> Server:
     """Each kind of server in turn, for tests that leave it running."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import bundles
 import numpy as np
 import polars as pl
-import redis
 from processes import ROOT, environment
+from redis_servers import client_of
 
 from features.events import Event, pack_event
 from features.served import Served, pack_served
@@ -67,7 +67,7 @@ class Writer:
     """The service's side of the streams."""
 
     def __init__(self, url: str) -> None:
-        self.redis = redis.Redis.from_url(url)
+        self.redis = client_of(url)
 
     def add(self, *records: Served | Event | tuple[str, bytes]) -> None:
         """Append records, or raw values to a stream."""
@@ -80,6 +80,12 @@ class Writer:
                 else:
                     pipe.xadd(record[0], {"v": record[1]})
             pipe.execute()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.redis.close()
 
     def lengths(self) -> tuple[int, int]:
         return self.redis.xlen(SERVED), self.redis.xlen(EVENTS)

@@ -369,7 +369,7 @@ def test_an_empty_store_and_one_that_is_down_are_sentences(server: Server) -> No
         (["--url", "http://h:99999"], "is not the address of a service"),
         (["--candidates", "0"], "--candidates"),
         (["--redis", "redis:/x"], "setting ADRANK_REDIS"),
-        (["--redis", "redis://127.0.0.1:1/0"], "the store redis://127.0.0.1:1/0 cannot be read: .*Connection refused"),
+        (["--redis", "redis://127.0.0.1:1/0"], "the store redis://127.0.0.1:1/0 cannot be read: .*Connect"),
     ],
 )
 def test_bad_words_are_one_sentence(words: list[str], sentence: str) -> None:

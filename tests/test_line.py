@@ -186,6 +186,17 @@ async def test_the_greeting_comes_first_and_one_that_is_refused_is_told(echo):
     assert [b"GET", b"x"] not in echo.asked[4:]
 
 
+async def test_a_greeting_may_take_long_and_what_follows_it_may_not(echo):
+    line = echo.line(timeout=0.05, greeting=[("SELECT", "3")])
+    await line.ask(b"GET", b"x")
+    echo.mute = True
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        await line.ask(b"GET", b"y")
+    assert time.monotonic() - began < module.CONNECT_SECONDS / 2
+    line.close()
+
+
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_reply_that_came_while_the_loop_was_busy_is_no_timeout(new_loop):
     server = Server("valkey")

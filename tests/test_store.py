@@ -7,7 +7,7 @@ import time
 import msgpack
 import pytest
 import redis.asyncio
-from conftest import Server, free_port
+from conftest import ARRANGEMENTS, Server, free_port
 
 from features.events import Event
 from features.state import HISTORY_LIMIT, SEEN_LIMIT, Ad, ChangesLostError, MemoryStore, StoreError, UserState, pack_ad, pack_user
@@ -38,15 +38,12 @@ async def redis_only(raw, shared_server):
     await store.close()
 
 
-@pytest.fixture(params=["memory", "redis-server", "valkey"])
-async def store(request, servers):
+@pytest.fixture(params=["memory", *ARRANGEMENTS])
+async def store(request, arrangements):
     if request.param == "memory":
         yield MemoryStore()
         return
-    url = servers(request.param).url
-    async with redis.asyncio.Redis.from_url(url, protocol=2) as client:
-        await client.flushall()
-    store = redis_store(url)
+    store = redis_store(arrangements(request.param))
     yield store
     await store.close()
 

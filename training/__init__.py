@@ -1,1 +1,5 @@
 """The offline road: a log becomes a bundle."""
+
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime tells its maker of each session, unless it is told not to

@@ -19,7 +19,20 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from features.bundle import CUDA_MODEL, GOLDENS, INT8_MODEL, MODEL, SCHEMA, VOCABULARIES, Bundle, BundleError, Golden, goldens_json, publish
+from features.bundle import (
+    CUDA_MODEL,
+    GOLDENS,
+    INT8_MODEL,
+    MODEL,
+    SCHEMA,
+    VOCABULARIES,
+    Bundle,
+    BundleError,
+    Golden,
+    check_publishable,
+    goldens_json,
+    publish,
+)
 from features.encode import Encoder, Features, Feeds
 from features.schema import Schema, Side
 
@@ -217,6 +230,7 @@ def train_and_publish(
         raise TrainError(f"there is no network {family!r}; there are {', '.join(NETWORKS)}")
     network, loop = overridden(given, NETWORKS[family].settings(), TrainSettings())
     check_int8(family, loop)
+    check_publishable(models, name)
     trained = train(data, family, network, loop, progress)
     task = progress.add_task("exporting", total=1)
     path = export(data, trained, models, name, progress)

@@ -1,0 +1,65 @@
+"""What `adrank serve` refuses to start with: what no waiting would mend. All else is waited for, unready, and told on `/readyz`."""
+
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+from .settings import Settings, SettingsError
+
+
+def check_start(settings: Settings) -> None:
+    """Refuse what cannot be served with.
+
+    Raises:
+        SettingsError: the model repository is no folder, the device is not there, or workers have nowhere to count together.
+    """
+    for wrong in (models_wrong(settings), metrics_wrong(settings), device_wrong(settings)):
+        if wrong:
+            raise SettingsError(wrong)
+
+
+def models_wrong(settings: Settings) -> str | None:
+    """Why the path of the model repository cannot ever hold models; one that is not there yet may still be made or mounted."""
+    try:
+        is_other = settings.models.exists() and not settings.models.is_dir()
+    except OSError:  # not to be read now: a matter of the volume
+        return None
+    return f"the model repository {settings.models} is not a folder; name another with --models or ADRANK_MODELS" if is_other else None
+
+
+def metrics_wrong(settings: Settings) -> str | None:
+    """Why several workers cannot keep their metrics where all of them see them."""
+    if settings.workers == 1:
+        return None
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        return (
+            f"{settings.workers} workers count together in files, and there is no folder to write them to: "
+            "set TMPDIR to one, such as a volume in memory, or use --workers 1"
+        )
+    return None
+
+
+def device_wrong(settings: Settings) -> str | None:
+    """Why the device cannot score. It is tried in a process of its own, which gives the device's memory back."""
+    if settings.device == "cpu":
+        return None
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        try:
+            return process.submit(tried, settings.device).result()
+        except BrokenProcessPool:
+            return f"device {settings.device} is not available: the process that tried it was killed"
+
+
+def tried(device: str) -> str | None:
+    """What is wrong with a device, None where it starts."""
+    from .errors import DeviceError  # noqa: PLC0415  # ONNX Runtime is not for the process that only hands out connections
+    from .scorer import try_device  # noqa: PLC0415
+
+    try:
+        try_device(device)
+    except DeviceError as error:
+        return str(error)
+    return None

@@ -1,0 +1,188 @@
+"""What `adrank doctor` asks of Redis or Valkey. Reads, and sends commands that cannot change anything; never changes anything."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import time
+from typing import Any
+
+from features.streams import EVENTS, SERVED, STREAMS
+
+from .line import Line, ReplyError
+from .store import CHANGES, HASHES, PROBE, answering, fields_of
+from .store_errors import NO_PERMISSION
+from .streams import GROUP
+from .topology import Route, open_servers
+
+CONNECT_SECONDS = 3.0
+SECONDS = 15.0
+"""For all questions together."""
+NOWHERE = "adrank:seen:probe"
+NOBODY = "adrank-doctor"
+HARMLESS: Mapping[str, Sequence[Sequence[str]]] = {
+    "adrank serve": (
+        ("GET", PROBE),
+        ("HSCAN", "adrank:ads:{0}", "0", "COUNT", "1"),
+        ("HMGET", "adrank:ads:{0}", ""),
+        ("XREAD", "COUNT", "1", "STREAMS", CHANGES, "$"),
+        ("XRANGE", CHANGES, "0-1", "0-1", "COUNT", "1"),
+        ("XINFO", "STREAM", CHANGES),
+        ("XLEN", SERVED),
+        ("XADD", SERVED, "0-0", "v", ""),
+    ),
+    "POST /v1/events": (
+        ("HGET", "adrank:ads:{0}", ""),
+        ("ZMSCORE", NOWHERE, ""),
+        ("EVALSHA", "0" * 40, "1", NOWHERE),
+        ("SET", PROBE, "", "XX"),
+        ("HSET", "adrank:ads:{0}", "a", "b", "c"),
+        ("ZADD", NOWHERE, "XX", "0", ""),
+        ("ZCARD", NOWHERE),
+        ("ZRANGE", NOWHERE, "0", "0"),
+        ("ZREMRANGEBYSCORE", NOWHERE, "1", "0"),
+        ("ZREMRANGEBYRANK", NOWHERE, "1", "0"),
+        ("EXPIREAT", NOWHERE, "1"),
+        ("TIME",),
+        ("XADD", EVENTS, "0-0", "v", ""),
+        ("XADD", CHANGES, "0-0", "v", ""),
+    ),
+    "adrank join": (
+        ("XGROUP", "CREATE", SERVED, NOBODY, "none"),
+        ("XREADGROUP", "GROUP", NOBODY, NOBODY, "COUNT", "1", "STREAMS", SERVED, ">"),
+        ("XACK", SERVED, NOBODY, "0-0"),
+        ("XDEL", SERVED, "0-0"),
+        ("XINFO", "STREAM", SERVED),
+    ),
+}
+"""Commands of each part of adrank, in a form that changes nothing: an id that no entry can have, a key that is nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One server: what INFO says, None where it may not be asked, and how many seconds its clock is ahead of ours."""
+
+    name: str
+    facts: Mapping[str, Any] | None
+    ahead: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A stream: its entries, seconds since the oldest was appended, whether a joiner has ever read, and seconds since it last did."""
+
+    length: int = 0
+    oldest: float | None = None
+    has_joiner: bool = False
+    idle: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What was found. `ads` and `queues` are None where they may not be read."""
+
+    nodes: Sequence[Node]
+    ads: int | None
+    queues: Mapping[str, Queue] | None
+    denied: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By part of adrank the commands that the store's user may not give."""
+    unwritable: str | None = None
+    """Why nothing can be written at all."""
+
+
+async def look(url: str, clock: Callable[[], float] = time) -> Looked:
+    """Ask the store that the URL names, in a cluster each of its primaries; `clock` is this machine's.
+
+    Raises:
+        StoreError: it cannot be reached, does not answer in time, or refuses the password.
+    """
+    servers = open_servers(url)
+    route = servers.route(CONNECT_SECONDS)
+    try:
+        async with answering(CONNECT_SECONDS):
+            lines = await route.lines()
+            for line in lines:
+                try:
+                    await line.ask(b"PING")
+                except ReplyError as error:
+                    if not _denied(error):
+                        raise
+        async with answering(SECONDS):
+            denied, unwritable = await _probe(route, lines[0])
+            nodes = [await _node(line, clock, len(lines) > 1) for line in lines]
+            return Looked(nodes, await _ads(route), await _queues(route), denied, unwritable)
+    finally:
+        servers.close()
+        await asyncio.sleep(0)
+
+
+async def _node(line: Line, clock: Callable[[], float], named: bool) -> Node:
+    name = line.to.name if named and line.to else ""
+    try:
+        began = clock()
+        seconds, microseconds = await line.ask(b"TIME")
+        ahead: float | None = int(seconds) + int(microseconds) / 1e6 - (began + clock()) / 2
+    except ReplyError:
+        ahead = None
+    try:
+        return Node(name, _facts(await line.ask(b"INFO")), ahead)
+    except ReplyError:
+        return Node(name, None, ahead)
+
+
+def _facts(info: bytes) -> dict[str, str]:
+    pairs = (line.partition(":") for line in info.decode("utf-8", "replace").splitlines())
+    return {name: value for name, colon, value in pairs if colon}
+
+
+async def _ads(route: Route) -> int | None:
+    try:
+        return sum([int(await route.ask(b"HLEN", f"adrank:ads:{{{n}}}")) for n in range(HASHES)])
+    except ReplyError:
+        return None
+
+
+async def _queues(route: Route) -> Mapping[str, Queue] | None:
+    try:
+        return {name: await _queue(route, name) for name in (*STREAMS, CHANGES)}
+    except ReplyError:
+        return None
+
+
+async def _queue(route: Route, name: str) -> Queue:
+    length = int(await route.ask(b"XLEN", name))
+    first = await route.ask(b"XRANGE", name, b"-", b"+", b"COUNT", b"1")
+    oldest = time() - int(first[0][0].partition(b"-")[0]) / 1000 if first else None
+    try:
+        groups = [fields_of(group) for group in await route.ask(b"XINFO", b"GROUPS", name)]
+        has_joiner = any(group[b"name"] == GROUP.encode() for group in groups)
+        consumers = await route.ask(b"XINFO", b"CONSUMERS", name, GROUP) if has_joiner else []
+    except ReplyError as error:
+        if _denied(error):
+            raise
+        return Queue(length, oldest)  # there is no such stream
+    idle = min((int(fields_of(consumer)[b"idle"]) / 1000 for consumer in consumers), default=None)
+    return Queue(length, oldest, has_joiner, idle)
+
+
+async def _probe(route: Route, any_line: Line) -> tuple[dict[str, list[str]], str | None]:
+    """What may not be done, by part of adrank; and why nothing can be written: it is a replica, full, or its disk is."""
+    denied: dict[str, list[str]] = {}
+    unwritable = None
+    for part, commands in HARMLESS.items():
+        for command in commands:
+            try:
+                await (route if _key(command) else any_line).ask(*map(str.encode, command))
+            except ReplyError as error:
+                if _denied(error):
+                    denied.setdefault(part, []).append(f"{command[0]} {_key(command)}".strip())
+                elif command[0] == "SET":
+                    unwritable = str(error)
+    return denied, unwritable
+
+
+def _key(command: Sequence[str]) -> str:
+    return next((word for word in command[1:] if word.startswith("adrank:")), "")
+
+
+def _denied(error: ReplyError) -> bool:
+    return any(sign.lower() in str(error).lower() for sign in NO_PERMISSION)

@@ -1,0 +1,42 @@
+"""What is wrong between the service and its store, as a `StoreError` whose sentence a person can act on.
+
+Knows what Redis and OpenSSL say, and nothing of what was asked.
+"""
+
+from features.state import StoreError
+
+DENIED = "store_denied"
+NO_PASSWORD = ("NOAUTH", "Authentication required", "HELLO must be called with the client already authenticated")
+WRONG_PASSWORD = ("WRONGPASS", "invalid username-password pair", "invalid password", "without any password configured")
+NO_PERMISSION = ("NOPERM", "no permissions to")
+SILENT = "; see whether host and port are right, and whether it speaks TLS if the URL says so"
+TLS = {
+    "WRONG_VERSION_NUMBER": "it does not speak TLS at that port; write redis:// in place of rediss://, or name its TLS port",
+    "record layer failure": "it does not speak TLS at that port; write redis:// in place of rediss://, or name its TLS port",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted; name the authority that signed it in the URL",
+}
+
+
+def told(error: Exception, seconds: float) -> StoreError:
+    """The failure of something that might take so many seconds."""
+    text = str(error)
+    if _says(text, NO_PERMISSION):
+        return StoreError(DENIED, f"the store's user lacks a permission: {text.removeprefix('NOPERM ')}; docs/redis.md lists what it needs")
+    if _says(text, NO_PASSWORD):
+        return StoreError(DENIED, f"the store wants a password and was given none ({text}); put one into the URL in ADRANK_REDIS")
+    if _says(text, WRONG_PASSWORD):
+        return StoreError(DENIED, f"the store refuses the user name or password of its URL ({text}); correct the one in ADRANK_REDIS")
+    for sign, meaning in TLS.items():
+        if sign in text:
+            return StoreError("store_unreachable", f"the store cannot be reached: {meaning} ({text})")
+    if isinstance(error, TimeoutError):
+        return StoreError("store_timeout", f"the store did not answer within {seconds:g} s")
+    if isinstance(error, OSError):
+        return StoreError("store_unreachable", f"the store cannot be reached: {text}{SILENT if 'no answer within' in text else ''}")
+    text = text.partition(", with args")[0]  # of an unknown command, which names users: of them nothing is to be in a log
+    hint = "; it is a cluster, whose URL begins with redis+cluster://" if text.startswith("MOVED") else ""
+    return StoreError("store_error", f"the store refused: {text}{hint}")
+
+
+def _says(text: str, signs: tuple[str, ...]) -> bool:
+    return any(sign.lower() in text.lower() for sign in signs)

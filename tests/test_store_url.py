@@ -1,0 +1,87 @@
+"""What URLs of stores say, and what is said of those that are none."""
+
+import pytest
+
+from service.store_url import Login, Place, StoreUrl, Tls, parse_store_url, store_name
+
+
+@pytest.mark.parametrize(
+    ("url", "read"),
+    [
+        ("memory://", StoreUrl("memory")),
+        ("redis://h", StoreUrl("alone", (Place("h", 6379),))),
+        ("redis://:p%40ss@h:1/3", StoreUrl("alone", (Place("h", 1),), db=3, login=Login("", "p@ss"))),
+        ("redis://u:p@[::1]:7/?db=2", StoreUrl("alone", (Place("::1", 7),), db=2, login=Login("u", "p"))),
+        ("rediss://h/1", StoreUrl("alone", (Place("h", 6379),), db=1, tls=Tls())),
+        ("rediss://h?ssl_cert_reqs=none", StoreUrl("alone", (Place("h", 6379),), tls=Tls(verify="none"))),
+        ("unix:///run/r%20s?db=2", StoreUrl("alone", path="/run/r s", db=2)),
+        ("unix://u:p@/run/r", StoreUrl("alone", path="/run/r", login=Login("u", "p"))),
+        ("redis+sentinel://a,b:2/m", StoreUrl("sentinel", (Place("a", 26379), Place("b", 2)), name="m")),
+        (
+            "rediss+sentinel://u:p@a/m/4?sentinel_user=v&sentinel_password=q",
+            StoreUrl("sentinel", (Place("a", 26379),), name="m", db=4, login=Login("u", "p"), sentinel_login=Login("v", "q"), tls=Tls()),
+        ),
+        ("redis+cluster://:p@a:1,[::2]:3", StoreUrl("cluster", (Place("a", 1), Place("::2", 3)), login=Login("", "p"))),
+        ("redis+cluster://a/0", StoreUrl("cluster", (Place("a", 6379),))),
+    ],
+)
+def test_each_form_is_read(url, read):
+    assert parse_store_url(url) == read
+
+
+def test_files_of_tls_have_short_names_and_those_of_redis_py(tmp_path):
+    for name in ("ca.pem", "c.pem", "c.key"):
+        (tmp_path / name).touch()
+    long = "ssl_ca_certs={0}/ca.pem&ssl_certfile={0}/c.pem&ssl_keyfile={0}/c.key"
+    read = [parse_store_url(f"rediss://h?{text.format(tmp_path)}") for text in ("ca={0}/ca.pem&cert={0}/c.pem&key={0}/c.key", long)]
+    assert read[0] == read[1]
+    assert read[0].tls == Tls(f"{tmp_path}/ca.pem", cert=f"{tmp_path}/c.pem", key=f"{tmp_path}/c.key")
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("redis://:secret/x@h:6379/0", "expected redis://host"),
+        ("redis://:secret@h:port/0", "expected redis://host"),
+        ("redis://:secret@h:0", "expected redis://host"),
+        ("redis://:secret@h:1?socket_timeout=5", "an option that is none; there are db, password, username"),
+        ("redis://:secret?@h", "expected redis://host"),
+        ("redis://:secret@[::1", "expected redis://host"),
+        ("redis://:secret@", "expected redis://host"),
+        ("http://:secret@h", "expected redis://host"),
+        ("redis+ring://:secret@h", "expected redis://host"),
+        ("unix+cluster:///secret", "expected redis://host"),
+        ("redis://:secret@h/one", "number of the database"),
+        ("redis://:secret@a,b", "several hosts are for redis.sentinel:// and redis.cluster://"),
+        ("redis://:secret@h?ca=x", "ca is for TLS: begin the URL with rediss"),
+        ("rediss://:secret@h?ca=/nowhere/ca.pem", "option ca is not there: /nowhere/ca.pem"),
+        ("rediss://:secret@h?ssl_cert_reqs=never", "one of none, optional, required"),
+        ("rediss://:secret@h?ssl_check_hostname=maybe", "one of true"),
+        ("redis+sentinel://:secret@a:1,b:2", "the primary's name is missing"),
+        ("redis+sentinel://:secret@a,,b/m", "expected redis://host"),
+        ("redis+cluster://:secret@a/3", "no database but 0"),
+        ("redis+cluster://:secret@" + ",".join(["h"] * 101), "more than 100 hosts"),
+        ("unix://:secret@h/path", "no host"),
+    ],
+)
+def test_what_is_wrong_is_said_without_secrets(url, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        parse_store_url(url)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("rediss://u:secret@h:1/2?ca=x", "rediss://h:1/2"),
+        ("redis+sentinel://:secret@a:1,b:2/m?sentinel_password=secret", "redis+sentinel://a:1,b:2/m"),
+        ("redis+cluster://a:1,b:2", "redis+cluster://a:1,b:2"),
+        ("unix://:secret@/run/r", "unix:///run/r"),
+    ],
+)
+def test_a_name_has_no_secrets(url, name):
+    assert store_name(url) == name
+    read = parse_store_url(url.replace("?ca=x", ""))
+    assert "secret" not in f"{read} {read.login!r}"

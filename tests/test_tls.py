@@ -1,0 +1,142 @@
+"""TLS with a password, as users run it: a service and a joiner beside a server that takes nothing else; then what can be wrong."""
+
+import asyncio
+import re
+import shutil
+import time
+
+import pytest
+from conftest import Server, free_port
+from joining import Joining, rows
+from processes import fill
+from redis_servers import certificates
+
+from features.state import StoreError
+from service.settings import load_settings
+from service.store import RedisStore
+from service.streams import RedisStreams
+
+pytestmark = [pytest.mark.anyio, pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")]
+PASSWORD = "open-sesame"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def secure(folder):
+    """A server that takes TLS and certificates of its authority only. Its plain port is for this test's own start of it."""
+    port = free_port()
+    files = ("--tls-ca-cert-file", f"{folder}/ca.pem", "--tls-cert-file", f"{folder}/server.pem", "--tls-key-file", f"{folder}/server.key")
+    server = Server("redis-server", "--tls-port", str(port), *files, "--requirepass", PASSWORD)
+    server.tls = f"127.0.0.1:{port}/1?ca={folder}/ca.pem"
+    server.client = f"&cert={folder}/client.pem&key={folder}/client.key"
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def url(secure):
+    return f"rediss://:{PASSWORD}@{secure.tls}{secure.client}"
+
+
+async def told(url, ask=RedisStore.ping):
+    """What a store says of a server that it cannot use."""
+    store = RedisStore(url, timeout=5, ttl=100, on_damaged=lambda: None)
+    try:
+        with pytest.raises(StoreError) as caught:
+            await ask(store)
+    finally:
+        await store.close()
+    assert caught.value.reason == "store_unreachable"
+    return str(caught.value)
+
+
+async def test_a_ranking_its_click_and_the_log(run, repository, url, tmp_path, caplog):
+    await fill(url)
+    joining = Joining(url, tmp_path / "log", repository, time.time())
+    async with run(redis=url) as client:
+        answer = await client.rank("u1", ["a1", "a2"], request_id="r1")
+        assert answer["degraded"] == []
+        clicked = {"type": "click", "event_id": "e1", "ts": time.time(), "user_id": "u1", "ad_id": "a1", "request_id": "r1"}
+        sent = await client.post("/v1/events", json={"events": [clicked]})
+        assert sent.status_code == 202, sent.text
+        async with asyncio.timeout(10):
+            while await client.metric('adrank_served_log_total{result="written"}') == 0:
+                await asyncio.sleep(0.02)
+        ready = (await client.get("/readyz")).json()
+    await joining.once(everything=True)
+    assert rows(tmp_path / "log")["label"].sum() == 1
+    assert ready["store"] == {"url": "rediss://" + url.rpartition("@")[2].partition("?")[0], "status": "up"}
+    assert PASSWORD not in f"{ready} {caplog.text}"
+
+
+async def test_an_authority_that_is_not_the_servers(secure, folder, url):
+    for wrong in (url.replace("ca.pem", "wrong.pem"), url.partition("?")[0]):
+        assert "certificate verify failed" in await told(wrong)
+    broken = folder / "broken.pem"
+    broken.write_text("no certificate")
+    assert "the certificates of the store's URL cannot be used" in await told(url.replace("ca.pem", "broken.pem"))
+
+
+async def test_a_name_that_is_not_the_certificates(url):
+    assert "certificate is not valid for 'localhost'" in (await told(url.replace("127.0.0.1", "localhost")))
+    store = RedisStore(url.replace("127.0.0.1", "localhost") + "&ssl_check_hostname=no", timeout=5, ttl=100, on_damaged=lambda: None)
+    await store.ping()
+    await store.close()
+
+
+async def test_no_certificate_of_our_own_or_no_tls_at_all(secure, url):
+    for wrong in (url.removesuffix(secure.client), f"redis://:{PASSWORD}@{secure.tls.partition('?')[0]}"):
+        sentence = await told(wrong)
+        assert re.search("certificate required|connection was lost", sentence), sentence
+        assert PASSWORD not in sentence
+
+
+async def test_a_wrong_password_degrades_and_is_never_told(repository, secure, url, run):
+    wrong = url.replace(PASSWORD, "let-me-in")
+    sentence = await told(wrong)
+    assert "WRONGPASS" in sentence
+    assert "NOAUTH" in await told(url.replace(f":{PASSWORD}@", ""))
+    streams = RedisStreams(wrong)
+    with pytest.raises(StoreError, match="WRONGPASS") as caught:
+        await streams.begin("adrank:events")
+    await streams.close()
+    async with run(redis=wrong, ready=False) as client:
+        async with asyncio.timeout(10):
+            while (ready := (await client.get("/readyz")).json())["catalogue"]["reason"] is None:
+                await asyncio.sleep(0.02)
+        assert ready["store"]["status"] == "down"
+        metrics = (await client.get("/metrics")).text
+        events = await client.post(
+            "/v1/events", json={"events": [{"type": "click", "event_id": "e", "ts": 1, "user_id": "u", "ad_id": "a"}]}
+        )
+    for text in (sentence, str(caught.value), str(ready), metrics, events.text):
+        assert "let-me-in" not in text
+
+
+async def test_certificates_may_be_renewed_while_it_runs(folder, secure, url, tmp_path):
+    """A connection that is opened after the files have changed uses what is in them then."""
+    for name in ("ca.pem", "client.pem", "client.key"):
+        shutil.copy(folder / name, tmp_path / name)
+    store = RedisStore(url.replace(str(folder), str(tmp_path)), timeout=5, ttl=100, on_damaged=lambda: None)
+    shutil.copy(folder / "wrong.pem", tmp_path / "ca.pem")
+    with pytest.raises(StoreError, match="verify failed"):
+        await store.ping()
+    shutil.copy(folder / "ca.pem", tmp_path / "ca.pem")
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                await store.ping()
+                break
+            except StoreError:
+                await asyncio.sleep(0.05)
+    await store.close()
+
+
+def test_a_file_that_is_not_there_stops_the_start(monkeypatch):
+    monkeypatch.setenv("ADRANK_REDIS", f"rediss://:{PASSWORD}@h?ca=/nowhere.pem")
+    with pytest.raises(ValueError, match=r"^setting ADRANK_REDIS: the file of the option ca is not there: /nowhere"):
+        load_settings()
