@@ -2,6 +2,7 @@
 
 import pytest
 
+from service.redis_client import connect
 from service.store_url import Login, Place, StoreUrl, Tls, parse_store_url, store_name
 
 
@@ -85,3 +86,14 @@ def test_a_name_has_no_secrets(url, name):
     assert store_name(url) == name
     read = parse_store_url(url.replace("?ca=x", ""))
     assert "secret" not in f"{read} {read.login!r}"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["valkey", "sentinel", "cluster"])
+async def test_the_client_for_tools_takes_each_form(kind, arrangements):
+    client = connect(arrangements(kind), 2)
+    assert await client.set("k", "v")
+    assert await client.get("k") == b"v"
+    await client.aclose()
+    with pytest.raises(ValueError, match="no servers"):
+        connect("memory://", 2)

@@ -12,6 +12,7 @@ from processes import fill
 from redis_servers import certificates
 
 from features.state import StoreError
+from service.redis_client import connect
 from service.settings import load_settings
 from service.store import RedisStore
 from service.streams import RedisStreams
@@ -71,6 +72,12 @@ async def test_a_ranking_its_click_and_the_log(run, repository, url, tmp_path, c
     assert rows(tmp_path / "log")["label"].sum() == 1
     assert ready["store"] == {"url": "rediss://" + url.rpartition("@")[2].partition("?")[0], "status": "up"}
     assert PASSWORD not in f"{ready} {caplog.text}"
+
+
+async def test_the_client_for_tools_speaks_it_too(url):
+    client = connect(url, 1)
+    assert await client.ping()
+    await client.aclose()
 
 
 async def test_an_authority_that_is_not_the_servers(secure, folder, url):
