@@ -36,7 +36,10 @@ def client_of(url: str) -> Any:
     if scheme == "redis+cluster":
         return redis.RedisCluster(startup_nodes=[redis.cluster.ClusterNode(*place) for place in places])
     if scheme == "redis+sentinel":
-        return redis.Sentinel(places).master_for(name)
+        # `redis.Sentinel` asks for the whole state, which names the old primary until the last replica follows the new one.
+        with redis.Redis(*places[0]) as sentinel:
+            host, port = sentinel.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name)
+        return redis.Redis(host.decode(), int(port))
     return redis.Redis.from_url(url)
 
 

@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from service.cluster import SLOTS
 USERS = [f"u{i}" for i in range(60)]
 MOVED = 600
 """Slots that are moved in one round of resharding, of those of one node."""
-SURVIVE_REPLICA = ("--min-replicas-to-write", "1", "--min-replicas-max-lag", "10")
+REPLICATED = ("--min-replicas-to-write", "1", "--min-replicas-max-lag", "10")
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Trouble:
     refused: int
     acknowledged: int
     lost: int
+    reasons: Counter[str]
 
 
 async def measure(servers: Any, models: Path, cause: Callable[[Any], Awaitable[None]], again: Callable[[Any], str]) -> Trouble:
@@ -63,7 +65,8 @@ async def measure(servers: Any, models: Path, cause: Callable[[Any], Awaitable[N
 def _counted(made: Load, seconds: float, found: set[str]) -> Trouble:
     failed = sum(each.status != 200 for each in made.ranked) + sum(status != 503 for _, status, _ in made.refused)
     lost = len(made.acknowledged.keys() - found)
-    return Trouble(seconds, len(made.ranked), len(made.degraded()), failed, len(made.refused), len(made.acknowledged), lost)
+    reasons = Counter(reason for each in made.degraded() for reason in set(each.degraded))
+    return Trouble(seconds, len(made.ranked), len(made.degraded()), failed, len(made.refused), len(made.acknowledged), lost, reasons)
 
 
 async def killed(sentinels: Sentinels) -> None:
@@ -76,6 +79,14 @@ async def frozen(sentinels: Sentinels) -> None:
 
 async def in_peace(sentinels: Sentinels) -> None:
     await asyncio.to_thread(sentinels.fail_over)
+
+
+async def paused(sentinels: Sentinels) -> None:
+    def fail_over() -> None:
+        sentinels.ask(sentinels.primary.port, "CLIENT", "PAUSE", "5000", "WRITE")
+        sentinels.fail_over()
+
+    await asyncio.to_thread(fail_over)
 
 
 async def node_killed(nodes: Nodes) -> None:
@@ -100,9 +111,10 @@ def another(nodes: Nodes) -> str:
 
 TROUBLES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], Awaitable[None]], Callable[[Any], str]]] = {
     "Sentinel: primary killed": (Sentinels, killed, url_of),
-    "Sentinel: primary killed, min-replicas-to-write 1": (lambda folder: Sentinels(folder, *SURVIVE_REPLICA), killed, url_of),
+    "Sentinel: primary killed, min-replicas-to-write 1": (lambda folder: Sentinels(folder, *REPLICATED), killed, url_of),
     "Sentinel: primary frozen": (Sentinels, frozen, url_of),
     "Sentinel: fail-over asked for": (Sentinels, in_peace, url_of),
+    "Sentinel: the same after CLIENT PAUSE 5000 WRITE": (Sentinels, paused, url_of),
     "Cluster: node killed, with a replica": (lambda folder: Nodes(folder, replicas_of=(0, 1, 2)), node_killed, another),
     f"Cluster: {MOVED} slots moved": (Nodes, resharded, url_of),
 }
@@ -132,8 +144,9 @@ def main() -> None:
         sums = [
             sum(getattr(each, field) for each in rounds) for field in ("ranked", "degraded", "failed", "acknowledged", "refused", "lost")
         ]
+        why = ", ".join(f"{reason} {count}" for reason, count in sum((each.reasons for each in rounds), Counter()).items())
         spread = f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
-        print(f"{name:50} {spread:22} {sums[0]:8} {sums[1]:8} {sums[2]:6} | {sums[3]:19} {sums[4]:7} {sums[5]:4}", flush=True)
+        print(f"{name:50} {spread:22} {sums[0]:8} {sums[1]:8} {sums[2]:6} | {sums[3]:19} {sums[4]:7} {sums[5]:4}  {why}", flush=True)
         failed |= sums[2] > 0
     sys.exit(1 if failed else 0)
 
