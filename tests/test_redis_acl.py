@@ -78,7 +78,7 @@ async def test_a_right_that_is_missing_is_said(arrangements, rights):
     with client_of(url) as client:
         client.execute_command("ACL SETUSER", "adrank", *rights, "-get")
         store = RedisStore(url.replace("://", "://adrank:password@"), timeout=5, ttl=100, on_damaged=lambda: None)
-        with pytest.raises(StoreError, match="lacks a permission: .*get") as caught:
+        with pytest.raises(StoreError, match=r"lacks a permission: .*get") as caught:
             await store.get_user("u1")
         await store.close()
         client.execute_command("ACL DELUSER", "adrank")
