@@ -114,6 +114,21 @@ async def test_the_newest_word_counts_and_a_primary_that_was_replaced_is_left_th
         await store.close()
 
 
+async def test_a_sentinel_that_is_silent_is_not_waited_for(two, monkeypatch):
+    monkeypatch.setattr(topology, "SENTINEL_SECONDS", 30)
+    silent = Server("valkey")
+    silent.pause()
+    try:
+        async with Oracle() as one, Oracle() as other:
+            one.to = other.to = two[0].port
+            store = store_at(f"redis+sentinel://127.0.0.1:{silent.port},127.0.0.1:{one.port},127.0.0.1:{other.port}/m")
+            await store.ping()
+            await store.close()
+    finally:
+        silent.resume()
+        silent.stop()
+
+
 async def test_a_replica_is_no_primary_whoever_says_so(two):
     async with Oracle() as oracle:
         oracle.to = two[0].port
