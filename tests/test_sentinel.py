@@ -34,8 +34,7 @@ def store_at(url):
 async def test_a_primary_that_is_killed_under_load(sentinels, run):
     await fill(sentinels.url)
     async with run(redis=sentinels.url) as client, load(client, USERS) as made:
-        while len(made.acknowledged) < 100:
-            await asyncio.sleep(0.01)
+        await made.until(events=100)
         assert not made.degraded()
         killed = time.monotonic()
         sentinels.primary.signal(signal.SIGKILL)
