@@ -18,9 +18,11 @@ LEARN_SECONDS = 1.0
 """How long a node may take to say which node has what, before another is asked."""
 LEARN_AGAIN_SECONDS = 0.25
 """The least time between two attempts to learn that, whatever fails."""
-REDIRECTIONS = 24
+REDIRECTIONS = 12
 """How often a command may be sent on: while slots move, some have to wait for the rest of their keys."""
-PAUSE_SECONDS = 0.01
+AT_ONCE = 3
+"""How often without a pause, which grows: nodes may also disagree for good, and send each other what none of them takes."""
+PAUSE_SECONDS = 0.02
 KEY_AT = {b"EVAL": 3, b"EVALSHA": 3, b"XINFO": 2, b"XGROUP": 2}
 ELSEWHERE = ("MOVED ", "ASK ", "TRYAGAIN")
 
@@ -242,7 +244,7 @@ class ClusterRoute:
             return replies
         async with asyncio.timeout(self._timeout):
             for attempt in range(REDIRECTIONS):
-                if any(str(replies[i]).startswith("TRYAGAIN") for i in elsewhere):
+                if attempt >= AT_ONCE or any(str(replies[i]).startswith("TRYAGAIN") for i in elsewhere):
                     await asyncio.sleep(PAUSE_SECONDS * (attempt + 1))
                 await self._take_turns(self._redirected(commands, replies, elsewhere), commands, replies, once)
                 elsewhere = _elsewhere(replies)

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 FORMS = (
-    "expected redis://host:6379/0, rediss://…, unix:///path, memory://, redis+sentinel://host:26379,host:26379/name, "
+    "expected a URL such as redis://host:6379/0, rediss://…, unix:///path, memory://, redis+sentinel://host:26379,host:26379/name, "
     "redis+cluster://host:7000,host:7001, or with TLS rediss+sentinel://… or rediss+cluster://…"
 )
 PORT, SENTINEL_PORT = 6379, 26379

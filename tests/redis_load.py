@@ -60,6 +60,13 @@ class Load:
             self.acknowledged |= {event["event_id"]: time.monotonic() for event in events}
             await asyncio.sleep(SEND_SECONDS)
 
+    async def until(self, events: int = 0, rankings: int = 0, seconds: float = 20) -> None:
+        """Wait for so many more events to be acknowledged, and rankings to be answered."""
+        events, rankings = events + len(self.acknowledged), rankings + len(self.ranked)
+        async with asyncio.timeout(seconds):
+            while len(self.acknowledged) < events or len(self.ranked) < rankings:
+                await asyncio.sleep(0.01)
+
     def degraded(self, since: float = 0.0) -> list[Ranked]:
         return [each for each in self.ranked if each.degraded and each.at >= since]
 

@@ -165,9 +165,26 @@ class Nodes:
             self.clients[source].execute_command("MIGRATE", "127.0.0.1", port, "", 0, 5000, "KEYS", *keys)
 
     def finish_moving(self, slot: int, source: int, target: int) -> None:
+        """Make the target the slot's node, and see that both say so: an older word that is on its way may undo it."""
         self.moved[slot] = target
+        self._give(slot, source, target)
+        eventually(lambda: self._agree(slot, source, target))
+
+    def _give(self, slot: int, source: int, target: int) -> None:
         for n in (target, source):
             self.clients[n].execute_command("CLUSTER", "SETSLOT", slot, "NODE", self.ids[target])
+
+    def _agree(self, slot: int, source: int, target: int) -> bool:
+        if all(self._owner(n, slot) == self.nodes[target].port for n in (target, source)):
+            return True
+        self.clients[target].execute_command("CLUSTER", "BUMPEPOCH")  # the newest word counts, as in redis-cli --cluster fix
+        self._give(slot, source, target)
+        return False
+
+    def _owner(self, n: int, slot: int) -> int:
+        """The port of the slot's owner, as a node sees it."""
+        ranges = self.clients[n].execute_command("CLUSTER", "SLOTS")
+        return next((node[1] for first, last, node, *_ in ranges if first <= slot <= last), 0)
 
     def move(self, slot: int, source: int, target: int) -> None:
         """Move a slot, as resharding does."""

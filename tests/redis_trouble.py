@@ -52,8 +52,7 @@ async def measure(servers: Any, models: Path, cause: Callable[[Any], Awaitable[N
     """Cause a trouble under load, wait until it is over, and count. `again` says where to look for the events afterwards."""
     await fill(servers.url)
     async with serving(models, servers.url) as client, load(client, USERS) as made:
-        while len(made.acknowledged) < 200:
-            await asyncio.sleep(0.01)
+        await made.until(events=200)
         began = time.monotonic()
         await cause(servers)
         seconds = await made.recovered(began)

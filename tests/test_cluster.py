@@ -19,6 +19,7 @@ from service import cluster as module
 from service.cluster import ClusterRoute, key_of, slot_of
 from service.store import CHANGES, RedisStore, ads_key, user_key
 from service.streams import RedisStreams
+from service.topology import open_servers
 
 pytestmark = pytest.mark.anyio
 USERS = [f"u{i}" for i in range(60)]
@@ -146,7 +147,7 @@ class TestMovingSlots:
 
     async def test_a_cluster_that_sends_on_for_ever_is_given_up(self, nodes):
         """A slot that is on its way to a node which is on its way to forget it."""
-        store = store_at(nodes.url, timeout=0.5)
+        store = store_at(nodes.url, timeout=10)
         slot, source, target = nodes.where(user_key("u1"))
         nodes.clients[source].execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", nodes.ids[target])
         try:
@@ -185,7 +186,9 @@ class TestMaps:
             await asyncio.gather(*(store.get_user(user) for user in USERS))
         await store.close()
 
-    async def test_failures_are_no_storm_of_questions(self, nodes, monkeypatch):
+    @pytest.mark.parametrize(("again", "learned"), [(30, False), (0.05, True)])
+    @pytest.mark.parametrize("ask", [lambda route: route.ask(b"GET", "{u1}"), lambda route: route.ask_all([(b"GET", "{u1}")])])
+    async def test_who_has_what_is_asked_again_after_a_failure_and_is_no_storm(self, nodes, monkeypatch, again, learned, ask):
         asked, slots = [], module._slots
 
         async def counted(address):
@@ -193,18 +196,23 @@ class TestMaps:
             return await slots(address)
 
         monkeypatch.setattr(module, "_slots", counted)
-        store = store_at(nodes.url, timeout=0.1)
-        await store.get_user("u1")
-        victim = nodes.where(user_key("u1"))[1]
-        nodes.nodes[victim].pause()
+        monkeypatch.setattr(module, "LEARN_AGAIN_SECONDS", again)
+        servers = open_servers(nodes.url)
+        route, victim = servers.route(0.05), nodes.nodes[nodes.owner("{u1}")]
+        await ask(route)
+        asked.clear()
+        victim.pause()
         try:
-            until = time.monotonic() + 0.6
-            while time.monotonic() < until:
-                await asyncio.gather(*(store.get_user("u1") for _ in range(50)), return_exceptions=True)
+            for _ in range(4):
+                failures = await asyncio.gather(*(ask(route) for _ in range(50)), return_exceptions=True)
+                assert {type(failure) for failure in failures} == {TimeoutError}
+            await asyncio.sleep(0.1)
         finally:
-            nodes.nodes[victim].resume()
-        await store.close()
-        assert 2 <= len(asked) <= 1 + 2 * (1 + 0.7 / module.LEARN_AGAIN_SECONDS)
+            victim.resume()
+        servers.close()
+        await asyncio.sleep(0)
+        assert bool(asked) == learned
+        assert len(asked) < 50
 
     async def test_one_client_asks_each_node_over_one_connection_a_route(self, nodes, store):
         await store.put_users((user, UserState()) for user in USERS)
@@ -229,12 +237,9 @@ async def test_a_cluster_that_is_resharded_under_load_loses_and_refuses_nothing(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ClusterRoute, "_redirected", count)
         async with run(redis=nodes.url, store_timeout_ms=2_000) as client, load(client, USERS) as made:  # a busy machine is no refusal
-            while len(made.acknowledged) < 50:
-                await asyncio.sleep(0.01)
+            await made.until(events=50)
             await asyncio.to_thread(slowly, nodes, slots)
-            known = len(made.acknowledged)
-            while len(made.acknowledged) < known + 50:
-                await asyncio.sleep(0.01)
+            await made.until(events=50)
             assert (await client.get("/readyz")).json()["status"] == "ready"
     assert {each.status for each in made.ranked} == {200}
     assert made.degraded() == made.refused == []
@@ -259,8 +264,7 @@ async def test_lost_nodes_with_a_replica_and_without(tmp_path, run):
     try:
         await fill(nodes.url)
         async with run(redis=nodes.url, store_timeout_ms=200) as client, load(client, USERS) as made:
-            while len(made.acknowledged) < 50:
-                await asyncio.sleep(0.01)
+            await made.until(events=50)
             assert made.degraded() == []
             killed = kill(nodes, 1)
             recovered = killed + await made.recovered(killed)

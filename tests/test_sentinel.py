@@ -34,8 +34,7 @@ def store_at(url):
 async def test_a_primary_that_is_killed_under_load(sentinels, run):
     await fill(sentinels.url)
     async with run(redis=sentinels.url) as client, load(client, USERS) as made:
-        while len(made.acknowledged) < 100:
-            await asyncio.sleep(0.01)
+        await made.until(events=100)
         assert not made.degraded()
         killed = time.monotonic()
         sentinels.primary.signal(signal.SIGKILL)
@@ -112,6 +111,21 @@ async def test_the_newest_word_counts_and_a_primary_that_was_replaced_is_left_th
             while await store.append_served([]) != 0:
                 await asyncio.sleep(0.05)
         await store.close()
+
+
+async def test_a_sentinel_that_is_silent_is_not_waited_for(two, monkeypatch):
+    monkeypatch.setattr(topology, "SENTINEL_SECONDS", 30)
+    silent = Server("valkey")
+    silent.pause()
+    try:
+        async with Oracle() as one, Oracle() as other:
+            one.to = other.to = two[0].port
+            store = store_at(f"redis+sentinel://127.0.0.1:{silent.port},127.0.0.1:{one.port},127.0.0.1:{other.port}/m")
+            await store.ping()
+            await store.close()
+    finally:
+        silent.resume()
+        silent.stop()
 
 
 async def test_a_replica_is_no_primary_whoever_says_so(two):
