@@ -46,7 +46,7 @@ def table(findings: Sequence[Finding], width: int | None = None) -> str:
     room = max(NARROWEST, (width or shutil.get_terminal_size((110, 24)).columns) - indent)
     lines = []
     for finding in findings:
-        text = f"{finding.said}. {_capital(finding.cure)}." if finding.cure else finding.said
+        text = f"{finding.said}. {_sentence(finding.cure)}" if finding.cure else finding.said
         wrapped = textwrap.wrap(text, room, break_on_hyphens=False) or [""]
         status = click.style(f"{finding.status:<7}", COLOURS[finding.status])
         lines.append(f"{finding.area:<{first}}  {finding.check:<{second}}  {status}  {wrapped[0]}")
@@ -63,5 +63,5 @@ def _sum(findings: Sequence[Finding]) -> str:
     return ", ".join(told)
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "." * (not text.endswith("?"))
