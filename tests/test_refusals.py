@@ -139,4 +139,4 @@ def test_other_mistakes_of_training_are_sentences(tmp_path: Path, data: Path) ->
 
 def test_a_store_that_is_not_there_is_a_sentence(data: Path) -> None:
     refused(run("load", "--data", data, "--redis", f"redis://127.0.0.1:{free_port()}/0"), "the store cannot be reached")
-    refused(run("load", "--data", data, "--redis", "http://x"), "ADRANK_REDIS: expected redis://")
+    refused(run("load", "--data", data, "--redis", "http://x"), "ADRANK_REDIS: expected a URL such as redis://")
