@@ -15,7 +15,7 @@ STAGES = ("parse", "features", "queue", "inference", "post")
 RANKED = ("/rank", "/v1/rank")
 FAULTS = ("cut_off", "deadline", "not_ready", "over_limit", "scoring_failed", "unexpected")
 """Outcomes of rankings that are the service's to answer for, not the caller's: the availability objective counts them."""
-STORE_FAULTS = ("store_timeout", "store_unreachable", "store_error")
+STORE_FAULTS = ("store_timeout", "store_unreachable", "store_denied", "store_error")
 FLUSHES: Labels = [("timer",), ("deadline",), ("full",), ("idle",)]
 SHED: Labels = [("over_limit",), ("not_ready",)]
 DEGRADED: Labels = [
