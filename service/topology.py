@@ -99,7 +99,7 @@ class Alone:
 
 
 class Sentinels:
-    """The primary that sentinels name. They are asked when a connection is opened, and every second, since a primary that is cut
+    """The primary that sentinels name. They are asked when a connection is opened, and four times a second, since a primary that is cut
     off from the others goes on to answer.
     """
 
