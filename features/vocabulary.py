@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ ENCODING = 1
 AT_ONCE = 5_000
 """Values written at once: about half a millisecond."""
 BEGINNING = '{"categories":{'
+VALUES = re.compile(r'(?:"[^"\\]*+(?:\\.[^"\\]*+)*+",?+){1,1000}+')
+"""As many strings of a list: read at once, a tenth of a millisecond."""
 
 Ids = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float32]
@@ -131,7 +134,7 @@ def parse_vocabularies(text: str, schema: Schema, others: Iterable[Vocabularies]
 
 
 def _read(text: str, others: Iterable[Vocabularies]) -> dict[str, Any]:
-    """What `Vocabularies.to_json` wrote, value by value: whole, it would hold up other threads, and leave holes in memory.
+    """What `Vocabularies.to_json` wrote, some values at a time: whole, it would hold up other threads, and leave holes in memory.
 
     Raises:
         ValueError, IndexError: something else wrote it.
@@ -141,18 +144,23 @@ def _read(text: str, others: Iterable[Vocabularies]) -> dict[str, Any]:
         name, at = scanstring(text, _past(text, at, '"'))
         known = [each for other in others if isinstance(each := other.categories.get(name), Vocabulary)]
         values, at = listed.setdefault(name, []), _past(text, at, ":[")
-        while text[at] == '"':
-            value, at = scanstring(text, at + 1)
-            for each in known:
-                if (i := each.id(value)) != UNKNOWN:
-                    value = each.values[i - FIRST]
-                    break
-            values.append(value)
-            at += text[at] == ","
+        while some := VALUES.match(text, at):
+            at = some.end()
+            values += _as_known(orjson.loads(f"[{some[0].removesuffix(',')}]"), len(values), known)
         at = _past(text, at, "]")
         at += text[at] == ","
     document: dict[str, Any] = orjson.loads(BEGINNING + text[at:])
     return {**document, "categories": listed}
+
+
+def _as_known(values: list[str], start: int, known: Iterable[Vocabulary]) -> Sequence[str]:
+    """The values, which stand at `start` and after it, as the objects that are in memory already where they are."""
+    for each in known:
+        same = each.values[start : start + len(values)]
+        if same == tuple(values):  # a model that is trained again mostly keeps its values and their ids
+            return same
+        values = [value if (i := each.id(value)) == UNKNOWN else each.values[i - FIRST] for value in values]
+    return values
 
 
 def _past(text: str, at: int, expected: str) -> int:
