@@ -108,7 +108,7 @@ class StoreUrl:
 
 def store_name(url: str) -> str:
     """The URL without its user name, password and options, for logs and answers."""
-    parts = urlsplit(url)
+    parts = _split(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
@@ -118,8 +118,8 @@ def parse_store_url(url: str) -> StoreUrl:
     Raises:
         ValueError: it is no store's, in a sentence that quotes none of its secrets.
     """
+    parts = _split(url)
     try:
-        parts = urlsplit(url)
         options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     except ValueError:  # its text would quote the password
         raise ValueError(FORMS) from None
@@ -139,6 +139,21 @@ def parse_store_url(url: str) -> StoreUrl:
         found = {"alone": _alone, "sentinel": _sentinel, "cluster": _cluster}[kind](places, path.strip("/"), options)
     login = Login(options.get("username", login.user), options.get("password", login.password))
     return replace(found, login=login, tls=_tls(options) if tls else None)
+
+
+class _Parts(NamedTuple):
+    scheme: str
+    netloc: str
+    path: str
+    query: str
+
+
+def _split(url: str) -> _Parts:
+    """As `urlsplit` does, which takes no list of hosts with addresses in brackets: newer ones of Python refuse it."""
+    scheme, _, rest = url.partition("://")
+    rest, _, query = rest.partition("?")
+    netloc, slash, path = rest.partition("/")
+    return _Parts(scheme.lower(), netloc, slash + path, query)
 
 
 def _alone(places: Sequence[Place], path: str, options: Mapping[str, str]) -> StoreUrl:

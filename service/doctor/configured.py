@@ -3,10 +3,10 @@
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from ..preflight import metrics_wrong, models_wrong
 from ..settings import PREFIX, Settings, unknown_variables, usable_settings
+from ..store_url import parse_store_url
 from .finding import Finding
 
 
@@ -34,6 +34,6 @@ def _together(settings: Settings) -> Iterator[Finding]:
     if settings.redis.startswith("memory:"):
         said = "the store is memory://, so users and ads are gone when a process ends, and each worker has its own"
         yield Finding("settings", "redis", "warning", said, "name a Redis with ADRANK_REDIS for anything but a trial")
-    if urlsplit(settings.redis).password and "ADRANK_REDIS" not in {name.upper() for name in os.environ}:
+    if parse_store_url(settings.redis).login.password and "ADRANK_REDIS" not in {name.upper() for name in os.environ}:
         said = "the store's password stands on the command line, where every user of this machine can read it"
         yield Finding("settings", "redis", "warning", said, "put the URL into the variable ADRANK_REDIS")
