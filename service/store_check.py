@@ -10,7 +10,7 @@ from features.streams import EVENTS, SERVED, STREAMS
 
 from .line import Line, ReplyError
 from .store import CHANGES, HASHES, PROBE, answering, fields_of
-from .store_errors import NO_PERMISSION
+from .store_errors import lacks_permission
 from .streams import GROUP
 from .topology import Route, open_servers
 
@@ -104,7 +104,7 @@ async def look(url: str, clock: Callable[[], float] = time) -> Looked:
                 try:
                     await line.ask(b"PING")
                 except ReplyError as error:
-                    if not _denied(error):
+                    if not lacks_permission(error):
                         raise
         async with answering(SECONDS):
             denied, unwritable = await _probe(route, lines[0])
@@ -157,7 +157,7 @@ async def _queue(route: Route, name: str) -> Queue:
         has_joiner = any(group[b"name"] == GROUP.encode() for group in groups)
         consumers = await route.ask(b"XINFO", b"CONSUMERS", name, GROUP) if has_joiner else []
     except ReplyError as error:
-        if _denied(error):
+        if lacks_permission(error):
             raise
         return Queue(length, oldest)  # there is no such stream
     idle = min((int(fields_of(consumer)[b"idle"]) / 1000 for consumer in consumers), default=None)
@@ -173,7 +173,7 @@ async def _probe(route: Route, any_line: Line) -> tuple[dict[str, list[str]], st
             try:
                 await (route if _key(command) else any_line).ask(*map(str.encode, command))
             except ReplyError as error:
-                if _denied(error):
+                if lacks_permission(error):
                     denied.setdefault(part, []).append(f"{command[0]} {_key(command)}".strip())
                 elif command[0] == "SET":
                     unwritable = str(error)
@@ -182,7 +182,3 @@ async def _probe(route: Route, any_line: Line) -> tuple[dict[str, list[str]], st
 
 def _key(command: Sequence[str]) -> str:
     return next((word for word in command[1:] if word.startswith("adrank:")), "")
-
-
-def _denied(error: ReplyError) -> bool:
-    return any(sign.lower() in str(error).lower() for sign in NO_PERMISSION)

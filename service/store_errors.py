@@ -20,7 +20,7 @@ TLS = {
 def told(error: Exception, seconds: float) -> StoreError:
     """The failure of something that might take so many seconds."""
     text = str(error)
-    if _says(text, NO_PERMISSION):
+    if lacks_permission(error):
         return StoreError(DENIED, f"the store's user lacks a permission: {text.removeprefix('NOPERM ')}; docs/redis.md lists what it needs")
     if _says(text, NO_PASSWORD):
         return StoreError(DENIED, f"the store wants a password and was given none ({text}); put one into the URL in ADRANK_REDIS")
@@ -36,6 +36,11 @@ def told(error: Exception, seconds: float) -> StoreError:
     text = text.partition(", with args")[0]  # of an unknown command, which names users: of them nothing is to be in a log
     hint = "; it is a cluster, whose URL begins with redis+cluster://" if text.startswith("MOVED") else ""
     return StoreError("store_error", f"the store refused: {text}{hint}")
+
+
+def lacks_permission(error: Exception) -> bool:
+    """Whether the store's user may not do what was asked."""
+    return _says(str(error), NO_PERMISSION)
 
 
 def _says(text: str, signs: tuple[str, ...]) -> bool:
