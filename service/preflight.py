@@ -12,9 +12,10 @@ def check_start(settings: Settings) -> None:
     """Refuse what cannot be served with.
 
     Raises:
-        SettingsError: the model repository is no folder, the device is not there, or workers have nowhere to count together.
+        SettingsError: the model repository is no folder, the device is not there, workers have nowhere to count together, or requests
+            cannot be traced as asked.
     """
-    for wrong in (models_wrong(settings), metrics_wrong(settings), device_wrong(settings)):
+    for wrong in (models_wrong(settings), metrics_wrong(settings), traces_wrong(settings), device_wrong(settings)):
         if wrong:
             raise SettingsError(wrong)
 
@@ -39,6 +40,22 @@ def metrics_wrong(settings: Settings) -> str | None:
             f"{settings.workers} workers count together in files, and there is no folder to write them to: "
             "set TMPDIR to one, such as a volume in memory, or use --workers 1"
         )
+    return None
+
+
+def traces_wrong(settings: Settings) -> str | None:
+    """Why requests cannot be traced."""
+    if not settings.trace_share:
+        return None
+    try:
+        from .traces import check  # noqa: PLC0415  # an extra
+    except ImportError as error:
+        why = f"setting ADRANK_TRACE_SHARE: {settings.trace_share:g} needs OpenTelemetry, and {error.name} is not installed"
+        return f"{why}; pip install 'adrank[otel]', or set it to 0"
+    try:
+        check()
+    except SettingsError as error:
+        return str(error)
     return None
 
 

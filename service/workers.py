@@ -24,7 +24,7 @@ from uvicorn.config import STARTUP_FAILURE
 from . import logs
 from .preflight import check_start
 from .server import Connection, Member, Server
-from .settings import Settings, SettingsError, load_settings, processors
+from .settings import Settings, load_settings, processors
 
 BACKLOG = 2048  # connections that wait to be accepted
 RESTART_SECONDS = 2.0
@@ -50,7 +50,6 @@ def serve(settings: Settings) -> None:
         ListenError: the port is not to be had.
         SystemExit: no worker could be started.
     """
-    _check_traces(settings)
     check_start(settings)
     listeners = listen(settings.host, settings.port)
     os.environ.update(settings.environment())
@@ -115,17 +114,6 @@ def reason(error: OSError) -> str:
 def _name(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _check_traces(settings: Settings) -> None:
-    """Find out before a worker starts whether it can trace."""
-    if settings.trace_share:
-        try:
-            from .traces import check  # noqa: PLC0415  # an extra
-        except ImportError as error:
-            why = f"setting ADRANK_TRACE_SHARE: {settings.trace_share:g} needs OpenTelemetry, and {error.name} is not installed"
-            raise SettingsError(f"{why}; pip install 'adrank[otel]', or set it to 0") from error
-        check()
 
 
 def _config(settings: Settings) -> uvicorn.Config:

@@ -54,15 +54,22 @@ class Caller:
         self.writer, self.asked = None, 0
 
 
-def owners(client):
+def owners(client, states=(psutil.CONN_ESTABLISHED,)):
     """The worker of each open connection, by the client's port."""
     return {
         connection.raddr.port: pid
         for pid in workers_of(client)
         if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
         for connection in psutil.Process(pid).net_connections("tcp")
-        if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == client.base_url.port
+        if connection.status in states and connection.laddr.port == client.base_url.port
     }
+
+
+async def until_noticed(client, ports):
+    """Waits until the workers have closed their ends of connections that were closed: until then these count."""
+    async with asyncio.timeout(20):
+        while owners(client, (psutil.CONN_ESTABLISHED, psutil.CONN_CLOSE_WAIT)).keys() & ports:
+            await asyncio.sleep(0.02)
 
 
 def spread(client, callers):
@@ -115,8 +122,10 @@ async def test_connections_are_shared_evenly_however_they_are_opened(repository)
         callers = client.callers
         assert await asyncio.gather(*(caller.ask() for caller in callers)) == [200] * 8
         assert spread(client, callers) == [4, 4]  # opened at once
+        ports = {caller.port for caller in callers}
         for caller in callers:
             await caller.close()
+        await until_noticed(client, ports)
         for caller in callers:
             await caller.ask()
         assert spread(client, callers) == [4, 4]  # opened one by one

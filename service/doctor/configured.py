@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..preflight import metrics_wrong, models_wrong
+from ..preflight import metrics_wrong, models_wrong, traces_wrong
 from ..settings import PREFIX, Settings, unknown_variables, usable_settings
 from ..store_url import parse_store_url
 from .finding import Finding
@@ -28,7 +28,7 @@ def _problem(name: str, wrong: str, note: str = "") -> Finding:
 
 
 def _together(settings: Settings) -> Iterator[Finding]:
-    for check, wrong in (("models", models_wrong(settings)), ("TMPDIR", metrics_wrong(settings))):
+    for check, wrong in (("models", models_wrong(settings)), ("TMPDIR", metrics_wrong(settings)), ("traces", traces_wrong(settings))):
         if wrong:
             yield _problem(check, wrong)
     if settings.redis.startswith("memory:"):
