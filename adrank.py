@@ -7,16 +7,18 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ParamSpec, TextIO
 
 import click
 
 # Threads that spin while they wait make training tens of times slower on a machine that does anything else.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+P = ParamSpec("P")
 DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
 MENDABLE = (
     ("features.bundle", "BundleError"),
@@ -48,6 +50,24 @@ class Refusal(click.ClickException):
     exit_code = 2
 
 
+def needs(extra: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Say which extra to install where a subcommand's libraries are missing: the base installation has what serving takes."""
+
+    def with_sentence(command: Callable[P, None]) -> Callable[P, None]:
+        @wraps(command)
+        def run(*words: P.args, **options: P.kwargs) -> None:
+            try:
+                command(*words, **options)
+            except ModuleNotFoundError as missing:
+                library = str(missing.name).partition(".")[0]
+                what = f"adrank {click.get_current_context().info_name} needs {library}, which is not installed"
+                raise Refusal(f"{what}: pip install 'adrank[{extra}]', which has all that it needs") from missing
+
+        return run
+
+    return with_sentence
+
+
 def moment(_context: click.Context, option: click.Parameter, text: str | None) -> int | None:
     """A time in seconds since 1970: given so, or as a date with perhaps a time of day, UTC."""
     try:
@@ -70,6 +90,7 @@ def cli() -> None:
 @click.option("--source", type=click.Path(path_type=Path), required=True, help="The data set as published: a folder or a file.")
 @click.option("--out", type=FOLDER, required=True, help="The prepared data set; must not exist yet.")
 @click.option("--schema", type=click.Path(dir_okay=False, path_type=Path), help="For csv: the schema file, see docs/data.md.")
+@needs("train")
 def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None:
     """Turn a data set as published into a prepared one."""
     from importlib import import_module
@@ -94,6 +115,7 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
 @click.option("--seed", type=int, help="One seed makes a run repeatable to the last bit on one machine.")
 @click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the train split.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training or of the network.")
+@needs("train")
 def train(data: Path, model: str, models: Path, name: str | None, seed: int | None, epochs: int | None, settings: tuple[str, ...]) -> None:
     """Train a network and publish it as a bundle, the new live version."""
     from features.bundle import check_name, read_manifest
@@ -118,6 +140,7 @@ def train(data: Path, model: str, models: Path, name: str | None, seed: int | No
 @click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@needs("train")
 def evaluate(bundle: Path, data: Path, split: str, as_json: bool) -> None:
     """Measure a published bundle on a split, through ONNX Runtime."""
     from features.bundle import load_bundle
@@ -136,6 +159,7 @@ def evaluate(bundle: Path, data: Path, split: str, as_json: bool) -> None:
 @cli.command(epilog="Example: adrank load --data data/ml-1m --redis redis://127.0.0.1:6379/0")
 @click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
 @click.option("--redis", help="The store's URL; default: ADRANK_REDIS, then redis://127.0.0.1:6379/0.")
+@needs("train")
 def load(data: Path, redis: str | None) -> None:
     """Write a prepared data set's users, histories and ads into the store; running services follow."""
     from service.app import open_store
@@ -200,6 +224,7 @@ def doctor(as_json: bool, **flags: Any) -> None:
 @click.option("--sample", type=click.IntRange(min=1), help="Compare the scores of about so many rows; default: of all.")
 @click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True, help="Of the graph that served.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@needs("train")
 def skew(folder: Path, models: Path, name: str | None, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
     """Encode and score logged rows again: exit code 0 if that comes to what was served, 3 if it does not."""
     from rich.console import Console
@@ -225,6 +250,7 @@ def skew(folder: Path, models: Path, name: str | None, since: int | None, until:
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True, help="Of a prepared data set.")
 @click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="The largest weight; it makes estimates biased.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@needs("train")
 def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
     """Estimate the click rate that another bundle would have had on a log whose rankings explored."""
     from rich.console import Console
@@ -259,6 +285,7 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 @click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address that the metrics are answered on.")
 @click.option("--once", is_flag=True, help="Take what there is, write what is due, and exit.")
 @click.option("--drain", is_flag=True, help="As --once, and write everything, whether its window is over or not.")
+@needs("train")
 def join(redis: str | None, folder: Path, models: Path, name: str | None, once: bool, drain: bool, **rest: Any) -> None:
     """Join what was served with what came of it, into the log. May be killed at any time; one joiner a log."""
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # of a service with several workers; it would turn these metrics into its files
@@ -309,6 +336,7 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
 @click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the rows.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the checks or of the gate.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
+@needs("train")
 def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Train on a window of the log, and publish if the new version stands up to the live one; exit code 3 if not."""
     from rich.console import Console
@@ -384,6 +412,7 @@ def rollback(models: Path, name: str) -> None:
 @click.option(
     "--dir", "folder", type=FOLDER, default="data/demo", show_default=True, help="Where the demo's data and models go, anew each time."
 )
+@needs("demo")
 def demo(once: bool, loop: bool, rounds: int, port: int, folder: Path) -> None:
     """Make a synthetic ad world, train DIN and DeepFM on its log, serve them, and rank for a user; --loop closes the loop."""
     from demo import run
@@ -407,6 +436,7 @@ def demo(once: bool, loop: bool, rounds: int, port: int, folder: Path) -> None:
 @click.option("--warm-up", type=click.FloatRange(0), default=2.0, show_default=True, help="Seconds before it.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the users and candidates drawn.")
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write JSON there too; - is standard output, instead of the table.")
+@needs("bench")
 def bench(url: str, redis: str | None, rate: str | None, target: Path | None, **rest: Any) -> None:
     """Load a running service, and measure throughput and latency."""
     from rich.console import Console

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -25,10 +26,19 @@ from service.settings import Settings
 BINARIES = {"redis-server": shutil.which("redis-server"), "valkey": str(get_binary_path())}
 
 
+PORTS = range(10_000, 22_000)
+"""Below those that the kernel gives to outgoing connections, so that no neighbour's connection takes one between `free_port` and its
+server's start; and low enough for the bus of a cluster's node, which listens 10,000 above."""
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 on which nothing listens, nor 10,000 above it."""
+    while True:
+        port = secrets.choice(PORTS)
+        with contextlib.suppress(OSError), socket.socket() as probe, socket.socket() as bus:
+            probe.bind(("127.0.0.1", port))
+            bus.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 class Server:

