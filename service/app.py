@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,10 @@ from .store import RedisStore
 if TYPE_CHECKING:
     from .traces import Tracer
 
-START_OVER_SECONDS = 1.0
+START_OVER_SECONDS = (0.5, 30.0)
+"""How long work of the background that failed waits before it starts over: twice as long each time that it fails soon again."""
+WELL_SECONDS = 5.0
+"""Work that has not failed for so long goes well."""
 FLUSH_SECONDS = 0.5
 START_SECONDS = 10.0
 """How long a process may get ready before it takes requests: beside workers that are ready, it would answer some of theirs with 503."""
@@ -45,21 +50,49 @@ class Service:
         self.served = ServedLog(store, metrics, settings)
         self.ranker = Ranker(store, metrics, _scoring(settings, metrics), self.served.put)
         self.reload = Reload(settings, self.ranker, metrics)
+        self.failing: dict[str, str] = {}
+        """Work of the background that failed in a way nobody foresaw and has not gone well since, and a sentence about it."""
 
     async def run(self) -> None:
-        """Load the models, then follow the repository and the catalogue, for ever."""
-        log.info("models in %s, store %s", self.settings.models, self.settings.store_name)
-        while True:
-            try:
-                await self.reload.look()
-                async with asyncio.TaskGroup() as together:
-                    for work in (self.ranker.catalogue.follow(), self.reload.follow(), self.reload.judge()):
-                        together.create_task(work)
-            except Exception:
-                log.exception("the service's background work failed in a way nobody foresaw, and starts over")
-                await asyncio.sleep(START_OVER_SECONDS)
+        """Load the models, then follow the repository and the catalogue, judge challengers and write metrics, for ever.
 
-    async def flush(self) -> None:
+        Each has a task of its own, so that none takes another down with it.
+        """
+        log.info("models in %s, store %s", self.settings.models, self.settings.store_name)
+        looked = asyncio.Event()
+        async with asyncio.TaskGroup() as together:
+            together.create_task(self._keep_on("following the model repository", lambda: self._models(looked)))
+            together.create_task(self._keep_on("judging challengers", self.reload.judge))
+            together.create_task(self._keep_on("writing metrics", self._flush))
+            await looked.wait()  # so that the catalogue is encoded while it is read, for the models that there are
+            together.create_task(self._keep_on("following the catalogue", self.ranker.catalogue.follow))
+
+    async def _models(self, looked: asyncio.Event) -> None:
+        try:
+            await self.reload.look()
+        finally:
+            looked.set()
+        await self.reload.follow()
+
+    async def _keep_on(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do it for ever. Where it fails in a way that nobody foresaw it starts over, and `/readyz` says so until it goes well again."""
+        first, longest = START_OVER_SECONDS
+        pause = first
+        while True:
+            began = time.monotonic()
+            try:
+                async with _until_well(lambda: self.failing.pop(what, None)):
+                    await work()
+            except Exception as error:
+                log.exception("%s failed in a way nobody foresaw, and starts over", what)
+                self.metrics.degraded("background", "failed")
+                self.failing[what] = f"{what} failed ({type(error).__name__}) and starts over; the log says where"
+            if time.monotonic() - began >= WELL_SECONDS:
+                pause = first
+            await asyncio.sleep(pause * random.uniform(0.5, 1))
+            pause = min(2 * pause, longest)
+
+    async def _flush(self) -> None:
         """Write what requests have noted into the metrics now and then, for ever: another worker may be the one that is scraped."""
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
@@ -78,19 +111,19 @@ class Service:
 
     async def health(self) -> dict[str, Any]:
         """What `/readyz` tells: ready, degraded (ranks, but without something) or unready, and why."""
-        models, catalogue = self.ranker.models, self.ranker.catalogue
         store: dict[str, Any] = {"url": self.settings.store_name, "status": "up"}
         try:
             await self.store.ping()
         except StoreError as error:
             store |= {"status": "down", "reason": error.reason, "detail": str(error)}
+        models, catalogue = self.ranker.models, self.ranker.catalogue  # only now: they may change while the store is asked
         reasons = [] if models.ready else [self.reload.waiting_for]
         if not catalogue.loaded and (models.ready or catalogue.detail):
             reasons.append(f"the catalogue has not been loaded yet: {catalogue.detail or 'it is being read'}")
-        shaky = store["status"] == "down" or models.refused or catalogue.reason
+        shaky = store["status"] == "down" or models.refused or catalogue.reason or self.failing
         return {
             "status": "unready" if reasons else "degraded" if shaky else "ready",
-            "reasons": reasons,
+            "reasons": [*reasons, *self.failing.values()],
             "store": store,
             "models": {"default": models.default, "loaded": sorted(models.loaded), "refused": models.refused},
             "catalogue": {
@@ -101,6 +134,16 @@ class Service:
                 "detail": catalogue.detail,
             },
         }
+
+
+@asynccontextmanager
+async def _until_well(well: Callable[[], object]) -> AsyncIterator[None]:
+    """Call it once what is done inside has gone on for `WELL_SECONDS`."""
+    timer = asyncio.get_running_loop().call_later(WELL_SECONDS, well)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _scoring(settings: Settings, metrics: Metrics) -> Scoring:
@@ -149,15 +192,14 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        work = [asyncio.create_task(service.run()), asyncio.create_task(service.flush())]
+        work = asyncio.create_task(service.run())
         service.served.start()
         try:
             await service.settle()
             yield
         finally:
-            for task in work:
-                task.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
             await asyncio.gather(service.served.close(), *([tracer.close()] if tracer else []))
             metrics.flush()
             service.reload.close()

@@ -61,7 +61,11 @@ class Catalogue:
         ads = self._ads
         # Changes reach it from now on: an ad may be encoded twice, each time as it is then.
         ads.tables[fingerprint] = AdTable(encoder, len(ads.packed))
-        await self._fill(ads, fingerprint)
+        try:
+            await self._fill(ads, fingerprint)
+        except BaseException:  # else whoever asks for it again would be given a table that is half full
+            self.keep(self._encoders.keys() - {fingerprint})
+            raise
 
     def keep(self, fingerprints: Collection[str]) -> None:
         """Let go of the tables of all other fingerprints."""
@@ -115,6 +119,9 @@ class Catalogue:
             fingerprint = added.pop()
             fresh.tables[fingerprint] = AdTable(self._encoders[fingerprint])
             await self._fill(fresh, fingerprint)
+        for dropped in fresh.tables.keys() - self._encoders.keys():  # meanwhile, too
+            fresh.drop(dropped)
+        # No turn of the event loop from here to the swap.
         # A store that lost its data, by a restart without persistence say, must not take the ads from a service that has them.
         self._emptied = self.ads > 0 and not any(len(table) for table in fresh.tables.values())
         if self._emptied:

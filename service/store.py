@@ -151,10 +151,10 @@ class RedisStore:
                 yield [ad for ad_id, value in fields_of(found).items() if (ad := self._ad(ad_id, value))]
 
     async def cursor(self) -> str:
-        """See `Store`. The id of the last change, and how many there have ever been."""
+        """See `Store`. The id of the last change, and how many there have ever been, where the server counts them."""
         async with answering(BULK_SECONDS):
             last, added, _ = await self._stream()
-        return f"{last}/{added}"
+        return f"{last}/{'' if added is None else added}"
 
     async def changed_ads(self, cursor: str, wait: float) -> tuple[list[Ad], str]:
         """See `Store`."""
@@ -165,29 +165,41 @@ class RedisStore:
             command = (b"XREAD", b"COUNT", str(ENTRIES_READ), b"BLOCK", str(max(1, int(wait * 1000))), b"STREAMS", CHANGES, last)
             reply = await self._following.ask(*command)
             # Checked after reading: what was read before it was trimmed is not lost.
-            await self._check_reach(last, int(count))
+            await self._check_reach(last, int(count) if count else None)
             entries = reply[0][1] if reply else []
             ads = await self._read(dict.fromkeys(ad_id for _, entry in entries for ad_id in _announced(fields_of(entry))))
-        return ads, f"{entries[-1][0].decode()}/{int(count) + len(entries)}" if entries else cursor
+        if not entries:
+            return ads, cursor
+        return ads, f"{entries[-1][0].decode()}/{int(count) + len(entries) if count else ''}"
 
-    async def _check_reach(self, last: str, count: int) -> None:
-        """The entry at the cursor still stands, so all after it do; or else exactly those up to the cursor have gone."""
+    async def _check_reach(self, last: str, count: int | None) -> None:
+        """The entry at the cursor still stands, so all after it do; or else exactly those up to the cursor have gone.
+
+        A server that does not count what it ever had (Redis before 7) cannot tell the second, unless nothing came after the cursor.
+        """
         if await self._following.ask(b"XRANGE", CHANGES, last, last, b"COUNT", b"1"):
             return
         newest, added, gone = await self._stream()
+        if added is None or count is None:
+            if newest == last:
+                return
+            raise ChangesLostError(f"the change stream may have been trimmed past {last}; Redis before 7 does not count what has gone")
         if gone != count or _order(newest) < _order(last):
             raise ChangesLostError(f"the change stream was trimmed or emptied past {last}; it has lost {gone} of {added} changes")
 
-    async def _stream(self) -> tuple[str, int, int]:
-        """Id of the last entry, how many entries there have ever been, and how many of them have been trimmed."""
+    async def _stream(self) -> tuple[str, int | None, int]:
+        """Id of the last entry, how many entries there have ever been (None: the server does not say), and how many were trimmed."""
         try:
             info = fields_of(await self._following.ask(b"XINFO", b"STREAM", CHANGES))
         except ReplyError as error:
             if "no such key" in str(error):
                 return "0-0", 0, 0
             raise
+        last = info[b"last-generated-id"].decode()
+        if b"entries-added" not in info:
+            return last, None, 0
         added = int(info[b"entries-added"])
-        return info[b"last-generated-id"].decode(), added, added - int(info[b"length"])
+        return last, added, added - int(info[b"length"])
 
     async def _read(self, ad_ids: Iterable[str]) -> list[Ad]:
         """The ads as they are now; one that is not there any more has left."""
@@ -265,6 +277,9 @@ async def answering(seconds: float) -> AsyncIterator[None]:
             yield
     except (OSError, ReplyError) as error:
         raise told(error, seconds) from error
+    except (LookupError, TypeError, ValueError) as error:  # a reply that lacks what is looked for in it
+        log.exception("a reply of the store has another form than is known here")
+        raise StoreError("store_error", f"the store's reply has another form than that of Redis or Valkey ({error!r})") from error
 
 
 def _announced(entry: dict[bytes, bytes]) -> Sequence[str]:

@@ -110,6 +110,46 @@ async def test_a_table_that_is_added_while_the_ads_are_read_is_read_too():
     assert len(catalogue.table("g")) == len(catalogue.table("f")) == 30
 
 
+async def test_a_table_that_is_let_go_of_while_the_ads_are_read_does_not_come_back():
+    store = MemoryStore()
+    await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
+    catalogue = Catalogue(store, {"f": bundles.encoder(), "g": bundles.encoder()}, Metrics())
+    reading, go_on, all_ads = asyncio.Event(), asyncio.Event(), store.all_ads
+
+    async def slow():
+        async for batch in all_ads():
+            reading.set()
+            await go_on.wait()
+            yield batch
+
+    store.all_ads = slow
+    loading = asyncio.create_task(catalogue.load())
+    await reading.wait()
+    catalogue.keep(["f"])
+    go_on.set()
+    await loading
+    assert len(catalogue.table("f")) == 30
+    with pytest.raises(KeyError):
+        catalogue.table("g")
+    await catalogue.add("g", bundles.encoder())
+    assert len(catalogue.table("g")) == 30
+
+
+async def test_a_table_that_could_not_be_filled_is_not_kept_half_full(monkeypatch):
+    store = MemoryStore()
+    await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
+    catalogue = Catalogue(store, {}, Metrics())
+    await catalogue.load()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "put_ads", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await catalogue.add("f", bundles.encoder())
+    with pytest.raises(KeyError):
+        catalogue.table("f")
+    await catalogue.add("f", bundles.encoder())
+    assert len(catalogue.table("f")) == 30
+
+
 async def test_it_keeps_the_features_that_it_encoded():
     store = MemoryStore()
     await store.put_ads([Ad("a1", {"price": 1.5}), Ad("a2", {"genre": "news"})])
