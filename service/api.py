@@ -174,11 +174,14 @@ def state_routes(ranker: Ranker, metrics: Metrics, health: Health) -> APIRouter:
         return _json(report, 503 if unready else 200)
 
     @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
-    async def exposition() -> Response:
+    async def exposition(request: Request) -> Response:
         """The metrics, for Prometheus."""
         ranker.catalogue.observe()
         metrics.flush()
-        return Response(await asyncio.to_thread(metrics.exposition), headers={"content-type": CONTENT_TYPE})
+        try:
+            return Response(await asyncio.to_thread(metrics.exposition), headers={"content-type": CONTENT_TYPE})
+        except errors.MetricsGoneError as error:  # not an empty answer with 200, which nothing but an alert on absence would notice
+            return problem(request.scope, errors.KINDS[type(error)], error.detail)
 
     @router.get("/docs", include_in_schema=False)
     async def docs() -> Response:

@@ -105,6 +105,10 @@ class Service:
                 while not self.reload.looked or (self.ranker.models.ready and not self._catalogue_tried):
                     await asyncio.sleep(0.01)
 
+    def able(self) -> bool:
+        """Whether this process can rank: it has a model, and the catalogue."""
+        return self.ranker.models.ready and self.ranker.catalogue.loaded
+
     @property
     def _catalogue_tried(self) -> bool:
         return self.ranker.catalogue.loaded or self.ranker.catalogue.reason is not None
@@ -191,12 +195,12 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
     tracer = _tracer(settings)
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         work = asyncio.create_task(service.run())
         service.served.start()
         try:
             await service.settle()
-            yield
+            yield {"able": service.able}
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)

@@ -24,7 +24,8 @@ ROUTES = frozenset(
     {"/rank", "/v1/rank", "/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/v1/events", "/docs", "/openapi.json"}
 )
 TRACED = frozenset({*RANKED, EVENTS})
-SCORING_FAILED = errors.KINDS[errors.ScoringError].code
+PLAIN = {errors.KINDS[kind].code for kind in (errors.ScoringError, errors.MetricsGoneError)}
+"""Whose detail is no word of the caller's, so that the log may have it: ONNX Runtime's on the model, or our own."""
 TOLD = (10, 1.0)
 """So many failed requests are logged in so many seconds, by each worker; metrics count them all."""
 
@@ -113,7 +114,7 @@ def _tell(scope: Scope, status: int) -> None:
 def _details(scope: Scope, status: int) -> dict[str, Any]:
     stages: Stages = scope["state"]["observed"]
     told = {"request_id": scope["state"]["request_id"], "route": stages.route, "status": status, "code": stages.outcome}
-    if stages.outcome == SCORING_FAILED:  # its detail is ONNX Runtime's word on the model; others may quote what was sent
+    if stages.outcome in PLAIN:
         told["detail"] = scope["state"]["detail"]
     return {DETAILS: told}
 

@@ -78,6 +78,10 @@ class StoreDownError(ServiceError):
     """The store did not take events; they may be sent again, whatever part of them it took."""
 
 
+class MetricsGoneError(ServiceError):
+    """What the workers counted has been removed from under them."""
+
+
 class BacklogError(ServiceError):
     """So many events wait to be joined that no more are taken."""
 
@@ -104,6 +108,7 @@ KINDS: dict[type[ServiceError], Kind] = {
     ScoringError: Kind(500, "scoring_failed", "The model could not score the request"),
     NotReadyError: Kind(503, "not_ready", "The service is not ready", 2),
     StoreDownError: Kind(503, "store_down", "The store did not take the events", 1),
+    MetricsGoneError: Kind(503, "metrics_gone", "The metrics are lost"),
     BacklogError: Kind(503, "backlog", "Too many events wait to be joined", 10),
     DeadlineError: Kind(504, "deadline", "The deadline passed"),
 }

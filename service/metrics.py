@@ -12,14 +12,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    start_http_server,
+    values,
+)
 from prometheus_client.metrics_core import Metric
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from features.vocabulary import Numbers
 
 from . import series
+from .errors import MetricsGoneError
 from .series import STAGES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -32,6 +42,20 @@ DIFFERENCES = (1e-7, 1e-6, 1e-5, 1e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # when each series began: as many series again, which nobody asks for
 Registry = CollectorRegistry
+
+
+_slot = 0
+
+
+def count_in_slot(slot: int) -> None:
+    """Name this process's files after its place among the workers, before any metric is made.
+
+    After the process, as prometheus_client names them, each worker that dies would leave five files for ever: a worker that takes its
+    place goes on in them.
+    """
+    global _slot  # noqa: PLW0603  # of the process, as the class of values is
+    _slot = slot
+    values.ValueClass = values.MultiProcessValue(lambda: slot)  # type: ignore[no-untyped-call]
 
 
 ROWS_KEPT = 64
@@ -273,11 +297,18 @@ class Metrics:
         self._rollbacks.labels(model, reason).inc()
 
     def exposition(self) -> bytes:
-        """All metrics that have been flushed, as Prometheus reads them; those of every worker where there are several."""
+        """All metrics that have been flushed, as Prometheus reads them; those of every worker where there are several.
+
+        Raises:
+            MetricsGoneError: something has removed the files that the workers count in.
+        """
         folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         if not folder:
             return generate_latest(self.registry)
-        _bury_the_dead(Path(folder))
+        if not Path(folder, f"counter_{_slot}.db").exists():
+            raise MetricsGoneError(
+                "the files that the workers count in were removed: restart the service, and see that nothing cleans its temporary folder"
+            )
         together = CollectorRegistry()
         together.register(_Present(folder))
         return generate_latest(together)
@@ -312,17 +343,6 @@ def _moment(version: int) -> float:
         return datetime.strptime(str(version), "%Y%m%d%H%M%S").replace(tzinfo=UTC).timestamp()
     except ValueError:
         return 0.0
-
-
-def _bury_the_dead(folder: Path) -> None:
-    """Drop the gauges of workers that are gone; what those counted stays counted."""
-    for pid in {int(path.stem.rpartition("_")[2]) for path in folder.glob("gauge_live*_*.db")}:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
-        except PermissionError:
-            pass
 
 
 class JoinMetrics:

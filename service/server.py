@@ -18,6 +18,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 TICK_SECONDS = 0.02
+BEAT_TICKS = 5
+"""Of uvicorn's, ten of which are a second."""
 
 
 class State(ServerState):
@@ -125,8 +127,10 @@ class Server(uvicorn.Server):
 class Member(Server):
     """A server whose connections come from another process, over a pair of `SOCK_SEQPACKET` sockets.
 
-    What comes is a socket, or a number: of connections to end. What goes is a number: of connections that were closed, the first of
-    them (0) when the server is ready. Each side ends with its `shutdown`; when the other process dies, this one ends as if told to.
+    What comes is a socket, or a number: of connections to end. What goes are two numbers: of connections that were closed, and 1 where
+    the application's lifespan says that this process is `able` to do its work. The first goes when the server is ready, then one goes
+    whenever there is news, and each half second. Each side ends with its `shutdown`; when the other process dies, this one ends as if
+    told to.
     """
 
     def __init__(self, config: uvicorn.Config, farewell: float, pair: socket.socket) -> None:
@@ -134,6 +138,7 @@ class Member(Server):
         self.server_state.on_closed = self._count_closed
         self._pair = pair
         self._closed = 0
+        self._told: bool | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start without a socket to listen on, and say so."""
@@ -149,21 +154,23 @@ class Member(Server):
                 self._pair.shutdown(socket.SHUT_WR)
 
     async def on_tick(self, counter: int) -> bool:
-        """Report what there was no room for before."""
-        if self._closed:
+        """Report what there was no room for before, whether this process has become able, and now and then that it is there."""
+        if self._closed or self._able() != self._told or not counter % BEAT_TICKS:
             self._report()
         return await super().on_tick(counter)
 
     def _hear(self) -> None:
         while True:
             try:
-                message, handles, _, _ = socket.recv_fds(self._pair, 32, 1)
+                message, handles, flags, _ = socket.recv_fds(self._pair, 32, 1)
             except BlockingIOError:
                 return
             except ConnectionResetError:  # the other process died; what it had sent is still to be read
                 continue
             if handles:
                 self._adopt(socket.socket(fileno=handles[0]))
+            elif flags & socket.MSG_CTRUNC:  # there was no file descriptor left for the connection, which the kernel has closed
+                self._count_closed()
             elif message:
                 self.server_state.surplus = int(message)
             else:
@@ -175,7 +182,12 @@ class Member(Server):
         self._closed += 1
         self._report()
 
+    def _able(self) -> bool:
+        able: Callable[[], bool] = self.lifespan.state.get("able", lambda: True)
+        return able()
+
     def _report(self) -> None:
+        able = self._able()
         with contextlib.suppress(OSError):  # no room now, or the other process died, which is heard of elsewhere
-            self._pair.send(b"%d" % self._closed)
-            self._closed = 0
+            self._pair.send(b"%d %d" % (self._closed, able))
+            self._closed, self._told = 0, able

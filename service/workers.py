@@ -6,6 +6,7 @@ The parent accepts and the workers answer: where all of them accept, the kernel 
 import asyncio
 import contextlib
 import errno
+import fcntl
 import itertools
 import logging
 import multiprocessing
@@ -14,9 +15,11 @@ import signal
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
@@ -32,10 +35,15 @@ RESTART_SECONDS = 2.0
 BALANCE_SECONDS = 0.5
 """Between two looks at whether a worker has more connections than its share."""
 FULL_SECONDS = 0.05
+SILENT_SECONDS = 2.0
+"""A worker that was not heard of for so long stands still: it gets no new connections while another moves."""
+METRICS = "PROMETHEUS_MULTIPROC_DIR"
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 SPAWN = multiprocessing.get_context("spawn")
 
 log = logging.getLogger(__name__)
+crowded = logging.getLogger(f"{__name__}.crowded")
+crowded.addFilter(logs.Few(10, 1.0))
 
 
 class ListenError(RuntimeError):
@@ -51,6 +59,8 @@ def serve(settings: Settings) -> None:
         SystemExit: no worker could be started.
     """
     check_start(settings)
+    for inherited in (METRICS, METRICS.lower()):  # of whoever started this: its counts are none of ours
+        os.environ.pop(inherited, None)
     listeners = listen(settings.host, settings.port)
     os.environ.update(settings.environment())
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy, not imported yet, would start a thread for each processor of the host
@@ -64,10 +74,27 @@ def serve(settings: Settings) -> None:
         if not server.started:
             raise SystemExit(STARTUP_FAILURE)
         return
-    with tempfile.TemporaryDirectory(prefix="adrank-metrics-") as folder:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # the workers, which are fresh processes, import prometheus_client after this
-        if not asyncio.run(Parent(settings, listeners).run()):
+    with metrics_folder() as folder:
+        os.environ[METRICS] = str(folder)  # the workers, which are fresh processes, import prometheus_client after this
+        if not asyncio.run(Parent(settings, listeners, folder).run()):
             raise SystemExit(STARTUP_FAILURE)
+
+
+@contextlib.contextmanager
+def metrics_folder() -> Iterator[Path]:
+    """A folder for what the workers count, gone at the end: in systemd's RuntimeDirectory where there is one, else where TMPDIR says.
+
+    It is locked as systemd-tmpfiles asks for, which then leaves it alone however old its files seem: they are written through memory.
+    """
+    runtime = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0] or None
+    with tempfile.TemporaryDirectory(prefix="adrank-metrics-", dir=runtime, ignore_cleanup_errors=True) as folder:
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(held, fcntl.LOCK_SH)
+            yield Path(folder)
+        finally:
+            os.close(held)
 
 
 def _tell_threads(settings: Settings) -> None:
@@ -133,20 +160,29 @@ def _config(settings: Settings) -> uvicorn.Config:
     )
 
 
-def work(pair: socket.socket) -> None:
-    """What a worker process does; its settings are in the environment."""
+def work(pair: socket.socket, slot: int) -> None:
+    """What a worker process does; its settings are in the environment. Its counts go on where the last worker of its slot ended."""
+    from .metrics import count_in_slot  # noqa: PLC0415  # the parent has no need of it
+
+    count_in_slot(slot)
     settings = load_settings()
     Member(_config(settings), settings.farewell_seconds, pair).run()
 
 
 @dataclass(eq=False)
 class Worker:
-    """A worker process as its parent sees it. `connections` were handed to it and not reported closed, the last one at `turn`."""
+    """A worker process as its parent sees it. `connections` were handed to it and not reported closed, the last one at `turn`.
+
+    It is `ready` when it answers at all, and `able` when it said last that it can rank. It was last heard of at `heard`.
+    """
 
     process: SpawnProcess
     pair: socket.socket
+    slot: int
     started: float = field(default_factory=time.monotonic)
+    heard: float = 0.0
     ready: bool = False
+    able: bool = False
     leaving: bool = False
     connections: int = 0
     turn: int = 0
@@ -170,8 +206,8 @@ class Worker:
 class Parent:
     """Accepts connections, hands them out, and replaces workers that die."""
 
-    def __init__(self, settings: Settings, listeners: list[socket.socket]) -> None:
-        self._settings, self._listeners = settings, listeners
+    def __init__(self, settings: Settings, listeners: list[socket.socket], metrics: Path) -> None:
+        self._settings, self._listeners, self._metrics = settings, listeners, metrics
         self._workers: list[Worker] = []
         self._turns = itertools.count(1)
         self._ending, self._ended = asyncio.Event(), asyncio.Event()
@@ -182,8 +218,8 @@ class Parent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end)
-        for _ in range(self._settings.workers):
-            self._start()
+        for slot in range(self._settings.workers):
+            self._start(slot)
         for listener in self._listeners:
             listener.setblocking(False)
         tasks = [asyncio.create_task(work) for work in (*map(self._accept, self._listeners), self._balance())]
@@ -221,12 +257,12 @@ class Parent:
         for worker in self._workers:
             worker.process.kill()
 
-    def _start(self) -> None:
+    def _start(self, slot: int) -> None:
         if self._ending.is_set():
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        worker = Worker(SPAWN.Process(target=work, args=(theirs,)), ours)
+        worker = Worker(SPAWN.Process(target=work, args=(theirs, slot)), ours, slot)
         # It inherits the mask: Ctrl-C reaches all processes of a terminal, and only the parent is to act on it.
         resource_tracker.ensure_running()  # else the first start does so, which unblocks the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -240,14 +276,15 @@ class Parent:
 
     def _hear(self, worker: Worker) -> None:
         try:
-            closed = worker.pair.recv(32)
+            message = worker.pair.recv(32)
         except BlockingIOError:
             return
         except OSError:
-            closed = b""
-        if closed:
-            worker.ready = not worker.leaving
-            self._proven = True
+            message = b""
+        if message:
+            closed, able = message.split()
+            worker.ready, worker.able = not worker.leaving, able == b"1"
+            self._proven, worker.heard = True, time.monotonic()
             worker.connections -= int(closed)
         else:
             asyncio.get_running_loop().remove_reader(worker.pair)
@@ -260,12 +297,14 @@ class Parent:
         worker.process.join()
         worker.pair.close()
         self._workers.remove(worker)
+        for path in self._metrics.glob(f"gauge_*_{worker.slot}.db"):  # what it counted stays counted, what it was is over
+            path.unlink(missing_ok=True)
         if self._ending.is_set():
             if not self._workers:
                 self._ended.set()
         elif self._proven:
             log.warning("worker %d ended with exit code %s; another takes its place", worker.process.pid, worker.process.exitcode)
-            loop.call_later(max(0.0, worker.started + RESTART_SECONDS - time.monotonic()), self._start)
+            loop.call_later(max(0.0, worker.started + RESTART_SECONDS - time.monotonic()), self._start, worker.slot)
         else:
             code = worker.process.exitcode
             log.error("worker %d ended with exit code %s before any was ready; its log above says why", worker.process.pid, code)
@@ -277,7 +316,7 @@ class Parent:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(listener)
             except OSError as error:  # it left while it waited, or there are no more file descriptors
-                log.warning("a connection could not be accepted: %s", reason(error))
+                crowded.warning("a connection could not be accepted: %s", reason(error))
                 await asyncio.sleep(FULL_SECONDS)
                 continue
             with connection:  # the worker gets a handle of its own
@@ -285,7 +324,7 @@ class Parent:
                     await asyncio.sleep(FULL_SECONDS)
 
     def _hand_over(self, connection: socket.socket) -> bool:
-        ready = [worker for worker in self._workers if worker.ready]
+        ready = self._fit()
         least = min((worker.connections for worker in ready), default=0)
         # One more is as good as the least: beside one idle connection, one-request connections would all go to the other worker.
         for worker in sorted(ready, key=lambda w: (max(w.connections, least + 1), w.turn)):
@@ -295,6 +334,16 @@ class Parent:
                 return True
         return False
 
+    def _fit(self) -> list[Worker]:
+        """Who is to have connections: those that can rank and do not stand still, else those that answer at all.
+
+        A worker that took a dead one's place while Redis or the models are away would answer some of its siblings' requests with 503.
+        """
+        ready = [worker for worker in self._workers if worker.ready]
+        since = time.monotonic() - SILENT_SECONDS
+        able = [worker for worker in ready if worker.able]
+        return [worker for worker in able if worker.heard >= since] or able or ready
+
     async def _balance(self) -> None:
         """Ask workers with more than their share to end some connections: their clients come back, to another.
 
@@ -302,9 +351,11 @@ class Parent:
         """
         while True:
             await asyncio.sleep(BALANCE_SECONDS)
-            ready = [worker for worker in self._workers if worker.ready]
-            share = -(-sum(worker.connections for worker in ready) // max(1, len(ready)))
-            for worker in ready:
-                surplus = max(0, worker.connections - share)
+            fit = self._fit()
+            share = -(-sum(worker.connections for worker in fit) // max(1, len(fit)))
+            for worker in self._workers:
+                if not worker.ready:
+                    continue
+                surplus = max(0, worker.connections - (share if worker in fit else 0))
                 if (surplus or worker.surplus) and worker.tell(b"%d" % surplus, []):
                     worker.surplus = surplus

@@ -18,6 +18,8 @@ from service.store import RedisStore
 
 ROOT = Path(__file__).parent.parent
 PR_CAPBSET_DROP = 24  # of prctl.h
+PATIENCE = 90
+"""Seconds that what must happen may take before a test gives up: neighbours may hold a machine up for long."""
 SERVE = (sys.executable, "-m", "adrank", "serve")
 
 
@@ -36,7 +38,7 @@ async def serving(models, redis, **settings):
     try:
         async with Client(base_url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", timeout=20) as client:
             client.process, client.log = process, log
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 while process.poll() is None:
                     with contextlib.suppress(httpx.TransportError):
                         await client.get("/livez")

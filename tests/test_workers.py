@@ -4,19 +4,21 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 from collections import Counter
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 from conftest import free_port
-from processes import SERVE, environment, serving, workers_of
+from processes import PATIENCE, SERVE, environment, serving, workers_of
 from prometheus_client.mmap_dict import MmapedDict
 
-from service.workers import ListenError, listen
+from service.workers import SILENT_SECONDS, ListenError, listen
 
 pytestmark = pytest.mark.anyio
 
@@ -67,7 +69,7 @@ def owners(client, states=(psutil.CONN_ESTABLISHED,)):
 
 async def until_noticed(client, ports):
     """Waits until the workers have closed their ends of connections that were closed: until then these count."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while owners(client, (psutil.CONN_ESTABLISHED, psutil.CONN_CLOSE_WAIT)).keys() & ports:
             await asyncio.sleep(0.02)
 
@@ -82,7 +84,7 @@ def spread(client, callers):
 
 async def until_spread(client, callers, wanted):
     """Keeps asking, which must go well, until the callers' connections are spread so."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while spread(client, callers) != wanted:
             assert [await caller.ask() for caller in callers] == [200] * len(callers)
             await asyncio.sleep(0.02)
@@ -103,7 +105,7 @@ async def two_workers(repository, **settings):
 
 async def until_both_are_ready(client):
     """Waits until new connections go to both: each worker alive gets one of two that are open at once."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while True:
             pair = [Caller(client), Caller(client)]
             for caller in pair:
@@ -153,11 +155,7 @@ async def test_a_worker_whose_callers_left_gets_some_of_the_others(repository):
 
 async def test_connections_of_one_request_each_are_shared_too(repository):
     async with two_workers(repository) as client:
-        (folder,) = (
-            line.partition("=")[2]
-            for line in Path(f"/proc/{workers_of(client)[0]}/environ").read_text().split("\0")
-            if line.startswith("PROMETHEUS_MULTIPROC_DIR=")
-        )
+        folder = counts_of(client)
 
         def answered():
             return Counter(
@@ -165,7 +163,7 @@ async def test_connections_of_one_request_each_are_shared_too(repository):
                     path.name: sum(
                         value for key, value, *_ in MmapedDict.read_all_values_from_file(path) if '"/readyz"' in key and "_total" in key
                     )
-                    for path in Path(folder).glob("counter_*.db")
+                    for path in folder.glob("counter_*.db")
                 }
             )
 
@@ -179,7 +177,7 @@ async def test_connections_of_one_request_each_are_shared_too(repository):
             await asyncio.sleep(1.5)  # until what came before is written
             before = answered()
             await asyncio.gather(*(ask(100 // at_once) for _ in range(at_once)))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 while (answered() - before).total() < 100:  # the workers write what they counted twice a second
                     await asyncio.sleep(0.05)
             new = answered() - before
@@ -193,7 +191,7 @@ async def test_a_worker_that_is_killed_is_replaced_and_gets_its_share(repository
             await caller.ask()
         victim = workers_of(client)[0]
         os.kill(victim, signal.SIGKILL)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while len(workers_of(client)) < 3 or spread(client, client.callers) != [4, 4]:
                 for caller in client.callers:
                     try:
@@ -259,7 +257,7 @@ async def test_a_worker_that_is_told_to_end_is_replaced_and_loses_nothing(reposi
         told = workers_of(client)[0]
 
         async def until(asking):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 while psutil.pid_exists(told) or len(workers_of(client)) < 3:
                     await asyncio.sleep(0.05)
             assert not any(task.done() for task in asking)
@@ -268,6 +266,108 @@ async def test_a_worker_that_is_told_to_end_is_replaced_and_loses_nothing(reposi
 
         await drained(client, lambda: os.kill(told, signal.SIGTERM), until)
         assert f"worker {told} ended with exit code 0; another takes its place" in client.log.read_text()
+
+
+async def test_a_worker_that_cannot_rank_gets_no_connections_while_another_can(repository, tmp_path):
+    models = shutil.copytree(repository, tmp_path / "models")
+    async with two_workers(models) as client:
+        models.rename(tmp_path / "away")
+        victim = workers_of(client)[0]
+        os.kill(victim, signal.SIGKILL)
+        async with asyncio.timeout(PATIENCE):
+            while len(workers_of(client)) < 3:
+                await asyncio.sleep(0.05)
+        for _ in range(40):
+            caller = Caller(client)
+            assert await caller.ask("/readyz") == 200
+            await caller.close()
+            await asyncio.sleep(0.05)
+        (tmp_path / "away").rename(models)
+        callers = client.callers
+        await until_spread(client, callers, [4, 4])  # it can rank now, and gets its share
+
+
+async def test_a_worker_that_stands_still_gets_no_new_connections(repository):
+    async with two_workers(repository) as client:
+        standing = workers_of(client)[0]
+        os.kill(standing, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(SILENT_SECONDS + 0.5)
+            for _ in range(10):
+                caller = Caller(client)
+                async with asyncio.timeout(5):
+                    assert await caller.ask() == 200
+                await caller.close()
+        finally:
+            os.kill(standing, signal.SIGCONT)
+        await until_both_are_ready(client)
+
+
+async def test_connections_that_no_file_descriptor_was_left_for_are_not_counted_as_open(repository):
+    async with two_workers(repository) as client:
+        limits = {pid: psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE) for pid in workers_of(client)}
+        for pid in limits:
+            psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE, (psutil.Process(pid).num_fds() + 2, limits[pid][1]))
+        refused = [Caller(client) for _ in range(30)]
+        await asyncio.gather(*(caller.ask() for caller in refused), return_exceptions=True)
+        for caller in refused:
+            await caller.close()
+        for pid, limit in limits.items():
+            psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE, limit)
+        await until_both_are_ready(client)
+        await until_spread(client, client.callers, [4, 4])
+        assert "Traceback" not in client.log.read_text()
+
+
+def counts_of(client):
+    """The folder that the workers count in."""
+    variables = dict(line.partition("=")[::2] for line in Path(f"/proc/{workers_of(client)[0]}/environ").read_text().split("\0"))
+    return Path(variables["PROMETHEUS_MULTIPROC_DIR"])
+
+
+def counted(text):
+    """Answered /livez of all workers, by the exposition."""
+    rows = [line for line in text.splitlines() if line.startswith("adrank_requests_total") and 'route="/livez"' in line]
+    return sum(float(line.rpartition(" ")[2]) for line in rows)
+
+
+async def test_workers_that_die_leave_no_files_and_what_they_counted_stays(repository):
+    async with two_workers(repository) as client:
+        folder = Path(re.search("PROMETHEUS_MULTIPROC_DIR=([^\0]+)", Path(f"/proc/{workers_of(client)[0]}/environ").read_text())[1])
+        files = {path.name for path in folder.iterdir()}
+        for deaths in range(1, 4):
+            await asyncio.sleep(1.5)  # until what came before is written
+            before = counted((await client.get("/metrics")).text)
+            assert before > 0
+            os.kill(next(pid for pid in workers_of(client)[::-1] if psutil.pid_exists(pid)), signal.SIGKILL)
+            async with asyncio.timeout(PATIENCE):
+                while len(workers_of(client)) < 2 + deaths:
+                    await asyncio.sleep(0.05)
+            await until_both_are_ready(client)
+            assert counted((await client.get("/metrics")).text) >= before
+        assert {path.name for path in folder.iterdir()} == files
+        assert "adrank_catalogue_ads" in (await client.get("/metrics")).text
+
+
+async def test_metrics_whose_files_were_removed_are_told_as_lost(repository):
+    async with two_workers(repository) as client:
+        folder = Path(re.search("PROMETHEUS_MULTIPROC_DIR=([^\0]+)", Path(f"/proc/{workers_of(client)[0]}/environ").read_text())[1])
+        for gone in (lambda: [path.unlink() for path in folder.glob("*.db")], lambda: shutil.rmtree(folder)):
+            gone()
+            answer = await client.get("/metrics")
+            assert (answer.status_code, answer.json()["code"]) == (503, "metrics_gone")
+            assert str(folder) not in answer.text
+        assert "restart the service" in client.log.read_text()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+async def test_a_folder_of_counts_that_is_inherited_is_not_used(repository, tmp_path, monkeypatch, workers, name):
+    for folder in (tmp_path, tmp_path / "never-made"):
+        monkeypatch.setattr(processes, "environment", lambda folder=folder, **settings: environment(**settings) | {name: str(folder)})
+        async with serving(repository, "memory://", workers=workers) as client:
+            assert (await client.get("/metrics")).status_code == 200
+        assert not list(tmp_path.iterdir())
 
 
 async def test_ctrl_c_ends_all_processes_without_a_traceback(repository):
@@ -283,7 +383,7 @@ async def test_ctrl_c_ends_all_processes_without_a_traceback(repository):
 async def test_ctrl_c_while_workers_start_ends_all_without_a_traceback(repository):
     settings = environment(models=repository, redis="memory://", port=free_port(), workers=2)
     process = subprocess.Popen(SERVE, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while len([child for child in psutil.Process(process.pid).children() if "spawn_main" in "".join(child.cmdline())]) < 2:
             await asyncio.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
@@ -296,7 +396,7 @@ async def test_workers_end_when_their_parent_is_killed(repository):
     async with two_workers(repository) as client:
         await client.callers[0].ask()
         client.process.kill()
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE):
             while any(psutil.pid_exists(pid) for pid in workers_of(client)):
                 await asyncio.sleep(0.05)
         assert "Traceback" not in client.log.read_text()
@@ -308,7 +408,7 @@ async def test_while_a_worker_stands_still_the_other_answers_and_then_it_does(re
         os.kill(standing, signal.SIGSTOP)
         try:
             asking = [asyncio.create_task(caller.ask()) for caller in client.callers]
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 while sum(task.done() for task in asking) < 4:
                     await asyncio.sleep(0.02)
         finally:
