@@ -12,6 +12,7 @@ import numpy as np
 
 from .index import RowIndex
 from .schema import FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, lay_out
+from .values import ValueTextError, text_of
 from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
 
 Value = str | int | float | Sequence[str] | None
@@ -60,23 +61,21 @@ def clean(field: Field, value: Value) -> Value:
     if value is None:
         return None
     if field.kind == "number":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
+        if not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
             raise FieldError(field.side, field.name, "expected a finite number that fits float32")
         return float(value)
     if field.kind == "list":
         if isinstance(value, str | bytes) or not isinstance(value, Sequence):
             raise FieldError(field.side, field.name, "expected a list of texts")
-        return [_text(field, element) for element in value]
+        return [text for element in value if (text := _text(field, element)) is not None]
     return _text(field, value)
 
 
-def _text(field: Field, value: object) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    # A float would be "25.0" here and "25" in the log: the very skew that this package exists to prevent.
-    raise FieldError(field.side, field.name, "expected a text or a whole number")
+def _text(field: Field, value: object) -> str | None:
+    try:
+        return text_of(value)
+    except ValueTextError as error:
+        raise FieldError(field.side, field.name, str(error)) from None
 
 
 def _missing(field: Field) -> int:

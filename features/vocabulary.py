@@ -15,6 +15,7 @@ import numpy.typing as npt
 import orjson
 
 from .schema import Schema
+from .values import SPELLINGS, plain
 
 PADDING, UNKNOWN, FIRST = 0, 1, 2
 ENCODING = 1
@@ -37,6 +38,9 @@ class Vocabulary:
         self._ids: dict[str | None, int] = {value: i for i, value in enumerate(self.values, FIRST)}
         if len(self._ids) != len(self.values):
             raise ValueError("a vocabulary names a value twice")
+        for value in self.values:  # of bundles made before every text was brought to its plain form
+            if ".0" in value or value in SPELLINGS:
+                self._ids.setdefault(plain(value), self._ids[value])
         self._ids[None] = PADDING
 
     @property
@@ -66,7 +70,7 @@ class HashBuckets:
 
     def id(self, value: str | None) -> int:
         """The id of one value; None is padding. CRC-32 because it is stable across machines and fast."""
-        return PADDING if value is None else FIRST + zlib.crc32(value.encode()) % self.buckets
+        return PADDING if value is None else FIRST + zlib.crc32(plain(value).encode()) % self.buckets
 
     def encode(self, values: Sequence[str | None]) -> Ids:
         """Ids `(n,)` of the values, each as `id` gives it."""

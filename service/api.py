@@ -20,7 +20,7 @@ from .explore import Policy
 from .metrics import CONTENT_TYPE, Metrics, Stages
 from .openapi import RANKED
 from .ranker import Query, Ranker
-from .requests import default_policy, locate, parse_request, sent_request_id, to_query
+from .requests import as_sent, default_policy, locate, parse_request, sent_request_id, to_query
 from .settings import Settings
 from .wire import RankRequest, answer
 
@@ -73,7 +73,7 @@ class RankEndpoint:
             ranking = await self._ranker.rank(query, stages)
         except errors.InvalidError as error:
             raise errors.InvalidError(error.detail, [locate(wire, mistake) for mistake in error.mistakes]) from None
-        return answer(state["request_id"], ranking, stages)
+        return answer(state["request_id"], as_sent(ranking, query), stages)
 
 
 def _read(state: dict[str, Any], body: bytes, most: int, default: Policy | None) -> tuple[RankRequest, Query]:

@@ -9,6 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from features.events import TYPES, Event
 from features.subject import AT_ONCE, Outcome
+from features.values import plain
 
 from .errors import InvalidError, Mistake
 from .events import Malformed
@@ -131,6 +132,7 @@ def _read(item: object, place: int) -> Event | Malformed:
         return _malformed(item, place, error)
     if values.get("request_id", "") is None:
         del values["request_id"]
+    values |= {name: plain(values[name]) for name in ("user_id", "ad_id") if name in values}
     return Event(**values)
 
 

@@ -41,6 +41,8 @@ class Query:
     history: Sequence[str] | None = None
     context: Features = field(default_factory=dict)
     ad_ids: Sequence[str]
+    names: Sequence[str] | None = None
+    """The ads' ids as the caller wrote them, where those are other texts (`features/values.py`)."""
     bids: Bids | None = None
     sent: Mapping[int, Features] = field(default_factory=dict)
     model: str | None = None

@@ -1,17 +1,21 @@
 """From a body to a query: reads the wire format, and says of whatever is wrong where in the caller's own document it stands."""
 
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import pydantic_core
 from pydantic import ValidationError
 
+from features.values import plain, plain_all
+
 from . import wire
 from .errors import InvalidError, Mistake, NotJsonError
 from .explore import EpsilonGreedy, PlackettLuce, Policy
-from .ranker import MISTAKES_TOLD, Bids, Query
+from .ranker import MISTAKES_TOLD, Bids, Query, Ranking
 from .settings import Settings
 from .wire import Behaviour, Candidate, Columns, RankRequest
 
@@ -85,18 +89,20 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None) -> 
     Raises:
         InvalidError: too many candidates, columns of unequal length, or a history with only some times.
     """
-    ad_ids, bids, sent = _columns(request.candidates)
+    names, bids, sent = _columns(request.candidates)
+    ad_ids = plain_all(names)
     if len(ad_ids) > most:
         detail = f"{len(ad_ids)} candidates; at most {most} are ranked in one request"
         raise InvalidError(detail, [Mistake(("candidates",), detail)])
     user, options = request.user, request.options
     deadline = None if options.deadline_ms is None else options.deadline_ms / 1000
     return Query(
-        user_id=user.id,
+        user_id=plain(user.id),
         user=user.features,
         history=None if user.history is None else _in_time(user.history),
         context=request.context,
         ad_ids=ad_ids,
+        names=None if ad_ids is names else names,
         bids=bids,
         sent=sent,
         model=options.model,
@@ -143,14 +149,26 @@ def _bids(bids: Sequence[float | None] | None) -> Bids | None:
     return None if np.isnan(numbers).all() else numbers
 
 
-def _in_time(history: list[Behaviour]) -> list[str]:
+def _in_time(history: list[Behaviour]) -> Sequence[str]:
     """Ad ids, oldest first: by their times, or as sent where none has a time."""
     times = [behaviour.ts for behaviour in history if behaviour.ts is not None]
     if times and len(times) < len(history):
         absent = next(i for i, behaviour in enumerate(history) if behaviour.ts is None)
         detail = "missing, though other behaviours have one: send all times, or none"
         raise InvalidError("the history has times for some behaviours only", [Mistake(("user", "history", absent, "ts"), detail)])
-    return [behaviour.ad_id for behaviour in sorted(history, key=lambda behaviour: behaviour.ts or 0)]
+    return plain_all([behaviour.ad_id for behaviour in sorted(history, key=lambda behaviour: behaviour.ts or 0)])
+
+
+def as_sent(ranking: Ranking, query: Query) -> Ranking:
+    """The ranking with the ids of ads as the caller wrote them, each candidate's own."""
+    if query.names is None:
+        return ranking
+    names: dict[str, deque[str]] = {}
+    for ad_id, name in zip(query.ad_ids, query.names, strict=True):
+        names.setdefault(ad_id, deque()).append(name)
+    first = {ad_id: each.popleft() for ad_id, each in names.items()}
+    omitted = [(names[ad_id].popleft() if reason == "duplicate" else first[ad_id], reason) for ad_id, reason in ranking.omitted]
+    return replace(ranking, ad_ids=[first[ad_id] for ad_id in ranking.ad_ids], omitted=omitted)
 
 
 def locate(request: RankRequest, mistake: Mistake) -> Mistake:

@@ -14,6 +14,8 @@ from .metrics import Stages
 from .ranker import Ranking
 
 TEXT_LENGTH, LIST_LENGTH, FEATURES, CANDIDATES, ID_LENGTH = 1_024, 1_000, 256, 100_000, 256
+LOWEST, HIGHEST = -(2**63), 2**64 - 1
+"""The whole numbers that msgpack, and so the store, can hold."""
 TIMED = ("parse", "features", "queue", "inference")
 
 
@@ -24,17 +26,19 @@ def _value(value: object) -> object:
     elif isinstance(value, list):
         fits = len(value) <= LIST_LENGTH and all(_is_scalar(element) for element in value)
     else:
-        fits = value is None or (isinstance(value, float) and math.isfinite(value)) or _is_scalar(value)
+        fits = value is None or _is_scalar(value)
     if not fits:
-        of = f"a text of at most {TEXT_LENGTH} characters, a finite number"
-        raise ValueError(f"expected {of}, a list of at most {LIST_LENGTH} texts or whole numbers, or null")
+        of = f"a text of at most {TEXT_LENGTH} characters, a finite number, true or false"
+        raise ValueError(f"expected {of}, a list of at most {LIST_LENGTH} of these, or null")
     return value
 
 
 def _is_scalar(value: object) -> bool:
     if isinstance(value, str):
         return len(value) <= TEXT_LENGTH
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and LOWEST <= value <= HIGHEST
 
 
 def _few(features: object) -> object:
@@ -52,10 +56,14 @@ def _form(candidates: object) -> str | None:
     return None
 
 
-_WHOLE = {"type": "integer", "exclusiveMinimum": -(2**63), "exclusiveMaximum": 2**63}
-_TEXT = {"type": "string", "maxLength": TEXT_LENGTH}
-_LIST = {"type": "array", "maxItems": LIST_LENGTH, "items": {"anyOf": [_TEXT, _WHOLE]}}
-Value = Annotated[Any, PlainValidator(_value), WithJsonSchema({"anyOf": [_TEXT, _WHOLE, {"type": "number"}, _LIST, {"type": "null"}]})]
+_SCALARS: list[dict[str, Any]] = [
+    {"type": "string", "maxLength": TEXT_LENGTH},
+    {"type": "integer", "minimum": LOWEST, "maximum": HIGHEST},
+    {"type": "number"},
+    {"type": "boolean"},
+]
+_LIST = {"type": "array", "maxItems": LIST_LENGTH, "items": {"anyOf": _SCALARS}}
+Value = Annotated[Any, PlainValidator(_value), WithJsonSchema({"anyOf": [*_SCALARS, _LIST, {"type": "null"}]})]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 FeatureMap = Annotated[dict[Name, Value], Field(max_length=FEATURES), BeforeValidator(_few)]
 Id = Annotated[str, Field(min_length=1, max_length=ID_LENGTH)]

@@ -86,6 +86,28 @@ class TestRank:
         answers = [await client.rank({"id": "u1", "history": history}) for history in (one, two)]
         assert answers[0]["ads"] == answers[1]["ads"]
 
+    async def test_one_ad_or_user_spelt_twice_is_one_and_comes_back_as_it_was_spelt(self, client):
+        await client.store.put_users([("7", UserState({"age": "25"}, ["8", "9"], [1, 2]))])
+        candidates = ["7.0", "a1", "7", "8.00", "a1", "7.0"]
+        rows = {"ad_id": candidates, "bid": [1.0] * 6}
+        for sent in (candidates, rows, [{"ad_id": ad_id} for ad_id in candidates]):
+            answer = await client.rank("7.0", sent, options={"top_k": 2})
+            told = [entry["ad_id"] for entry in (*answer["ads"], *answer["omitted"])]
+            assert sorted(told) == sorted(candidates)
+            assert sorted(each["ad_id"] for each in answer["omitted"] if each["reason"] == "duplicate") == ["7", "7.0", "a1"]
+        one, other = [await client.rank(user, ["a1", "a2", "a3"], options={"explain": True}) for user in ("7", "7.0")]
+        assert (one["ads"], one["explain"]) == (other["ads"], other["explain"])
+        assert len(one["explain"]["history"]) == 2
+        sent = [await client.rank({"id": "u", "history": [{"ad_id": ad_id}]}, options={"explain": True}) for ad_id in ("8", "8.0")]
+        assert sent[0]["explain"] == sent[1]["explain"]
+
+    async def test_numbers_and_truths_are_their_texts(self, client):
+        told = [
+            await client.rank({"id": "u1", "features": {"age": age}}, options={"explain": True}) for age in ("25", "25.0", 25, 25.0, 2.5e1)
+        ]
+        assert all((each["ads"], each["explain"]) == (told[0]["ads"], told[0]["explain"]) for each in told)
+        assert (await client.rank(context={"slot": True}))["ads"]
+
     async def test_every_option(self, client):
         rows = [{"ad_id": f"a{i}", "bid": 30.0 - i} for i in range(30)]
         answer = await client.rank(candidates=rows, options={"objective": "ecpm", "explain": True, "top_k": 3})
@@ -151,7 +173,7 @@ BAD = {
     ),
     "a feature of the wrong type": ({**GOOD, "user": {"id": "u", "features": {"income": "much"}}}, ["/user/features/income"]),
     "a feature of features": ({**GOOD, "user": {"id": "u", "features": {"age": {"a": 1}}}}, ["/user/features/age"]),
-    "a boolean feature": ({**GOOD, "context": {"slot": True}}, ["/context/slot"]),
+    "a float that merges ids": ({**GOOD, "context": {"slot": 2.0**53}}, ["/context/slot"]),
     "a long feature": ({**GOOD, "context": {"slot": "x" * 1_025}}, ["/context/slot"]),
     "a long list": ({**GOOD, "user": {"id": "u", "features": {"interests": ["x"] * 1_001}}}, ["/user/features/interests"]),
     "a list of lists": ({**GOOD, "user": {"id": "u", "features": {"interests": [["x"]]}}}, ["/user/features/interests"]),

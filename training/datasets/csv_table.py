@@ -20,7 +20,7 @@ request share it and their clicks were not known when they were ranked. Rows wit
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -149,8 +149,7 @@ def _read(source: Path, columns: Mapping[str, str], settings: Settings) -> Table
     needed = [name for name in dict.fromkeys((*named, split, *columns.values())) if name]
     if _is_parquet(source):
         return read_parquet_table(source, needed)
-    table = read_csv(source, settings.separator, needed)
-    return replace(table, frame=_without_decimals(table.frame))
+    return read_csv(source, settings.separator, needed)
 
 
 def _is_parquet(path: Path) -> bool:
@@ -159,12 +158,6 @@ def _is_parquet(path: Path) -> bool:
             return file.read(4) == b"PAR1"
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _without_decimals(frame: pl.DataFrame) -> pl.DataFrame:
-    """Columns of whole numbers that were written as 25.0, as pandas writes them where one is missing: the service is sent "25"."""
-    is_whole = frame.select((pl.all().str.contains(r"^-?\d+\.0$") | (pl.all() == "")).all()).row(0, named=True)
-    return frame.with_columns(pl.col(name).str.strip_suffix(".0") for name, whole in is_whole.items() if whole)
 
 
 def _in_order(table: Table, settings: Settings) -> tuple[Table, Ids | None]:

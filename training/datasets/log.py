@@ -29,6 +29,7 @@ from .prepared import (
     open_prepared,
     read_parquet,
 )
+from .texts import plain_values
 
 HOUR = 3600
 COLUMNS = ("label", "user_id", "ad_id", "ts", "history", "history_revisions", "known", "position")
@@ -84,7 +85,7 @@ class Log(Prepared):
             present = set(columns_of(path))
             frame = read_parquet(path, [name for name in dtypes if name in present])
             check_columns(frame, {name: dtype for name, dtype in dtypes.items() if not name.startswith("ad.") or name in present}, path)
-            frames.append(frame)
+            frames.append(plain_values(frame))
         return pl.concat(frames, how="diagonal").unique(["ad_id", "revision"], keep="last", maintain_order=True)
 
     def between(self, begin: float, end: float, more: Sequence[str] = ()) -> Iterator[pl.DataFrame]:
@@ -121,7 +122,7 @@ class Log(Prepared):
         if self.position_as is not None:
             check_columns(frame, {"position": pl.Int64()}, path)
             frame = frame.with_columns(pl.col("position").cast(pl.String).alias(self.position_as))
-        return frame.filter(pl.col("ts") >= begin, pl.col("ts") < end)
+        return plain_values(frame.filter(pl.col("ts") >= begin, pl.col("ts") < end))
 
 
 def is_log(folder: Path) -> bool:

@@ -26,6 +26,8 @@ import polars as pl
 
 from features.schema import Field, Schema, SchemaError, parse_schema
 
+from .texts import plain_values
+
 SPLITS = ("train", "valid", "test")
 SHARES = (0.8, 0.1, 0.1)
 ROWS_PER_FILE = 100_000
@@ -70,7 +72,7 @@ class Prepared:
         for path in self.files(split):
             frame = read_parquet(path)
             check_rows(frame, self.schema, path)
-            yield frame
+            yield plain_values(frame)
 
     def table(self, side: str) -> pl.DataFrame | None:
         """`ads.parquet` for "ad", `users.parquet` for "user"; None where the data set has no such table."""
@@ -132,7 +134,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pl.DataFra
 def _keyed(path: Path, key: str) -> pl.DataFrame | None:
     if not path.exists():
         return None
-    frame = read_parquet(path)
+    frame = plain_values(read_parquet(path))
     check_columns(frame, {key: pl.String()}, path)
     if frame[key].is_duplicated().any() or frame[key].has_nulls():
         raise DataError(f"{path}: {key} has duplicates or gaps; each row is one {key.removesuffix('_id')}")

@@ -4,7 +4,7 @@ Knows nothing about any one data set, nor about the prepared format.
 """
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, repeat
@@ -18,11 +18,10 @@ from features.schema import FLOAT32_MAX
 from features.vocabulary import Ids
 
 from .prepared import DataError, columns_of, read_parquet
+from .texts import CellError, lists_of, texts_of
 
 CHUNK = 20_000
 """Rows held as Python texts at a time."""
-LARGEST_WHOLE = 2.0**53
-"""Above it a float no longer tells neighbouring whole numbers apart."""
 MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 LATEST = 253_402_300_799
 """The last second of the year 9999: a later time is one in another unit."""
@@ -98,11 +97,24 @@ class Table:
         return values.cast(pl.Float64, strict=False)
 
     def text(self, name: str) -> pl.Series:
-        """A column as text; whole numbers lose their decimals (25.0 is "25", as a service would send it)."""
+        """A column as the texts that are looked up (`features/values.py`).
+
+        Raises:
+            DataError: there is none of that name, or a cell has no one text.
+        """
         values = self.column(name)
         if values.dtype.is_nested() or values.dtype == pl.Binary:
             raise DataError(f"{self.path}: column {name} is {values.dtype}; a category needs text or whole numbers")
-        return values.to_frame().select(_text(pl.col(name), values.dtype))[name].replace("", None)
+        return self._told(name, texts_of, values)
+
+    def _told(self, name: str, texts: Callable[[pl.Series], pl.Series], values: pl.Series) -> pl.Series:
+        try:
+            return texts(values)
+        except CellError as error:
+            cell = self.frame[name][error.row]
+            told = cell.to_list() if isinstance(cell, pl.Series) else cell
+            where = f"{self.path}, {self.unit} {self.lines[error.row]}"
+            raise DataError(f"{where}: {name} is {told!r}; expected {error.expected}") from error
 
     def required(self, name: str) -> pl.Series:
         """As `text`, of which every row must have some."""
@@ -120,8 +132,7 @@ class Table:
         inner = getattr(values.dtype, "inner", None)
         if not isinstance(values.dtype, pl.List) or not isinstance(inner, pl.DataType) or inner.is_nested() or inner == pl.Binary:
             raise DataError(f"{self.path}: column {name} is {values.dtype}; a list needs lists, or text with a separator")
-        texts = values.list.eval(_text(pl.element(), inner))
-        return texts.list.eval(pl.element().filter(pl.element() != ""))
+        return self._told(name, lists_of, values)
 
     def instants(self, name: str, unit: str = "s") -> pl.Series:
         """A column of times, as microseconds since 1970: numbers in `unit`, ISO 8601 text (UTC where it names no zone), or times."""
@@ -135,16 +146,6 @@ class Table:
         wanted = f"a time from 1970 to 9999: a number in {unit} since 1970, or ISO 8601 text"
         self.refuse(name, ~instants.is_between(0, LATEST * MICROSECONDS["s"]), wanted)
         return instants
-
-
-def _text(values: pl.Expr, dtype: pl.DataType) -> pl.Expr:
-    if dtype.is_decimal():
-        values = values.cast(pl.Float64)
-    elif not dtype.is_float():
-        return values.cast(pl.String)
-    numbers = values.fill_nan(None)
-    is_whole = (numbers == numbers.round()) & (numbers.abs() < LARGEST_WHOLE)
-    return pl.when(is_whole).then(numbers.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(numbers.cast(pl.String))
 
 
 def _scaled(numbers: pl.Series, factor: int) -> pl.Series:
