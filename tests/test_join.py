@@ -191,7 +191,7 @@ async def test_files_hold_no_more_rows_than_asked_for_and_one_hour_each(streams,
 
 
 async def test_what_the_schema_lacks_or_cannot_read_is_left_out_and_counted(streams, joining):
-    odd = ranking(user={"age": 1.5, "hat": "red", "income": 3}, context={"slot": None}, sent={"a1": {"genre": ["no"], "x": 1}})
+    odd = ranking(user={"age": 2.0**60, "hat": "red", "income": 3}, context={"slot": None}, sent={"a1": {"genre": ["no"], "x": 1}})
     streams.add(
         replace(odd, ads={**odd.ads, "a2": b"\xc1", "a5": b"\xc1 not looked at more than once"}, tensors={"ad_ids": b"12345", "what": b""})
     )
