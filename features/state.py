@@ -24,6 +24,8 @@ HISTORY_LIMIT = 1_000
 """The most behaviours kept a user, whatever a schema asks for."""
 FEATURES_LIMIT = 256
 """The most features kept of a user or an ad."""
+STATE_BYTES = 2 * 2**20
+"""The most bytes that are read of a user or an ad. No state that adrank writes is as large; one that is counts as damaged."""
 SERVED_KEPT = 1_000
 """The most rankings that a store in memory logs."""
 ACTIVE = ""
@@ -193,6 +195,8 @@ def _pack(document: object) -> bytes:
 
 
 def _unpack(value: bytes) -> Any:
+    if len(value) > STATE_BYTES:
+        raise StateError(f"it takes more than {STATE_BYTES:,} bytes, the most that are read")
     try:
         return msgpack.unpackb(value)
     except ValueError as error:  # msgpack's own errors, and bad UTF-8, are ValueErrors

@@ -157,18 +157,21 @@ def _scoring(settings: Settings, metrics: Metrics) -> Scoring:
     return Inline() if settings.scoring_threads == 1 else Pool(settings.scoring_threads)
 
 
-def open_store(settings: Settings, on_damaged: Callable[[], None] = lambda: None) -> Store:
-    """The store that the settings name. Nothing is connected yet."""
+def open_store(settings: Settings, metrics: Metrics | None = None) -> Store:
+    """The store that the settings name, and the metrics that count what is damaged in it. Nothing is connected yet."""
     seen_seconds = float(settings.event_age_seconds + settings.event_ahead_seconds)
     if settings.redis.startswith("memory:"):
         return MemoryStore(seen_seconds)
-    return RedisStore(
+    store = RedisStore(
         settings.redis,
         timeout=settings.store_timeout_ms / 1000,
         ttl=settings.user_ttl_seconds,
-        on_damaged=on_damaged,
+        on_damaged=lambda: metrics.degraded("catalogue", "ad_damaged") if metrics else None,
         bounds=Bounds(seen_seconds, settings.events_kept),
     )
+    if metrics:
+        store.damage.on_replaced = lambda: metrics.degraded("store", "key_replaced")
+    return store
 
 
 def _intake(service: Service) -> Intake:
@@ -190,7 +193,7 @@ def _tracer(settings: Settings) -> "Tracer | None":
 def create_app(settings: Settings, store: Store | None = None, registry: Registry | None = None) -> FastAPI:
     """The application. It answers at once and says on `/readyz` when it can rank; a store that is passed in stays the caller's."""
     metrics = Metrics(registry)
-    service = Service(settings, store or open_store(settings, lambda: metrics.degraded("catalogue", "ad_damaged")), metrics)
+    service = Service(settings, store or open_store(settings, metrics), metrics)
 
     tracer = _tracer(settings)
 

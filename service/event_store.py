@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from features.events import JOINED, pack_event
-from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, StoreError
+from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, STATE_BYTES, StoreError
 from features.streams import EVENTS, FIELD
-from features.subject import Change, Outcome, Subject, together
+from features.subject import REPLACED, Change, Outcome, Subject, together
 
 from .line import Command, ReplyError, unrefused
+from .store_damage import Damage, is_wrong_type
 from .topology import Route
 
 ATTEMPTS = 60
@@ -25,7 +26,7 @@ PAUSE_SECONDS = 0.0005
 """How much longer each attempt may wait for the others to be through than the one before."""
 DONE, TAKEN = b"done", b"taken"
 WRITE = b"""
--- KEYS: seen, state; ARGV: seconds, most, field, ttl, state as it was read, state as it is to be, then time and id of each event.
+-- KEYS: seen, state; ARGV: seconds, most, field, ttl, state as it was read, state as it is to be, most bytes, time and id of each event.
 -- Redis's own clock says what is forgotten: that of a service may jump.
 local seen, state, field = KEYS[1], KEYS[2], ARGV[3]
 local seconds, most = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -35,7 +36,7 @@ if redis.call('ZCARD', seen) >= most then
   floor = math.max(floor, tonumber(redis.call('ZRANGE', seen, 0, 0, 'WITHSCORES')[2]))
 end
 local ids = {}
-for i = 7, #ARGV, 2 do
+for i = 8, #ARGV, 2 do
   if tonumber(ARGV[i]) <= floor then return string.format('%.17g', floor) end
   ids[#ids + 1] = ARGV[i + 1]
 end
@@ -43,18 +44,26 @@ for _, score in ipairs(redis.call('ZMSCORE', seen, unpack(ids))) do
   if score then return 'taken' end
 end
 if state then
-  local stored
-  if field == '' then stored = redis.call('GET', state) else stored = redis.call('HGET', state, field) end
+  local stored, bytes = 'oversized', tonumber(ARGV[7])
+  if field == '' then stored = redis.call('GETRANGE', state, 0, bytes)
+  elseif redis.call('HSTRLEN', state, field) <= bytes then stored = redis.call('HGET', state, field) end
   if (stored or '') ~= ARGV[5] then return 'taken' end
   if field == '' then redis.call('SET', state, ARGV[6], 'EX', ARGV[4]) else redis.call('HSET', state, field, ARGV[6]) end
 end
-redis.call('ZADD', seen, unpack(ARGV, 7))
+redis.call('ZADD', seen, unpack(ARGV, 8))
 redis.call('ZREMRANGEBYSCORE', seen, '-inf', string.format('%.17g', past))
 redis.call('ZREMRANGEBYRANK', seen, 0, -1 - most)
 local newest = tonumber(redis.call('ZRANGE', seen, -1, -1, 'WITHSCORES')[2])
 redis.call('EXPIREAT', seen, string.format('%.0f', math.ceil(newest) + seconds + 1))
 return 'done'
 """
+READ = b"""
+-- KEYS: hash; ARGV: field, most bytes.
+if redis.call('HSTRLEN', KEYS[1], ARGV[1]) > tonumber(ARGV[2]) then return 'oversized' end
+return redis.call('HGET', KEYS[1], ARGV[1])
+"""
+UNREADABLE = b"\xc1"
+"""No state."""
 DIGEST = hashlib.sha1(WRITE, usedforsecurity=False).hexdigest()
 
 
@@ -64,6 +73,11 @@ class Place(NamedTuple):
     seen: str
     state: str = ""
     field: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the state, for a log."""
+        return f"{self.state} ({self.field})" if self.field else self.state
 
 
 class Bounds(NamedTuple):
@@ -87,7 +101,7 @@ class _Turn(NamedTuple):
 
     def write(self, ttl: int, seen_seconds: float) -> Command:
         keys = [self.place.seen, *([self.place.state] if self.place.state else [])]
-        state = (self.place.field, str(ttl), self.stored, self.change.packed)
+        state = (self.place.field, str(ttl), self.stored, self.change.packed, str(STATE_BYTES))
         events = [word for event in self.change.fresh for word in (repr(float(event.ts)), event.event_id)]
         return (b"EVALSHA", DIGEST, str(len(keys)), *keys, repr(seen_seconds), str(SEEN_LIMIT), *state, *events)
 
@@ -95,9 +109,9 @@ class _Turn(NamedTuple):
 class EventStore:
     """Applies events to what a server keeps."""
 
-    def __init__(self, route: Route, place: Callable[[Subject], Place], ttl: int, bounds: Bounds) -> None:
+    def __init__(self, route: Route, place: Callable[[Subject], Place], ttl: int, bounds: Bounds, damage: Damage) -> None:
         """The way to the servers, the keys of a subject, seconds that a user's state is kept."""
-        self._route, self._place, self._ttl, self._bounds = route, place, ttl, bounds
+        self._route, self._place, self._ttl, self._bounds, self._damage = route, place, ttl, bounds, damage
 
     async def apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
         """What became of each event, beside the subjects.
@@ -120,7 +134,9 @@ class EventStore:
             if attempt == 0:  # what is new later on was new before
                 await self._append(turns.values())
             replies = await self._write({i: turn for i, turn in turns.items() if turn.change.fresh})
-            outcomes |= {i: turn.change.outcomes for i, turn in turns.items() if replies.get(i, DONE) == DONE}
+            done = {i: turn for i, turn in turns.items() if replies.get(i, DONE) == DONE}
+            self._tell(done.values())
+            outcomes |= {i: turn.change.outcomes for i, turn in done.items()}
             waiting = {i: waiting[i] if reply == TAKEN else float(reply) for i, reply in replies.items() if reply != DONE}
             if not waiting:
                 return [outcomes[i] for i in range(len(subjects))]
@@ -130,11 +146,12 @@ class EventStore:
     async def _read(self, subjects: Sequence[Subject], waiting: Mapping[int, float]) -> dict[int, _Turn]:
         places = {i: self._place(subjects[i]) for i in waiting}
         commands = [command for i, place in places.items() for command in _reads(subjects[i], place)]
-        replies = iter(unrefused(await self._route.ask_all(commands)))
-        turns = {}
+        answers, replaced = await self._damage.ask_all(self._route, commands)
+        replies, turns = iter(unrefused(answers)), {}
         for i, place in places.items():
             stored = (next(replies) or b"") if place.state else b""
-            turns[i] = _Turn(subjects[i], place, stored, subjects[i].change(stored, next(replies), waiting[i]))
+            change = subjects[i].change(UNREADABLE if place.state in replaced else stored, next(replies), waiting[i])
+            turns[i] = _Turn(subjects[i], place, stored, change)
         return turns
 
     async def _append(self, turns: Iterable[_Turn]) -> None:
@@ -142,7 +159,7 @@ class EventStore:
         events = [event for turn in turns for event in turn.change.fresh if event.type in JOINED]
         if not events:
             return
-        (length,) = unrefused(await self._route.ask_all([(b"XLEN", EVENTS)]))
+        (length,) = unrefused((await self._damage.ask_all(self._route, [(b"XLEN", EVENTS)]))[0])
         if length >= self._bounds.waiting:
             detail = (
                 f"{length:,} events wait to be joined, the most that are kept; see whether adrank join runs, and send these again later"
@@ -160,10 +177,18 @@ class EventStore:
             again = [(b"EVAL", WRITE, *command[2:]) for command in commands]
             fresh = iter(await self._route.ask_all([again[i] for i, reply in enumerate(replies) if isinstance(reply, ReplyError)]))
             replies = [next(fresh) if isinstance(reply, ReplyError) else reply for reply in replies]
-        return dict(zip(turns, unrefused(replies), strict=True))
+        # A key whose type changed since it was read is seen to when it is read again.
+        return dict(zip(turns, unrefused([TAKEN if is_wrong_type(reply) else reply for reply in replies]), strict=True))
+
+    def _tell(self, turns: Iterable[_Turn]) -> None:
+        for turn in turns:
+            if REPLACED in turn.change.outcomes:
+                self._damage.tell(turn.place.name, "what it held could not be read and gave way to what events tell")
 
 
 def _reads(subject: Subject, place: Place) -> list[Command]:
     ids = [event.event_id for event in subject.events]
-    state: list[Command] = [(b"HGET", place.state, place.field) if place.field else (b"GET", place.state)] if place.state else []
-    return [*state, (b"ZMSCORE", place.seen, *ids)]
+    seen: Command = (b"ZMSCORE", place.seen, *ids)
+    if place.field:
+        return [(b"EVAL", READ, b"1", place.state, place.field, str(STATE_BYTES)), seen]
+    return [(b"GETRANGE", place.state, b"0", str(STATE_BYTES)), seen] if place.state else [seen]

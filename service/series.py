@@ -26,6 +26,7 @@ DEGRADED: Labels = [
     ("catalogue", "ad_damaged"),
     ("inference", "not_finite"),
     ("events", "state_replaced"),
+    ("store", "key_replaced"),
     ("background", "failed"),
 ]
 LOOKUPS: Labels = [*product(["user", "ad"], ["hit", "miss"]), ("user", "error")]

@@ -10,13 +10,14 @@ import logging
 import zlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from typing import Any, TypeVar
 
 import msgpack
 
 from features.state import (
+    STATE_BYTES,
     Ad,
     ChangesLostError,
     StateError,
@@ -32,8 +33,9 @@ from features.subject import Outcome, Subject
 
 from .event_store import UNTOLD, Bounds, EventStore, Place
 from .line import Command, ReplyError, unrefused
+from .store_damage import Damage, is_wrong_type
 from .store_errors import told
-from .topology import open_servers
+from .topology import Route, open_servers
 
 CHANGES = "adrank:ads:changes"
 HASHES = 64
@@ -96,20 +98,26 @@ class RedisStore:
         # Routes of their own, so that no read of a user stands behind a long batch, a thousand events or a wait for changes.
         self._fast, self._served, self._eventful = servers.route(timeout), servers.route(APPEND_SECONDS), servers.route(EVENT_SECONDS)
         self._bulk, self._following = servers.route(BULK_SECONDS), servers.route(WAIT_SECONDS + FOLLOW_SECONDS)
-        self._events = EventStore(self._eventful, place, ttl, bounds)
+        self.damage = Damage()
+        self._events = EventStore(self._eventful, place, ttl, bounds, self.damage)
 
     async def get_user(self, user_id: str) -> UserState | None:
-        """See `Store`; gives up after the timeout, whatever Redis or the network do."""
+        """See `Store`; gives up after the timeout, whatever Redis or the network do.
+
+        A value that is too large is not read to its end: who asks next would have to wait for it.
+        """
+        key = user_key(user_id)
         try:
-            value = await self._fast.ask(b"GET", user_key(user_id))
-        except (OSError, ReplyError) as error:
-            raise told(error, self._timeout) from error
-        if value is None:
-            return None
-        try:
-            return unpack_user(user_id, value)
+            value = await self._fast.ask(b"GETRANGE", key, b"0", str(STATE_BYTES))
+            return unpack_user(user_id, value) if value else None
         except StateError as error:
-            raise StoreError("store_corrupt", str(error)) from error
+            damaged = error
+        except (OSError, ReplyError) as error:
+            if not is_wrong_type(error):
+                raise told(error, self._timeout) from error
+            damaged = StateError("what is stored for a user is no value, but a key of another type")
+        self.damage.tell(key, str(damaged))
+        raise StoreError("store_corrupt", str(damaged)) from damaged
 
     async def put_users(self, users: Iterable[tuple[str, UserState]]) -> None:
         """See `Store`."""
@@ -126,8 +134,9 @@ class RedisStore:
             for ad in batch:
                 hashes[ads_key(ad.ad_id)] += (ad.ad_id, pack_ad(ad))
             async with answering(BULK_SECONDS):
-                unrefused(await self._bulk.ask_all([(b"HSET", key, *values) for key, values in hashes.items()]))
-                await self._bulk.ask(*_announcement([ad.ad_id for ad in batch]))
+                commands: list[Command] = [(b"HSET", key, *values) for key, values in hashes.items()]
+                unrefused((await self.damage.ask_all(self._bulk, commands))[0])
+                await self._announce(self._bulk, [ad.ad_id for ad in batch])
 
     async def apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
         """See `Store`."""
@@ -138,16 +147,21 @@ class RedisStore:
         # Those of duplicates too: who did such an event first may not have lived to announce it.
         for batch in _batches(dict.fromkeys(subject.id for subject in subjects if subject.kind == "ad")):
             async with answering(EVENT_SECONDS):
-                await self._eventful.ask(*_announcement(batch))
+                await self._announce(self._eventful, batch)
         return outcomes
+
+    async def _announce(self, route: Route, ad_ids: Sequence[str]) -> None:
+        unrefused((await self.damage.ask_all(route, [_announcement(ad_ids)]))[0])
 
     async def all_ads(self) -> AsyncIterator[list[Ad]]:
         """See `Store`. An ad may come twice (HSCAN); a damaged one is left out and counted."""
         for n in range(HASHES):
             cursor = b""
             while cursor != b"0":
+                key = f"adrank:ads:{{{n}}}"
                 async with answering(BULK_SECONDS):
-                    cursor, found = await self._bulk.ask(b"HSCAN", f"adrank:ads:{{{n}}}", cursor or b"0", b"COUNT", str(BATCH))
+                    (reply,) = await self._bulk.ask_all([(b"HSCAN", key, cursor or b"0", b"COUNT", str(BATCH))])
+                    cursor, found = self._unless_wrong(key, reply) or (b"0", [])
                 yield [ad for ad_id, value in fields_of(found).items() if (ad := self._ad(ad_id, value))]
 
     async def cursor(self) -> str:
@@ -163,7 +177,11 @@ class RedisStore:
         async with answering(wait + FOLLOW_SECONDS):
             # A block of 0 would wait for ever.
             command = (b"XREAD", b"COUNT", str(ENTRIES_READ), b"BLOCK", str(max(1, int(wait * 1000))), b"STREAMS", CHANGES, last)
-            reply = await self._following.ask(*command)
+            (reply,) = await self._following.ask_all([command])
+            if is_wrong_type(reply):
+                await self.damage.clear(self._following, CHANGES, b"stream")
+                raise ChangesLostError("what stood in the place of the change stream was no stream")
+            (reply,) = unrefused([reply])
             # Checked after reading: what was read before it was trimmed is not lost.
             await self._check_reach(last, int(count) if count else None)
             entries = reply[0][1] if reply else []
@@ -192,6 +210,9 @@ class RedisStore:
         try:
             info = fields_of(await self._following.ask(b"XINFO", b"STREAM", CHANGES))
         except ReplyError as error:
+            if is_wrong_type(error):
+                await self.damage.clear(self._following, CHANGES, b"stream")
+                return "0-0", 0, 0
             if "no such key" in str(error):
                 return "0-0", 0, 0
             raise
@@ -208,16 +229,29 @@ class RedisStore:
             by_hash[ads_key(ad_id)].append(ad_id)
         if not by_hash:
             return []
-        replies = unrefused(await self._following.ask_all([(b"HMGET", key, *wanted) for key, wanted in by_hash.items()]))
-        pairs = [pair for wanted, values in zip(by_hash.values(), replies, strict=True) for pair in zip(wanted, values, strict=True)]
+        replies = await self._following.ask_all([(b"HMGET", key, *wanted) for key, wanted in by_hash.items()])
+        found_of = zip(by_hash.values(), map(self._unless_wrong, by_hash, replies), strict=True)
+        pairs = [pair for wanted, values in found_of if values is not None for pair in zip(wanted, values, strict=True)]
         found = [Ad(ad_id, {}, active=False) if value is None else self._ad(ad_id, value) for ad_id, value in pairs]
         return [ad for ad in found if ad]
+
+    def _unless_wrong(self, key: str, reply: Any) -> Any:
+        """What was read of a hash of ads; None where something else has its place: its ads are done without.
+
+        Raises:
+            ReplyError: it is another refusal.
+        """
+        if not is_wrong_type(reply):
+            return unrefused([reply])[0]
+        self.damage.tell(key, "ads are kept there in a hash, and it is none")
+        self._on_damaged()
+        return None
 
     def _ad(self, ad_id: str | bytes, value: bytes) -> Ad | None:
         try:
             return unpack_ad(ad_id if isinstance(ad_id, str) else ad_id.decode(), value)
         except ValueError as error:  # a StateError, or an id that is not UTF-8
-            log.warning("an ad in the store is left out: %s", error)
+            self.damage.tell(ads_key(ad_id) if isinstance(ad_id, str) else ad_id, f"an ad is left out: {error}")
             self._on_damaged()
             return None
 
@@ -227,6 +261,9 @@ class RedisStore:
         try:
             replies = await self._served.ask_once([*commands, (b"XLEN", SERVED)])
         except (OSError, ReplyError) as error:
+            if is_wrong_type(error):
+                with suppress(OSError, ReplyError):
+                    await self.damage.clear(self._served, SERVED, b"stream")  # for the next: some of these may have been appended
             raise told(error, APPEND_SECONDS) from error
         return int(replies[-1])
 
@@ -234,8 +271,8 @@ class RedisStore:
         """See `Store`."""
         try:
             lines = await self._fast.lines()
-            # A GET too, which is what a request needs: a user of the store may be allowed PING and not that.
-            await asyncio.gather(self._fast.ask(b"GET", PROBE), *(line.ask(b"PING") for line in lines))
+            # A read too, which is what a request needs: a user of the store may be allowed PING and not that.
+            await asyncio.gather(self._fast.ask(b"GETRANGE", PROBE, b"0", b"0"), *(line.ask(b"PING") for line in lines))
         except (OSError, ReplyError) as error:
             raise told(error, self._timeout) from error
 

@@ -21,7 +21,7 @@ NOWHERE = "adrank:seen:probe"
 NOBODY = "adrank-doctor"
 HARMLESS: Mapping[str, Sequence[Sequence[str]]] = {
     "adrank serve": (
-        ("GET", PROBE),
+        ("GETRANGE", PROBE, "0", "0"),
         ("HSCAN", "adrank:ads:{0}", "0", "COUNT", "1"),
         ("HMGET", "adrank:ads:{0}", ""),
         ("XREAD", "COUNT", "1", "STREAMS", CHANGES, "$"),
@@ -32,6 +32,9 @@ HARMLESS: Mapping[str, Sequence[Sequence[str]]] = {
     ),
     "POST /v1/events": (
         ("HGET", "adrank:ads:{0}", ""),
+        ("HSTRLEN", "adrank:ads:{0}", ""),
+        ("TYPE", NOWHERE),
+        ("DEL", NOWHERE),
         ("ZMSCORE", NOWHERE, ""),
         ("EVALSHA", "0" * 40, "1", NOWHERE),
         ("SET", PROBE, "", "XX"),

@@ -35,6 +35,8 @@ def told(error: Exception, seconds: float) -> StoreError:
         return StoreError("store_unreachable", f"the store cannot be reached: {text}{SILENT if 'no answer within' in text else ''}")
     text = text.partition(", with args")[0]  # of an unknown command, which names users: of them nothing is to be in a log
     hint = "; it is a cluster, whose URL begins with redis+cluster://" if text.startswith("MOVED") else ""
+    if "unknown command" in text.lower():
+        hint = "; adrank needs Redis 6.2 or later, better 7, or Valkey, without commands that are renamed or switched off"
     return StoreError("store_error", f"the store refused: {text}{hint}")
 
 

@@ -176,10 +176,10 @@ class TestWaitedFor:
             url = server.url.replace("//", "//some:word@")
             async with starting(tmp_path, models=repository, redis=url) as (client, log):
                 await unready(client, "lacks a permission: User some has no permissions to run the 'hscan' command")
-                redis.execute_command("ACL", "SETUSER", "some", "+hscan", "-get")
+                redis.execute_command("ACL", "SETUSER", "some", "+hscan", "-getrange")
                 told = await until_ready(client, "degraded")
-                assert "'get' command" in told["store"]["detail"]
-                redis.execute_command("ACL", "SETUSER", "some", "+get")
+                assert "'getrange' command" in told["store"]["detail"]
+                redis.execute_command("ACL", "SETUSER", "some", "+getrange")
                 await until_ready(client, "ready")
             assert "word" not in log.read_text().replace("password", "")
 
