@@ -180,6 +180,7 @@ def load(data: Path, redis: str | None) -> None:
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", type=int, help="Port to listen on; default 8000.")
 @click.option("--workers", type=int, help="Processes; default 1.")
+@click.option("--tokens", type=PLACE, help="A file of bearer tokens and their scopes; by default whoever reaches the port may ask.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to score; default cpu.")
 @click.option("--precision", type=click.Choice(["float32", "int8"]), help="int8 where a bundle has it; default float32.")
 def serve(**flags: Any) -> None:
@@ -196,6 +197,7 @@ def serve(**flags: Any) -> None:
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", help="Port to listen on; default 8000.")
 @click.option("--workers", help="Processes; default 1.")
+@click.option("--tokens", type=PLACE, help="A file of bearer tokens and their scopes.")
 @click.option("--device", help="Where to score: cpu or cuda; default cpu.")
 @click.option("--precision", help="float32 or int8; default float32.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
@@ -428,6 +430,7 @@ def demo(once: bool, loop: bool, rounds: int, port: int, folder: Path) -> None:
 @cli.command(epilog="Example: adrank bench --url http://127.0.0.1:8000 --redis redis://127.0.0.1:6379/0 --candidates 500 --rate half")
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The running service.")
 @click.option("--redis", help="The service's store, to draw users and ads from; default: ADRANK_REDIS.")
+@click.option("--token-file", type=click.File(), help="A file with nothing but a token of the scope rank, where the service wants one.")
 @click.option("--candidates", type=click.IntRange(min=1), default=200, show_default=True, help="Of each request.")
 @click.option("--form", type=click.Choice(["ids", "columns", "rows"]), default="ids", show_default=True, help="How they are sent.")
 @click.option("--connections", type=click.IntRange(1, 10_000), default=8, show_default=True)
@@ -437,7 +440,7 @@ def demo(once: bool, loop: bool, rounds: int, port: int, folder: Path) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the users and candidates drawn.")
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write JSON there too; - is standard output, instead of the table.")
 @needs("bench")
-def bench(url: str, redis: str | None, rate: str | None, target: Path | None, **rest: Any) -> None:
+def bench(url: str, redis: str | None, rate: str | None, token_file: TextIO | None, target: Path | None, **rest: Any) -> None:
     """Load a running service, and measure throughput and latency."""
     from rich.console import Console
 
@@ -445,7 +448,7 @@ def bench(url: str, redis: str | None, rate: str | None, target: Path | None, **
     from benchmarks.load import Target
     from service.settings import load_settings
 
-    load = bench.Load(target=Target.of(url), rate=_rate(rate), **rest)
+    load = bench.Load(target=Target.of(url, token_file.read(1024).strip() if token_file else ""), rate=_rate(rate), **rest)
     measured = bench.run(load_settings({"redis": redis}), load)
     bench.write(bench.as_dict(load, measured), target)
     if str(target) != "-":

@@ -41,10 +41,11 @@ class Target:
     host: str
     port: int
     path: str = "/rank"
+    token: str = field(default="", repr=False)
 
     @classmethod
-    def of(cls, url: str) -> "Target":
-        """The service at `http://host:port`.
+    def of(cls, url: str, token: str = "") -> "Target":
+        """The service at `http://host:port`, asked with that bearer token.
 
         Raises:
             LoadError: that is no such URL.
@@ -52,7 +53,7 @@ class Target:
         try:
             parts = urlsplit(url)
             if parts.scheme == "http" and parts.hostname:
-                return cls(parts.hostname, parts.port or 80, parts.path.rstrip("/") + "/rank")
+                return cls(parts.hostname, parts.port or 80, parts.path.rstrip("/") + "/rank", token)
         except ValueError:  # a port that is none
             pass
         raise LoadError(f"{url!r} is not the address of a service: expected one such as http://127.0.0.1:8000")
@@ -60,6 +61,7 @@ class Target:
     def request(self, body: bytes) -> bytes:
         """A whole request with that JSON body."""
         head = f"POST {self.path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json\r\n"
+        head += f"Authorization: Bearer {self.token}\r\n" if self.token else ""
         return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
     def connect(self) -> socket.socket:

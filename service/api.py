@@ -22,6 +22,7 @@ from .openapi import RANKED
 from .ranker import Query, Ranker
 from .requests import as_sent, default_policy, locate, parse_request, sent_request_id, to_query
 from .settings import Settings
+from .tokens import Guard
 from .wire import RankRequest, answer
 
 if TYPE_CHECKING:
@@ -226,10 +227,10 @@ class Application(FastAPI):
 
     rank: ASGIApp
 
-    def take(self, endpoint: RankEndpoint, metrics: Metrics, tracer: "Tracer | None" = None) -> None:
+    def take(self, endpoint: RankEndpoint, metrics: Metrics, tracer: "Tracer | None" = None, guard: Guard | None = None) -> None:
         """Rank with the endpoint. Its routes are there for who asks with another method than POST."""
-        self.rank = Edge(endpoint, metrics, tracer)
-        self.add_middleware(Edge, metrics=metrics, tracer=tracer)
+        self.rank = Edge(endpoint, metrics, tracer, guard)
+        self.add_middleware(Edge, metrics=metrics, tracer=tracer, guard=guard)
         self.router.routes += [Route(path, endpoint, methods=["POST"], include_in_schema=False) for path in RANKED]
 
     def take_events(self, endpoint: EventsEndpoint) -> None:

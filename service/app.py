@@ -27,6 +27,7 @@ from .scoring import Inline, Pool, Scoring
 from .served import ServedLog
 from .settings import Settings, load_settings
 from .store import RedisStore
+from .tokens import METRICS, PROBES, Guard
 
 if TYPE_CHECKING:
     from .traces import Tracer
@@ -50,6 +51,7 @@ class Service:
         self.served = ServedLog(store, metrics, settings)
         self.ranker = Ranker(store, metrics, _scoring(settings, metrics), self.served.put)
         self.reload = Reload(settings, self.ranker, metrics)
+        self.guard = _guard(settings)
         self.failing: dict[str, str] = {}
         """Work of the background that failed in a way nobody foresaw and has not gone well since, and a sentence about it."""
 
@@ -64,6 +66,8 @@ class Service:
             together.create_task(self._keep_on("following the model repository", lambda: self._models(looked)))
             together.create_task(self._keep_on("judging challengers", self.reload.judge))
             together.create_task(self._keep_on("writing metrics", self._flush))
+            if self.guard:
+                together.create_task(self._keep_on("following the tokens", self.guard.follow))
             await looked.wait()  # so that the catalogue is encoded while it is read, for the models that there are
             together.create_task(self._keep_on("following the catalogue", self.ranker.catalogue.follow))
 
@@ -182,6 +186,13 @@ def _intake(service: Service) -> Intake:
     return Intake(service.store, service.metrics, encoders, ages)
 
 
+def _guard(settings: Settings) -> Guard | None:
+    if settings.tokens is None:
+        return None
+    opened = (PROBES if settings.open_probes else frozenset()) | (METRICS if settings.open_metrics else frozenset())
+    return Guard(settings.tokens, opened)
+
+
 def _tracer(settings: Settings) -> "Tracer | None":
     if not settings.trace_share:
         return None
@@ -225,7 +236,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},  # its own would tell what callers sent
     )
     app.include_router(state_routes(service.ranker, metrics, service.health))
-    app.take(RankEndpoint(service.ranker, metrics, settings), metrics, tracer)
+    app.take(RankEndpoint(service.ranker, metrics, settings), metrics, tracer, service.guard)
     app.take_events(EventsEndpoint(_intake(service), settings))
     add_error_handlers(app)
     app.openapi = describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the document

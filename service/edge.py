@@ -15,6 +15,7 @@ from .errors import Kind, Mistake
 from .logs import DETAILS, REQUEST, Few
 from .metrics import Metrics, Stages
 from .openapi import RANKED
+from .tokens import Guard
 
 if TYPE_CHECKING:
     from .traces import Trace, Tracer
@@ -55,8 +56,8 @@ def problem(scope: Scope, kind: Kind, detail: str, mistakes: Sequence[Mistake] =
 class Edge:
     """The process's edge: every request gets an id, is counted and timed, and whatever goes wrong inside becomes a problem."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: "Tracer | None" = None) -> None:
-        self._app, self._metrics, self._tracer = app, metrics, tracer
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: "Tracer | None" = None, guard: Guard | None = None) -> None:
+        self._app, self._metrics, self._tracer, self._guard = app, metrics, tracer, guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -80,7 +81,7 @@ class Edge:
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await (self._refusal(scope) or self._app)(scope, receive, noting)
             stages.finish()
         except Exception:
             response = problem(scope, errors.UNEXPECTED, "the service made a mistake; its log has it under this request_id")
@@ -94,6 +95,16 @@ class Edge:
                 _tell(scope, status)
             if trace is not None and trace.recorded and self._tracer is not None:
                 self._tracer.end(trace, stages, scope, status)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        """The answer to a request that is not let in."""
+        if self._guard is None:
+            return None
+        sent = [value for name, value in scope["headers"] if name == b"authorization"]
+        refusal = self._guard.refuse(scope["path"], scope["method"], sent)
+        if refusal is None:
+            return None
+        return problem(scope, refusal.kind, refusal.detail, headers={"www-authenticate": refusal.challenge})
 
     def _begin_trace(self, tracer: "Tracer", scope: Scope) -> "Trace | None":
         if scope["path"] not in TRACED or scope["method"] != "POST":

@@ -112,6 +112,8 @@ KINDS: dict[type[ServiceError], Kind] = {
     BacklogError: Kind(503, "backlog", "Too many events wait to be joined", 10),
     DeadlineError: Kind(504, "deadline", "The deadline passed"),
 }
+UNAUTHENTICATED = Kind(401, "unauthenticated", "A token is needed")
+FORBIDDEN = Kind(403, "forbidden", "The token does not allow this")
 NOT_FOUND = Kind(404, "not_found", "No such page")
 WRONG_METHOD = Kind(405, "wrong_method", "The page does not take this method")
 UNEXPECTED = Kind(500, "unexpected", "The service made a mistake")

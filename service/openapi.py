@@ -32,11 +32,16 @@ def _errors(others: tuple[type[errors.ServiceError], ...]) -> dict[str, dict[str
     """The answers to what can go wrong, but for what only the other routes have; those of one status together."""
     titles: dict[str, list[str]] = {}
     for error, kind in errors.KINDS.items():
-        if error not in (*others, errors.CallerLeftError):
+        if error not in (*others, errors.CallerLeftError, errors.MetricsGoneError):
             titles.setdefault(str(kind.status), []).append(kind.title)
     return {status: {"description": "; ".join(told), **_content("application/problem+json", "Problem")} for status, told in titles.items()}
 
 
+BEARER = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "Where the service has tokens (ADRANK_TOKENS): 401 without one, 403 with one that lacks the scope rank, events or read.",
+}
 RANK_OPERATION = {
     "summary": "Rank",
     "description": "Rank ads for a user, the likeliest click first.",
@@ -60,7 +65,9 @@ def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
             document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             operations = {path: {"post": {**RANK_OPERATION, "operationId": name}} for path, name in RANKED.items()}
             document["paths"] = {**operations, "/v1/events": {"post": EVENTS_OPERATION}, **document["paths"]}
-            components = document.setdefault("components", {}).setdefault("schemas", {})
+            document.setdefault("components", {})["securitySchemes"] = {"bearer": BEARER}
+            document["security"] = [{"bearer": []}, {}]  # the latter where the service has no tokens
+            components = document["components"].setdefault("schemas", {})
             for model, mode in MODELS:
                 described = model.model_json_schema(ref_template=REFERENCE, mode=mode)
                 components.update(described.pop("$defs", {}))

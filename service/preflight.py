@@ -1,21 +1,25 @@
 """What `adrank serve` refuses to start with: what no waiting would mend. All else is waited for, unready, and told on `/readyz`."""
 
+import contextlib
+import ipaddress
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 from .settings import Settings, SettingsError
+from .tokens import Guard, TokenError
 
 
 def check_start(settings: Settings) -> None:
     """Refuse what cannot be served with.
 
     Raises:
-        SettingsError: the model repository is no folder, the device is not there, workers have nowhere to count together, or requests
-            cannot be traced as asked.
+        SettingsError: the model repository is no folder, the device is not there, workers have nowhere to count together, the tokens
+            cannot be used, or requests cannot be traced as asked.
     """
-    for wrong in (models_wrong(settings), metrics_wrong(settings), traces_wrong(settings), device_wrong(settings)):
+    wrongs = (models_wrong(settings), tokens_wrong(settings), metrics_wrong(settings), traces_wrong(settings), device_wrong(settings))
+    for wrong in wrongs:
         if wrong:
             raise SettingsError(wrong)
 
@@ -27,6 +31,37 @@ def models_wrong(settings: Settings) -> str | None:
     except OSError:  # not to be read now: a matter of the volume
         return None
     return f"the model repository {settings.models} is not a folder; name another with --models or ADRANK_MODELS" if is_other else None
+
+
+def tokens_wrong(settings: Settings) -> str | None:
+    """Why the file of tokens cannot be used."""
+    if settings.tokens is None:
+        return None
+    try:
+        Guard(settings.tokens)
+    except TokenError as error:
+        return f"setting ADRANK_TOKENS: {settings.tokens}: {error}"
+    return None
+
+
+def tokens_loose(settings: Settings) -> str | None:
+    """Who may ask for more than they should: anybody on the network, or any user of this machine who can read the tokens."""
+    if settings.tokens is None:
+        if not is_loopback(settings.host):
+            return f"whoever reaches {settings.host} may rank, and send events, users and ads; name a file of tokens with ADRANK_TOKENS"
+        return None
+    with contextlib.suppress(OSError):
+        if settings.tokens.stat().st_mode & 0o004:
+            return f"every user of this machine can read {settings.tokens}; take the right away with chmod o-r"
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def metrics_wrong(settings: Settings) -> str | None:

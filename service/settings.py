@@ -81,6 +81,13 @@ class Settings(BaseSettings):
     that it is the last. Longer than they pause between two requests, and no request meets a closed connection."""
     keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = 75
     """How long a connection may be idle. Longer than the clients and proxies in front keep theirs, which is 60 seconds for most."""
+    tokens: Path | None = None
+    """A file of bearer tokens and their scopes (docs/security.md), read again when it changes. Without it whoever reaches the port may
+    ask."""
+    open_probes: bool = True
+    """With `tokens`, `/livez` and `/readyz` answer without one all the same."""
+    open_metrics: bool = False
+    """With `tokens`, `/metrics` answers without one all the same."""
     log_format: Literal["text", "json"] = "text"
     """Of the lines on standard error; with `log_level` the joiner's too."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

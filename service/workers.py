@@ -25,7 +25,7 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
 from . import logs
-from .preflight import check_start
+from .preflight import check_start, tokens_loose
 from .server import Connection, Member, Server
 from .settings import Settings, load_settings, processors
 
@@ -67,6 +67,8 @@ def serve(settings: Settings) -> None:
     config = _config(settings)
     log.info("listening on %s", ", ".join(_name(listener) for listener in listeners))
     _tell_threads(settings)
+    if loose := tokens_loose(settings):
+        log.warning("%s", loose)
     if settings.workers == 1:
         server = Server(config, settings.farewell_seconds)
         with contextlib.suppress(KeyboardInterrupt):

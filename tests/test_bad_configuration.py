@@ -12,7 +12,7 @@ import httpx
 import pytest
 import small
 from conftest import Client, Server, free_port, until_ready
-from processes import SERVE, adrank, environment, fill, without_privileges
+from processes import PATIENCE, SERVE, adrank, environment, fill, without_privileges
 from redis import Redis
 
 from tests.test_cli import refused, run
@@ -45,6 +45,15 @@ def one_line(done, *words):
     assert done.stdout == ""
     for word in words:
         assert word in done.stderr
+
+
+async def logged(log, text, times):
+    """Waits until the log has a text so many times, and sees that it is not said more often."""
+    async with asyncio.timeout(PATIENCE):
+        while log.read_text().count(text) < times:
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(1)
+    assert log.read_text().count(text) == times
 
 
 class TestRefused:
@@ -147,8 +156,7 @@ class TestWaitedFor:
         async with starting(tmp_path, models=repository, redis=with_password(server, "mended"), workers=workers) as (client, log):
             told = await unready(client, "the store refuses the user name or password")
             assert told["store"]["reason"] == told["catalogue"]["reason"] == "store_denied"
-            await asyncio.sleep(1)
-            assert log.read_text().count("refuses the user name or password") == workers
+            await logged(log, "refuses the user name or password", workers)
             with Redis.from_url(with_password(server, "secret")) as redis:
                 redis.config_set("requirepass", "mended")
             await until_ready(client, "ready")
@@ -164,8 +172,7 @@ class TestWaitedFor:
         async with starting(tmp_path, models=repository, redis=server.url) as (client, log):
             told = await unready(client, "the store cannot be reached")
             assert told["store"]["reason"] == "store_unreachable"
-            await asyncio.sleep(1)
-            assert log.read_text().count("cannot be reached") == 1
+            await logged(log, "cannot be reached", 1)
             await asyncio.to_thread(server.start)
             await until_ready(client)
 
@@ -190,8 +197,7 @@ class TestWaitedFor:
             await unready(client, f"no model is usable; waiting for one to be published in {models}")
             models.mkdir(parents=True, mode=0o300)
             await unready(client, "the model repository cannot be read")
-            await asyncio.sleep(1)
-            assert log.read_text().count("cannot be read, so what is loaded stays") == workers
+            await logged(log, "cannot be read, so what is loaded stays", workers)
             models.chmod(0o755)
             bundles.publish(models)
             await until_ready(client)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..preflight import metrics_wrong, models_wrong, traces_wrong
+from ..preflight import metrics_wrong, models_wrong, tokens_loose, tokens_wrong, traces_wrong
 from ..settings import PREFIX, Settings, unknown_variables, usable_settings
 from ..store_url import parse_store_url
 from .finding import Finding
@@ -28,9 +28,13 @@ def _problem(name: str, wrong: str, note: str = "") -> Finding:
 
 
 def _together(settings: Settings) -> Iterator[Finding]:
-    for check, wrong in (("models", models_wrong(settings)), ("TMPDIR", metrics_wrong(settings)), ("traces", traces_wrong(settings))):
-        if wrong:
-            yield _problem(check, wrong)
+    checks = {"models": models_wrong, "tokens": tokens_wrong, "TMPDIR": metrics_wrong, "traces": traces_wrong}
+    for name, check in checks.items():
+        if wrong := check(settings):
+            yield _problem(name, wrong)
+    if loose := tokens_loose(settings):
+        said, _, cure = loose.partition("; ")
+        yield Finding("settings", "tokens", "warning", said, cure)
     if settings.redis.startswith("memory:"):
         said = "the store is memory://, so users and ads are gone when a process ends, and each worker has its own"
         yield Finding("settings", "redis", "warning", said, "name a Redis with ADRANK_REDIS for anything but a trial")
