@@ -1,7 +1,8 @@
 """A bundle: everything a prediction needs, in `models/<name>/<version>/`, published whole or not at all.
 
 `models/<name>/current` is a file that holds the live version, and `releases.jsonl` beside it holds those that were live before.
-Knows nothing about torch or ONNX Runtime: what scores the goldens is passed in.
+What a bundle is called is told by its folder alone, so that a copy, a link or a renamed folder is as good as what was published; what it
+is, by the digests of its files. Knows nothing about torch or ONNX Runtime: what scores the goldens is passed in.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from . import files
 from .encode import AdTable, Block, Encoder, Features, Feeds, Request, encode_request
+from .graph_file import GraphFacts, GraphFileError, graph_facts
 from .schema import Schema, SchemaError, parse_schema
 from .vocabulary import Numbers, Vocabularies, fingerprint, parse_vocabularies
 
@@ -35,12 +38,24 @@ INT8_TOLERANCE = 5e-3
 """A value that float32 leaves on the other side of a rounding moves a byte by one step; a processor that saturates moves far more."""
 CURRENT, RELEASES, LOCK, STAGING = "current", "releases.jsonl", ".lock", ".publishing-"
 RELEASES_KEPT = 100
+REQUIRED = frozenset({MODEL, SCHEMA, VOCABULARIES, GOLDENS})
+MOST_BYTES = 2**33
+"""Of a file of a bundle. What is larger, or is no file at all, is refused before it is read."""
+MOST_GRAPH_BYTES = 2**31
+"""Of an ONNX file, as protocol buffers have it."""
+MOST_GOLDENS_BYTES, MOST_MANIFEST_BYTES, MOST_CURRENT_BYTES = 2**26, 2**24, 64
 
 Score = Callable[[Feeds], Numbers]
 
 
 class BundleError(RuntimeError):
-    """A bundle cannot be published or used; the message says which and why."""
+    """A bundle cannot be published or used; the message says which and why, `code` in a word what is wrong, for those who may not know
+    more.
+    """
+
+    def __init__(self, message: str, code: str = "unusable") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +104,27 @@ class Bundle:
 
     @property
     def goldens(self) -> list[Golden]:
-        """The requests that the model must score as training did."""
+        """The requests that the model must score as training did.
+
+        Raises:
+            BundleError: there are none, or they cannot be read.
+        """
         try:
-            return [Golden(**golden) for golden in json.loads((self.path / GOLDENS).read_text("utf-8"))]
-        except (OSError, TypeError, ValueError) as error:
-            raise BundleError(f"bundle {self.path}: {GOLDENS} cannot be read: {error}") from error
+            goldens = [Golden(**golden) for golden in json.loads(files.read(self.path / GOLDENS, MOST_GOLDENS_BYTES))]
+        except (OSError, TypeError, ValueError, RecursionError) as error:
+            raise BundleError(f"bundle {self.path}: {GOLDENS} cannot be read: {error}", "goldens") from error
+        if not any(golden.candidates for golden in goldens):
+            what = "has no request with candidates, so nothing shows that the model scores as it did in training"
+            raise BundleError(f"bundle {self.path}: {GOLDENS} {what}; publish it again with rows in the valid split", "goldens")
+        return goldens
+
+    @property
+    def graphs(self) -> Mapping[str, GraphFacts]:
+        """What its ONNX files say of themselves, by name, as far as the manifest tells; one that was published before it did has none."""
+        told = self.manifest.get("graphs")
+        if not isinstance(told, Mapping):
+            return {}
+        return {file: GraphFacts(int(each["ir"]), int(each["opset"])) for file, each in told.items()}
 
     def check_goldens(self, score: Score, graph: str = MODEL) -> None:
         """Score the goldens with one of the graphs, and compare.
@@ -105,11 +136,15 @@ class Bundle:
         for i, golden in enumerate(self.goldens):
             expected = golden.p_click_int8 if graph == INT8_MODEL else golden.p_click
             try:
-                off = np.abs(score(golden.feeds(self.encoder))[0] - np.array(expected)).max()
-            except ValueError as error:  # a FieldError, or probabilities of another shape
-                raise BundleError(f"bundle {self.path}: golden {i} cannot be encoded: {error}") from error
+                scores = score(golden.feeds(self.encoder))[0]
+            except ValueError as error:  # a FieldError, or a tensor of another shape
+                raise BundleError(f"bundle {self.path}: golden {i} cannot be encoded: {error}", "goldens") from error
+            if len(expected) != len(scores):  # one number would be held against all
+                counts = f"{len(expected)} probabilities for {len(scores)} candidates"
+                raise BundleError(f"bundle {self.path}: golden {i} has {counts} of {graph}; publish it again", "goldens")
+            off = np.abs(scores - np.array(expected)).max(initial=0)
             if not off <= allowed:
-                raise BundleError(f"bundle {self.path}: golden {i} is off by {off:.2g}, {allowed} is allowed; publish it again")
+                raise BundleError(f"bundle {self.path}: golden {i} is off by {off:.2g}, {allowed} is allowed; publish it again", "goldens")
 
 
 def new_version() -> int:
@@ -145,10 +180,10 @@ def check_publishable(models: Path, name: str) -> None:
         raise BundleError(f"cannot publish {name} in {models}: {there} is not a folder that may be written; name another with --models")
 
 
-def publish(models: Path, name: str, files: Mapping[str, bytes], facts: Mapping[str, Any], make_current: bool = True) -> Path:
-    """Write the files as a new version, by one rename, so that a reader sees all of it or none; and make it current, if so told.
+def publish(models: Path, name: str, contents: Mapping[str, bytes], facts: Mapping[str, Any], make_current: bool = True) -> Path:
+    """Write files, by their names, as a new version, by one rename, so that a reader sees all or none; and make it current, if so told.
 
-    `facts` join the manifest. The schema and the vocabularies among `files` give the fingerprint.
+    `facts` join the manifest. The schema and the vocabularies among the files give the fingerprint.
 
     Raises:
         BundleError: the repository cannot be written; nothing of the bundle is left behind.
@@ -157,14 +192,20 @@ def publish(models: Path, name: str, files: Mapping[str, bytes], facts: Mapping[
     try:
         home.mkdir(parents=True, exist_ok=True)
         with _staging(home) as staged:
-            for file, data in files.items():
+            for file, data in contents.items():
                 _write(staged / file, data)
-            schema = parse_schema(files[SCHEMA].decode())
-            print_ = fingerprint(schema, parse_vocabularies(files[VOCABULARIES].decode(), schema))
-            digests = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
+            schema = parse_schema(contents[SCHEMA].decode())
+            print_ = fingerprint(schema, parse_vocabularies(contents[VOCABULARIES].decode(), schema))
+            told = {
+                "fingerprint": print_,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                **facts,
+                "graphs": _graphs(contents),
+                "files": {file: hashlib.sha256(data).hexdigest() for file, data in contents.items()},
+            }
             with locked(home):
                 version = _free_version(home)
-                manifest = {"name": name, "version": version, "fingerprint": print_, **facts, "files": digests}
+                manifest = {"name": name, "version": version, **told}
                 _write(staged / MANIFEST, json.dumps(manifest, indent=1).encode())
                 _sync(staged)
                 staged.rename(home / str(version))
@@ -173,6 +214,17 @@ def publish(models: Path, name: str, files: Mapping[str, bytes], facts: Mapping[
     except OSError as error:
         raise BundleError(f"cannot publish {name} in {models}: {error.strerror or error}; nothing was published") from error
     return home / str(version)
+
+
+def _graphs(contents: Mapping[str, bytes]) -> dict[str, dict[str, int]]:
+    """Format and opset of each graph; what is no graph is found out by whoever loads it."""
+    told = {}
+    for file, data in contents.items():
+        if file.endswith(".onnx"):
+            with contextlib.suppress(GraphFileError):
+                facts = graph_facts(data)
+                told[file] = {"ir": facts.ir, "opset": facts.opset}
+    return told
 
 
 def _make_current(home: Path, version: int) -> None:
@@ -256,9 +308,12 @@ def _sync(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(home: Path) -> Iterator[None]:
-    """Hold a model's lock: of those that change which version is live, one at a time."""
-    with (home / LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold a model's lock: of those that change which version is live, one at a time.
+
+    Raises:
+        OSError: it cannot be made, or another process has held it for `files.LOCK_SECONDS`.
+    """
+    with files.exclusive(home / LOCK):
         yield
 
 
@@ -294,11 +349,11 @@ def released(home: Path) -> list[int]:
     """The versions that were live one after the other and were not rolled back, the one that is live now last, if there is one."""
     versions = []
     with contextlib.suppress(OSError):
-        for line in (home / RELEASES).read_bytes().splitlines():
+        for line in files.read(home / RELEASES).splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash cut it short
                 versions.append(int(json.loads(line)["version"]))
     try:
-        live = int((home / CURRENT).read_text("ascii"))
+        live = int(files.read(home / CURRENT, MOST_CURRENT_BYTES).decode("ascii"))
     except (OSError, ValueError):
         return versions
     while versions and live in versions and versions[-1] != live:
@@ -312,10 +367,12 @@ def current_path(models: Path, name: str) -> Path:
     Raises:
         BundleError: there is none.
     """
+    path = models / check_name(name) / CURRENT
     try:
-        return models / check_name(name) / str(int((models / name / CURRENT).read_text("ascii")))
+        version = int(files.read(path, MOST_CURRENT_BYTES).decode("ascii"))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{models / name / CURRENT} does not name a version: {error}") from error
+        raise BundleError(f"{path} does not name a version: {error}; name one with adrank promote --version", "no_version") from error
+    return models / name / str(version)
 
 
 def model_names(models: Path) -> list[str]:
@@ -324,8 +381,15 @@ def model_names(models: Path) -> list[str]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a bundle says of itself, unchecked."""
-    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text("utf-8"))
+    """What a bundle says of itself, unchecked.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or no object.
+    """
+    manifest = json.loads(files.read(path / MANIFEST, MOST_MANIFEST_BYTES))
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{MANIFEST} is no object")
     return manifest
 
 
@@ -346,46 +410,99 @@ def check_files(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = read_manifest(path)
-        name, version, digests = str(manifest["name"]), int(manifest["version"]), dict(manifest["files"])
-        if (path.resolve().parent.name, path.resolve().name) != (name, str(version)):
-            raise BundleError(f"bundle {path}: {MANIFEST} says {name} {version}, which is not its folder; publish it again")
-        for file, digest in digests.items():
-            if Path(file).name != file or _digest(path / file) != digest:
-                raise BundleError(f"bundle {path}: {file} is not what was published (its digest differs); publish it again")
+        called(path, manifest)
+        for file, expected in dict(manifest["files"]).items():
+            if Path(file).name != file or _digest(path, file, manifest["files"]) != expected:
+                what = f"{file} is not what was published (its digest differs)"
+                raise BundleError(f"bundle {path}: {what}; copy it again or publish it again", "damaged")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unreadable(path, error) from error
     return manifest
+
+
+def called(path: Path, manifest: Mapping[str, Any]) -> tuple[str, int]:
+    """The name and version of a bundle: those of its folders, or those that it was published as where it lies somewhere else.
+
+    Raises:
+        KeyError, ValueError, TypeError: it lies somewhere else, and the manifest does not tell.
+    """
+    place = Path(os.path.abspath(path))  # noqa: PTH100  # links are what they are called, not what they lead to
+    if place.name.isascii() and place.name.isdecimal() and NAME.fullmatch(place.parent.name):
+        return place.parent.name, int(place.name)
+    return str(manifest["name"]), int(manifest["version"])
+
+
+def _digest(path: Path, file: str, listed: Collection[str]) -> str:
+    """The digest of a file; for a graph, once it is sure that all of its weights lie in files with a digest."""
+    if not file.endswith(".onnx"):
+        return files.digest(path / file, MOST_BYTES)
+    data = files.read(path / file, MOST_GRAPH_BYTES)
+    with contextlib.suppress(GraphFileError):  # whoever loads it finds that out
+        if outside := sorted(graph_facts(data).external - set(listed)):
+            what = f"{file} has weights in {', '.join(outside[:3])}, which no digest of {MANIFEST} covers"
+            raise BundleError(f"bundle {path}: {what}; publish it with its weights inside, or list that file", "external_data")
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_bundle(path: Path, manifest: Mapping[str, Any], others: Collection[Bundle] = ()) -> Bundle:
     """The bundle whose files have been checked. What its vocabularies have in common with those of the others is in memory once.
 
     Raises:
-        BundleError: it lacks a file, or was made by other feature code.
+        BundleError: it lacks a file or has no goldens, or was made by other feature code.
     """
     digests = manifest["files"]
-    if {MODEL, SCHEMA, VOCABULARIES, GOLDENS} - set(digests):
-        raise BundleError(f"bundle {path}: {MANIFEST} does not list all of its files")
+    if lacks := sorted(REQUIRED - set(digests)):
+        raise BundleError(f"bundle {path}: {MANIFEST} does not list all of its files: it lacks {', '.join(lacks)}", "incomplete")
     same = [each for each in others if all(each.manifest["files"][file] == digests[file] for file in (SCHEMA, VOCABULARIES))]
     try:
-        schema = parse_schema((path / SCHEMA).read_text("utf-8"))
-        text = "" if same else (path / VOCABULARIES).read_text("utf-8")
+        schema = parse_schema(files.read(path / SCHEMA, MOST_MANIFEST_BYTES).decode())
+        text = "" if same else files.read(path / VOCABULARIES, MOST_BYTES).decode()
         vocabularies = same[0].vocabularies if same else parse_vocabularies(text, schema, [each.vocabularies for each in others])
         ours, theirs = same[0].fingerprint if same else fingerprint(schema, vocabularies), manifest.get("fingerprint")
     except (OSError, ValueError, TypeError, SchemaError) as error:
         raise _unreadable(path, error) from error
     if theirs != ours:
-        raise BundleError(f"bundle {path}: made with feature contract {theirs}, this program has {ours}; train it again with this version")
-    return Bundle(path, str(manifest["name"]), int(manifest["version"]), ours, schema, vocabularies, manifest)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        cure = "train it again with this version"
+        raise BundleError(f"bundle {path}: made with feature contract {theirs}, this program has {ours}; {cure}", "other_contract")
+    bundle = Bundle(path, *called(path, manifest), ours, schema, vocabularies, manifest)
+    _ = bundle.goldens
+    return bundle
 
 
 def _unreadable(path: Path, error: Exception) -> BundleError:
-    return BundleError(f"bundle {path} cannot be read: {error if isinstance(error, OSError) else repr(error)}")
+    if isinstance(error, FileNotFoundError | NotADirectoryError) and error.filename == str(path / MANIFEST):
+        return BundleError(_no_bundle(path), "missing")
+    code = "missing" if isinstance(error, FileNotFoundError) else "not_a_file" if isinstance(error, files.NotAFileError) else "unreadable"
+    return BundleError(f"bundle {path} cannot be read: {error if isinstance(error, OSError) else repr(error)}", code)
+
+
+def _no_bundle(path: Path) -> str:
+    """What a folder without a manifest is, and what may have been meant."""
+    said = f"bundle {path} cannot be read: there is no {MANIFEST}"
+    with contextlib.suppress(OSError, BundleError):
+        if (path / CURRENT).exists():
+            return f"{path} is a model, not one of its versions; its live one is {current_path(path.parent, path.name)}"
+        if path.is_dir() and (there := version_numbers(path)):
+            return f"{path} is a model, not one of its versions, and none is live; there are {_some(there)}: name {path / str(there[-1])}"
+        if there := version_numbers(path.parent):
+            return f"{path.parent.name} has no version {path.name}; there are {_some(there)}; adrank models lists them"
+        if path.is_dir() and (names := model_names(path)):
+            return f"{path} is a model repository, not a bundle; name a version, such as {current_path(path, names[0])}"
+    return f"{said}; a bundle is a version's folder, such as models/din/20261122101500; adrank models lists them"
+
+
+def _some(versions: Sequence[int]) -> str:
+    shown = ", ".join(map(str, versions[-5:]))
+    return shown if len(versions) <= 5 else f"{len(versions)}, the newest {shown}"
+
+
+def version_numbers(home: Path) -> list[int]:
+    """The versions of a model that are in the repository, the newest last.
+
+    Raises:
+        OSError: there is no such folder, or it cannot be read.
+    """
+    return sorted(int(path.name) for path in home.iterdir() if path.name.isascii() and path.name.isdecimal() and path.is_dir())
 
 
 def goldens_json(goldens: Sequence[Golden]) -> bytes:

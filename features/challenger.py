@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import orjson
 
+from . import files
 from .bundle import BundleError, check_name, load_bundle, locked, released, replace_file
 
 CHALLENGER, VERDICT = "challenger", "challenger.verdict"
@@ -101,7 +102,7 @@ def read_challenger(home: Path) -> Challenger | None:
         low, high = bounds.pop("p_click_ratio")
         return _check(Challenger(**document, bounds=Bounds(**bounds, p_click_ratio=(low, high))))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path} does not name a challenger: {error!r}; announce it again with adrank promote") from error
+        raise BundleError(f"{path} does not name a challenger: {error!r}; announce it again with adrank promote", "challenger") from error
 
 
 def read_verdict(home: Path, challenger: Challenger) -> Verdict | None:
@@ -126,13 +127,9 @@ def write_verdict(home: Path, challenger: Challenger, verdict: Verdict) -> None:
 
 def _document(path: Path) -> dict[str, Any] | None:
     try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+        document = orjson.loads(files.read(path, MOST_BYTES))
     except FileNotFoundError:
         return None
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"it is larger than {MOST_BYTES} bytes")
-    document = orjson.loads(data)
     if not isinstance(document, Mapping):
         raise TypeError("it is not an object")
     return dict(document)

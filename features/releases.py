@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .bundle import BundleError, check_name, load_bundle, locked, release, released
+from .bundle import BundleError, check_name, load_bundle, locked, release, released, version_numbers
 from .challenger import withdraw
 
 
@@ -15,7 +15,7 @@ def versions(models: Path, name: str) -> list[int]:
     """
     home = models / check_name(name)
     try:
-        return sorted(int(path.name) for path in home.iterdir() if path.name.isascii() and path.name.isdecimal() and path.is_dir())
+        return version_numbers(home)
     except OSError as error:
         raise BundleError(f"there is no model {name} in {models}: {error.strerror or error}") from error
 

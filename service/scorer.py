@@ -11,6 +11,8 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from features.encode import Feeds
+from features.files import read
+from features.graph_file import GraphFileError, graph_facts
 from features.vocabulary import Numbers
 
 from .errors import DeviceError, ScoringError
@@ -217,7 +219,15 @@ def _open(model: Path, provider: str, options: ort.SessionOptions) -> ort.Infere
                 return ort.InferenceSession(str(model), options, providers=[(provider, CUDA_OPTIONS)], enable_fallback=0)
         return ort.InferenceSession(str(model), options, providers=[provider])
     except FAILURES as error:
-        raise ScoringError(f"{model} cannot be loaded: {error}") from error
+        raise ScoringError(f"{model} cannot be loaded: {too_new(model) or error}") from error
+
+
+def too_new(model: Path) -> str | None:
+    """Which onnxruntime a graph needs, if this one is older; None where that is not what is wrong with it."""
+    try:
+        return graph_facts(read(model, 2**31)).refusal(ort.__version__)
+    except (OSError, GraphFileError):
+        return None
 
 
 def _options(threads: int) -> ort.SessionOptions:

@@ -186,7 +186,7 @@ class TestFile:
         refused(run("promote", *where, "--max-p99-ratio", 1), "give --shadow or --canary too")
         refused(run("promote", *where, "--canary", 0.1, "--version", live), "it is live")
         refused(run("promote", *where, "--canary", 0.1, "--p-click-ratio", 2, 1), "the lower first")
-        refused(run("promote", *where, "--canary", 0.1, "--version", 7), "cannot be read")
+        refused(run("promote", *where, "--canary", 0.1, "--version", 7), "din has no version 7")
         refused(run("promote", "--models", tmp_path, "--name", "absent", "--canary", 0.1, "--version", 7), "absent")
         refused(run("promote", "--models", tmp_path, "--name", "../din", "--canary", 0.1, "--version", 7), "is not a model name")
 

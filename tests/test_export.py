@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from features.bundle import BundleError, load_bundle
 from features.encode import Feeds
+from features.graph_file import graph_facts
 from service.scorer import Scorer
 from tests.test_deepfm import HISTORY_AND_ADS, ONLY_AD_NUMBER
 from training import export
@@ -38,6 +39,16 @@ def session(graph: bytes) -> onnxruntime.InferenceSession:
 @pytest.fixture(scope="module")
 def graphs() -> dict[str, bytes]:
     return {family: to_onnx(served(family)) for family in ("deepfm", "din")}
+
+
+def test_a_graph_is_what_the_oldest_onnxruntime_takes(graphs: dict[str, bytes]) -> None:
+    """Whatever torch and onnx would choose by themselves: pyproject.toml allows onnxruntime from 1.20 on."""
+    for graph in graphs.values():
+        facts = graph_facts(graph)
+        assert (facts.ir, facts.opset, facts.needs, facts.external) == (export.IR, export.OPSET, "onnxruntime >= 1.20", set())
+        told = onnx.ModelProto.FromString(graph)
+        assert (told.ir_version, {each.domain: each.version for each in told.opset_import}[""]) == (facts.ir, facts.opset)
+    assert '"onnxruntime>=1.20"' in Path("pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("family", ["deepfm", "din"])

@@ -5,11 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import bundles
+import onnxruntime as ort
 import pytest
+from onnx import ModelProto
 
 from features.bundle import CUDA_MODEL, GOLDENS, INT8_MODEL, MODEL, BundleError, goldens_json, load_bundle
+from service.errors import ScoringError
 from service.models import graph_of
+from service.scorer import too_new
 from service.settings import Settings
+from training.graph import Graph
 
 ROUGH = 0.25
 
@@ -50,9 +55,37 @@ def test_a_device_has_a_graph_of_its_own(models: Path) -> None:
 
 def test_an_int8_graph_that_scores_otherwise_here_is_refused(models: Path) -> None:
     bundles.publish(models, "both", files={INT8_MODEL: bundles.model(ROUGH), GOLDENS: goldens_json(bundles.goldens())})
-    with pytest.raises(BundleError, match="golden 0 cannot be encoded"):
+    with pytest.raises(BundleError, match="golden 0 has 0 probabilities for 3 candidates"):
         bundles.loaded(Settings(models=models, precision="int8"))
     goldens = [replace(golden, p_click_int8=golden.p_click) for golden in bundles.goldens()]
     bundles.publish(models, "both", files={INT8_MODEL: bundles.model(ROUGH), GOLDENS: goldens_json(goldens)})
     with pytest.raises(BundleError, match=r"golden 0 is off by 0\.0"):
         bundles.loaded(Settings(models=models, precision="int8"))
+
+
+def rewritten(ir: int, opset: int) -> bytes:
+    graph = ModelProto.FromString(bundles.model())
+    graph.ir_version, graph.opset_import[0].version = ir, opset
+    return graph.SerializeToString()
+
+
+@pytest.mark.parametrize(("ir", "opset"), [(99, 18), (10, 99)])
+def test_a_graph_that_is_too_new_for_this_onnxruntime_says_which_one_it_needs(tmp_path: Path, ir: int, opset: int) -> None:
+    path = bundles.publish(tmp_path, files={MODEL: rewritten(ir, opset)})
+    needs = rf"its graph is ONNX IR {ir}, opset {opset}, which needs an onnxruntime later than [0-9.]+, and this is {ort.__version__}; "
+    with pytest.raises(ScoringError, match=needs):
+        bundles.loaded(Settings(models=tmp_path))
+    with pytest.raises(BundleError, match=needs):
+        Graph(load_bundle(path))
+
+
+def test_which_onnxruntime_a_graph_needs_is_said_for_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ort, "__version__", "1.22.1")
+    assert too_new(bundles.publish(tmp_path, files={MODEL: rewritten(10, 20)}) / MODEL) is None
+    assert "needs onnxruntime >= 1.23, and this is 1.22.1" in str(
+        too_new(bundles.publish(tmp_path, files={MODEL: rewritten(11, 20)}) / MODEL)
+    )
+    assert "needs onnxruntime >= 1.24, and this is 1.22.1" in str(
+        too_new(bundles.publish(tmp_path, files={MODEL: rewritten(10, 25)}) / MODEL)
+    )
+    assert too_new(bundles.publish(tmp_path, files={MODEL: b"nonsense"}) / MODEL) is None

@@ -41,7 +41,7 @@ from .datasets.encoded import Rows, encode_split
 from .datasets.prepared import Prepared, column_of
 from .drift import REFERENCE, make_reference
 from .evaluate import Metrics, measure
-from .graph import chunks, feeds_of
+from .graph import chunks, feeds_of, open_graph
 from .networks import NETWORKS
 from .networks.blocks import Part
 from .networks.din import LocalActivation
@@ -57,6 +57,8 @@ SIZES = (1, 2, 7, 64)
 """Requests, candidates and behaviours that are tried: the sizes that exporters specialise on, an odd one, a large one."""
 SAMPLE = (3, 31, 41)
 """Requests, behaviours and candidates of the request that is traced: no size derived from them, such as the number of tiles, is 1."""
+IR, OPSET = 10, 20
+"""The format and the operators of what is exported, whatever torch and onnx would choose by themselves: what onnxruntime 1.20 takes."""
 GOLDEN_ROWS = 8
 SHOWN_ROWS = 16_384
 """Rows of the train split that int8 scales are taken from."""
@@ -118,12 +120,15 @@ def exported(module: nn.Module, arguments: dict[str, Any], shapes: dict[str, Any
             dynamo=True,
             external_data=False,
             dynamic_shapes=shapes,
+            opset_version=OPSET,
             input_names=inputs,
             output_names=["p_click"],
             verbose=False,
         )
     assert program is not None  # noqa: S101  # it is only without dynamo
-    graph: bytes = program.model_proto.SerializeToString()
+    model = program.model_proto
+    model.ir_version = IR
+    graph: bytes = model.SerializeToString()
     return graph
 
 
@@ -331,6 +336,6 @@ def scores_of(
 
 def scores(graph: bytes, schema: Schema, calibration: Calibration, rows: Rows, progress: Progress) -> np.ndarray[Any, np.dtype[np.float64]]:
     """What a graph gives for encoded rows `(N,)`, with the correction of the log's sampling taken back, to compare with their labels."""
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = open_graph(graph)
     some = progress.track(chunks(np.arange(len(rows))), description="scoring")
     return calibration.to_log(np.concatenate([session.run(None, feeds_of(schema, rows, chunk))[0][:, 0] for chunk in some]))

@@ -4,9 +4,11 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-from features.bundle import MODEL, Bundle
+from features.bundle import MODEL, Bundle, BundleError
 from features.encode import Block, Feeds
+from features.graph_file import GraphFileError, graph_facts
 from features.schema import Schema
 
 from .datasets.encoded import Rows
@@ -16,13 +18,40 @@ REQUESTS, PAIRS = 128, 8192
 """Requests, and ads of them all, that are scored at once; a served graph holds a matrix for each behaviour of each request."""
 
 
+# ONNX Runtime's exceptions share no base below Exception.
+FAILURES: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(kind for kind in vars(states).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+)
+
+
+def open_graph(graph: bytes, what: str = "the bundle") -> onnxruntime.InferenceSession:
+    """A session of ONNX Runtime on the CPU.
+
+    Raises:
+        BundleError: it takes no such graph; if that is since it is too old, which one does.
+    """
+    try:
+        return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    except FAILURES as error:
+        try:
+            too_new = graph_facts(graph).refusal(onnxruntime.__version__)
+        except GraphFileError as not_one:
+            too_new = str(not_one)
+        raise BundleError(f"{what} cannot be scored with: {too_new or error}") from error
+
+
 class Graph:
     """Scores with a graph of a bundle, on the CPU."""
 
     def __init__(self, bundle: Bundle, file: str = MODEL) -> None:
-        """Load one of the bundle's graphs, by its file's name."""
+        """Load one of the bundle's graphs, by its file's name.
+
+        Raises:
+            BundleError: ONNX Runtime does not take it.
+        """
         self.schema: Schema = bundle.schema
-        self._session = onnxruntime.InferenceSession((bundle.path / file).read_bytes(), providers=["CPUExecutionProvider"])
+        self._session = open_graph((bundle.path / file).read_bytes(), f"bundle {bundle.path}")
 
     def p_click(self, rows: Rows, ads: Block | None = None) -> Array:
         """The probabilities `(N,)` float32 of the rows' own ads, or those `(N, C)` of `ads (N, C, ...)` for each of the rows."""

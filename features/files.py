@@ -1,0 +1,99 @@
+"""Files that others may have put there: read where they are regular files of a bounded size, and never waited for.
+
+A pipe, a device or a file without end where a file of a bundle is expected is an `OSError` at once, whoever made it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+LOCK_SECONDS = 30.0
+"""How long another process may hold a model's lock before who waits for it is told."""
+LOCK_PAUSE = 0.02
+MEGABYTE = 2**20
+
+
+class NotAFileError(OSError):
+    """What is there is a pipe, a device, a socket, or larger than anything that belongs there."""
+
+
+@contextlib.contextmanager
+def opened(path: Path, most: int) -> Iterator[IO[bytes]]:
+    """A regular file of at most `most` bytes, to read; links are followed.
+
+    Raises:
+        OSError: it cannot be opened, is no regular file, or is larger.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123  # a pipe without a writer would block
+        there = os.fstat(file.fileno())
+        if stat.S_ISDIR(there.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(there.st_mode):
+            raise NotAFileError(errno.EINVAL, f"it is {kind_of(there.st_mode)}, not a file", str(path))
+        if there.st_size > most:
+            raise NotAFileError(errno.EFBIG, f"it has {there.st_size:,} bytes, more than the {most:,} that belong there", str(path))
+        yield file
+
+
+def read(path: Path, most: int = MEGABYTE) -> bytes:
+    """What a regular file of at most `most` bytes holds; raises as `opened` does."""
+    with opened(path, most) as file:
+        data = file.read(most + 1)
+    if len(data) > most:  # it grew
+        raise NotAFileError(errno.EFBIG, f"it has more than the {most:,} bytes that belong there", str(path))
+    return data
+
+
+def digest(path: Path, most: int) -> str:
+    """The SHA-256 of a regular file; raises as `opened` does."""
+    with opened(path, most) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def kind_of(mode: int) -> str:
+    """What a file that is none is, in words."""
+    kinds = {
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFDIR: "a folder",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    """Hold the lock of a file, made where there is none; wait for another holder so long and no longer.
+
+    Raises:
+        OSError: it cannot be made or is no file; a `TimeoutError` where somebody holds it still.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            raise NotAFileError(errno.EINVAL, f"it is {kind_of(mode)}, not a file", str(path))
+        until = time.monotonic() + seconds
+        while not _lock(handle):
+            if time.monotonic() > until:
+                raise TimeoutError(errno.ETIMEDOUT, f"another process has held it for {seconds:g} s; see which one hangs", str(path))
+            time.sleep(LOCK_PAUSE)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
