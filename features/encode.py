@@ -137,7 +137,7 @@ class Encoder:
             raw = np.sign(raw) * np.log1p(np.abs(raw))
         elif field.transform == "standard":
             moments = self.vocabularies.moments[field.path]
-            raw = (raw - moments.mean) / moments.deviation
+            raw = np.zeros(rows) if moments.constant else (raw - moments.mean) / moments.deviation
         return raw.astype(np.float32)
 
     def encode_one(self, side: Side, features: Features, identity: str | None = None) -> Block:

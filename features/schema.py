@@ -46,7 +46,8 @@ class Field:
     length: int = 1
     """For a list: how many values are kept, the first ones."""
     transform: str = "none"
-    """For a number: `none`, `log` (sign(x) log(1 + |x|)) or `standard` ((x - mean) / deviation, from the training split)."""
+    """For a number: `none`, `log` (sign(x) log(1 + |x|)) or `standard` ((x - mean) / deviation, from the training split; 0 where
+    the number is constant there up to rounding)."""
     missing: str | float = "padding"
     """For a category or list `padding` (id 0) or `unknown` (id 1); for a number the raw value that stands in."""
 

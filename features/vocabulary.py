@@ -20,6 +20,8 @@ from .values import SPELLINGS, plain
 PADDING, UNKNOWN, FIRST = 0, 1, 2
 ENCODING = 1
 """Raise this whenever encoding changes what it does: it is part of every fingerprint, so old bundles are refused."""
+CANCELLED = 1e-7
+"""A deviation that is a smaller share of the mean was left over from rounding, in bundles that took E[x²] - E[x]² for the variance."""
 AT_ONCE = 5_000
 """Values written at once: about half a millisecond."""
 BEGINNING = '{"categories":{'
@@ -83,6 +85,14 @@ class Moments:
 
     mean: float
     deviation: float
+    weight: float | None = None
+    """0 where the number was constant, so that no value of it is far from the mean; 1 where it was not, though the deviation is tiny
+    beside the mean. None: the two tell it."""
+
+    @property
+    def constant(self) -> bool:
+        """Whether the number told nothing when the model was trained. It weighs nothing then: every value is encoded as 0."""
+        return self.deviation <= CANCELLED * abs(self.mean) if self.weight is None else not self.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +115,7 @@ class Vocabularies:
                 for start in range(0, len(vocabulary.values), AT_ONCE):
                     yield b"," * (start > 0) + orjson.dumps(vocabulary.values[start : start + AT_ONCE])[1:-1]
                 before = b"],"
-        moments = {path: [m.mean, m.deviation] for path, m in self.moments.items()}
+        moments = {path: [m.mean, m.deviation, m.weight][: 2 + (m.weight is not None)] for path, m in self.moments.items()}
         yield (
             (b"]" if before == b"]," else before)
             + b'},"moments":'

@@ -1,3 +1,4 @@
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -5,11 +6,15 @@ import numpy as np
 import polars as pl
 import pytest
 import small
+from hypothesis import given
+from hypothesis import strategies as st
 
 from features.encode import Encoder, Request, encode_request
-from features.vocabulary import Moments
+from features.vocabulary import Moments, Vocabularies, parse_vocabularies
+from tests.test_datasets import patient
 from training.datasets.encoded import Rows, ad_table, encode_split, learn_vocabularies
 from training.datasets.prepared import DataError, Prepared, open_prepared
+from training.datasets.spread import NOTHING, Spread
 from training.networks.blocks import Part
 
 
@@ -75,9 +80,85 @@ def test_what_valid_and_test_hold_is_not_learned(tmp_path: Path) -> None:
     assert rows.user.ids.tolist() == [[1]] * 5
 
 
-def test_a_number_that_is_always_the_same_is_divided_by_one(tmp_path: Path) -> None:
-    data = write(tmp_path, SMALLEST, train={**ROWS, "ad.price": [0.1] * 5})
-    assert learn_vocabularies(data).moments["ad.price"].deviation == pytest.approx(1.0)
+THIRDS = [0.1 + 0.2, 0.3, 0.1 * 3, 0.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    "prices", [[0.1] * 5, [19.99] * 5, [1.764e18] * 5, THIRDS, [float(np.float32(19.99)), 19.99, 19.99, None, 19.99], [7.0] + [None] * 4]
+)
+def test_a_number_that_is_always_the_same_weighs_nothing(tmp_path: Path, prices: list[float | None]) -> None:
+    data = write(tmp_path, SMALLEST, train={**ROWS, "ad.price": prices})
+    vocabularies = learn_vocabularies(data)
+    assert vocabularies.moments["ad.price"] == Moments(pytest.approx(prices[0], rel=1e-7), 1.0, 0.0)
+    again = parse_vocabularies(vocabularies.to_json(), data.schema)
+    assert again.moments == vocabularies.moments
+    encoder = Encoder(data.schema, again)
+    served = [encoder.encode_one("ad", {"price": price}).numbers[0, 0] for price in (prices[0], 21.99, -1e30, None)]
+    assert served == [0.0] * 4
+
+
+@pytest.mark.parametrize("mean", [0.0, 20.0, -1e6, 1.764e9, 1.764e12, 1e15])
+def test_a_deviation_does_not_cancel_far_from_0(tmp_path: Path, mean: float) -> None:
+    spread = np.random.default_rng(0).integers(0, 101, 3000).astype(np.float64)
+    columns = {name: values * 600 for name, values in ROWS.items() if name != "ad.price"}
+    data = write(tmp_path, SMALLEST, train={**columns, "ad.price": mean + spread})
+    whole = pl.read_parquet(tmp_path / "train" / "0.parquet")
+    for i, (start, stop) in enumerate([(0, 1), (1, 2000), (2000, 3000)]):  # a file of one row among them
+        whole[start:stop].write_parquet(tmp_path / "train" / f"{i}.parquet")
+    moments = learn_vocabularies(data).moments["ad.price"]
+    expected = statistics.fmean(int(x) for x in spread), statistics.pstdev(int(x) for x in spread)
+    assert (moments.mean - mean, moments.deviation) == pytest.approx(expected, rel=1e-3 if mean == 1e15 else 1e-6)
+    assert not moments.constant
+    again = parse_vocabularies(learn_vocabularies(data).to_json(), data.schema)
+    encoded = Encoder(data.schema, again).encode("ad", {"price": (mean + spread).tolist()}, 3000).numbers[:, 0]
+    assert (encoded.mean(), encoded.std()) == pytest.approx((0.0, 1.0), abs=1e-3)
+
+
+@patient
+@given(st.lists(st.lists(st.floats(-1e9, 1e9, width=32), max_size=5), min_size=1, max_size=6))
+def test_blocks_make_the_same_spread_as_one(blocks: list[list[float]]) -> None:
+    numbers = [x for block in blocks for x in block]
+    found = NOTHING
+    for block in blocks:
+        found = found.beside(Spread.of(np.array(block)))
+    assert found.count == len(numbers)
+    if numbers:
+        scale = max(map(abs, numbers))
+        assert found.mean == pytest.approx(statistics.fmean(numbers), abs=1e-12 * scale + 1e-300)
+        assert found.deviation == pytest.approx(statistics.pstdev(numbers), abs=1e-7 * scale + 1e-300)
+        assert found.constant == (max(numbers) - min(numbers) <= 16 * 2**-52 * scale)
+
+
+def test_bundles_of_before_tell_a_constant_by_its_moments() -> None:
+    text = small.SCHEMA
+    for moments, served in (
+        ([19.99, 3.4e-7], 0.0),
+        ([0.1, 2e-10], 0.0),
+        ([0.0, 1.0], 21.99),
+        ([20.0, 0.1], 19.9),
+        ([1e9, 28.9, 1.0], None),
+    ):
+        json = small.vocabularies().to_json().replace("[20.0,5.0]", str(moments).replace(" ", ""))
+        vocabularies = parse_vocabularies(json, small.schema(text))
+        assert vocabularies.to_json() == json
+        number = Encoder(small.schema(text), vocabularies).encode_one("user", {"income": 21.99}).numbers[0, 0]
+        assert number == pytest.approx((21.99 - 1e9) / 28.9 if served is None else served, rel=1e-4)
+
+
+def test_a_constant_of_the_live_version_is_learned_anew_when_it_varies(tmp_path: Path) -> None:
+    data = write(tmp_path, SMALLEST, train=ROWS)
+    learned = learn_vocabularies(data)
+    base = Vocabularies(learned.categories, {"ad.price": Moments(19.99, 1.0, 0.0)})
+    assert learn_vocabularies(data, base).moments == learned.moments
+    base = Vocabularies(learned.categories, {"ad.price": Moments(4.0, 5.0)})
+    assert learn_vocabularies(data, base).moments == base.moments
+
+
+@pytest.mark.parametrize("number", [float("inf"), -float("inf"), 1e39])
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, number: float) -> None:
+    data = write(tmp_path, SMALLEST, train={**ROWS, "ad.price": [1.0, 2.0, None, number, 1.0]})
+    with pytest.raises(DataError, match=r"0\.parquet: column ad\.price holds a number that is not finite"):
+        learn_vocabularies(data)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ encoded as unknown but for what was sent with it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from training.networks.blocks import Part
 
 from .log import Log
 from .prepared import DataError, Prepared, column_of
+from .spread import NOTHING, Spread
 
 Batch = tuple[Part, Part, Part]
 SEPARATOR = "\x1f"
@@ -59,22 +60,22 @@ def _part(block: Block) -> Part:
 def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Vocabularies:
     """Values and moments of the train split: most frequent first, then by the value, so that the order is certain.
 
-    What `base` has stays as it is, ids and moments, and the values that are new come after it.
+    What `base` has stays as it is, ids and moments, and the values that are new come after it. The moments of a number that was constant
+    then are learned anew: it told nothing.
 
     Raises:
         DataError: the split is absent, or a column is of another type than its field.
     """
     schema = data.schema
     counts: dict[str, list[pl.DataFrame]] = {field.vocabulary: [] for field in schema.fields if field.kind != "number"}
-    sums: dict[str, list[tuple[int, float, float]]] = {field.path: [] for field in schema.fields if field.transform == "standard"}
+    spreads = {field.path: NOTHING for field in schema.fields if field.transform == "standard"}
     tables = {side: data.table(side) for side in ("user", "ad")}
     for frame in data.frames("train"):
         whole = joined(frame, schema, tables)
         for field in schema.fields:
             column = column_of(whole, field)
-            if column is not None and field.path in sums:
-                known = column.drop_nulls().drop_nans()
-                sums[field.path].append((len(known), float(known.sum()), float((known**2).sum())))
+            if column is not None and field.path in spreads:
+                spreads[field.path] = spreads[field.path].beside(Spread.of(column.drop_nulls().drop_nans().to_numpy()))
             elif column is not None and field.kind != "number" and not field.buckets:
                 counts[field.vocabulary].append(_counts(column))
         if schema.history and not schema.history[0].buckets:
@@ -89,7 +90,8 @@ def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Voca
             categories[field.vocabulary] = (
                 HashBuckets(field.buckets) if field.buckets else _vocabulary(counts[field.vocabulary], field, first)
             )
-    return Vocabularies(categories, base.moments if base else {path: _moments(parts, path) for path, parts in sums.items()})
+    kept_moments = {path: m for path, m in base.moments.items() if not m.constant} if base else {}
+    return Vocabularies(categories, {path: kept_moments.get(path) or _moments(spread, path) for path, spread in spreads.items()})
 
 
 def _counts(column: pl.Series) -> pl.DataFrame:
@@ -106,12 +108,13 @@ def _vocabulary(counts: Sequence[pl.DataFrame], field: Field, first: Sequence[st
     return Vocabulary([*first, *(value for value in kept["value"].to_list() if value not in known)])
 
 
-def _moments(parts: Sequence[tuple[int, float, float]], path: str) -> Moments:
-    count, total, squares = (sum(column) for column in zip(*parts, strict=True)) if parts else (0, 0.0, 0.0)
-    if not count:
+def _moments(spread: Spread, path: str) -> Moments:
+    if not spread.count:
         raise DataError(f"the train split has no number for {path}, so it cannot be standardised")
-    mean = total / count
-    return Moments(mean, max(squares / count - mean**2, 0.0) ** 0.5 or 1.0)
+    if spread.constant:
+        return Moments(spread.mean, 1.0, 0.0)
+    found = Moments(spread.mean, spread.deviation)
+    return replace(found, weight=1.0) if found.constant else found
 
 
 def joined(frame: pl.DataFrame, schema: Schema, tables: Mapping[str, pl.DataFrame | None]) -> pl.DataFrame:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import polars as pl
 
-from features.schema import Field, Schema, SchemaError, parse_schema
+from features.schema import FLOAT32_MAX, Field, Schema, SchemaError, parse_schema
 
 from .texts import plain_values
 
@@ -157,12 +157,15 @@ def check_rows(frame: pl.DataFrame, schema: Schema, path: Path) -> None:
     """Check the rows of a file against the schema.
 
     Raises:
-        DataError: a column is missing or of another type, or a label is not 0 or 1.
+        DataError: a column is missing or of another type, a label is not 0 or 1, or a number is not finite.
     """
     check_columns(frame, {"label": pl.Int8(), "user_id": pl.String(), "ad_id": pl.String()}, path)
     if schema.history_length:
         check_columns(frame, {"history": pl.List(pl.String())}, path)
     check_columns(frame, {f.path: DTYPES[f.kind] for f in schema.fields if f.path in frame.columns}, path)
+    for f in schema.fields:
+        if f.kind == "number" and f.path in frame.columns and (frame[f.path].fill_nan(None).abs() > FLOAT32_MAX).any():
+            raise DataError(f"{path}: column {f.path} holds a number that is not finite, or too large for float32")
     bad = frame.filter(pl.col("label").is_null() | ~pl.col("label").is_in([0, 1]))
     if len(bad):
         raise DataError(f"{path}: {len(bad)} labels are not 0 or 1, the first is {bad['label'][0]}")
