@@ -24,51 +24,72 @@ class _Happened(Wire):
     """What every event has: an id of its own, the same each time that it is sent, and when it happened, in seconds since 1970."""
 
     event_id: Id
+    """Its own; an event that is sent again with the same one is a duplicate, and done once."""
     ts: float
+    """When it happened, in seconds since 1970."""
 
 
 class Impression(_Happened):
     """An ad was shown; `position` is where, from 1, if not in its place in the answer."""
 
     type: Literal["impression"]
+    """This one."""
     request_id: RequestId
+    """Of the ranking that it was shown from."""
     ad_id: Id
+    """The ad that was shown."""
     position: Annotated[int, Field(ge=1, le=CANDIDATES)] | None = None
+    """Where, from 1, if not in its place in the answer."""
 
 
 class Click(_Happened):
     """A user clicked an ad. Without `request_id` it joins the user's history, but no ranking learns from it."""
 
     type: Literal["click"]
+    """This one."""
     user_id: Id
+    """Who clicked; the ad joins their history."""
     ad_id: Id
+    """The ad that was clicked."""
     request_id: RequestId | None = None
+    """Of the ranking that it was shown from."""
 
 
 class Conversion(_Happened):
     """What an ad led to, and what that was worth."""
 
     type: Literal["conversion"]
+    """This one."""
     request_id: RequestId
+    """Of the ranking that the ad was shown from."""
     ad_id: Id
+    """The ad that led to it."""
     value: Annotated[float, Field(ge=-1e12, le=1e12)] | None = None
+    """What it was worth."""
 
 
 class UserTold(_Happened):
     """Features of a user from now on; null takes one away."""
 
     type: Literal["user"]
+    """This one."""
     user_id: Id
+    """Whose features."""
     features: FeatureMap
+    """Those that change, by the schema's names; null takes one away."""
 
 
 class AdTold(_Happened):
     """Features of an ad from now on, null takes one away, and whether it may be shown. An ad that is not there yet is created."""
 
     type: Literal["ad"]
+    """This one."""
     ad_id: Id
+    """Which ad; one that is not there yet is created."""
     features: FeatureMap = Field(default={})
+    """Those that change, by the schema's names; null takes one away."""
     active: bool | None = None
+    """Whether it may be shown."""
 
 
 OneOf = Annotated[Impression | Click | Conversion | UserTold | AdTold, Field(discriminator="type")]

@@ -26,17 +26,24 @@ class SettingsError(ValueError):
 class Settings(BaseSettings):
     """Everything that can be set. Times are in the unit that the name ends in."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True
+    )
 
     models: Path = Path("models")
+    """The model repository: a folder, which may still be made or mounted later."""
     redis: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379/0"
     """A server, sentinels or a cluster (docs/redis.md), or `memory://` for no Redis. May hold a password: log `store_name` instead."""
     model: str | None = None
     """The model of requests that name none; by default the first by name."""
     host: str = "127.0.0.1"
+    """Address or name to listen on."""
     port: Annotated[int, Field(ge=1, le=65_535)] = 8000
+    """Port to listen on."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes; as many as the processors it may use is a good number."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where models score."""
     precision: Literal["float32", "int8"] = "float32"
     """`int8` scores with a bundle's int8 graph where it has one; on processors with VNNI or AMX 2 to 3 times faster."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -44,16 +51,23 @@ class Settings(BaseSettings):
     intra_op_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """Threads that share the scoring of one request."""
     store_timeout_ms: Annotated[float, Field(gt=0, le=60_000)] = 50
+    """How long a ranking waits for Redis; then it goes on without the user's state, and says so in `degraded`."""
     body_timeout_ms: Annotated[float, Field(gt=0, le=600_000)] = 5_000
     """How long a caller may take to send its body: a slow one holds one of the `max_inflight` places."""
     max_candidates: Annotated[int, Field(ge=1, le=100_000)] = 10_000
+    """Of one request; more are refused with 422."""
     max_body_bytes: Annotated[int, Field(ge=1_024, le=2**30)] = 4 * 2**20
+    """Of one request's body; a larger one is refused with 413."""
     max_inflight: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Rankings that a worker has under way at once; more are answered with 429."""
     user_ttl_seconds: Annotated[int, Field(ge=1)] = 90 * 24 * 3600
+    """How long Redis keeps a user whom no event and no load has touched."""
     explore: Literal["greedy", "epsilon_greedy", "plackett_luce"] = "greedy"
     """How requests are ranked that do not say it themselves; `epsilon` and `temperature` are those of their policies."""
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Of `epsilon_greedy`: the share of places that are drawn."""
     temperature: Annotated[float, Field(ge=COLDEST, le=HOTTEST)] = 1.0
+    """Of `plackett_luce`: the higher, the more is left to chance."""
     log_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The share of rankings that are logged, drawn at random: a caller chooses its request ids, so they are no fair sample."""
     log_tensors_share: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -65,7 +79,7 @@ class Settings(BaseSettings):
     log_kept: Annotated[int, Field(ge=1)] = 100_000
     """Records in the store that nobody has taken, beyond which new ones are dropped."""
     max_events: Annotated[int, Field(ge=1, le=10_000)] = 1_000
-    """Of one batch."""
+    """Events of one batch; more are refused with 422."""
     max_event_batches: Annotated[int, Field(ge=1, le=1_000)] = 8
     """Batches that a worker takes at once; more are answered with 429."""
     event_age_seconds: Annotated[int, Field(ge=1, le=365 * 24 * 3600)] = 7 * 24 * 3600

@@ -75,58 +75,76 @@ class Wire(BaseModel):
     """Strict, closed and finite: what is not described here is refused by name."""
 
     # Ids are too many to be found in pydantic's cache of strings: each would only push another one out of it.
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, cache_strings="keys")
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, cache_strings="keys", use_attribute_docstrings=True
+    )
 
 
 class Behaviour(Wire):
-    """An ad that the user clicked; `ts` in seconds since 1970."""
+    """An ad that the user clicked."""
 
     ad_id: Id
+    """Which."""
     ts: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    """When, in seconds since 1970."""
 
 
 class User(Wire):
     """Who is asked for. Features replace the stored ones name by name, a history replaces the stored history as a whole."""
 
     id: Id
+    """Their id in the store, in the log and among a model's features."""
     features: FeatureMap = {}
+    """By the schema's names; null is missing."""
     history: Annotated[list[Behaviour], Field(max_length=HISTORY_LIMIT, fail_fast=True)] | None = None
+    """The ads that they clicked, oldest first: `{"ad_id": …, "ts": …}`."""
 
 
 class Candidate(Wire):
-    """An ad to rank; `bid` is for a click."""
+    """An ad to rank; where there is nothing to say but its id, candidates may be a list of ids."""
 
     ad_id: Id
+    """Its id in the catalogue; one that the catalogue lacks is ranked too, and marked `known: false`."""
     bid: Bid | None = None
+    """What a click on it pays, for `objective: ecpm`."""
     features: FeatureMap | None = None
+    """In place of the catalogue's, name by name; null is missing."""
 
 
 class Columns(Wire):
-    """The candidates as columns of equal length."""
+    """The candidates as columns of equal length, the quickest form where there is more to say than ids."""
 
     ad_id: Annotated[list[Id], Field(min_length=1, max_length=CANDIDATES, fail_fast=True)]
+    """Of each."""
     bid: Annotated[list[Bid | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
+    """Of each; null for those without."""
     features: Annotated[list[FeatureMap | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
+    """Of each; null for those without."""
 
 
 class Greedy(Wire):
     """The best first."""
 
     policy: Literal["greedy"]
+    """This one, whatever the service's setting is."""
 
 
 class EpsilonGreedy(Wire):
     """At each place the best ad that is left, but with the probability `epsilon` any one of those left."""
 
     policy: Literal["epsilon_greedy"]
+    """This one."""
     epsilon: Annotated[float, Field(ge=0, le=1)]
+    """The share of places that are drawn."""
 
 
 class PlackettLuce(Wire):
     """At each place one of the ads left, in proportion to what it is ordered by ** (1 / `temperature`)."""
 
     policy: Literal["plackett_luce"]
+    """This one."""
     temperature: Annotated[float, Field(ge=COLDEST, le=HOTTEST)]
+    """The higher, the more is left to chance; towards 0 it is greedy."""
 
 
 def _known_policy(explore: object) -> str | None:
@@ -142,14 +160,20 @@ Explore = Annotated[
 
 
 class Options(Wire):
-    """How to rank. `deadline_ms` counts from the arrival of the request; without `explore` the service's setting counts."""
+    """How to rank."""
 
     model: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    """The name of the model to rank with; without it the service's default."""
     top_k: Annotated[int, Field(ge=1, le=CANDIDATES)] | None = None
+    """Answer with the first so many; the others are in `omitted`."""
     objective: Literal["pctr", "ecpm"] = "pctr"
+    """Order by p(click), or by 1,000 · p(click) · bid, for which every candidate needs a bid."""
     explain: bool = False
+    """Answer too with what the model was given: the user's features and behaviours, and each ad's features."""
     explore: Explore | None = None
+    """Rank by chance, and say with which probability; without it the service's setting counts."""
     deadline_ms: Annotated[float, Field(gt=0, le=60_000)] | None = None
+    """From the arrival of the request; a ranking that has not been scored by then is answered with 504."""
 
 
 _IDS = Annotated[list[Id], Field(min_length=1, max_length=CANDIDATES, fail_fast=True), Tag("ids")]
@@ -161,10 +185,15 @@ class RankRequest(Wire):
     """A user and the ads to rank for them."""
 
     request_id: RequestId | None = None
+    """Comes back in the answer and stands in the log, for events to name; made up where it is not sent. Never the same for two rankings."""
     user: User
+    """Who the ads are ranked for."""
     context: FeatureMap = {}
+    """Features of the request, by the schema's names: page, slot, device, time."""
     candidates: Candidates
+    """The ads: a list of ids, a list of objects, or an object of columns."""
     options: Options = Options()
+    """How to rank."""
 
 
 class ModelFacts(Wire):
