@@ -87,7 +87,9 @@ def cli() -> None:
 
 @cli.command(epilog="Example: adrank prepare movielens --source ml-1m --out data/ml-1m")
 @click.argument("data_set", type=click.Choice(DATA_SETS))
-@click.option("--source", type=click.Path(path_type=Path), required=True, help="The data set as published: a folder or a file.")
+@click.option(
+    "--source", type=click.Path(path_type=Path), required=True, help="The data set as published: a folder or a file; - is standard input."
+)
 @click.option("--out", type=FOLDER, required=True, help="The prepared data set; must not exist yet.")
 @click.option("--schema", type=click.Path(dir_okay=False, path_type=Path), help="For csv: the schema file, see docs/data.md.")
 @needs("train")
@@ -100,10 +102,16 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
     if (data_set == "csv") != (schema is not None):
         raise Refusal("csv needs --schema FILE (see docs/data.md)" if schema is None else f"--schema is for csv; {data_set} has its own")
     module = import_module("training.datasets." + {"csv": "csv_table", "open-bandit": "open_bandit"}.get(data_set, data_set))
+    doubts: list[str] = []
     with progress_bar() as progress:
         task = progress.add_task(f"preparing {data_set}", total=None)
-        options = [schema] if schema else []
-        rows = module.prepare(source, out, *options, lambda done, total: progress.update(task, completed=done, total=total))
+
+        def told(done: int, total: int) -> None:
+            progress.update(task, description=f"{'preparing' if total else 'reading'} {data_set}", completed=done, total=total or None)
+
+        rows = module.prepare(source, out, schema, told, doubts.append) if schema else module.prepare(source, out, told)
+    for doubt in doubts:
+        click.echo(f"warning: {doubt}", err=True)
     print(f"{out}: " + ", ".join(f"{split} {count:,}" for split, count in rows.items()) + " rows")
 
 

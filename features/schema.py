@@ -5,12 +5,14 @@ Knows nothing about values: `vocabulary.py` turns values into ids and `encode.py
 
 import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 
+T = TypeVar("T")
 Side = Literal["user", "context", "ad"]
 SIDES: tuple[Side, ...] = ("user", "context", "ad")
 KINDS = ("category", "list", "number")
@@ -50,11 +52,19 @@ class Field:
     the number is constant there up to rounding)."""
     missing: str | float = "padding"
     """For a category or list `padding` (id 0) or `unknown` (id 1); for a number the raw value that stands in."""
+    missing_values: tuple[str, ...] = ()
+    """Values that mean that there is none, such as NULL or -1: in the log, in a request and in the store alike."""
 
     @property
     def path(self) -> str:
         """The field's name in a prepared data set and in messages, such as `ad.genres`."""
         return f"{self.side}.{self.name}"
+
+    def fitting(self, tokens: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of some values that mean missing which this field can have; identities have none."""
+        if self.name in IDENTITY.values():
+            return ()
+        return tuple(token for token in tokens if self.kind != "number" or _is_finite(token))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +120,10 @@ class Schema:
     history_length: int = 0
     negative_sampling: float = 1.0
     """The share of non-clicks that the log kept; exported probabilities are corrected for it."""
+    nobody: tuple[str, ...] = ()
+    """User ids that mean no user, such as the zero device id: no features, no history, no group of rows."""
+    history_padding: tuple[str, ...] = ()
+    """What fills up a history and is no behaviour."""
 
     def side(self, side: Side) -> tuple[Field, ...]:
         """The fields of one side, in the schema's order."""
@@ -148,17 +162,30 @@ class Schema:
         document: dict[str, Any] = {"name": self.name}
         if self.negative_sampling != 1.0:
             document["negative_sampling"] = self.negative_sampling
+        if self.nobody:
+            document["nobody"] = list(self.nobody)
         if self.history_fields:
-            document["history"] = {"length": self.history_length, "fields": list(self.history_fields)}
+            padding = {"padding": list(self.history_padding)} if self.history_padding else {}
+            document["history"] = {"length": self.history_length, "fields": list(self.history_fields), **padding}
         for field in self.fields:
             defaults = Field(field.name, field.side, field.kind, vocabulary=field.name, missing=_default_missing(field.kind))
             entries = {k: v for k, v in asdict(field).items() if k == "kind" or v != getattr(defaults, k)}
+            entries |= {"missing_values": list(field.missing_values)} if field.missing_values else {}
             document.setdefault(field.side, {})[field.name] = entries
         return tomli_w.dumps(document)
 
     def canonical(self) -> str:
         """A text that is equal for equal schemas, for fingerprints."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return json.dumps(_said(asdict(self)), sort_keys=True, separators=(",", ":"))
+
+
+LATER = ("missing_values", "nobody", "history_padding")
+
+
+def _said(schema: dict[str, Any]) -> dict[str, Any]:
+    """Without what schemas could not say at first and this one does not say, so that its fingerprint is still the same."""
+    known = {key: value for key, value in schema.items() if value or key not in LATER}
+    return {**known, "fields": [{key: value for key, value in field.items() if value or key not in LATER} for field in schema["fields"]]}
 
 
 def _default_missing(kind: str) -> str | float:
@@ -170,89 +197,163 @@ def _require(condition: bool, message: str) -> None:
         raise SchemaError(message)
 
 
+def _refuse(mistakes: list[str]) -> None:
+    if mistakes:
+        raise SchemaError("\n".join(mistakes))
+
+
 def _is_int(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return _is_number(float(text))
+    except ValueError:
+        return False
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value)
+
+
+FIELD = ("kind", "vocabulary", "buckets", "min_count", "length", "transform", "missing", "missing_values")
 
 
 def _field(side: Side, name: str, entries: object) -> Field:
     where = f"field {side}.{name}"
     if not isinstance(entries, Mapping):
         raise SchemaError(f"{where}: expected a table such as [{side}.{name}] with kind = ...")
-    known = {"kind", "vocabulary", "buckets", "min_count", "length", "transform", "missing"}
-    _require(set(entries) <= known, f"{where}: unknown settings {sorted(set(entries) - known)}; known are {sorted(known)}")
-    kind = entries.get("kind")
-    _require(kind in KINDS, f"{where}: kind is {kind!r}; it must be one of {', '.join(KINDS)}")
-    field = Field(**{"name": name, "side": side, "kind": kind, "vocabulary": name, "missing": _default_missing(str(kind)), **entries})
-    _require(isinstance(field.vocabulary, str) and bool(field.vocabulary), f"{where}: vocabulary must be a name")
-    _require(_is_int(field.buckets, 0, MAX_BUCKETS), f"{where}: buckets must be a whole number from 0 to {MAX_BUCKETS}")
-    _require(_is_int(field.min_count, 1, 2**62), f"{where}: min_count must be a whole number of at least 1")
-    _require(_is_int(field.length, 1, MAX_LIST_LENGTH), f"{where}: length must be a whole number from 1 to {MAX_LIST_LENGTH}")
-    _require(kind == "list" or field.length == 1, f"{where}: only a list has a length")
-    _require(field.transform in TRANSFORMS, f"{where}: transform must be one of {', '.join(TRANSFORMS)}")
-    if kind == "number":
-        _require((field.buckets, field.min_count) == (0, 1), f"{where}: a number has neither buckets nor min_count")
-        is_number = isinstance(field.missing, int | float) and not isinstance(field.missing, bool) and abs(field.missing) <= FLOAT32_MAX
-        _require(is_number, f"{where}: missing must be a finite number that fits float32, the raw value that stands in")
-        return field
-    _require(field.transform == "none", f"{where}: only a number has a transform")
-    _require(field.missing in MISSING_CATEGORY, f"{where}: missing must be one of {', '.join(MISSING_CATEGORY)}")
-    return field
+    unknown, kind = sorted(set(entries) - set(FIELD)), entries.get("kind")
+    mistakes = [f"unknown settings {unknown}; known are {sorted(FIELD)}"] if unknown else []
+    if kind not in KINDS:
+        mistakes.append(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    given = {key: value for key, value in entries.items() if key in FIELD}
+    field = Field(**{"name": name, "side": side, "kind": str(kind), "vocabulary": name, "missing": _default_missing(str(kind)), **given})
+    mistakes += _mistakes(field)
+    if not mistakes and kind == "number":
+        mistakes += _mistakes_of_number(field)
+    elif not mistakes:
+        rules = {
+            "only a number has a transform": field.transform == "none",
+            f"missing must be one of {', '.join(MISSING_CATEGORY)}": field.missing in MISSING_CATEGORY,
+        }
+        mistakes += [rule for rule, holds in rules.items() if not holds]
+    _refuse([f"{where}: {mistake}" for mistake in mistakes])
+    return replace(field, missing_values=tuple(field.missing_values))
 
 
-def _history(document: object) -> tuple[tuple[str, ...], int]:
+def _mistakes(field: Field) -> list[str]:
+    rules = {
+        "vocabulary must be a name": isinstance(field.vocabulary, str) and bool(field.vocabulary),
+        f"buckets must be a whole number from 0 to {MAX_BUCKETS}": _is_int(field.buckets, 0, MAX_BUCKETS),
+        "min_count must be a whole number of at least 1": _is_int(field.min_count, 1, 2**62),
+        f"length must be a whole number from 1 to {MAX_LIST_LENGTH}": _is_int(field.length, 1, MAX_LIST_LENGTH),
+        "only a list has a length": field.kind not in KINDS or field.kind == "list" or field.length == 1,
+        f"transform must be one of {', '.join(TRANSFORMS)}": field.transform in TRANSFORMS,
+        'missing_values must be a list of texts, such as ["NULL", "-1"]': _is_texts(field.missing_values),
+    }
+    return [rule for rule, holds in rules.items() if not holds]
+
+
+def _mistakes_of_number(field: Field) -> list[str]:
+    rules = {
+        "a number has neither buckets nor min_count": (field.buckets, field.min_count) == (0, 1),
+        "missing must be a finite number that fits float32, the raw value that stands in": _is_number(field.missing),
+        "missing_values of a number must be numbers, as texts": all(map(_is_finite, field.missing_values)),
+    }
+    return [rule for rule, holds in rules.items() if not holds]
+
+
+def _history(document: object) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+    """The fields, the length, and what fills a history up."""
     if document is None:
-        return (), 0
-    if not isinstance(document, Mapping) or set(document) != {"length", "fields"}:
+        return (), 0, ()
+    if not isinstance(document, Mapping) or set(document) - {"padding"} != {"length", "fields"}:
         raise SchemaError('[history] takes exactly: length = how many behaviours, fields = [ad fields, "ad_id" first]')
-    length, names = document["length"], document["fields"]
-    _require(_is_int(length, 1, MAX_HISTORY_LENGTH), f"[history]: length must be a whole number from 1 to {MAX_HISTORY_LENGTH}")
+    length, names, padding = document["length"], document["fields"], document.get("padding", [])
     is_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    _require(is_names and names[:1] == ["ad_id"], '[history]: fields must be a list of ad fields that starts with "ad_id"')
-    _require(len(set(names)) == len(names), "[history]: fields names a field twice")
-    return tuple(names), length
+    rules = {
+        f"length must be a whole number from 1 to {MAX_HISTORY_LENGTH}": _is_int(length, 1, MAX_HISTORY_LENGTH),
+        'fields must be a list of ad fields that starts with "ad_id"': is_names and names[:1] == ["ad_id"],
+        "fields names a field twice": not is_names or len(set(names)) == len(names),
+        "padding must be a list of texts": _is_texts(padding),
+    }
+    _refuse([f"[history]: {rule}" for rule, holds in rules.items() if not holds])
+    return tuple(names), length, tuple(padding)
 
 
 def parse_schema(text: str) -> Schema:
     """Read a `schema.toml`.
 
     Raises:
-        SchemaError: the text is not TOML, or says something impossible; the message names the field.
+        SchemaError: the text is not TOML, or says something impossible; the message has a line for every mistake, with its field.
     """
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SchemaError(f"not a TOML text: {error}") from error
-    known = {"name", "negative_sampling", "history", *SIDES}
-    _require(set(document) <= known, f"unknown entries {sorted(set(document) - known)}; known are {sorted(known)}")
-    name = document.get("name")
+    mistakes = list[str]()
+    known = {"name", "negative_sampling", "nobody", "history", *SIDES}
+    if unknown := sorted(set(document) - known):
+        mistakes.append(f"unknown entries {unknown}; known are {sorted(known)}")
+    name, nobody = document.get("name"), document.get("nobody", [])
     if not isinstance(name, str) or not name:
-        raise SchemaError('name = "..." is missing at the top')
+        mistakes.append('name = "..." is missing at the top')
+    if not _is_texts(nobody):
+        mistakes.append("nobody must be a list of user ids")
     sampling = document.get("negative_sampling", 1.0)
-    is_share = isinstance(sampling, int | float) and not isinstance(sampling, bool) and 0 < sampling <= 1
-    _require(is_share, "negative_sampling is the share of non-clicks that the log kept: above 0, at most 1")
-    fields = []
+    if not (_is_number(sampling) and 0 < sampling <= 1):
+        mistakes.append("negative_sampling is the share of non-clicks that the log kept: above 0, at most 1")
+    fields = _fields(document, mistakes)
+    history = _tried(lambda: _history(document.get("history")), mistakes) or ((), 0, ())
+    if not any(field.side == "ad" for field in fields) and not document.get("ad"):
+        mistakes.append('there is no ad field: add one, such as [ad.ad_id] kind = "category"')
+    named = document.get("ad")
+    absent = [each for each in history[0] if not isinstance(named, Mapping) or each not in named]
+    if absent:
+        mistakes.append(f"[history]: {absent} are not ad fields; a behaviour is an ad, so each needs its [ad.…] table")
+    mistakes += _misfits(fields)
+    _refuse(mistakes)
+    return Schema(str(name), tuple(fields), *history[:2], float(sampling), tuple(nobody), history[2])
+
+
+def _fields(document: Mapping[str, Any], mistakes: list[str]) -> list[Field]:
+    fields = list[Field | None]()
     for side in SIDES:
         tables = document.get(side, {})
-        _require(isinstance(tables, Mapping), f"{side}: expected tables such as [{side}.name]")
-        fields += [_field(side, field_name, entries) for field_name, entries in tables.items()]
-    _require(any(field.side == "ad" for field in fields), 'there is no ad field: add one, such as [ad.ad_id] kind = "category"')
-    history_fields, history_length = _history(document.get("history"))
-    ad_fields = {field.name for field in fields if field.side == "ad"}
-    absent = [name for name in history_fields if name not in ad_fields]
-    _require(not absent, f"[history]: {absent} are not ad fields; a behaviour is an ad, so each needs its [ad.…] table")
-    schema = Schema(name, tuple(fields), history_fields, history_length, float(sampling))
-    _check_vocabularies(schema)
-    return schema
+        if isinstance(tables, Mapping):
+            fields += [_tried(partial(_field, side, name, entries), mistakes) for name, entries in tables.items()]
+        else:
+            mistakes.append(f"{side}: expected tables such as [{side}.name]")
+    return [field for field in fields if field is not None]
 
 
-def _check_vocabularies(schema: Schema) -> None:
-    owners: dict[str, Field] = {}
-    for field in schema.fields:
+def _tried(make: Callable[[], T], mistakes: list[str]) -> T | None:
+    try:
+        return make()
+    except SchemaError as error:
+        mistakes += str(error).split("\n")
+        return None
+
+
+def _misfits(fields: Sequence[Field]) -> list[str]:
+    """Fields that do not fit their side, or each other."""
+    owners, mistakes = dict[str, Field](), list[str]()
+    for field in fields:
         identity = field.name in IDENTITY.values()
-        _require(not identity or IDENTITY.get(field.side) == field.name, f"field {field.path}: {field.name} belongs to the other side")
-        _require(not identity or field.kind == "category", f"field {field.path}: an identity is a category")
-        if field.kind == "number":
-            continue
-        owner = owners.setdefault(field.vocabulary, field)
-        same = (owner.buckets, owner.min_count) == (field.buckets, field.min_count)
-        _require(same, f"fields {owner.path} and {field.path} share a vocabulary but not its buckets and min_count")
+        if identity and IDENTITY.get(field.side) != field.name:
+            mistakes.append(f"field {field.path}: {field.name} belongs to the other side")
+        elif identity and field.kind != "category":
+            mistakes.append(f"field {field.path}: an identity is a category")
+        elif identity and field.missing_values:
+            mistakes.append(f"field {field.path}: an identity has no missing_values; nobody = [...] says which user ids mean no user")
+        elif field.kind != "number":
+            owner = owners.setdefault(field.vocabulary, field)
+            if (owner.buckets, owner.min_count) != (field.buckets, field.min_count):
+                mistakes.append(f"fields {owner.path} and {field.path} share a vocabulary but not its buckets and min_count")
+    return mistakes

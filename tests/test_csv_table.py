@@ -237,7 +237,7 @@ def test_a_schema_file_that_is_none_is_refused(tmp_path: Path, text: str | bytes
     refuses(csv_table.prepare, tmp_path / "source", tmp_path / "out", "cannot read … none.toml", tmp_path / "none.toml")
     (tmp_path / "my.toml").write_text(SCHEMA)
     refuses(csv_table.prepare, tmp_path / "none", tmp_path / "out", "cannot read … none: No such file", tmp_path / "my.toml")
-    refuses(csv_table.prepare, tmp_path, tmp_path / "out", "cannot read … Is a directory", tmp_path / "my.toml")
+    refuses(csv_table.prepare, tmp_path, tmp_path / "out", "my.toml: column label is missing", tmp_path / "my.toml")
 
 
 @pytest.mark.parametrize(

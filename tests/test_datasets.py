@@ -175,7 +175,7 @@ def test_frappe_keeps_its_splits_and_sides(tmp_path: Path) -> None:
         (FRAPPE + "2,1,1,1,1,1,1,1,1,1,1\n", "valid.csv, line 2: label is '2'; expected 0 or 1"),
         (FRAPPE + "1,1,1,1,1,1,1,1,1,1\n", "valid.csv, line 2: 10 columns; expected 11"),
         (FRAPPE + '1,"1\n1",1,1,1,1,1,1,1,1,1\n\n1,,1,1,1,1,1,1,1,1,1\n', "valid.csv, line 5: user is ''; expected some text"),
-        (FRAPPE + '1,"1,1,1,1,1,1,1,1,1,1\n', "valid.csv is not a CSV: unexpected end of data"),
+        (FRAPPE + '1,"1,1,1,1,1,1,1,1,1,1\n', "valid.csv, line 2: not a CSV: unexpected end of data"),
     ],
 )
 def test_frappe_refuses_what_is_not_frappe(tmp_path: Path, text: str, message: str) -> None:

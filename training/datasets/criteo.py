@@ -9,14 +9,18 @@ A category seen once in the training split is unknown (`min_count = 2`), which a
 The text is read piece by piece: the whole log of 45 million rows needs no more memory than the sample.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
 
 from features.schema import parse_schema
 
+from .files import STANDARD_INPUT, SourceFile, is_folder, one_file, source_files
 from .prepared import Progress, by_order, pieces, silent, write_splits, write_tables, writing
-from .source import Table, count_lines, line_chunks, within
+from .source import Table
+from .tables import count_lines, line_chunks
 
 NUMBERS = tuple(f"I{i}" for i in range(1, 14))
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
@@ -28,18 +32,26 @@ SCHEMA = parse_schema(
 
 
 def prepare(source: Path, out: Path, progress: Progress = silent) -> dict[str, int]:
-    """Prepare the file `source`, or the train.txt of the folder `source`, as the data set `out`; rows by split.
+    """Prepare the file `source`, or the train.txt of the folder `source`, compressed or not, as the data set `out`; rows by split.
 
     Raises:
         DataError: the file is missing or not what it claims, or `out` cannot be written.
     """
-    with writing(out) as folder:
-        path = within(source, "train.txt")
-        splits = by_order(count_lines(path))
+    with writing(out) as folder, _file(source) as file:
+        splits = by_order(count_lines(file))
         sizes = (len(piece) for rows in splits.values() for piece in pieces(rows))
-        tables = line_chunks(path, "\t", ("label", *NUMBERS, *CATEGORIES), sizes)
+        tables = line_chunks(file, "\t", ("label", *NUMBERS, *CATEGORIES), sizes)
         write_tables(folder, SCHEMA)
         return write_splits(folder, splits, lambda _: _rows(next(tables)), progress)
+
+
+@contextmanager
+def _file(source: Path) -> Iterator[SourceFile]:
+    if source == STANDARD_INPUT:
+        with source_files(source) as files:
+            yield files[0]
+    else:
+        yield one_file(source / "train.txt" if is_folder(source) else source)
 
 
 def _rows(table: Table) -> pl.DataFrame:

@@ -12,7 +12,7 @@ import polars as pl
 from features.schema import parse_schema
 
 from .prepared import SPLITS, Progress, silent, write_splits, write_tables, writing
-from .source import read_csv
+from .tables import read_csv
 
 CONTEXT = ("daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city")
 SCHEMA = parse_schema(

@@ -12,9 +12,12 @@ import polars as pl
 
 from features.schema import parse_schema
 
+from .files import one_file
 from .history import Past
 from .prepared import Progress, by_order, silent, write_splits, write_table, write_tables, writing
-from .source import LATEST, Table, read_lines
+from .source import Table
+from .tables import read_lines
+from .times import LATEST
 
 SEPARATOR = "::"
 CLICK = 4
@@ -80,13 +83,8 @@ def _ads(path: Path) -> pl.DataFrame:
 
 
 def _encoding(path: Path) -> str:
-    try:
-        path.read_text("utf-8")
-    except UnicodeDecodeError:
-        return "latin-1"  # as GroupLens ships it
-    except OSError:
-        pass  # reading it as a table says what is wrong
-    return "utf-8"
+    """Latin 1, as GroupLens ships it, or UTF-8, as others pass it on."""
+    return "latin-1" if one_file(path).undecodable("utf-8") else "utf-8"
 
 
 def _ids(table: Table, name: str) -> pl.Series:

@@ -18,7 +18,8 @@ import polars as pl
 from features.schema import parse_schema
 
 from .prepared import Progress, by_order, silent, write_splits, write_tables, writing
-from .source import Table, read_csv
+from .source import Table
+from .tables import read_csv
 
 USER = tuple(f"user_feature_{i}" for i in range(4))
 NUMBER, *CATEGORIES = (f"item_feature_{i}" for i in range(4))

@@ -1,0 +1,177 @@
+"""The section [table] of a schema file: how a table holds the fields of its schema. Knows nothing about rows."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from features.schema import IDENTITY, Schema, SchemaError, parse_schema
+
+from .prepared import SHARES, SPLITS, DataError
+from .times import UNITS, wrong_format
+
+T = TypeVar("T")
+TEXT = (
+    *("label", "user_id", "ad_id", "ts", "ts_unit", "history", "separator", "list_separator", "quote"),
+    *("propensity", "position", "candidates"),
+)
+TOKENS = ("ts_format", "missing", "nobody", "padding")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The section [table] of a schema file. Of `missing`, `nobody` and `padding`, None is: not said."""
+
+    label: str = "label"
+    user_id: str = "user_id"
+    ad_id: str = "ad_id"
+    ts: str = ""
+    ts_unit: str = "s"
+    ts_format: tuple[str, ...] | None = None
+    split: str | list[float] = field(default_factory=lambda: list(SHARES))
+    history: str = ""
+    padding: tuple[str, ...] | None = None
+    missing: tuple[str, ...] | None = None
+    nobody: tuple[str, ...] | None = None
+    separator: str = ","
+    list_separator: str = "|"
+    quote: str = '"'
+    quoted_newlines: bool = False
+    propensity: str = ""
+    position: str = ""
+    candidates: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nobodies(self) -> tuple[str, ...]:
+        """The user ids that mean no user: what means missing anywhere means no user here."""
+        return tuple(dict.fromkeys((*(self.nobody or ()), *(self.missing or ()))))
+
+
+def read_schema(path: Path) -> tuple[Schema, Settings]:
+    """A schema file: the schema, and how the table holds it.
+
+    Raises:
+        DataError: the file cannot be read, or says something impossible; the message names every mistake.
+    """
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{path}: {error}") from error
+    section, mistakes = document.pop("table", {}), list[str]()
+    settings = _tried(lambda: _settings(section), mistakes)
+    schema = _tried(lambda: parse_schema(tomli_w.dumps(document)), mistakes)
+    if schema and settings:
+        mistakes += _misfits(schema, settings)
+    if mistakes or not schema or not settings:
+        raise DataError("\n".join(f"{path}: {mistake}" for mistake in mistakes))
+    return _with_tokens(schema, settings), settings
+
+
+def _tried(make: Callable[[], T], mistakes: list[str]) -> T | None:
+    try:
+        return make()
+    except SchemaError as error:
+        mistakes += str(error).split("\n")
+        return None
+
+
+def _settings(entries: object) -> Settings:
+    if not isinstance(entries, Mapping):
+        raise SchemaError("[table] must be a section")
+    known = {entry.name for entry in fields(Settings)}
+    mistakes = [_unknown(entries, known)] if set(entries) - known else []
+    mistakes += [f"{name} must be text, not {entries[name]!r}" for name in TEXT if not isinstance(entries.get(name, ""), str)]
+    mistakes += [
+        f"{name} must be a text or a list of texts, not {entries[name]!r}" for name in TOKENS if not _is_texts(entries.get(name, ""))
+    ]
+    if not isinstance(entries.get("quoted_newlines", False), bool):
+        mistakes.append(f"quoted_newlines must be true or false, not {entries['quoted_newlines']!r}")
+    if not mistakes:
+        listed = {name: (value,) if isinstance(value := entries[name], str) else tuple(value) for name in TOKENS if name in entries}
+        settings = Settings(**{**entries, **listed})
+        mistakes = _impossible(settings)
+        if not mistakes:
+            return settings
+    raise SchemaError("\n".join(f"[table]: {mistake}" for mistake in mistakes))
+
+
+def _unknown(entries: Mapping[str, Any], known: set[str]) -> str:
+    return f"unknown entries {sorted(set(entries) - known)}; known are {sorted(known)}"
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+
+
+def _impossible(settings: Settings) -> list[str]:
+    """What cannot be, whatever the schema is."""
+    mistakes = []
+    if not _is_split(settings.split):
+        mistakes.append(f"split is {settings.split!r}; it must be three shares above 0 that add up to 1, or the name of a column")
+    if settings.ts_unit not in UNITS:
+        mistakes.append(f"ts_unit is {settings.ts_unit!r}; it must be one of {', '.join(UNITS)}")
+    mistakes += [f"ts_format {wrong}" for each in settings.ts_format or () if (wrong := wrong_format(each))]
+    if settings.ts_format and not settings.ts:
+        mistakes.append('ts_format says how times are written, but no column has them: add ts = "column"')
+    if len(settings.separator) != 1 or settings.separator in '"\r\n' or not settings.list_separator:
+        mistakes.append("separator must be one character, no quote or end of line, and list_separator at least one")
+    if len(settings.quote) > 1 or settings.quote in ("\r", "\n", settings.separator):
+        mistakes.append('quote must be one character, neither the separator nor an end of line, or "" where quotes are plain text')
+    mistakes += [
+        f'{name} is the column that tells more of a propensity: name that too, propensity = "column"'
+        for name in ("position", "candidates")
+        if getattr(settings, name) and not settings.propensity
+    ]
+    return mistakes
+
+
+def _is_split(split: object) -> bool:
+    if isinstance(split, str) and split:
+        return True
+    shares = [share for share in split if type(share) in (int, float) and share > 0] if isinstance(split, list) else []
+    return split == shares and len(shares) == len(SPLITS) and abs(sum(shares) - 1) <= 1e-6
+
+
+def _misfits(schema: Schema, settings: Settings) -> list[str]:
+    """What does not fit the schema."""
+    paths = {feature.path for feature in schema.fields}
+    mistakes = _misnamed(paths, settings)
+    for side, name in IDENTITY.items():
+        if f"{side}.{name}" in paths and not getattr(settings, name):
+            mistakes.append(f'{name} = "" says that the table has none, but {side}.{name} is a field')
+    if settings.history and not schema.history_length:
+        mistakes.append("history names a column, but the schema has no [history]")
+    if settings.padding and not settings.history:
+        mistakes.append('padding is what fills a column of histories up: name that too, history = "column"')
+    if schema.history_length and not settings.ad_id:
+        mistakes.append('ad_id = "" says that the table has no ads, but the schema has a history of them')
+    if settings.propensity and not settings.ad_id:
+        mistakes.append('ad_id = "" says that the table has no ads, so none has a propensity')
+    return [f"[table]: {mistake}" for mistake in mistakes]
+
+
+def _misnamed(paths: set[str], settings: Settings) -> list[str]:
+    columns = settings.columns
+    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns.values()):
+        return ['columns must name columns by field, such as { "ad.genres" = "genre_list" }']
+    identities = {f"{side}.{name}": name for side, name in IDENTITY.items()}
+    mistakes = [f"the column of {path} is named by {name} = …" for path, name in identities.items() if path in columns]
+    absent = sorted(set(columns) - paths - set(identities))
+    return mistakes + ([f"columns names {absent}, which are no fields; fields are {sorted(paths)}"] if absent else [])
+
+
+def _with_tokens(schema: Schema, settings: Settings) -> Schema:
+    """The schema with what means missing, nobody and padding, so that a request is read as the table is."""
+    tokens = settings.missing or ()
+    told = tuple(
+        replace(each, missing_values=tuple(dict.fromkeys((*each.missing_values, *each.fitting(tokens))))) for each in schema.fields
+    )
+    nobody = tuple(dict.fromkeys((*schema.nobody, *settings.nobodies)))
+    padding = tuple(dict.fromkeys((*schema.history_padding, *(settings.padding or ()), *(tokens if schema.history_length else ()))))
+    return replace(schema, fields=told, nobody=nobody, history_padding=padding)

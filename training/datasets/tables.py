@@ -1,0 +1,155 @@
+"""Reads tables: CSV with a header, JSON lines or parquet, of one file or of the parts of a folder; and texts without a header.
+
+A part is read at a time, and keeps its own types: a column may be of whole numbers in one and of fractions in the next.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice, repeat
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from .files import SourceFile, one_file, source_files
+from .json_lines import has, objects, series, value_of
+from .prepared import DataError, columns_of, read_parquet
+from .rows import Dialect, Rows, csv_rows, split_rows
+from .source import Table
+
+CHUNK = 20_000
+"""Rows held as Python texts at a time."""
+PLAIN = Dialect()
+
+
+def read_tables(source: Path, keep: Sequence[str], dialect: Dialect = PLAIN) -> Iterator[Table]:
+    """The columns that are needed of a source, some rows at a time, part by part in the order of their names; `-` is standard input.
+
+    Raises:
+        DataError: a file cannot be read or lacks a column, or there is no row in any.
+    """
+    with source_files(source) as files:
+        rows = 0
+        for file in files:
+            for table in _read(file, keep, dialect, alone=len(files) == 1):
+                rows += len(table)
+                yield table
+        if not rows:
+            raise DataError(f"{files[0].name if len(files) == 1 else source} is empty: it has no rows")
+
+
+def read_csv(path: Path, keep: Sequence[str]) -> Table:
+    """A CSV with a header, all of it text; `keep` names the columns that are needed. It may be compressed.
+
+    Raises:
+        DataError: the file cannot be read, lacks a column, or has a row of another width than its header.
+    """
+    return _whole(path, _read_csv(one_file(path), keep, PLAIN))
+
+
+def read_lines(path: Path, separator: str, columns: Sequence[str], encoding: str = "utf-8") -> Table:
+    """A text without header or quoting, whose rows are split at the separator, all of it text. It may be compressed.
+
+    Raises:
+        DataError: the file cannot be read, or a line has another number of columns.
+    """
+    return _whole(path, line_chunks(one_file(path), separator, columns, repeat(CHUNK), encoding))
+
+
+def line_chunks(file: SourceFile, separator: str, columns: Sequence[str], sizes: Iterable[int], encoding: str = "utf-8") -> Iterator[Table]:
+    """As `read_lines`, some rows at a time, as many as `sizes` says, for a text larger than memory."""
+    with file.text(encoding) as lines:
+        yield from _chunks(file, split_rows(lines, separator), columns, columns, sizes)
+
+
+def count_lines(file: SourceFile) -> int:
+    """How many lines of a text hold anything.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with file.text("utf-8") as lines:
+        return sum(1 for line in lines if line.rstrip("\r\n"))
+
+
+def _read(file: SourceFile, keep: Sequence[str], dialect: Dialect, *, alone: bool) -> Iterator[Table]:
+    told = {name: value for name, value in file.told.items() if name in keep}
+    wanted = [name for name in keep if name not in told]
+    if file.form == "parquet":
+        tables = _read_parquet(file, wanted)
+    elif file.form == "json":
+        tables = _read_json(file, wanted)
+    else:
+        tables = _read_csv(file, wanted, dialect, alone=alone)
+    for table in tables:
+        yield replace(table, frame=table.frame.with_columns(pl.lit(value).alias(name) for name, value in told.items()))
+
+
+def _read_parquet(file: SourceFile, keep: Sequence[str]) -> Iterator[Table]:
+    _require_columns(file, columns_of(file.path), keep)
+    frame = read_parquet(file.path, keep)
+    if len(frame):
+        yield Table(file.name, frame, np.arange(1, len(frame) + 1), "row")
+
+
+def _read_csv(file: SourceFile, keep: Sequence[str], dialect: Dialect, *, alone: bool = True) -> Iterator[Table]:
+    """A part among others may be empty, without even a header."""
+    with file.text() as lines:
+        rows = csv_rows(file, lines, dialect)
+        _, header = next(rows, (1, []))
+        if len(set(header)) != len(header):
+            raise DataError(f"{file.name}: the header names a column twice: {', '.join(header)}")
+        if header or alone:
+            _require_columns(file, header, keep)
+        yield from _chunks(file, rows, header, keep, repeat(CHUNK))
+
+
+def _read_json(file: SourceFile, keep: Sequence[str]) -> Iterator[Table]:
+    """A column may be missing in many objects, but not in all."""
+    absent, seen = set(keep), dict[str, None]()
+    with file.text() as lines:
+        found = objects(file, lines)
+        while chunk := list(islice(found, CHUNK)):
+            numbers, documents = zip(*chunk, strict=True)
+            absent -= {name for name in absent if any(has(document, name) for document in documents)}
+            if absent:
+                seen |= dict.fromkeys(chain.from_iterable(documents))
+            columns = {name: [value_of(document, name) for document in documents] for name in keep}
+            _refuse_objects(file, numbers, columns)
+            frame = pl.DataFrame([series(name, values) for name, values in columns.items()])
+            yield Table(file.name, frame, np.fromiter(numbers, np.int64, len(numbers)))
+    _require_columns(file, [name for name in (*seen, *keep) if name not in absent], keep)
+
+
+def _refuse_objects(file: SourceFile, numbers: Sequence[int], columns: dict[str, list[object]]) -> None:
+    for name, values in columns.items():
+        row = next((row for row, value in enumerate(values) if isinstance(value, dict)), None)
+        if row is not None:
+            raise DataError(f"{file.name}, line {numbers[row]}: {name} is an object; name a value in it, such as {name}.id")
+
+
+def _require_columns(file: SourceFile, columns: Collection[str], needed: Sequence[str]) -> None:
+    absent = [name for name in needed if name not in columns]
+    if absent:
+        more = f"; so are {', '.join(absent[1:])}" if absent[1:] else ""
+        raise DataError(f"{file.name}: column {absent[0]} is missing; it has {', '.join(columns) or 'none at all'}{more}")
+
+
+def _chunks(file: SourceFile, rows: Rows, columns: Sequence[str], keep: Sequence[str], sizes: Iterable[int]) -> Iterator[Table]:
+    schema = dict.fromkeys(keep, pl.String())
+    for size in sizes:
+        if not (chunk := list(islice(rows, size))):
+            return
+        for line, fields in chunk:
+            if len(fields) != len(columns):
+                raise DataError(f"{file.name}, line {line}: {len(fields)} columns; expected {len(columns)}: {', '.join(columns)}")
+        values = dict(zip(columns, zip(*(fields for _, fields in chunk), strict=True), strict=True))
+        frame = pl.DataFrame({name: values[name] for name in keep}, schema=schema)
+        yield Table(file.name, frame, np.fromiter((line for line, _ in chunk), np.int64, len(chunk)))
+
+
+def _whole(path: Path, chunks: Iterator[Table]) -> Table:
+    parts = list(chunks)
+    if not parts:
+        raise DataError(f"{path} is empty: it has no rows")
+    return Table(parts[0].path, pl.concat([part.frame for part in parts]), np.concatenate([part.lines for part in parts]))
