@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import replace
 from math import log
@@ -6,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn import metrics as sklearn
 
 from training.compare import METRICS, Comparison, Gate, Interval, _Resampled, bootstrap, compare, reasons_against, reliability
 from training.evaluate import Metrics, measure
+from training.quantise import moved, refusal
+from training.report import metric_rows
 from training.train import TrainError
 
 N, USERS = 600, 60
@@ -54,6 +58,40 @@ def test_a_weight_counts_a_users_rows_so_many_times() -> None:
     assert found["calibration_distance"] == pytest.approx(abs(log(repeated.calibration_ratio)))
 
 
+def test_weighted_metrics_are_scikit_learns() -> None:
+    labels, users, p = rows()
+    weights = np.random.default_rng(4).integers(0, 4, USERS)
+    each = weights[users]
+    found = dict(zip(METRICS, _Resampled(labels, users, p)(weights), strict=False))
+    assert found["auc"] == pytest.approx(sklearn.roc_auc_score(labels, p, sample_weight=each))
+    assert found["log_loss"] == pytest.approx(sklearn.log_loss(labels, p, sample_weight=each))
+    firsts = np.unique(np.sort(p)[np.arange(20) * N // 20])
+    gaps = np.bincount(np.searchsorted(firsts, p, "right"), each * (labels - p))
+    assert found["calibration_error"] == pytest.approx(np.abs(gaps).sum() / each.sum())
+
+
+def test_a_comparison_does_not_depend_on_the_order_of_the_rows() -> None:
+    labels, users, p = rows()
+    order = np.random.default_rng(5).permutation(N)
+    one, other = (compare(labels[some], users[some], p[some], np.full(N, 0.3)).as_dict() for some in (np.arange(N), order))
+    for name in METRICS:
+        assert one["differences"][name] == pytest.approx(other["differences"][name], abs=1e-12, nan_ok=True), name
+    assert one["reliability"]["champion"] == [pytest.approx((0.3, labels.mean()))]
+    assert one["reliability"]["challenger"] == [pytest.approx(point) for point in other["reliability"]["challenger"]]
+
+
+def test_certainties_and_one_class_are_compared_and_refused_without_a_trace() -> None:
+    users = np.arange(40)
+    for labels in (np.zeros(40), np.ones(40), np.repeat([0.0, 1.0], 20)):
+        for p in (np.zeros(40), np.ones(40), np.repeat([0.0, 1.0], 20), np.repeat([1.0, 0.0], 20)):
+            found = compare(labels, users, p, np.full(40, 0.5))
+            assert metric_rows(found)
+            json.dumps(found.as_dict(), allow_nan=False)
+            assert bool(reasons_against(found, Gate())) == (not np.array_equal(labels, p) or not labels.any())
+            moves = moved(found.challenger, found.challenger)
+            assert (refusal(moves) is None) == (0 < labels.mean() < 1 and p.any())
+
+
 def test_intervals_are_scipys() -> None:
     values = np.random.default_rng(0).exponential(size=200)
     [ours] = bootstrap(lambda weights: np.array([weights @ values / weights.sum()]), 200, resamples=4000)
@@ -96,6 +134,8 @@ def test_intervals_hold_what_they_promise() -> None:
 
 def test_bins_of_reliability_have_equally_many_rows() -> None:
     labels, _, p = rows()
+    assert len(reliability(labels, p)) <= 20
+    p = p + np.linspace(0, 1e-9, N)  # no ties any more
     bins = reliability(labels, p)
     assert len(bins) == 20
     assert np.mean([rate for _, rate in bins]) == pytest.approx(labels.mean())

@@ -128,3 +128,16 @@ def test_a_reference_is_read_from_a_bundle_that_has_one(tmp_path):
 def test_what_is_no_reference_is_refused(tmp_path, text):
     with pytest.raises(UnfitReferenceError):
         read_reference(published(tmp_path, text))
+
+
+def test_a_number_in_32_bits_is_no_drift_from_the_same_in_64(tmp_path):
+    data = small.data_set(tmp_path)
+    path = tmp_path / "train" / "0.parquet"
+    frame = pl.read_parquet(path)
+    prices = np.random.default_rng(0).choice([19.99, 4.35, 0.1, 1e6 + 0.3, 7.0], len(frame))
+    frame.with_columns(pl.Series("user.income", prices)).write_parquet(path)
+    encoder = small.encoder()
+    (tmp_path / "reference.json").write_bytes(make_reference(data, encoder.vocabularies))
+    found = Reference(**json.loads((tmp_path / "reference.json").read_text())["fields"]["user.income"])
+    for served in (prices, prices.astype(np.float32).astype(np.float64)):
+        assert stability(found.count(pl.Series(served), None), np.array(found.counts)) == 0.0

@@ -1,13 +1,17 @@
+import dataclasses
 import json
 import math
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn
+from sklearn.calibration import calibration_curve
 
 from tests.test_datasets import patient
+from training.compare import reliability
 from training.evaluate import auc, calibration_error, gauc, log_loss, measure
 
 # Few distinct probabilities, so that ties are common.
@@ -84,6 +88,54 @@ def test_calibration_error_by_hand() -> None:
     by_p = np.linspace(0.01, 0.8, 40)
     assert calibration_error(np.zeros(40)[order], by_p[order]) == pytest.approx(by_p.mean())
     assert calibration_error(np.array([1.0]), np.array([0.25])) == pytest.approx(0.75)
+
+
+def naive_calibration_error(table: Rows) -> float:
+    """20 bins of equally many rows by p, in plain Python; a row whose p another bin began with joins that bin."""
+    ordered = sorted(p for _, p, _ in table)
+    firsts = sorted({ordered[i * len(ordered) // 20] for i in range(20)})
+    bins: dict[float, list[tuple[int, float]]] = {}
+    for label, p, _ in table:
+        bins.setdefault(max(first for first in firsts if first <= p), []).append((label, p))
+    return sum(abs(sum(label - p for label, p in part)) for part in bins.values()) / len(table)
+
+
+@patient
+@given(rows, st.randoms(use_true_random=False))
+def test_no_metric_depends_on_the_order_of_the_rows(table: Rows, random: Random) -> None:
+    found = dataclasses.astuple(measure(*arrays(table)))
+    assert calibration_error(*arrays(table)[:2]) == pytest.approx(naive_calibration_error(table))
+    bins = reliability(*arrays(table)[:2])
+    random.shuffle(table)
+    assert dataclasses.astuple(measure(*arrays(table))) == pytest.approx(found, nan_ok=True)
+    assert reliability(*arrays(table)[:2]) == [pytest.approx(point) for point in bins]
+
+
+def test_one_score_for_all_rows_is_calibrated_where_it_is_their_click_rate() -> None:
+    labels, p = np.repeat([1.0, 0.0], [25, 75]), np.full(100, 0.25)
+    assert calibration_error(labels, p) == pytest.approx(0.0)
+    assert calibration_error(labels, p.astype(np.float32)) == pytest.approx(0.0)
+    assert reliability(labels, p) == [(0.25, 0.25)]
+    two = np.repeat([0.2, 0.3], [60, 40])
+    clicks = np.concatenate([np.repeat([1.0, 0.0], [12, 48]), np.repeat([1.0, 0.0], [12, 28])])
+    assert calibration_error(clicks, two) == pytest.approx(0.0)
+    assert np.array(reliability(clicks, two)) == pytest.approx(np.array([(0.2, 0.2), (0.3, 0.3)]))
+
+
+def test_bins_of_distinct_scores_have_equally_many_rows_and_are_scikit_learn_s() -> None:
+    random = np.random.default_rng(2)
+    p = random.permutation(np.linspace(0.01, 0.6, 400))
+    labels = (random.random(400) < p).astype(np.float32)
+    rates, means = calibration_curve(labels, p, n_bins=20, strategy="quantile")
+    assert np.array(reliability(labels, p)) == pytest.approx(np.stack([means, rates], 1))
+    assert calibration_error(labels, p) == pytest.approx(np.abs(means - rates).mean())
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_certainty_in_32_bits_is_finite_too(kind: type) -> None:
+    sure = np.array([1.0, 0.0], kind)
+    assert log_loss(np.array([0, 1]), sure) == pytest.approx(-math.log(1e-12), rel=1e-4)
+    assert log_loss(np.array([1, 0]), sure) == pytest.approx(0.0, abs=1e-11)
 
 
 def test_all_metrics_at_once() -> None:

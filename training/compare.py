@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .evaluate import BINS, Metrics, measure
+from .evaluate import Metrics, bin_starts, measure
 from .train import TrainError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -63,7 +63,7 @@ class Comparison:
     calibration: Interval
     """log(sum of p(click) / clicks) of the challenger."""
     reliability: dict[str, list[tuple[float, float]]]
-    """For each of the two (mean p(click), click rate) of bins of equally many rows."""
+    """For each of the two (mean p(click), click rate) of bins of about equally many rows."""
     users: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class _Resampled:
         self.ties = starts[tie[self.clicks]], np.r_[starts[1:], len(p)][tie[self.clicks]]
         """Of each click, how many rows have a smaller p, and how many a smaller one or its own."""
         self.gaps, self.others = self.labels - p, 1 - self.labels
-        self.bins = np.cumsum([0, *(len(part) for part in np.array_split(order, BINS) if len(part))])[:-1]
+        self.bins = bin_starts(p)
         losses = -np.where(self.labels > 0, np.log(np.clip(p, 1e-12, 1)), np.log1p(-np.clip(p, 0, 1 - 1e-12)))
         count = int(users.max()) + 1
         self.sums = np.stack([np.bincount(self.users, each, count) for each in (np.ones(len(p)), self.labels, p, losses)])
@@ -179,9 +179,12 @@ class _Resampled:
 
 
 def reliability(labels: Array, p_click: Array) -> list[tuple[float, float]]:
-    """(mean p(click), click rate) of bins of equally many rows, by p(click)."""
-    parts = [part for part in np.array_split(np.argsort(p_click, kind="stable"), BINS) if len(part)]
-    return [(float(p_click[part].mean()), float(labels[part].mean())) for part in parts]
+    """(mean p(click), click rate) of the bins of `evaluate.bin_starts`, by p(click)."""
+    order = np.argsort(p_click)
+    p, clicks = p_click[order].astype(np.float64), labels[order].astype(np.float64)
+    starts = bin_starts(p)
+    rows = np.diff(starts, append=len(p))
+    return list(zip((np.add.reduceat(p, starts) / rows).tolist(), (np.add.reduceat(clicks, starts) / rows).tolist(), strict=True))
 
 
 def reasons_against(found: Comparison, gate: Gate) -> list[str]:

@@ -34,6 +34,9 @@ DECILES = tuple(i / 10 for i in range(1, 10))
 LENGTHS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
 HISTORY = "history"
 LEAST_ROWS = 1_000
+ROUNDED = 2.0**-23
+"""The share by which edges stand above their decile, so that a number that is one is below it in 32 bits too: a log may have those, and
+requests 64."""
 SAMPLE = 200_000
 """Numbers of the train split that deciles are taken from."""
 
@@ -183,7 +186,8 @@ class _Tally:
             return Reference("length", [0] * (len(edges) + 2), edges=edges)
         if self.field.kind == "number":
             known = pl.concat(self._numbers)
-            edges = [] if known.is_empty() else sorted({float(known.quantile(share, "lower") or 0.0) for share in DECILES})
+            deciles = [] if known.is_empty() else [float(known.quantile(share, "lower") or 0.0) for share in DECILES]
+            edges = sorted({edge + abs(edge) * ROUNDED for edge in deciles})
             return Reference("number", [0] * (len(edges) + 2), edges=edges)
         together = pl.concat(self._values).filter(pl.col("value").str.len_chars() <= LONGEST_VALUE)
         counts = together.group_by("value").agg(pl.col("count").sum()).sort(["count", "value"], descending=[True, False])

@@ -43,7 +43,7 @@ def _reliability(models: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     for share in (0.0, 0.5, 1.0):
         parts.append(_text(LEFT + share * SIDE, bottom + 18, f"{share * top:.3g}", "middle"))
         parts.append(_text(LEFT - 8, bottom - share * SIDE + 4, f"{share * top:.3g}", "end"))
-    parts.append(_text(LEFT + SIDE / 2, bottom + 40, "mean p(click) of a twentieth of the rows", "middle"))
+    parts.append(_text(LEFT + SIDE / 2, bottom + 40, "mean p(click) of about a twentieth of the rows", "middle"))
     parts.append(_text(LEFT, TOP - 22, "click rate"))
     for i, (name, bins) in enumerate(models.items()):
         points = [(LEFT + p / top * SIDE, bottom - rate / top * SIDE) for p, rate in bins]

@@ -56,11 +56,12 @@ def quantised(graph: bytes, requests: Iterable[Feeds]) -> bytes:
 
 def moved(exact: Metrics, coarse: Metrics) -> dict[str, float]:
     """What int8 does to the measures that its gate is about: AUC as a difference, the others as a share."""
-    return {
-        "auc": coarse.auc - exact.auc,
-        "log_loss": coarse.log_loss / exact.log_loss - 1,
-        "calibration_ratio": coarse.calibration_ratio / exact.calibration_ratio - 1,
-    }
+    shares = {name: _share(getattr(coarse, name), getattr(exact, name)) for name in ("log_loss", "calibration_ratio")}
+    return {"auc": coarse.auc - exact.auc, **shares}
+
+
+def _share(coarse: float, exact: float) -> float:
+    return coarse / exact - 1 if exact else float("nan")
 
 
 def refusal(moves: dict[str, float]) -> str | None:

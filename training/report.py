@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from math import exp, log
+from math import exp, inf, log
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,10 @@ def metric_rows(found: Comparison) -> list[tuple[str, ...]]:
 def _value(metrics: Metrics | None, name: str) -> str:
     if metrics is None:
         return ""
-    return f"{abs(log(metrics.calibration_ratio)) if name == 'calibration_distance' else getattr(metrics, name):.5f}"
+    if name != "calibration_distance":
+        return f"{getattr(metrics, name):.5f}"
+    ratio = metrics.calibration_ratio
+    return f"{abs(log(ratio)) if ratio else inf:.5f}"
 
 
 def _interval(interval: Interval | None) -> tuple[str, str]:
