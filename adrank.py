@@ -184,6 +184,7 @@ def load(data: Path, redis: str | None) -> None:
 
 @cli.command(epilog="Example: adrank serve --models models --redis redis://127.0.0.1:6379/0 --workers 2")
 @click.option("--models", type=PLACE, help="The model repository.")
+@click.option("--model", help="The model of requests that name none; needed where several are live.")
 @click.option("--redis", help="The store's URL. A password belongs into ADRANK_REDIS, not on the command line.")
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", type=int, help="Port to listen on; default 8000.")
@@ -201,6 +202,7 @@ def serve(**flags: Any) -> None:
 
 @cli.command(epilog="Example: adrank doctor --models models --redis redis://127.0.0.1:6379/0 --workers 2")
 @click.option("--models", type=PLACE, help="The model repository.")
+@click.option("--model", help="The model of requests that name none; needed where several are live.")
 @click.option("--redis", help="The store's URL. A password belongs into ADRANK_REDIS, not on the command line.")
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", help="Port to listen on; default 8000.")
@@ -286,7 +288,7 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 @click.option("--redis", help="The service's store; default: ADRANK_REDIS, then redis://127.0.0.1:6379/0.")
 @click.option("--log", "folder", type=FOLDER, required=True, help="The log, made where there is none; docs/log.md says what it holds.")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
-@click.option("--name", help="The model whose schema a new log takes; default: the repository's first.")
+@click.option("--name", help="The model whose schema a new log takes; default: ADRANK_MODEL, then the only live one.")
 @click.option("--window", type=click.FloatRange(0, 30 * 86_400), default=1800, show_default=True, help="Seconds that an event may take.")
 @click.option("--lateness", type=click.FloatRange(0, 86_400), default=60, show_default=True, help="Seconds to wait for events beyond it.")
 @click.option("--shown", type=click.Choice(["served", "reported"]), default="served", show_default=True, help="What an impression is.")
@@ -319,7 +321,7 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
     except OSError as error:
         raise Refusal(f"--metrics-port {metrics_port} cannot be listened on at {metrics_host}: {error.strerror}") from error
     try:
-        into = (open_log if once_what else wait_for_log)(folder, models, name)
+        into = (open_log if once_what else wait_for_log)(folder, models, name or settings.model)
         print(asyncio.run(join_log(lambda: RedisStreams(url), into, JoinSettings(**rest), metrics, once_what)))
     finally:
         if stop:

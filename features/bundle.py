@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,18 +24,18 @@ import numpy as np
 from . import files
 from .encode import AdTable, Block, Encoder, Features, Feeds, Request, encode_request
 from .graph_file import GraphFacts, GraphFileError, graph_facts
+from .repository import CURRENT, NAME, model_names
 from .schema import Schema, SchemaError, parse_schema
 from .vocabulary import Numbers, Vocabularies, fingerprint, parse_vocabularies
 
 MODEL, SCHEMA, VOCABULARIES, GOLDENS, MANIFEST = "model.onnx", "schema.toml", "vocabularies.json", "goldens.json", "manifest.json"
 CUDA_MODEL, INT8_MODEL = "model.cuda.onnx", "model.int8.onnx"
 """The same weights for an accelerator, where that takes another graph, and in int8, where that was asked for and passed its gate."""
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 GOLDEN_TOLERANCE = 1e-5
 """float32 sums in another order, on another CPU, move a probability by about 1e-7 a layer; a wrong input moves it far more."""
 INT8_TOLERANCE = 5e-3
 """A value that float32 leaves on the other side of a rounding moves a byte by one step; a processor that saturates moves far more."""
-CURRENT, RELEASES, LOCK, STAGING = "current", "releases.jsonl", ".lock", ".publishing-"
+RELEASES, LOCK, STAGING = "releases.jsonl", ".lock", ".publishing-"
 RELEASES_KEPT = 100
 REQUIRED = frozenset({MODEL, SCHEMA, VOCABULARIES, GOLDENS})
 MOST_BYTES = 2**33
@@ -373,11 +372,6 @@ def current_path(models: Path, name: str) -> Path:
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} does not name a version: {error}; name one with adrank promote --version", "no_version") from error
     return models / name / str(version)
-
-
-def model_names(models: Path) -> list[str]:
-    """Names in the repository that have a live version, sorted."""
-    return sorted(path.parent.name for path in models.glob(f"*/{CURRENT}") if NAME.fullmatch(path.parent.name))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _too_large(limit: int) -> errors.TooLargeError:
     return errors.TooLargeError(f"the body is over the limit of {limit} bytes")
 
 
-def state_routes(ranker: Ranker, metrics: Metrics, health: Health) -> APIRouter:
+def state_routes(ranker: Ranker, metrics: Metrics, health: Health, notice: Callable[[], str | None]) -> APIRouter:
     """What probes, Prometheus and people ask for."""
     router = APIRouter()
 
@@ -204,7 +204,7 @@ def state_routes(ranker: Ranker, metrics: Metrics, health: Health) -> APIRouter:
             }
             for name, model in sorted(known.loaded.items())
         ]
-        return _json({"models": loaded, "refused": known.refused})
+        return _json({"models": loaded, "default": known.default, "notice": notice(), "refused": known.refused})
 
     @router.get("/v1/schema")
     async def schema() -> Response:

@@ -133,7 +133,12 @@ class Service:
             "status": "unready" if reasons else "degraded" if shaky else "ready",
             "reasons": [*reasons, *self.failing.values()],
             "store": store,
-            "models": {"default": models.default, "loaded": sorted(models.loaded), "refused": models.refused},
+            "models": {
+                "default": models.default,
+                "loaded": sorted(models.loaded),
+                "refused": models.refused,
+                "notice": self.reload.default.notice,
+            },
             "catalogue": {
                 "loaded": catalogue.loaded,
                 "ads": catalogue.ads,
@@ -235,7 +240,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},  # its own would tell what callers sent
     )
-    app.include_router(state_routes(service.ranker, metrics, service.health))
+    app.include_router(state_routes(service.ranker, metrics, service.health, lambda: service.reload.default.notice))
     app.take(RankEndpoint(service.ranker, metrics, settings), metrics, tracer, service.guard)
     app.take_events(EventsEndpoint(_intake(service), settings))
     add_error_handlers(app)

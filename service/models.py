@@ -42,9 +42,8 @@ class Model:
 class Models:
     """The models by name, why others were refused, and which one is for requests that name none."""
 
-    def __init__(self, loaded: Mapping[str, Model], refused: Mapping[str, str], chosen: str | None = None) -> None:
-        self.loaded, self.refused = dict(loaded), dict(refused)
-        self.default = chosen or min(self.loaded, default=None)
+    def __init__(self, loaded: Mapping[str, Model], refused: Mapping[str, str], default: str | None = None) -> None:
+        self.loaded, self.refused, self.default = dict(loaded), dict(refused), default
 
     @property
     def ready(self) -> bool:
@@ -67,6 +66,8 @@ class Models:
             return self.loaded[name]
         if name is not None and self.loaded:
             raise UnknownModelError(f"no such model is loaded; there are: {', '.join(sorted(self.loaded))}")
+        if self.loaded and self.default is None:
+            raise NotReadyError(f"no model is set for requests that name none; name one in options.model: {', '.join(sorted(self.loaded))}")
         if self.default is None or self.default not in self.loaded:
             raise NotReadyError("no model is loaded; /readyz says why")
         return self.loaded[self.default]

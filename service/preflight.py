@@ -7,6 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
+from features.repository import ambiguous, model_names
+
 from .settings import Settings, SettingsError
 from .tokens import Guard, TokenError
 
@@ -15,10 +17,17 @@ def check_start(settings: Settings) -> None:
     """Refuse what cannot be served with.
 
     Raises:
-        SettingsError: the model repository is no folder, the device is not there, workers have nowhere to count together, the tokens
-            cannot be used, or requests cannot be traced as asked.
+        SettingsError: the model repository is no folder, several models are live and none is set, the device is not there, workers have
+            nowhere to count together, the tokens cannot be used, or requests cannot be traced as asked.
     """
-    wrongs = (models_wrong(settings), tokens_wrong(settings), metrics_wrong(settings), traces_wrong(settings), device_wrong(settings))
+    wrongs = (
+        models_wrong(settings),
+        model_unset(settings),
+        tokens_wrong(settings),
+        metrics_wrong(settings),
+        traces_wrong(settings),
+        device_wrong(settings),
+    )
     for wrong in wrongs:
         if wrong:
             raise SettingsError(wrong)
@@ -31,6 +40,11 @@ def models_wrong(settings: Settings) -> str | None:
     except OSError:  # not to be read now: a matter of the volume
         return None
     return f"the model repository {settings.models} is not a folder; name another with --models or ADRANK_MODELS" if is_other else None
+
+
+def model_unset(settings: Settings) -> str | None:
+    """Why it is not known which model is for requests that name none."""
+    return None if settings.model else ambiguous(model_names(settings.models))
 
 
 def tokens_wrong(settings: Settings) -> str | None:

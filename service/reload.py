@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
-from features.bundle import CURRENT, NAME, BundleError, current_path
+from features.bundle import BundleError, current_path
 from features.challenger import Challenger, Verdict, read_challenger, read_verdict, write_verdict
+from features.repository import NAME, is_live
 
 from .challenger import Challenge
+from .default_model import DefaultModel
 from .errors import ScoringError
 from .metrics import Metrics
 from .models import Model, Models, load_model
@@ -78,7 +80,8 @@ class Reload:
         self._freed = False
         self.looked = False
         """Whether it is known what the repository has."""
-        ranker.use(Models({}, {}, settings.model), ranker.catalogue)
+        self.default = DefaultModel(settings.model, shared_folder())
+        ranker.use(Models({}, {}, self.default.name), ranker.catalogue)
         _map_large_blocks()
 
     @property
@@ -93,6 +96,8 @@ class Reload:
     @property
     def _waiting(self) -> str:
         default = self._ranker.models.default
+        if self.default.unclear:
+            return self.default.unclear
         wanted = f"model {default} is not usable" if default else "no model is usable"
         return f"{wanted}; waiting for one to be published in {self._settings.models}"
 
@@ -131,6 +136,7 @@ class Reload:
             self._say(UNREADABLE, f"the model repository cannot be read, so what is loaded stays: {error}")
         else:
             self._said.pop(UNREADABLE, None)
+            self.default.saw(found.keys(), self._ranker.models.loaded.keys())
             for name in sorted(found.keys() | self._ranker.models.loaded.keys()):
                 await self._follow(name, found.get(name), refused)
             self._refuse(refused)
@@ -220,7 +226,7 @@ class Reload:
         if old is not None and old is not challenge:
             old.stop()
         self._metrics.live(name, model.bundle.version if model else None)
-        ranker.use(Models(loaded, ranker.models.refused, self._settings.model), ranker.catalogue, challenges)
+        ranker.use(Models(loaded, ranker.models.refused, self.default.name), ranker.catalogue, challenges)
         self._let_go()
 
     def _let_go(self) -> None:
@@ -249,7 +255,7 @@ class Reload:
             if ranker.models.refused.get(what) != reason:
                 log.error("model %s is refused: %s", what, reason)
                 self._metrics.reload("refused")
-        ranker.use(Models(ranker.models.loaded, refused, self._settings.model), ranker.catalogue, ranker.challenges)
+        ranker.use(Models(ranker.models.loaded, refused, self.default.name), ranker.catalogue, ranker.challenges)
 
     def _say(self, about: str, text: str, level: int = logging.ERROR) -> None:
         """Log it, if it is not what was said last."""
@@ -262,6 +268,12 @@ class Reload:
         return await asyncio.get_running_loop().run_in_executor(self._background, act, *arguments)
 
 
+def shared_folder() -> Path | None:
+    """The folder of a service with several workers that all of them may write to; `serve` makes it."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return Path(folder) if folder else None
+
+
 def look(models: Path) -> dict[str, Found]:
     """What the repository has, by model.
 
@@ -269,14 +281,7 @@ def look(models: Path) -> dict[str, Found]:
         OSError: it cannot be read; one that is not there has nothing.
     """
     homes = sorted(models.iterdir()) if models.exists() else []
-    return {home.name: _find(models, home) for home in homes if NAME.fullmatch(home.name) and _has_model(home)}
-
-
-def _has_model(home: Path) -> bool:
-    try:
-        return (home / CURRENT).exists()
-    except PermissionError:  # of this one alone: `_find` says so, and the others are followed
-        return True
+    return {home.name: _find(models, home) for home in homes if NAME.fullmatch(home.name) and is_live(home)}
 
 
 def _find(models: Path, home: Path) -> Found:

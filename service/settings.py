@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     redis: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379/0"
     """A server, sentinels or a cluster (docs/redis.md), or `memory://` for no Redis. May hold a password: log `store_name` instead."""
     model: str | None = None
-    """The model of requests that name none; by default the first by name."""
+    """The model of requests that name none. Needed as soon as two models are live; by default the only one that is."""
     host: str = "127.0.0.1"
     """Address or name to listen on."""
     port: Annotated[int, Field(ge=1, le=65_535)] = 8000

@@ -8,8 +8,9 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from features import bundle
-from features.bundle import current_path, model_names
+from features.bundle import current_path
 from features.encode import Encoder, Feeds
+from features.repository import model_names
 from features.schema import parse_schema
 from features.vocabulary import Numbers, Vocabularies, Vocabulary, parse_vocabularies
 from service.models import Models, load_model
@@ -146,8 +147,14 @@ def publish(
     return bundle.publish(models, name, whole, {}, make_current)
 
 
+def settled(models: object) -> dict[str, str]:
+    """The setting of the default model, for the many tests that have several and do not care which it is."""
+    return {"model": "din"} if models is not None and len(model_names(Path(str(models)))) > 1 else {}
+
+
 def loaded(settings: Settings) -> Models:
     """The live version of each model, as a service loads it."""
     with ThreadPoolExecutor(1) as opening:
         names = model_names(settings.models)
-        return Models({name: load_model(current_path(settings.models, name), settings, opening) for name in names}, {}, settings.model)
+        loaded = {name: load_model(current_path(settings.models, name), settings, opening) for name in names}
+        return Models(loaded, {}, settings.model or names[0])

@@ -172,7 +172,10 @@ class Client(httpx.AsyncClient):
 
 
 @asynccontextmanager
-async def running(settings: Settings, store: Store | None = None, ready: bool = True) -> AsyncIterator[Client]:
+async def running(settings: Settings, store: Store | None = None, ready: bool = True, settle: bool = True) -> AsyncIterator[Client]:
+    """A service in this process; where several models are live and none is set, `din` is, if it is to be settled."""
+    if settle and settings.model is None:
+        settings = settings.model_copy(update=bundles.settled(settings.models))
     app = create_app(settings, store)
     # What is raised in the application must reach the client as an answer, as it would over a socket.
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)

@@ -25,6 +25,7 @@ SERVE = (sys.executable, "-m", "adrank", "serve")
 
 def environment(**settings):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("ADRANK_", "PROMETHEUS_"))}
+    settings = {**bundles.settled(settings.get("models")), **settings}
     return clean | {"PYTHONPATH": str(ROOT)} | {f"ADRANK_{name.upper()}": str(value) for name, value in settings.items()}
 
 

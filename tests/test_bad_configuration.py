@@ -61,7 +61,7 @@ class TestRefused:
 
     def test_of_serve(self, locked, repository, tmp_path):
         (tmp_path / "file").touch()
-        good = ("serve", "--redis", "memory://", "--models", repository, "--port", free_port())
+        good = ("serve", "--redis", "memory://", "--models", repository, "--model", "din", "--port", free_port())
         for workers in (1, 2):
             done = adrank(*good, "--port", locked.port, "--workers", workers)
             one_line(done, f"127.0.0.1 port {locked.port}: Address already in use; choose another with")
@@ -74,14 +74,15 @@ class TestRefused:
         code = (
             "import tempfile, sys, adrank\n"
             "tempfile._candidate_tempdir_list = lambda: ['/proc/nowhere']\n"  # as where the root file system may not be written
-            f"adrank.main(['serve', '--models', {str(repository)!r}, '--redis', 'memory://', '--workers', '2', '--port', '{free_port()}'])"
+            f"adrank.main(['serve', '--models', {str(repository)!r}, '--model', 'din', '--redis', 'memory://', '--workers', '2', "
+            f"'--port', '{free_port()}'])"
         )
         one_line(subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False), "set TMPDIR")
 
     def test_of_the_joiner(self, locked, repository, tmp_path):
         (tmp_path / "file").touch()
         (tmp_path / "closed").mkdir(mode=0o555)
-        good = ("join", "--redis", with_password(locked, "secret"), "--models", repository, "--log", tmp_path / "log")
+        good = ("join", "--redis", with_password(locked, "secret"), "--models", repository, "--name", "din", "--log", tmp_path / "log")
         one_line(adrank(*good, "--log", tmp_path / "closed" / "log"), "cannot be used as a log", "Permission denied")
         done = adrank(*good, "--redis", with_password(locked, "wrong"), "--once")
         assert (done.returncode, done.stdout) == (2, "")
@@ -94,7 +95,7 @@ class TestRefused:
         refused(run(*good, "--log", tmp_path / "file"), "is a file")
         refused(
             run(*good, "--models", tmp_path / "none", "--log", tmp_path / "fresh", "--once"),
-            "has no live version of any model to take the log's schema from",
+            "has no live version of din to take the log's schema from",
         )
         refused(run(*good, "--redis", "memory://"), "no streams to join")
 
@@ -206,7 +207,7 @@ class TestWaitedFor:
         models = tmp_path / "models"
         bundles.publish(models, "closed")
         (models / "closed").chmod(0)
-        async with starting(tmp_path, models=models, redis="memory://") as (client, _):
+        async with starting(tmp_path, models=models, redis="memory://", model="open") as (client, _):
             await unready(client, "Permission denied")
             bundles.publish(models, "open")
             assert "Permission denied" in (await until_ready(client))["models"]["refused"]["closed"]
@@ -215,7 +216,7 @@ class TestWaitedFor:
     def test_of_the_joiner(self, server, repository, tmp_path):
         with Redis.from_url(server.url) as redis:
             redis.config_set("requirepass", "secret")
-        words = ("join", "--models", repository, "--log", tmp_path / "log", "--redis", with_password(server, "mended"))
+        words = ("join", "--models", repository, "--name", "din", "--log", tmp_path / "log", "--redis", with_password(server, "mended"))
         command = [sys.executable, "-m", "adrank", *map(str, words)]
         with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
             lines = iter(process.stderr.readline, "")
@@ -237,7 +238,9 @@ class TestUnusualEnvironments:
 
     @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">/dev/full"])
     def test_files_that_are_closed_or_full(self, repository, closed):
-        command = f"exec {sys.executable} -m adrank doctor --models {repository} --redis memory:// --port {free_port()} {closed}"
+        command = (
+            f"exec {sys.executable} -m adrank doctor --models {repository} --model din --redis memory:// --port {free_port()} {closed}"
+        )
         done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, check=False)
         if "full" in closed:
             one_line(done, "No space left on device")
@@ -249,7 +252,7 @@ class TestUnusualEnvironments:
         with contextlib.suppress(OSError):
             if subprocess.run([*stranger, "true"], capture_output=True, check=False).returncode == 0:
                 variables = {name: value for name, value in environment().items() if name not in ("HOME", "USER", "LOGNAME")}
-                words = ["doctor", "--models", str(repository), "--redis", "memory://", "--port", str(free_port())]
+                words = ["doctor", "--models", str(repository), "--model", "din", "--redis", "memory://", "--port", str(free_port())]
                 command = [*stranger, sys.executable, "-m", "adrank", *words]
                 done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
                 assert (done.returncode, done.stderr) == (0, "")
@@ -262,6 +265,8 @@ class TestUnusualEnvironments:
             "doctor",
             "--models",
             repository,
+            "--model",
+            "din",
             "--redis",
             "memory://",
             "--port",

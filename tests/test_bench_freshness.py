@@ -15,7 +15,7 @@ from service.store import RedisStore
 def test_every_click_of_the_measurement_changes_a_ranking(repository: Path, server: Server, tmp_path: Path) -> None:
     asyncio.run(fill(server.url))
     users, port = [f"u{i}" for i in range(60)], freshness.free_port()
-    command = [*SERVE, "--models", str(repository), "--redis", server.url, "--port", str(port)]
+    command = [*SERVE, "--models", str(repository), "--model", "din", "--redis", server.url, "--port", str(port)]
     with freshness.serving("adrank", command, port, tmp_path / "log") as subject:
         everyone = freshness.Entities(users, [f"a{i}" for i in range(30)])
         measured = freshness.freshness(subject, everyone, rounds=12, candidates=20, plan=Plan(20.0, 0.6, 0.2, 2))

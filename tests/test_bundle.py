@@ -14,19 +14,9 @@ import numpy as np
 import pytest
 
 from features import bundle, vocabulary
-from features.bundle import (
-    LOCK,
-    BundleError,
-    check_files,
-    current_path,
-    load_bundle,
-    model_names,
-    new_version,
-    publish,
-    read_bundle,
-    set_current,
-)
+from features.bundle import LOCK, BundleError, check_files, current_path, load_bundle, new_version, publish, read_bundle, set_current
 from features.encode import Feeds
+from features.repository import model_names
 from tests.test_cli import refused, run
 from tests.test_datasets import ROOT
 

@@ -77,7 +77,7 @@ def problems(findings):
 
 
 def test_all_is_well(healthy, repository):
-    findings = examine({"models": repository, "redis": healthy.url})
+    findings = examine({"models": repository, "model": "din", "redis": healthy.url})
     assert {finding.area for finding in findings} == set(CODES)
     assert [finding for finding in findings if finding.status != "ok"] == []
     told(findings, "adrank:served", "ok", "1 of 100,000 entries", "read by a joiner")
@@ -95,17 +95,17 @@ def test_it_changes_nothing(healthy, repository, tmp_path):
         return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in repository.rglob("*")}
 
     before = state(), files()
-    assert run("doctor", "--models", repository, "--redis", healthy.url)[0] == 0
+    assert run("doctor", "--models", repository, "--model", "din", "--redis", healthy.url)[0] == 0
     assert (state(), files()) == before
 
 
 def test_people_and_programs_are_told_the_same(healthy, repository):
-    code, out, complaint = run("doctor", "--models", repository, "--redis", "redis://127.0.0.1:1/0", "--json")
+    code, out, complaint = run("doctor", "--models", repository, "--model", "din", "--redis", "redis://127.0.0.1:1/0", "--json")
     document = json.loads(out)
     assert (code, complaint, document["exit_code"]) == (10, "", 10)
     (wrong,) = [finding for finding in document["findings"] if finding["status"] == "problem"]
     assert (wrong["area"], wrong["check"]) == ("store", "server")
-    code, out, complaint = run("doctor", "--models", repository, "--redis", "redis://127.0.0.1:1/0")
+    code, out, complaint = run("doctor", "--models", repository, "--model", "din", "--redis", "redis://127.0.0.1:1/0")
     assert (code, complaint) == (10, "")
     assert "store      server" in out
     assert out.rstrip().endswith("1 problem(s), 1 skipped")
@@ -145,7 +145,7 @@ class TestSettings:
         monkeypatch.setenv("ADRANK_STORE_TIMEOUT", "5")
         monkeypatch.setenv("ADRANK_EPSILON", "2")
         monkeypatch.setenv("ADRANK_WORKERS", "none")
-        findings = examine({"models": repository, "redis": healthy.url, "port": "0"})
+        findings = examine({"models": repository, "model": "din", "redis": healthy.url, "port": "0"})
         told(findings, "ADRANK_STORE_TIMEOUT", "problem", "did you mean ADRANK_STORE_TIMEOUT_MS")
         told(findings, "ADRANK_EPSILON", "problem", "less than or equal to 1")
         told(findings, "ADRANK_WORKERS", "problem", "integer")
@@ -155,7 +155,7 @@ class TestSettings:
 
     def test_a_store_that_cannot_be_is_not_asked_and_not_quoted(self, monkeypatch, repository):
         monkeypatch.setenv("ADRANK_REDIS", "http://:secret@host:1/")
-        findings = examine({"models": repository})
+        findings = examine({"models": repository, "model": "din"})
         told(findings, "ADRANK_REDIS", "problem", "redis://host:6379/0")
         told(findings, "server", "skipped", "ADRANK_REDIS is impossible")
         assert "secret" not in table(findings)
@@ -165,26 +165,26 @@ class TestSettings:
         monkeypatch.setenv("ADRANK_PORT_8000_TCP_ADDR", "10.0.0.1")
         monkeypatch.setenv("ADRANK_SERVICE_HOST", "10.0.0.1")
         monkeypatch.setenv("ADRANK_JOINER_SERVICE_PORT_METRICS", "9109")
-        findings = examine({"models": repository, "redis": healthy.url})
+        findings = examine({"models": repository, "model": "din", "redis": healthy.url})
         wrong = problems(findings)
         assert len(wrong) == 4
         assert all("enableServiceLinks: false" in finding.cure for finding in wrong)
         assert exit_code(findings) == 2
 
     def test_what_is_possible_but_not_good(self, repository, healthy):
-        told(examine({"models": repository, "redis": "memory://"}), "redis", "warning", "memory://")
-        findings = examine({"models": repository, "redis": healthy.url.replace("//", "//:secret@")})
+        told(examine({"models": repository, "model": "din", "redis": "memory://"}), "redis", "warning", "memory://")
+        findings = examine({"models": repository, "model": "din", "redis": healthy.url.replace("//", "//:secret@")})
         told(findings, "redis", "warning", "command line")
 
     def test_workers_with_nowhere_to_count(self, monkeypatch, repository):
         monkeypatch.setattr(tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError()))
-        findings = examine({"models": repository, "redis": "memory://", "workers": 2})
+        findings = examine({"models": repository, "model": "din", "redis": "memory://", "workers": 2})
         told(findings, "TMPDIR", "problem", "set TMPDIR")
 
 
 class TestStore:
     def found(self, url, repository, **more):
-        return examine({"models": repository, "redis": url}, **more)
+        return examine({"models": repository, "model": "din", "redis": url}, **more)
 
     def test_an_eviction_policy_that_takes_ads_away(self, alone, repository):
         server, client = alone
@@ -209,12 +209,12 @@ class TestStore:
         client.config_set("requirepass", "secret")
         for given, words in (("", "was given none"), (":wrong-secret@", "refuses the user name or password")):
             monkeypatch.setenv("ADRANK_REDIS", server.url.replace("//", f"//{given}"))
-            findings = examine({"models": repository})
+            findings = examine({"models": repository, "model": "din"})
             told(findings, "server", "problem", words)
             assert exit_code(findings) == 10
             assert "secret" not in table(findings) + json.dumps(as_dict(findings))
         monkeypatch.setenv("ADRANK_REDIS", server.url.replace("//", "//:secret@"))
-        findings = examine({"models": repository})
+        findings = examine({"models": repository, "model": "din"})
         assert problems(findings) == []
         assert "secret" not in table(findings) + json.dumps(as_dict(findings))
 
@@ -336,7 +336,7 @@ class TestStore:
 class TestClock:
     @pytest.mark.parametrize(("off", "status"), [(0, "ok"), (-20, "warning"), (20, "warning"), (-400, "problem"), (400, "problem")])
     def test_a_clock_that_is_off(self, healthy, repository, off, status):
-        findings = examine({"models": repository, "redis": healthy.url}, clock=lambda: time.time() + off)
+        findings = examine({"models": repository, "model": "din", "redis": healthy.url}, clock=lambda: time.time() + off)
         told(findings, "store", status, *(["ahead of" if off > 0 else "behind"] if off else []), area="clock")
         assert exit_code(findings) == (14 if status == "problem" else 0)
 
@@ -412,7 +412,7 @@ class TestModels:
 
 class TestMachine:
     def found(self, repository, cgroup, **flags):
-        return examine({"models": repository, "redis": "memory://", **flags}, cgroup)
+        return examine({"models": repository, "model": "din", "redis": "memory://", **flags}, cgroup)
 
     def test_more_threads_than_processors(self, repository, tmp_path):
         (tmp_path / "cpu.max").write_text("100000 100000")
@@ -454,12 +454,17 @@ class TestMachine:
 
 class TestPort:
     def test_taken_by_something_else(self, repository, healthy):
-        findings = examine({"models": repository, "redis": "memory://", "port": healthy.port})
+        findings = examine({"models": repository, "model": "din", "redis": "memory://", "port": healthy.port})
         told(findings, "listen", "problem", "Address already in use", "choose another")
         assert exit_code(findings) == 15
 
     def test_a_host_that_is_none(self, repository):
-        told(examine({"models": repository, "redis": "memory://", "host": "no-such-host.invalid"}), "listen", "problem", "not known")
+        told(
+            examine({"models": repository, "model": "din", "redis": "memory://", "host": "no-such-host.invalid"}),
+            "listen",
+            "problem",
+            "not known",
+        )
 
     def test_taken_by_adrank(self, repository, tmp_path):
         port = free_port()

@@ -8,8 +8,9 @@ from pathlib import Path
 import bundles
 import pytest
 
-from features.bundle import BundleError, current_path, load_bundle, model_names, released
+from features.bundle import BundleError, current_path, load_bundle, released
 from features.releases import promote, rollback, versions
+from features.repository import model_names
 from tests.test_cli import ROOT, refused, run
 
 

@@ -172,7 +172,7 @@ BAD = {
     "fingerprint": ({}, other_contract, "made with feature contract 0000"),
     "goldens": ({bundle.MODEL: bundles.model(0.01)}, lambda path: None, "golden 0 is off by"),
     "graph": ({bundle.MODEL: b"nonsense"}, lambda path: None, "cannot be loaded"),
-    "whole": ({}, lambda path: path.rename(path.with_name("elsewhere")), "cannot be read"),
+    "whole": ({}, lambda path: path.rename(path.with_name("elsewhere")), "has no version"),
     "current": ({}, lambda path: path.with_name("current").write_text("latest"), "does not name a version"),
 }
 

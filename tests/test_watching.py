@@ -21,8 +21,8 @@ from processes import SERVE, environment, fill
 from test_dashboard import BOARD, QUERIES
 from watching import asked, get, prometheus, rules, tool, unanswered, values
 
-from features.bundle import CURRENT
 from features.challenger import Bounds, Challenger, challenge
+from features.repository import CURRENT
 from service import series
 
 SELECTOR = re.compile(r"(?<![\w:\"])(?:up|(?:\w+:)?adrank[\w:]*)(?:\{[^}]*\})?")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import polars as pl
 
-from features.bundle import SCHEMA, BundleError, current_path, load_bundle, model_names
+from features.bundle import SCHEMA, BundleError, current_path, load_bundle
+from features.repository import model_names
 from features.schema import Schema, SchemaError, parse_schema
 
 LOOK_SECONDS = 0.5
@@ -48,7 +49,7 @@ class Log:
 
 
 def open_log(folder: Path, models: Path, name: str | None) -> Log:
-    """Open a log's folder, or make it, with the schema of the live version of a model: `name`, or the repository's first.
+    """Open a log's folder, or make it, with the schema of the live version of a model: `name`, or the repository's only one.
 
     Raises:
         NoModelError: there is no model yet to take a schema from.
@@ -63,6 +64,9 @@ def open_log(folder: Path, models: Path, name: str | None) -> Log:
                 raise NoModelError(
                     f"{models} has no live version of {what} to take the log's schema from; train one, or name another --models"
                 )
+            if len(names) > 1:
+                several = f"{len(names)} models are live in {models} ({', '.join(names)})"
+                raise JoinError(f"{several}, and a new log takes the schema of one; name it with --name")
             write_file(path, load_bundle(current_path(models, names[0])).schema.to_toml().encode())
         return Log(folder, parse_schema(path.read_text("utf-8")), models)
     except (OSError, UnicodeDecodeError, SchemaError, BundleError) as error:

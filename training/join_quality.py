@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from features.bundle import Bundle, BundleError, load_bundle, model_names
+from features.bundle import Bundle, BundleError, load_bundle
+from features.repository import model_names
 
 from .drift import LEAST_ROWS, Counts, Reference, UnfitReferenceError, read_reference, stability, vocabulary_of, watched
 

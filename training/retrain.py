@@ -20,7 +20,8 @@ import numpy as np
 import polars as pl
 from rich.progress import Progress
 
-from features.bundle import CURRENT, MODEL, Bundle, check_name, clear_abandoned, current_path, load_bundle, publish
+from features.bundle import MODEL, Bundle, check_name, clear_abandoned, current_path, load_bundle, publish
+from features.repository import CURRENT
 from features.vocabulary import Vocabulary
 
 from . import compare, window

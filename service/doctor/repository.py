@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from features.bundle import INT8_MODEL, BundleError
+from features.repository import ambiguous
 
 from ..errors import ScoringError
 from ..models import Model, load_model
@@ -53,6 +54,8 @@ class Repository:
         elif chosen and chosen not in found:
             said = f"ADRANK_MODEL is {chosen}, and {self.settings.models} has only {', '.join(sorted(found))}"
             yield _found("repository", "problem", said, "name one of these, or train it")
+        elif wrong := ambiguous(found) if not chosen else None:
+            yield _found("repository", "problem", *_halves(wrong))
         before, kept = resident(), list[Model]()
         with ThreadPoolExecutor(1) as beside:
             for name, each in sorted(found.items()):
