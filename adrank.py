@@ -289,10 +289,40 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 @click.option("--log", "folder", type=FOLDER, required=True, help="The log, made where there is none; docs/log.md says what it holds.")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
 @click.option("--name", help="The model whose schema a new log takes; default: ADRANK_MODEL, then the only live one.")
-@click.option("--window", type=click.FloatRange(0, 30 * 86_400), default=1800, show_default=True, help="Seconds that an event may take.")
+@click.option(
+    "--window",
+    "--click-window",
+    "click_window",
+    type=click.FloatRange(0, 30 * 86_400),
+    default=1800,
+    show_default=True,
+    help="Seconds a click may take.",
+)
+@click.option("--impression-window", type=click.FloatRange(0, 30 * 86_400), help="Seconds an impression may take; default: as a click.")
+@click.option(
+    "--conversion-window",
+    type=click.FloatRange(0, 90 * 86_400),
+    default=7 * 86_400,
+    show_default=True,
+    help="Seconds a conversion may take; rows do not wait for it.",
+)
 @click.option("--lateness", type=click.FloatRange(0, 86_400), default=60, show_default=True, help="Seconds to wait for events beyond it.")
-@click.option("--shown", type=click.Choice(["served", "reported"]), default="served", show_default=True, help="What an impression is.")
+@click.option(
+    "--shown",
+    type=click.Choice(["told", "reported", "served"]),
+    default="told",
+    show_default=True,
+    help="What an impression is: what callers say (top_k, shown) or report, what they report, or all that was answered.",
+)
 @click.option("--rows-per-file", type=click.IntRange(1, 10_000_000), default=100_000, show_default=True)
+@click.option(
+    "--bytes-per-file",
+    type=click.IntRange(2**16, 2**30),
+    default=32 * 2**20,
+    show_default=True,
+    help="Of the records behind a file: what is in memory at once.",
+)
+@click.option("--take-over", is_flag=True, help="Join even if another log's joiner is at work on the same streams.")
 @click.option("--metrics-port", type=click.IntRange(0, 65_535), default=0, show_default=True, help="Where scrapes are answered; 0 is none.")
 @click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address that the metrics are answered on.")
 @click.option("--once", is_flag=True, help="Take what there is, write what is due, and exit.")
@@ -309,7 +339,7 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
     from training.join_log import open_log, wait_for_log
     from training.join_plan import JoinSettings
 
-    metrics_host, metrics_port = rest.pop("metrics_host"), rest.pop("metrics_port")
+    metrics_host, metrics_port, take_over = rest.pop("metrics_host"), rest.pop("metrics_port"), rest.pop("take_over")
     settings, metrics = load_settings({"redis": redis}), JoinMetrics()
     logs.start(settings, private=True)
     url = settings.redis
@@ -322,7 +352,7 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
         raise Refusal(f"--metrics-port {metrics_port} cannot be listened on at {metrics_host}: {error.strerror}") from error
     try:
         into = (open_log if once_what else wait_for_log)(folder, models, name or settings.model)
-        print(asyncio.run(join_log(lambda: RedisStreams(url), into, JoinSettings(**rest), metrics, once_what)))
+        print(asyncio.run(join_log(lambda: RedisStreams(url), into, JoinSettings(**rest), metrics, once_what, take_over)))
     finally:
         if stop:
             stop()

@@ -38,7 +38,7 @@ class Event:
     event_id: str
     ts: float
     user_id: str = ""
-    """Whose click, or which user's features."""
+    """Whose click, impression or conversion, where that is told, or which user's features."""
     request_id: str = ""
     """The ranking that showed the ad; a click without one still joins its user's history."""
     ad_id: str = ""

@@ -12,8 +12,8 @@ import msgpack
 from .encode import AdTable, Encoder, Features, Feeds, Request, encode_request
 from .state import StateError, unpack_features
 
-FORMAT = 1
-_SHAPES = (str, float, str, int, str, dict, dict, list, list, list, list, list, list, dict, dict, list, str, dict)
+FORMAT = 2
+_SHAPES = (str, float, str, int, str, dict, dict, list, list, list, list, list, list, dict, dict, list, str, dict, int)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,10 @@ class Served:
     """`greedy`, or how it explored, such as `epsilon_greedy 0.1` or `plackett_luce 0.5`."""
     tensors: Mapping[str, bytes] = field(default_factory=dict)
     """For some rankings what the model was given, by name: the bytes of the tensors, of `ad_…` those of `ad_ids`; to compare with."""
+    shown: int = 0
+    """How many of `ad_ids`, from the first, the caller said that it shows; 0: it did not say. An ad that was answered and neither said
+    nor reported to be shown is no impression: nobody may have seen it.
+    """
 
     def feeds(self, encoder: Encoder, ad_ids: Sequence[str] | None = None) -> Feeds:
         """The tensors `(1, ...)` of the ads shown, or of those of the candidates that are named, encoded anew.
@@ -86,9 +90,13 @@ def unpack_served(value: bytes) -> Served:
         document = msgpack.unpackb(value)
     except ValueError as error:
         raise StateError(f"not a packed value: {error}") from error
+    if isinstance(document, list) and document[:1] == [1]:  # which could not say what is shown
+        document = [FORMAT, *document[1:], 0]
     if not isinstance(document, list) or document[:1] != [FORMAT] or [type(part) for part in document[1:]] != list(_SHAPES):
         raise StateError(f"the value is not a served ranking of format {FORMAT}")
     served = Served(*document[1:])
     if not len(served.ad_ids) == len(served.p_click) == len(served.propensity):
         raise StateError("a served ranking is damaged: its columns differ in length")
+    if not 0 <= served.shown <= len(served.ad_ids):
+        raise StateError("a served ranking is damaged: it says that more ads are shown than it has")
     return served

@@ -12,6 +12,10 @@ STREAMS: tuple[Stream, ...] = get_args(Stream)
 SERVED, EVENTS = STREAMS
 FIELD = b"v"
 """The one field of an entry, whose value is a packed record."""
+BATCH_BYTES = 8 * 2**20
+"""A batch ends with the entry that takes it to so many bytes: rankings that explored are megabytes each."""
+TOO_OLD, WRONG_TYPE = "store_too_old", "store_wrong_type"
+"""Reasons of a StoreError that waiting does not mend: a server that lacks what is needed, and a key that is no stream."""
 
 
 class StreamLostError(RuntimeError):
@@ -48,14 +52,32 @@ class Extent:
     oldest: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A log that the streams are joined into: its id, where it is, and for how many seconds its joiner may be thought to be at work."""
+
+    id: str
+    place: str
+    seconds: int = 0
+
+
 class Streams(Protocol):
     """A reader of streams that takes each entry once. Every method but `close` raises StoreError where Redis does not answer."""
+
+    async def own(self, log: Owner, take_over: bool = False) -> Owner | None:
+        """Join into this log for the next `log.seconds` seconds, unless another log's joiner is at work; 0 ends it.
+
+        The log that the streams were joined into before, None where it is the same or there was none. Where it has `seconds` left and
+        they are not to be taken over, nothing has changed.
+        """
 
     async def begin(self, stream: Stream) -> bool:
         """Make the stream and the group where they are not there; whether they had to be made."""
 
     async def read(self, stream: Stream, count: int) -> Batch:
-        """At most `count` entries: first those delivered before and never acknowledged, then new ones. Does not wait for any.
+        """At most `count` entries and about `BATCH_BYTES`: first those delivered before and never acknowledged, then new ones.
+
+        Does not wait for any.
 
         Raises:
             StreamLostError: there is no such stream or group.

@@ -19,8 +19,9 @@ from .events import Intake
 from .explore import Policy
 from .metrics import CONTENT_TYPE, Metrics, Stages
 from .openapi import RANKED
-from .ranker import Query, Ranker
+from .ranker import Made, Query, Ranker
 from .requests import as_sent, default_policy, locate, parse_request, sent_request_id, to_query
+from .served import ServedLog
 from .settings import Settings
 from .tokens import Guard
 from .wire import RankRequest, answer
@@ -36,42 +37,48 @@ Health = Callable[[], Awaitable[dict[str, Any]]]
 class RankEndpoint:
     """`POST /rank` and `/v1/rank`, as plain ASGI: a framework's way from a request to an answer costs more than the ranking."""
 
-    def __init__(self, ranker: Ranker, metrics: Metrics, settings: Settings) -> None:
-        self._ranker, self._metrics, self._settings = ranker, metrics, settings
+    def __init__(self, ranker: Ranker, served: ServedLog, metrics: Metrics, settings: Settings) -> None:
+        self._ranker, self._served, self._metrics, self._settings = ranker, served, metrics, settings
         self._policy = default_policy(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Rank ads for a user, the likeliest click first."""
+        made: list[Made] = []
         try:
-            body = await self._answer(scope, receive)
+            body = await self._answer(scope, receive, made.append)
         except ServiceError as error:
             kind = errors.KINDS[type(error)]
             if kind.retry_after is not None:
                 self._metrics.shed(kind.code)
             await problem(scope, kind, error.detail, error.mistakes)(scope, receive, send)
             return
+        if has_left(receive):
+            self._served.left()
+            made.clear()
         headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+        for ranked in made[-1:]:
+            self._served.put(ranked)
 
-    async def _answer(self, scope: Scope, receive: Receive) -> bytes:
+    async def _answer(self, scope: Scope, receive: Receive, on_ranked: Callable[[Made], None]) -> bytes:
         settings, metrics = self._settings, self._metrics
         if metrics.under_way >= settings.max_inflight:
             raise errors.OverLimitError(f"{settings.max_inflight} requests are being ranked already; try again")
         metrics.under_way += 1
         try:
             body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_ms / 1000)
-            return await self._rank(scope["state"], body)
+            return await self._rank(scope["state"], body, on_ranked)
         finally:
             metrics.under_way -= 1
 
-    async def _rank(self, state: dict[str, Any], body: bytes) -> bytes:
+    async def _rank(self, state: dict[str, Any], body: bytes, on_ranked: Callable[[Made], None]) -> bytes:
         stages: Stages = state["observed"]
         stages.enter("parse")
         wire, query = _read(state, body, self._settings.max_candidates, self._policy)
         stages.model = self._ranker.models.label(query.model)
         try:
-            ranking = await self._ranker.rank(query, stages)
+            ranking = await self._ranker.rank(query, stages, on_ranked)
         except errors.InvalidError as error:
             raise errors.InvalidError(error.detail, [locate(wire, mistake) for mistake in error.mistakes]) from None
         return answer(state["request_id"], as_sent(ranking, query), stages)
@@ -115,6 +122,20 @@ class EventsEndpoint:
             return events_answer(scope["state"]["request_id"], sent, await self._intake.take(sent))
         finally:
             self._under_way -= 1
+
+
+def has_left(receive: Receive) -> bool:
+    """Whether the caller of a request whose body has been read has closed its connection. Waits for nothing.
+
+    ASGI tells only those who wait for the next message: one step of that says whether it is there already.
+    """
+    waiting = receive()
+    try:
+        waiting.send(None)  # type: ignore[attr-defined]  # a coroutine, as every server makes it
+    except StopIteration as came:
+        return bool(came.value["type"] == "http.disconnect")
+    waiting.close()  # type: ignore[attr-defined]
+    return False
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, seconds: float) -> bytes:

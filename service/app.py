@@ -49,7 +49,7 @@ class Service:
     def __init__(self, settings: Settings, store: Store, metrics: Metrics) -> None:
         self.settings, self.store, self.metrics = settings, store, metrics
         self.served = ServedLog(store, metrics, settings)
-        self.ranker = Ranker(store, metrics, _scoring(settings, metrics), self.served.put)
+        self.ranker = Ranker(store, metrics, _scoring(settings, metrics))
         self.reload = Reload(settings, self.ranker, metrics)
         self.guard = _guard(settings)
         self.failing: dict[str, str] = {}
@@ -241,7 +241,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},  # its own would tell what callers sent
     )
     app.include_router(state_routes(service.ranker, metrics, service.health, lambda: service.reload.default.notice))
-    app.take(RankEndpoint(service.ranker, metrics, settings), metrics, tracer, service.guard)
+    app.take(RankEndpoint(service.ranker, service.served, metrics, settings), metrics, tracer, service.guard)
     app.take_events(EventsEndpoint(_intake(service), settings))
     add_error_handlers(app)
     app.openapi = describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the document

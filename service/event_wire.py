@@ -30,7 +30,7 @@ class _Happened(Wire):
 
 
 class Impression(_Happened):
-    """An ad was shown; `position` is where, from 1, if not in its place in the answer."""
+    """An ad was shown; `position` is where, from 1, if not in its place in the answer. A `user_id` has to be that of the ranking."""
 
     type: Literal["impression"]
     """This one."""
@@ -38,12 +38,16 @@ class Impression(_Happened):
     """Of the ranking that it was shown from."""
     ad_id: Id
     """The ad that was shown."""
+    user_id: Id | None = None
+    """To whom; that of the ranking."""
     position: Annotated[int, Field(ge=1, le=CANDIDATES)] | None = None
     """Where, from 1, if not in its place in the answer."""
 
 
 class Click(_Happened):
-    """A user clicked an ad. Without `request_id` it joins the user's history, but no ranking learns from it."""
+    """A user clicked an ad. Without `request_id` it joins the user's history, but no ranking learns from it; nor does one of another
+    user.
+    """
 
     type: Literal["click"]
     """This one."""
@@ -56,7 +60,7 @@ class Click(_Happened):
 
 
 class Conversion(_Happened):
-    """What an ad led to, and what that was worth."""
+    """What an ad led to, and what that was worth. A `user_id` has to be that of the ranking."""
 
     type: Literal["conversion"]
     """This one."""
@@ -64,6 +68,8 @@ class Conversion(_Happened):
     """Of the ranking that the ad was shown from."""
     ad_id: Id
     """The ad that led to it."""
+    user_id: Id | None = None
+    """Whose; that of the ranking."""
     value: Annotated[float, Field(ge=-1e12, le=1e12)] | None = None
     """What it was worth."""
 
@@ -151,10 +157,8 @@ def _read(item: object, place: int) -> Event | Malformed:
         values = dict(_one.validate_python(item))
     except ValidationError as error:
         return _malformed(item, place, error)
-    if values.get("request_id", "") is None:
-        del values["request_id"]
-    values |= {name: plain(values[name]) for name in ("user_id", "ad_id") if name in values}
-    return Event(**values)
+    told = {name: value for name, value in values.items() if value is not None or name not in ("request_id", "user_id")}
+    return Event(**told | {name: plain(told[name]) for name in ("user_id", "ad_id") if name in told})
 
 
 def _malformed(item: object, place: int, error: ValidationError) -> Malformed:

@@ -156,7 +156,7 @@ class Metrics:
         moved = "By how much p(click) of a candidate differs between a model and its shadow"
         self._differences = Histogram("adrank_shadow_difference", moved, ["model"], buckets=DIFFERENCES, registry=r)
 
-        about = "Rankings by what became of their records: written, sampled_out, dropped_queue, dropped_backlog, dropped_store or failed"
+        about = f"Rankings by what became of their records: {', '.join(result for (result,) in series.SERVED)}"
         self._served = Counter("adrank_served_log", about, ["result"], registry=r)
         waiting = "Records of rankings that wait to be written"
         self._served_queue = Gauge("adrank_served_log_queue", waiting, registry=r, multiprocess_mode="livesum")
@@ -352,6 +352,8 @@ class JoinMetrics:
         self.registry = r = CollectorRegistry()
         self._rankings = Counter("adrank_join_rankings", "Rankings written to the log", ["model"], registry=r)
         self._impressions = Counter("adrank_join_impressions", "Rows written to the log", ["model"], registry=r)
+        shown = "Rankings written by how it is known what of them was shown: said, reported, assumed, or unknown, which are not trained on"
+        self._shown = Counter("adrank_join_shown", shown, ["result"], registry=r)
         self._events = Counter("adrank_join_events", "Events by what became of them", ["type", "outcome"], registry=r)
         self._incidents = Counter("adrank_join_incidents", "What should not happen", ["kind"], registry=r)
         self._backlog = Gauge("adrank_join_backlog", "Entries that stand in a stream", ["stream"], registry=r)
@@ -372,6 +374,8 @@ class JoinMetrics:
             self._incidents.labels(kind)
         for each in series.JOIN_EVENTS:
             self._events.labels(*each)
+        for result in series.SHOWN:
+            self._shown.labels(result)
 
     def serve(self, port: int, host: str = "127.0.0.1") -> Callable[[], None]:
         """Answer scrapes on an address of this machine, in a thread of its own, until what this returns is called.
@@ -399,6 +403,10 @@ class JoinMetrics:
     def rankings(self, model: str, count: int) -> None:
         """Count rankings that were written."""
         self._rankings.labels(model).inc(count)
+
+    def shown(self, how: str, count: int) -> None:
+        """Count rankings by how it is known what of them was shown."""
+        self._shown.labels(how).inc(count)
 
     def rows(self, model: str, position: str, count: int, clicks: int, p_click: float) -> None:
         """Count rows of a position that were written, their clicks, and the sum of their p(click)."""

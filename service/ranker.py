@@ -47,6 +47,8 @@ class Query:
     sent: Mapping[int, Features] = field(default_factory=dict)
     model: str | None = None
     top_k: int | None = None
+    shown: int | None = None
+    """How many ads of the answer are shown, if that is not `top_k`; not known where neither is there."""
     objective: Literal["pctr", "ecpm"] = "pctr"
     explain: bool = False
     policy: Policy | None = None
@@ -115,18 +117,17 @@ class Made(NamedTuple):
 
 
 class Ranker:
-    """Ranks with the models and the catalogue of the moment, and tells of each ranking."""
+    """Ranks with the models and the catalogue of the moment."""
 
     def __init__(
         self,
         store: Store,
         metrics: Metrics,
         scoring: Scoring,
-        on_ranked: Callable[[Made], None] = lambda _: None,
         random: np.random.Generator | None = None,
     ) -> None:
-        """`on_ranked` is called before the answer goes out, so it must be quick; `random` is by default seeded by the system."""
-        self._store, self._scoring, self._on_ranked = store, scoring, on_ranked
+        """`random` is by default seeded by the system."""
+        self._store, self._scoring = store, scoring
         self._random = random or np.random.default_rng()
         self.models, self.catalogue = Models({}, {}), Catalogue(store, {}, metrics)
         self.challenges: Mapping[str, Challenge] = {}
@@ -139,8 +140,8 @@ class Ranker:
         """Let the scoring threads end."""
         self._scoring.close()
 
-    async def rank(self, query: Query, stages: Stages) -> Ranking:
-        """The ranking.
+    async def rank(self, query: Query, stages: Stages, on_ranked: Callable[[Made], None] = lambda _: None) -> Ranking:
+        """The ranking; `on_ranked` is given all that it was made of.
 
         Raises:
             ServiceError: an unknown model, no model, an invalid request, a deadline that passed, a model that failed.
@@ -149,15 +150,17 @@ class Ranker:
         challenge = self.challenges.get(model.name)
         canary = challenge.canary(query.user_id) if challenge else None
         if challenge is None or canary is None:
-            return await self._rank(query, stages, model, challenge)
+            return await self._rank(query, stages, model, challenge, on_ranked)
         try:
-            return await self._rank(query, stages, canary, challenge)
+            return await self._rank(query, stages, canary, challenge, on_ranked)
         except (ScoringError, InvalidError) as error:
-            ranking = await self._rank(query, stages, model, None)
+            ranking = await self._rank(query, stages, model, None, on_ranked)
             challenge.failed(error)
             return ranking
 
-    async def _rank(self, query: Query, stages: Stages, model: Model, challenge: Challenge | None) -> Ranking:
+    async def _rank(
+        self, query: Query, stages: Stages, model: Model, challenge: Challenge | None, on_ranked: Callable[[Made], None]
+    ) -> Ranking:
         catalogue = self.catalogue
         _check_bids(query)
         view = catalogue.view(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
@@ -184,7 +187,7 @@ class Ranker:
         stages.degraded = [(entry.stage, entry.reason) for entry in degraded]
         scored = Scored(scores, finite)
         ranking = _ranking(query, model, encoded, scored, degraded, self._random)
-        self._on_ranked(Made(query, model, encoded, scored, ranking))
+        on_ranked(Made(query, model, encoded, scored, ranking))
         return ranking
 
     async def _user(self, query: Query, stages: Stages, model: Model, degraded: list[Degraded]) -> UserState:

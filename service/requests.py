@@ -107,6 +107,7 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None) -> 
         sent=sent,
         model=options.model,
         top_k=options.top_k,
+        shown=options.shown,
         objective=options.objective,
         explain=options.explain,
         policy=default if options.explore is None else _policy(options.explore),

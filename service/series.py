@@ -36,11 +36,21 @@ EVENTS: Labels = [
     ("unknown", "malformed"),
 ]
 RELOADS: Labels = [("loaded",), ("refused",), ("dropped",)]
-SERVED: Labels = [("written",), ("sampled_out",), ("dropped_queue",), ("dropped_backlog",), ("dropped_store",), ("failed",)]
+SERVED: Labels = [
+    ("written",),
+    ("sampled_out",),
+    ("caller_left",),
+    ("dropped_queue",),
+    ("dropped_backlog",),
+    ("dropped_store",),
+    ("failed",),
+]
 CHALLENGED: Mapping[str, Sequence[str]] = {"shadow": ("ok", "error", "dropped"), "canary": ("ok", "error")}
 VERDICTS = ("errors", "p99", "p_click")
-INCIDENTS = ("trimmed", "stream_lost", "clock_jumped", "disk_full", "unreachable", "field_unknown", "value_unfit")
-JOIN_EVENTS: Labels = list(product(JOINED, ["joined", "duplicate", "late", "unknown_request", "not_shown", "before_ranking"]))
+INCIDENTS = ("trimmed", "stream_lost", "other_log", "clock_jumped", "disk_full", "unreachable", "field_unknown", "value_unfit")
+OUTCOMES = ("joined", "duplicate", "late", "unknown_request", "not_shown", "other_user", "before_ranking", "no_impression")
+JOIN_EVENTS: Labels = [*product(JOINED, OUTCOMES), ("conversion", "deferred")]
+SHOWN = ("said", "reported", "assumed", "unknown")
 
 
 def requests(model: str) -> Labels:

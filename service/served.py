@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def served(made: Made, ts: float, most: int, with_tensors: bool) -> Served:
-    """The record of a ranking, of which so many ads at most count as shown; `ts` in seconds since 1970."""
+    """The record of a ranking with so many of its ads at most; `ts` in seconds since 1970."""
     query, model, encoded, _, ranking = made
     request, encoder = encoded.request, model.bundle.encoder
     shown, history = ranking.ad_ids[:most], encoder.newest(request.history)
@@ -69,7 +69,14 @@ def served(made: Made, ts: float, most: int, with_tensors: bool) -> Served:
         unknown=list(unknown),
         policy=str(query.policy or "greedy"),
         tensors=_tensors(made, shown) if with_tensors else {},
+        shown=min(len(shown), _said_shown(made)),
     )
+
+
+def _said_shown(made: Made) -> int:
+    """How many ads the caller said that it shows; 0 where it did not: what nobody may have seen is no impression."""
+    query = made.query
+    return (query.top_k or 0) if query.shown is None else query.shown
 
 
 def _candidates(made: Made) -> list[str]:
@@ -117,8 +124,12 @@ class ServedLog:
         self._task: asyncio.Task[None] | None = None
         self._told = -TELL_SECONDS
 
+    def left(self) -> None:
+        """Count a ranking whose caller had left before its answer went out: nobody saw it, so it is no record."""
+        self._count("caller_left")
+
     def put(self, made: Made) -> None:
-        """Take a ranking, or drop it; its record is made later."""
+        """Take a ranking that was answered, or drop it; its record is made later."""
         if self._chance() >= self._settings.log_share:
             self._count("sampled_out")
         elif self._full:

@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from features.streams import FIELD, Batch, Entry, Extent, Stream, StreamLostError
+from features.state import StoreError
+from features.streams import BATCH_BYTES, FIELD, TOO_OLD, WRONG_TYPE, Batch, Entry, Extent, Owner, Stream, StreamLostError
 
 from .line import ReplyError
 from .store import answering, fields_of
@@ -14,11 +15,37 @@ GROUP, CONSUMER = "join", "joiner"
 SECONDS = 30.0
 """How long a step may take: a page of large rankings is megabytes."""
 START, NEW = "0-0", ">"
+OWNER = "adrank:join:owner"
+"""Which log the streams are joined into: its id, until when by Redis's clock its joiner is thought to be at work, and where it is."""
 ACKNOWLEDGED = 1_000
 """Entries of one call of the script below, whose language bounds how many words a call may have."""
 ACKNOWLEDGE = b"""
 redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 2))
 return redis.call('XDEL', KEYS[1], unpack(ARGV, 2))
+"""
+READ = b"""
+-- KEYS: the stream; ARGV: group, consumer, where to begin, most entries, most bytes. One by one: COUNT knows no bytes.
+local entries, size, start = {}, 0, ARGV[3]
+while #entries < tonumber(ARGV[4]) and size < tonumber(ARGV[5]) do
+  local reply = redis.call('XREADGROUP', 'GROUP', ARGV[1], ARGV[2], 'COUNT', 1, 'STREAMS', KEYS[1], start)
+  local entry = reply and reply[1][2][1]
+  if not entry then return {entries, 1} end
+  entries[#entries + 1] = entry
+  if start ~= '>' then start = entry[1] end
+  for _, word in ipairs(entry[2] or {}) do size = size + #word end
+end
+return {entries, 0}
+"""
+OWN = b"""
+-- KEYS: the owner; ARGV: id, place, seconds, whether to take over. Writes last: a full Redis refuses only that.
+local now, held = tonumber(redis.call('TIME')[1]), redis.call('GET', KEYS[1])
+local id, till, place = string.match(held or '', '^(%S+) (%d+) (.*)$')
+local left = math.max(0, (tonumber(till) or 0) - now)
+local other = id and id ~= ARGV[1]
+if not (other and left > 0 and ARGV[4] == '0') then
+  redis.call('SET', KEYS[1], ARGV[1] .. ' ' .. string.format('%d', now + tonumber(ARGV[3])) .. ' ' .. ARGV[2])
+end
+return other and {id, place, left} or {}
 """
 
 
@@ -50,19 +77,29 @@ class RedisStreams:
         """See `Streams`."""
         async with self._asking(stream):
             start = self._from.get(stream, START)
-            entries = await self._page(stream, start, count)
+            entries, ended = await self._page(stream, start, count)
             if not entries and start != NEW:
                 start = NEW
-                entries = await self._page(stream, start, count)
+                entries, ended = await self._page(stream, start, count)
             self._from[stream] = NEW if start == NEW else entries[-1].id
-        return Batch(entries, start == NEW and len(entries) < count)
+        return Batch(entries, start == NEW and ended)
 
-    async def _page(self, stream: Stream, start: str, count: int) -> list[Entry]:
+    async def _page(self, stream: Stream, start: str, count: int) -> tuple[list[Entry], bool]:
         # Once: entries whose reply is lost on its way are pending, and have to be read as such.
-        command = (b"XREADGROUP", b"GROUP", GROUP, CONSUMER, b"COUNT", str(count), b"STREAMS", stream, start)
-        (reply,) = await self._route.ask_once([command])
-        found = reply[0][1] if reply else []
-        return [Entry(entry_id.decode(), fields_of(words).get(FIELD, b"") if words else None) for entry_id, words in found]
+        command = (b"EVAL", READ, b"1", stream, GROUP, CONSUMER, start, str(count), str(BATCH_BYTES))
+        ((found, ended),) = await self._route.ask_once([command])
+        return [Entry(entry_id.decode(), fields_of(words).get(FIELD, b"") if words else None) for entry_id, words in found], bool(ended)
+
+    async def own(self, log: Owner, take_over: bool = False) -> Owner | None:
+        """See `Streams`. A Redis that is full takes no note, but is joined: that makes room."""
+        try:
+            async with answering(SECONDS):
+                held = await self._route.ask(b"EVAL", OWN, b"1", OWNER, log.id, log.place, str(log.seconds), str(int(take_over)))
+        except StoreError as error:
+            if "OOM" in str(error):
+                return None
+            raise
+        return Owner(held[0].decode(), held[1].decode("utf-8", "replace"), int(held[2])) if held else None
 
     async def acknowledge(self, stream: Stream, ids: Sequence[str]) -> None:
         """See `Streams`. Both steps or neither: an entry that is acknowledged but not deleted would stay for ever."""
@@ -78,6 +115,8 @@ class RedisStreams:
         """See `Streams`."""
         async with self._asking(stream):
             info = fields_of(await self._route.ask(b"XINFO", b"STREAM", stream))
+        if b"entries-added" not in info:
+            raise StoreError(TOO_OLD, f"Redis 7 or later is needed, or Valkey: this server's XINFO STREAM {stream} tells no entries-added")
         oldest = Entry(info[b"first-entry"][0].decode(), None).ts if info[b"first-entry"] else None
         return Extent(int(info[b"entries-added"]), int(info[b"length"]), oldest)
 
@@ -94,8 +133,11 @@ class RedisStreams:
                 try:
                     yield
                 except ReplyError as error:
-                    if str(error).startswith("NOGROUP") or "no such key" in str(error):
+                    if "NOGROUP" in str(error) or "no such key" in str(error):
                         raise StreamLostError(f"the stream {stream} or its group {GROUP} is not there") from error
+                    if "WRONGTYPE" in str(error):
+                        said = f"the store refused: {stream} is no stream there; somebody else wrote that key: rename it, or delete it"
+                        raise StoreError(WRONG_TYPE, said) from error
                     raise
         except BaseException:
             self.rewind(stream)

@@ -165,7 +165,10 @@ class Options(Wire):
     model: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     """The name of the model to rank with; without it the service's default."""
     top_k: Annotated[int, Field(ge=1, le=CANDIDATES)] | None = None
-    """Answer with the first so many; the others are in `omitted`."""
+    """Answer with the first so many; the others are in `omitted`. Without `shown` it says that so many are shown."""
+    shown: Annotated[int, Field(ge=0, le=CANDIDATES)] | None = None
+    """How many ads of the answer, from the first, are shown; 0: what is shown will be reported. Only what is said so, or reported by an
+    impression event, is trained on."""
     objective: Literal["pctr", "ecpm"] = "pctr"
     """Order by p(click), or by 1,000 · p(click) · bid, for which every candidate needs a bid."""
     explain: bool = False

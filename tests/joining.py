@@ -47,20 +47,21 @@ def ranking(request_id: str = "r1", ts: float = T0, ad_ids=("a1", "a2", "a3"), *
         [round(0.5 / (i + 1), 6) for i in range(count)],
         [1.0] * count,
         ads=known,
+        shown=count,
     )
     return replace(base, **more)
 
 
-def click(request_id: str = "r1", ad_id: str = "a1", ts: float = T0 + 5, event_id: str | None = None, **more) -> Event:
-    return Event("click", event_id or f"click {request_id} {ad_id} {ts}", ts, "u1", request_id, ad_id, **more)
+def click(request_id: str = "r1", ad_id: str = "a1", ts: float = T0 + 5, event_id: str | None = None, user_id: str = "u1") -> Event:
+    return Event("click", event_id or f"click {request_id} {ad_id} {ts}", ts, user_id, request_id, ad_id)
 
 
 def impression(request_id: str = "r1", ad_id: str = "a1", ts: float = T0 + 1, position: int | None = None) -> Event:
     return Event("impression", f"seen {request_id} {ad_id} {ts}", ts, request_id=request_id, ad_id=ad_id, position=position)
 
 
-def conversion(request_id: str = "r1", ad_id: str = "a1", ts: float = T0 + 9, value: float | None = 2.5) -> Event:
-    return Event("conversion", f"bought {request_id} {ad_id} {ts}", ts, "u1", request_id, ad_id, value=value)
+def conversion(request_id: str = "r1", ad_id: str = "a1", ts: float = T0 + 9, value: float | None = 2.5, user_id: str = "u1") -> Event:
+    return Event("conversion", f"bought {request_id} {ad_id} {ts}", ts, user_id, request_id, ad_id, value=value)
 
 
 class Writer:
@@ -96,6 +97,8 @@ class Watch:
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, ...]] = Counter()
+        self.known: Counter[str] = Counter()
+        """Rankings by how it is known what of them was shown."""
         self.clicks = self.p_click = 0.0
         self.qualities: dict[str, tuple] = {}
         self.drifts: dict[str, dict[str, float]] = {}
@@ -109,6 +112,9 @@ class Watch:
 
     def rankings(self, model, count):
         self.counts["rankings", model] += count
+
+    def shown(self, how, count):
+        self.known[how] += count
 
     def rows(self, model, position, count, clicks, p_click):
         self.counts["rows", model, position] += count

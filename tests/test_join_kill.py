@@ -30,15 +30,16 @@ class Traffic(threading.Thread):
 
     def _one(self, chance: random.Random) -> None:
         name, now = f"r{len(self.served)}", time.time()
-        self.writer.add(ranking(name, now, user_id=f"u{chance.randrange(9)}"))
+        user = f"u{chance.randrange(9)}"
+        self.writer.add(ranking(name, now, user_id=user))
         self.served[name] = now
         if chance.random() < 0.5:
             ad_id = chance.choice(["a1", "a2", "a3"])
-            event = click(name, ad_id, now + 0.001)
+            event = click(name, ad_id, now + 0.001, user_id=user)
             self.writer.add(*[event] * chance.randrange(1, 3))
             self.clicks.add((name, ad_id))
             if chance.random() < 0.3:
-                self.writer.add(conversion(name, ad_id, now + 0.002, value=2.0))
+                self.writer.add(conversion(name, ad_id, now + 0.002, 2.0, user_id=user))
                 self.values += 2
 
 

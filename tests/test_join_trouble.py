@@ -39,6 +39,7 @@ from features.state import StoreError
 from features.streams import EVENTS, SERVED
 from service.streams import RedisStreams
 from training import join as join_module
+from training import join_write
 from training.join_state import NoRoomError, State
 
 pytestmark = pytest.mark.anyio
@@ -96,7 +97,7 @@ def killing(monkeypatch, where: str) -> None:
         after(State, "done")
     else:
         folder = {"ads": "ads", "rows": "hour=08", "unjoined": "unjoined"}[where]
-        after(join_module, "write_parquet", lambda path, *_rest: path.name == folder)
+        after(join_write, "write_parquet", lambda path, *_rest: path.name == folder)
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -230,7 +231,7 @@ def sqlite_error(text: str, code: int) -> sqlite3.OperationalError:
 
 @pytest.mark.parametrize(("step", "error"), FULL, ids=[step for step, _ in FULL])
 async def test_a_full_disk_is_waited_for(streams, joining, monkeypatch, step, error):
-    owner = join_module if step == "write_parquet" else State
+    owner = join_write if step == "write_parquet" else State
     whole, full = getattr(owner, step), [True]
 
     def maybe(*args, **more):
@@ -369,7 +370,7 @@ def test_a_second_joiner_of_a_log_refuses(server, tmp_path, repository):
     first.send_signal(signal.SIGTERM)
     out, err = first.communicate(timeout=30)
     assert first.returncode == 0, err
-    assert out == b"nothing yet\n"
+    assert out == b"nothing yet; holds no ranking and 0 events, and waits for rankings that the service logs\n"
 
 
 def test_a_model_that_is_not_there_yet_is_waited_for(server, tmp_path):

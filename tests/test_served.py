@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import bundles
 import msgpack
 import numpy as np
@@ -68,13 +70,23 @@ def test_what_the_schema_does_not_know_is_left_out() -> None:
         b"\xc1",
         msgpack.packb(None),
         msgpack.packb([1]),
-        msgpack.packb([2, *msgpack.unpackb(pack_served(SERVED))[1:]]),
+        msgpack.packb([3, *msgpack.unpackb(pack_served(SERVED))[1:]]),
+        msgpack.packb([1, *msgpack.unpackb(pack_served(SERVED))[1:]]),
         pack_served(SERVED)[:-1],
+        pack_served(replace(SERVED, shown=len(SERVED.ad_ids) + 1)),
+        pack_served(replace(SERVED, shown=-1)),
     ],
 )
 def test_what_is_no_served_ranking_is_refused(value: bytes) -> None:
     with pytest.raises(StateError):
         unpack_served(value)
+
+
+def test_a_record_from_before_it_said_what_is_shown_says_nothing() -> None:
+    said = replace(SERVED, shown=1)
+    old = msgpack.packb([1, *msgpack.unpackb(pack_served(said))[1:-1]])
+    assert unpack_served(pack_served(said)).shown == 1
+    assert unpack_served(old) == unpack_served(pack_served(replace(said, shown=0)))
 
 
 def test_columns_of_different_length_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import time
 from collections import Counter
 
@@ -90,7 +91,7 @@ class World:
     def __init__(self, repository, scoring=None):
         self.metrics, self.store, self.made = Metrics(), Stored(), []
         self.models = bundles.loaded(Settings(models=repository))
-        self.ranker = Ranker(self.store, self.metrics, scoring or Inline(), self.made.append, np.random.default_rng(1))
+        self.ranker = Ranker(self.store, self.metrics, scoring or Inline(), np.random.default_rng(1))
         self.encoder = self.models.loaded["din"].bundle.encoder
         self.catalogue = Catalogue(self.store, {self.models.loaded["din"].bundle.fingerprint: self.encoder}, self.metrics)
         self.ranker.use(self.models, self.catalogue)
@@ -114,7 +115,7 @@ class World:
     async def rank(self, **query):
         """What was made of a ranking, and what was answered."""
         asked = Query(**{"user_id": "u1", "ad_ids": ["a1", "a2"], "request_id": "r1", **query})
-        ranking = await self.ranker.rank(asked, self.metrics.begin("/rank"))
+        ranking = await self.ranker.rank(asked, self.metrics.begin("/rank"), self.made.append)
         assert self.made[-1].ranking is ranking
         return self.made.pop()
 
@@ -472,6 +473,62 @@ class TestService:
         }
         assert len(second.request_id) == 32
 
+    @pytest.mark.parametrize(
+        ("options", "shown"),
+        [({}, 0), ({"top_k": 2}, 2), ({"shown": 1}, 1), ({"top_k": 3, "shown": 0}, 0), ({"top_k": 2, "shown": 9}, 2), ({"shown": 9}, 3)],
+    )
+    async def test_a_record_tells_what_the_caller_said_that_it_shows(self, run, server, options, shown):
+        async with run(redis=server.url, log_shown=3) as client:
+            answer = await client.rank(candidates=list(bundles.ADS)[:6], options=options)
+            await until_logged(client, 1)
+        (record,) = await records_of(server.url)
+        assert record.shown == shown
+        assert record.ad_ids == [ad["ad_id"] for ad in answer["ads"][:3]]
+
+    async def test_a_ranking_whose_caller_has_left_is_counted_and_not_logged(self, run, server):
+        body = json.dumps({"user": {"id": "u1"}, "candidates": ["a1"], "options": {"top_k": 1}}).encode()
+        scope = {"type": "http", "method": "POST", "path": "/rank", "headers": [], "query_string": b""}
+
+        async def ask(client, then):
+            """A connection that has sent its request, and on which there is nothing more to read or, once answered, `then`."""
+            messages, sent = [{"type": "http.request", "body": body}], []
+
+            async def receive():
+                if not messages and then is None:
+                    await asyncio.Event().wait()
+                return messages.pop() if messages else {"type": then}
+
+            async def send(message):
+                sent.append(message)
+
+            await client.app({**scope}, receive, send)
+            assert sent[0]["status"] == 200
+
+        async with run(redis=server.url) as client:
+            for then in ("http.disconnect", None, "http.disconnect"):
+                await ask(client, then)
+            await until_logged(client, 2, "caller_left")
+            await until_logged(client, 1)
+        assert len(await records_of(server.url)) == 1
+
+    async def test_cancelled_requests_are_no_impressions(self, repository, server):
+        """Callers that close their connection while the store is silent, which takes a ranking a while."""
+        body = json.dumps({"user": {"id": "u1"}, "candidates": ["a1", "a2"], "options": {"top_k": 2}}).encode()
+        head = b"POST /rank HTTP/1.1\r\nhost: adrank\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+        await fill(server.url)
+        async with serving(repository, server.url, store_timeout_ms=300) as client:
+            await client.rank()
+            await until_logged(client, 1)
+            server.pause()
+            for _ in range(5):
+                _, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+                writer.write(head + body)
+                await writer.drain()
+                writer.close()
+            await until_logged(client, 5, "caller_left")
+            server.resume()
+        assert len(await records_of(server.url)) == 1
+
     async def test_an_explored_answer_is_logged_as_it_was_told(self, run, server):
         await fill(server.url)
         explore = {"policy": "plackett_luce", "temperature": 3}
@@ -512,8 +569,7 @@ class TestService:
         async with run(redis=server.url, log_kept=3) as client:
             await client.rank()
             await until_logged(client, 1)
-            for _ in range(3):
-                await client.rank()
+            await asyncio.gather(*(client.rank() for _ in range(3)))  # together: whoever comes when three are there is dropped
             await until_logged(client, 4)
             await client.rank()
             await until_logged(client, 1, "dropped_backlog")

@@ -76,7 +76,9 @@ def visit(client: httpx.Client, wave: int, store: Server) -> None:
             "context": {"slot": "feed"},
             "candidates": [*bundles.ADS, "new"],
         }
-        codes[client.post("/rank", json={**request, "options": {"model": ("din", "other")[i % 2]}}).status_code] += 1
+        codes[
+            client.post("/rank", json={**request, "options": {"model": ("din", "other")[i % 2], "shown": len(bundles.ADS)}}).status_code
+        ] += 1
         clicks += [
             {
                 "type": "click",
@@ -84,7 +86,7 @@ def visit(client: httpx.Client, wave: int, store: Server) -> None:
                 "ts": time.time(),
                 "request_id": f"r{wave}-{i}",
                 "ad_id": f"a{i % 3}",
-                "user_id": "u1",
+                "user_id": f"u{i % USERS}",
             }
         ]
     events = [*clicks, *clicks[:3], {"type": "click", "event_id": "old", "ts": 1.0, "user_id": "u1", "ad_id": "a1"}, {"type": "nonsense"}]

@@ -10,59 +10,68 @@ import logging
 import math
 import signal
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from features.events import Event
-from features.served import unpack_served
 from features.state import StateError as RecordError
 from features.state import StoreError
-from features.streams import EVENTS, SERVED, STREAMS, Batch, Entry, Stream, StreamLostError, Streams
+from features.streams import EVENTS, SERVED, STREAMS, TOO_OLD, WRONG_TYPE, Batch, Entry, Owner, Stream, StreamLostError, Streams
 
 from .join_clock import Clock
-from .join_files import NOTHING, Builder, Columns, Content, grouped, unjoined
-from .join_log import JoinError, Log, hour_folder, only_joiner, write_parquet
-from .join_plan import JOINED, JoinSettings, plan, sweep
+from .join_log import JoinError, Log, only_joiner
+from .join_plan import JoinSettings, plan, sweep
 from .join_quality import Windows
-from .join_records import DAMAGED, damaged, new_event, new_ranking, read_event, revision_key
-from .join_state import NO_ROOM, Held, NewEvent, NewRanking, NoRoomError, Part, State
-from .join_told import JoinWatch, Told
+from .join_records import DAMAGED, damaged, new_event, new_ranking
+from .join_state import NewEvent, NewRanking, NoRoomError, Part, State
+from .join_told import JoinWatch, Told, held
+from .join_write import PartWriter
 
 READ = 500
-"""Entries of a read: what is in memory and in one transaction at once."""
+"""Entries of a read, of `BATCH_BYTES` at most: what is in memory and in one transaction at once."""
+LEASE_SECONDS = 30
+"""How long after its last word a joiner is thought to be at work, so that no other log takes its streams."""
 IDLE_SECONDS = 0.2
 LOOK_SECONDS = 5.0
 """How often the streams' extents are asked for."""
 TELL_SECONDS = 60.0
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 TRIMMED, STREAM_LOST, CLOCK_JUMPED, DISK_FULL, UNREACHABLE = "trimmed", "stream_lost", "clock_jumped", "disk_full", "unreachable"
+OTHER_LOG = "other_log"
 DUPLICATE = "duplicate"
 
 log = logging.getLogger(__name__)
 
 
-async def join_log(streams: Callable[[], Streams], into: Log, settings: JoinSettings, watch: JoinWatch, once: str | None = None) -> str:
-    """Join until SIGTERM or SIGINT, or `once`: what is `due`, or `everything`. What was done, in a line.
+async def join_log(
+    streams: Callable[[], Streams], into: Log, settings: JoinSettings, watch: JoinWatch, once: str | None = None, take_over: bool = False
+) -> str:
+    """Join until SIGTERM or SIGINT, or `once`: what is `due`, or `everything`. What was done, and what is held, in a line.
 
     Raises:
-        JoinError: the log has a joiner, or cannot be written.
+        JoinError: the log has a joiner or cannot be written, or another log's joiner is at work on the streams, unless to `take_over`.
         HeldError: its state cannot be used.
         NoRoomError, StoreError: the disk is full, or Redis does not answer, at the start or where it is done once.
     """
     with only_joiner(into.folder):
         reader = streams()
         joiner = Joiner(reader, into, settings, watch)
+        joiner.take_over = take_over
         for ending in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(ending, joiner.stop)
         log.info(
-            "joining into %s: window %g s, lateness %g s, shown as %s", into.folder, settings.window, settings.lateness, settings.shown
+            "joining into %s: windows %g s of clicks, %g s of conversions, lateness %g s, shown as %s; %s",
+            into.folder,
+            settings.click_window,
+            settings.conversion_window,
+            settings.lateness,
+            settings.shown,
+            joiner.held(),
         )
         try:
             await (joiner.drain(once == "everything") if once else joiner.run())
+            return f"{joiner.summary()}; {joiner.held()}"
         finally:
             joiner.close()
             await reader.close()
-        return joiner.summary()
 
 
 class Joiner:
@@ -78,8 +87,11 @@ class Joiner:
         self._streams, self._log, self._settings = streams, log_, settings
         self._clock = clock or Clock()
         self._state = State(log_.state, log_.first_part)
-        self._columns = Columns(log_.schema)
         self._told = Told(watch, Windows(log_.models))
+        self._writer = PartWriter(log_, self._state, settings, self._told)
+        self.take_over = False
+        """Whether to take the streams from another log whose joiner is at work."""
+        self._owned = -math.inf
         self._read_to: dict[Stream, float] = dict.fromkeys(STREAMS, -math.inf)
         """By stream, up to when it has been read."""
         self._drained: set[Stream] = set()
@@ -99,6 +111,7 @@ class Joiner:
             self._tell()
             if not busy:
                 await self._rest(IDLE_SECONDS)
+        await self._let_go()
 
     async def drain(self, everything: bool) -> None:
         """Take what the streams have now, write what is due, or everything, and return.
@@ -107,6 +120,7 @@ class Joiner:
             StoreError: Redis does not answer.
             NoRoomError: the disk is full.
         """
+        await self._own()
         await self._redo()
         self._drained.clear()
         while not self._stop.is_set() and len(self._drained) < len(STREAMS):
@@ -114,6 +128,7 @@ class Joiner:
         await self._look()
         while not self._stop.is_set() and (part := self._plan(True, everything)) is not None:
             self._write(part)
+        await self._let_go()
 
     def close(self) -> None:
         """Let go of the state."""
@@ -122,6 +137,7 @@ class Joiner:
     async def _step(self) -> bool:
         """Take what has come and write a part, if one is due; whether there was anything to do."""
         self._watch_clock()
+        await self._own()
         busy = await self._take_both()
         if self._clock.now() - self._looked >= LOOK_SECONDS:
             await self._look()
@@ -130,16 +146,53 @@ class Joiner:
             self._write(part)
         return busy or part is not None
 
+    async def _own(self) -> None:
+        """Say now and then that the streams are joined into this log.
+
+        Raises:
+            JoinError: they are joined into another one, whose joiner is at work.
+        """
+        now = time.monotonic()
+        if now - self._owned < LOOK_SECONDS:
+            return
+        other = await self._streams.own(self._owner(LEASE_SECONDS), self.take_over)
+        if other is not None and other.seconds and not self.take_over:
+            raise JoinError(
+                f"the streams are joined into another log, {other.place}, whose joiner was at work {LEASE_SECONDS - other.seconds} s ago; "
+                f"two logs would each lack what the other takes: stop that one and wait {LEASE_SECONDS} s, or say --take-over"
+            )
+        if other is not None:
+            self._told.incident(OTHER_LOG)
+            log.warning(
+                "the streams were joined into another log before, %s: what it holds and has not written is not in this one", other.place
+            )
+        self._owned, self.take_over = now, False
+
+    async def _let_go(self) -> None:
+        """Say that this log's joiner is at work no more."""
+        with contextlib.suppress(StoreError):
+            await self._streams.own(self._owner(0))
+
+    def _owner(self, seconds: int) -> Owner:
+        return Owner(self._log.id, self._log.place, seconds)
+
     async def _take_both(self) -> bool:
         return any([await self._take(stream) for stream in STREAMS])
 
     async def _keep_trying(self, step: Callable[[], Awaitable[bool]]) -> bool:
-        """Do a step until it succeeds or the joiner is stopped: a full disk and a Redis that is away are waited for."""
+        """Do a step until it succeeds or the joiner is stopped: a full disk and a Redis that is away are waited for.
+
+        Raises:
+            StoreError: what it is about is not mended by waiting.
+            JoinError: as the step does.
+        """
         tries = 0
         while not self._stop.is_set():
             try:
                 busy = await step()
             except (StoreError, NoRoomError) as error:
+                if isinstance(error, StoreError) and error.reason in (TOO_OLD, WRONG_TYPE):
+                    raise  # waiting mends neither
                 self._told.incident(DISK_FULL if isinstance(error, NoRoomError) else UNREACHABLE)
                 if not tries:
                     log.warning("waiting: %s", error)
@@ -229,7 +282,7 @@ class Joiner:
         """
         if unwritten := self._state.parts():
             return unwritten[0]
-        closed, settled = self._read_to[EVENTS] - self._settings.window, min(self._read_to.values())
+        closed, settled = self._read_to[EVENTS] - self._settings.closes, min(self._read_to.values())
         if everything:
             closed = settled = math.inf
         part = plan(self._state, self._settings, closed - self._settings.lateness, now)
@@ -245,40 +298,7 @@ class Joiner:
         return False
 
     def _write(self, part: Part) -> None:
-        """Write a planned part's files, the ads before the rows that refer to them, and forget what they hold.
-
-        Raises:
-            NoRoomError: the disk is full; the part stays planned.
-        """
-        settled = [(held, _event(held)) for held in self._state.settled(part)]
-        content, rankings = self._content(part, settled)
-        keys = {(ad_id, revision_key(packed)): (ad_id, packed) for ad_id, packed in content.ads}
-        new = self._state.new_revisions(keys)
-        folder = self._log.folder
-        try:
-            if new:
-                write_parquet(folder / "ads", part.number, self._columns.ads(pair for key, pair in keys.items() if key in new))
-            if len(content.rows) and part.hour is not None:
-                write_parquet(hour_folder(folder, part.hour), part.number, content.rows)
-            astray = [(held.outcome or "", held.stream, held.id, held.packed, event) for held, event in settled if held.outcome != JOINED]
-            if astray:
-                write_parquet(folder / "unjoined", part.number, unjoined(astray))
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                raise NoRoomError(f"the disk of {folder} is full: {error.strerror}") from error
-            raise JoinError(f"the log {folder} cannot be written: {error}") from error
-        self._state.done(part, new, self._clock.now())
-        self._told.written(content, rankings, settled)
-
-    def _content(self, part: Part, settled: list[tuple[Held, Event | None]]) -> tuple[Content, Counter[str]]:
-        joined = [(held.ranking, event) for held, event in settled if held.outcome == JOINED and event is not None]
-        came = grouped((n, event) for n, event in joined if n is not None)
-        builder, models = Builder(self._columns), Counter[str]()
-        for n, record in self._state.rankings(part):
-            served = unpack_served(record)
-            models[served.model] += 1
-            builder.add(served, came.get(n, NOTHING), self._settings.shown == "reported")
-        return builder.content(), models
+        self._writer.write(part, self._clock.now())
 
     # Telling
 
@@ -306,18 +326,17 @@ class Joiner:
         now = time.monotonic()
         if now - self._logged >= TELL_SECONDS:
             self._logged = now
-            log.info("%s", self.summary())
+            log.info("%s; %s", self.summary(), self.held())
+            if untrained := self._told.untrained():
+                log.warning("%s", untrained.removeprefix("; "))
 
     def summary(self) -> str:
         """What has happened since the start, in a line."""
         return self._told.summary()
 
-
-def _event(held: Held) -> Event | None:
-    try:
-        return None if held.outcome == DAMAGED else read_event(held.packed)
-    except RecordError:
-        return None
+    def held(self) -> str:
+        """What is held, and until when, in a line."""
+        return held(*self._state.waiting(), self._state.oldest(), self._settings)
 
 
 def _order(entry_id: str) -> tuple[int, int]:

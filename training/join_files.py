@@ -19,6 +19,7 @@ from features.state import StateError, unpack_features
 
 from .datasets.prepared import DTYPES
 from .join_records import revision
+from .join_state import Held
 
 REVISIONS = pl.List(pl.UInt64())
 ROW_TYPES: Mapping[str, pl.DataType] = {
@@ -44,6 +45,15 @@ RANKING_TYPES: Mapping[str, pl.DataType] = {
     "history": pl.List(pl.String()),
     "history_revisions": REVISIONS,
     "policy": pl.String(),
+}
+CONVERSION_TYPES: Mapping[str, pl.DataType] = {
+    "event_id": pl.String(),
+    "ts": pl.Float64(),
+    "user_id": pl.String(),
+    "request_id": pl.String(),
+    "ad_id": pl.String(),
+    "value": pl.Float64(),
+    "window": pl.Float64(),
 }
 UNJOINED_TYPES: Mapping[str, pl.DataType] = {
     "outcome": pl.String(),
@@ -91,6 +101,8 @@ class Content:
     """(ad id, packed features) of the rankings that have rows, each pair once."""
     troubles: Counter[str]
     """`field_unknown`: values of fields that the schema lacks; `value_unfit`: values that do not fit their field."""
+    shown: Counter[str]
+    """Rankings by how it is known what of them was shown: `said`, `reported`, `assumed`; those without rows are `unknown`."""
 
 
 class Columns:
@@ -158,10 +170,13 @@ class Builder:
         """By packed features their revision, and their row among the ad side's values."""
         self._ads: set[tuple[str, bytes]] = set()
         self._troubles: Counter[str] = Counter()
+        self._shown: Counter[str] = Counter()
 
-    def add(self, served: Served, came: Came, reported: bool) -> None:
-        """Add a ranking's rows; where only what was reported counts, those of the ads that were."""
-        indices = [i for i, ad_id in enumerate(served.ad_ids) if ad_id in came.shown] if reported else range(len(served.ad_ids))
+    def add(self, served: Served, came: Came, counted: int) -> None:
+        """Add a ranking's rows: of so many of its ads, from the first, and of those that were reported as shown."""
+        indices = [i for i, ad_id in enumerate(served.ad_ids) if i < counted or ad_id in came.shown]
+        how = "reported" if not counted else "said" if counted == served.shown else "assumed"
+        self._shown[how if indices else "unknown"] += 1
         if not indices:
             return
         self._add_ranking(served)
@@ -264,7 +279,7 @@ class Builder:
         ]
         own = [pl.Series(name, values, ROW_TYPES[name]) for name, values in self._rows.items()]
         rows = pl.DataFrame(own).hstack(of_ranking.get_columns()).hstack([*of_ad, *tensors])
-        return Content(rows, sorted(self._ads), self._troubles)
+        return Content(rows, sorted(self._ads), self._troubles, self._shown)
 
 
 def unjoined(events: Iterable[tuple[str, str, str, bytes, Event | None]]) -> pl.DataFrame:
@@ -278,6 +293,15 @@ def unjoined(events: Iterable[tuple[str, str, str, bytes, Event | None]]) -> pl.
         for column, each in zip(columns.values(), (outcome, *parts, stream, entry, packed), strict=True):
             column.append(each)
     return pl.DataFrame([pl.Series(name, values, UNJOINED_TYPES[name]) for name, values in columns.items()])
+
+
+def conversions(events: Iterable[tuple[Held, Event]], window: float) -> pl.DataFrame:
+    """The rows of a `conversions/` file: what was converted after its ranking's rows were written, and how long that may be after it."""
+    rows = [
+        (event.event_id, min(float(event.ts), held.taken), event.user_id, event.request_id, event.ad_id, event.value, window)
+        for held, event in events
+    ]
+    return pl.DataFrame(rows, CONVERSION_TYPES, orient="row")
 
 
 def grouped(events: Iterable[tuple[int, Event]]) -> Mapping[int, Came]:

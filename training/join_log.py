@@ -4,7 +4,9 @@ import fcntl
 import io
 import logging
 import os
+import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +44,26 @@ class Log:
     def state(self) -> Path:
         """Where the joiner keeps what it holds."""
         return self.folder / ".join" / "state.db"
+
+    @property
+    def id(self) -> str:
+        """What the log is known by, wherever its folder is moved: made when it is first asked for.
+
+        Raises:
+            JoinError: it cannot be read or written.
+        """
+        path = self.folder / ".join" / "id"
+        try:
+            if not path.exists():
+                write_file(path, uuid.uuid4().hex.encode())
+            return path.read_text("ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise JoinError(f"the log {self.folder} cannot be written: {error}") from error
+
+    @property
+    def place(self) -> str:
+        """Where the log is, for a person."""
+        return f"{self.folder.resolve()} on {socket.gethostname()}"
 
     def first_part(self) -> int:
         """A number above those of the files that are there, for a state that is new."""

@@ -19,13 +19,13 @@ REMEMBERED_ROWS = 5_000_000
 """The most rankings, events and revisions, each, that are remembered."""
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_SHMSIZE}
-VERSION = 1
+VERSION = 2
 
 TABLES = f"""
 PRAGMA user_version = {VERSION};
 CREATE TABLE rankings (n INTEGER PRIMARY KEY, id TEXT NOT NULL, request_id TEXT NOT NULL, since REAL NOT NULL, hour INTEGER NOT NULL,
-    ads INTEGER NOT NULL, record BLOB NOT NULL, part INTEGER, UNIQUE (request_id, id));
-CREATE INDEX rankings_due ON rankings (part, since, hour, ads);
+    ads INTEGER NOT NULL, record BLOB NOT NULL, part INTEGER, bytes INTEGER NOT NULL, UNIQUE (request_id, id));
+CREATE INDEX rankings_due ON rankings (part, since, hour, ads, bytes);
 CREATE TABLE events (n INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, stream TEXT NOT NULL, id TEXT NOT NULL, request_id TEXT NOT NULL,
     taken REAL NOT NULL, packed BLOB NOT NULL, part INTEGER, ranking INTEGER, outcome TEXT);
 CREATE INDEX events_request ON events (request_id);
@@ -41,6 +41,17 @@ CREATE INDEX revisions_at ON revisions (at);
 CREATE TABLE streams (name TEXT PRIMARY KEY, last TEXT NOT NULL, taken INTEGER NOT NULL, gone INTEGER NOT NULL);
 """
 
+FROM_VERSION_1 = """
+ALTER TABLE rankings ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
+UPDATE rankings SET bytes = length(record);
+DROP INDEX rankings_due;
+CREATE INDEX rankings_due ON rankings (part, since, hour, ads, bytes);
+PRAGMA user_version = 2;
+"""
+EVENT_BYTES = 1_000
+"""What an event takes in memory beside what was packed."""
+SWEPT_BYTES = 8 * 2**20
+"""Of the events that no ranking is held for, so many bytes are settled at once."""
 
 NAMING = "FROM rankings m CROSS JOIN events e ON e.request_id = m.request_id WHERE m.part = ?1 AND +e.part IS NULL AND e.outcome IS NULL"
 """Events that name a request id of a part. CROSS and + tell the planner to go from the part's rankings to their events, one by one."""
@@ -104,10 +115,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """Of the rankings of one hour that are due: how many ads they have, and when the oldest began."""
+    """Of the rankings of one hour that are due: how many ads they have, how large their records are, and when the oldest began."""
 
     hour: int
     ads: int
+    bytes: int
     oldest: float
 
 
@@ -129,6 +141,8 @@ class State:
                     self._db.execute(f"PRAGMA {pragma}")
                 if self._one("PRAGMA user_version") == 0:
                     self._create(first_part())
+                elif self._one("PRAGMA user_version") == 1:
+                    self._change(FROM_VERSION_1)
             version = self._one("PRAGMA user_version")
         except sqlite3.Error as error:
             raise HeldError(f"{path} cannot be used: {error}") from error
@@ -136,10 +150,12 @@ class State:
             raise HeldError(f"{path} is of version {version}, this program knows {VERSION}; drain it with the program that made it")
 
     def _create(self, first_part: int) -> None:
+        self._change(TABLES + f"INSERT INTO sqlite_sequence (name, seq) VALUES ('parts', {first_part - 1});")  # noqa: S608  # a number
+
+    def _change(self, statements: str) -> None:
         with self._changing():
-            for statement in TABLES.split(";"):
+            for statement in statements.split(";"):
                 self._db.execute(statement)
-            self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('parts', ?)", (first_part - 1,))
 
     def close(self) -> None:
         """Let go of the file."""
@@ -186,10 +202,10 @@ class State:
         """Keep rankings, and entries that are none; `entries` up to `last` are then taken. How many rankings were new."""
         with self._changing():
             new = [r for r in rankings if not self._was_written(r)]
-            rows = [(r.id, r.request_id, r.since, r.hour, r.ads, r.record) for r in new]
+            rows = [(r.id, r.request_id, r.since, r.hour, r.ads, r.record, len(r.record)) for r in new]
             before = self._db.total_changes
             self._db.executemany(
-                "INSERT OR IGNORE INTO rankings (id, request_id, since, hour, ads, record) VALUES (?, ?, ?, ?, ?, ?)", rows
+                "INSERT OR IGNORE INTO rankings (id, request_id, since, hour, ads, record, bytes) VALUES (?, ?, ?, ?, ?, ?, ?)", rows
             )
             kept = self._db.total_changes - before
             self._keep(broken, 0.0)
@@ -243,8 +259,14 @@ class State:
 
     def due(self, until: float) -> list[Due]:
         """The hours of rankings whose window began at `until` or before, the oldest ranking's first."""
-        statement = "SELECT hour, sum(ads), min(since) FROM rankings WHERE part IS NULL AND since <= ? GROUP BY hour ORDER BY min(since)"
+        of = "WHERE part IS NULL AND since <= ? GROUP BY hour ORDER BY min(since)"
+        statement = f"SELECT hour, sum(ads), sum(bytes), min(since) FROM rankings {of}"  # noqa: S608
         return [Due(*row) for row in self._db.execute(statement, (until,))]
+
+    def oldest(self) -> float | None:
+        """When the window of the oldest ranking that is held began; None where none is."""
+        (oldest,) = self._db.execute("SELECT min(since) FROM rankings WHERE part IS NULL").fetchone()
+        return None if oldest is None else float(oldest)
 
     def waiting(self) -> tuple[int, int]:
         """How many rankings and events are held."""
@@ -257,44 +279,65 @@ class State:
             cursor = self._db.execute("INSERT INTO parts (hour) VALUES (?)", (hour,))
             yield Part(cursor.lastrowid or 0, hour)
 
-    def claim(self, part: Part, until: float, rows: int) -> None:
-        """Give the part the oldest rankings of its hour that are due: the first, and more while their ads are at most `rows`."""
+    def claim(self, part: Part, until: float, rows: int, size: int) -> None:
+        """Give the part the oldest rankings of its hour that are due: the first, and more while they are within both bounds.
+
+        `rows` bounds their ads, `size` the bytes of their records.
+        """
         statement = (
             "UPDATE rankings SET part = ?1 WHERE n IN (SELECT n FROM"
-            " (SELECT n, ads, sum(ads) OVER (ORDER BY since, n) AS total FROM rankings"
-            " WHERE part IS NULL AND since <= ?2 AND hour = ?3) WHERE total <= ?4 OR total = ads)"
+            " (SELECT n, row_number() OVER so AS place, sum(ads) OVER so AS ads, sum(bytes) OVER so AS bytes FROM rankings"
+            " WHERE part IS NULL AND since <= ?2 AND hour = ?3 WINDOW so AS (ORDER BY since, n))"
+            " WHERE place = 1 OR (ads <= ?4 AND bytes <= ?5))"
         )
-        self._db.execute(statement, (part.number, until, part.hour, rows))
+        self._db.execute(statement, (part.number, until, part.hour, rows, size))
 
-    def rankings(self, part: Part) -> list[tuple[int, bytes]]:
-        """Number and record of each ranking of a part, the oldest first."""
-        return list(self._db.execute("SELECT n, record FROM rankings WHERE part = ? ORDER BY since, n", (part.number,)))
+    def rankings(self, part: Part) -> Iterator[tuple[int, bytes]]:
+        """Number and record of each ranking of a part, the oldest first; one at a time is in memory."""
+        for (n,) in self._db.execute("SELECT n FROM rankings WHERE part = ? ORDER BY since, n", (part.number,)).fetchall():
+            yield self._db.execute("SELECT n, record FROM rankings WHERE n = ?", (n,)).fetchone()
 
-    def related(self, part: Part) -> list[tuple[int, str, float, bytes, bool]]:
-        """The rankings with a request id of the part that an event names: number, request id, `since`, record, whether of the part."""
-        columns, named = "r.n, r.request_id, r.since, r.record, r.part IS ?1", f"SELECT DISTINCT e.request_id AS named {NAMING}"
-        statement = f"SELECT {columns} FROM ({named}) CROSS JOIN rankings r ON r.request_id = named ORDER BY r.since, r.n"  # noqa: S608
-        return [(*row[:4], bool(row[4])) for row in self._db.execute(statement, (part.number,))]
+    def related(self, part: Part) -> Iterator[tuple[int, str, float, bytes, bool]]:
+        """The rankings with a request id of the part that an event names: number, request id, `since`, record, whether of the part.
+
+        One at a time is in memory: they are ordered before their records are read.
+        """
+        named = f"SELECT DISTINCT e.request_id AS named {NAMING}"
+        statement = f"SELECT r.n FROM ({named}) CROSS JOIN rankings r ON r.request_id = named ORDER BY r.since, r.n"  # noqa: S608
+        numbers = self._db.execute(statement, (part.number,)).fetchall()
+        for (n,) in numbers:
+            row = self._db.execute("SELECT n, request_id, since, record, part IS ? FROM rankings WHERE n = ?", (part.number, n)).fetchone()
+            yield (*row[:4], bool(row[4]))
 
     def events_of(self, part: Part) -> list[Held]:
         """The events that are not settled and name a request id of the part's rankings."""
-        return self._held(f"n IN (SELECT e.n {NAMING})", part.number)
+        return list(self._held(f"n IN (SELECT e.n {NAMING})", part.number))
 
     def strays(self, until: float) -> list[Held]:
-        """The events taken at `until` or before that no ranking is held for, and entries that are no records."""
-        return self._held(
+        """The first of the events taken at `until` or before that no ranking is held for, and of entries that are no records.
+
+        All where there are few, and about `SWEPT_BYTES` of them where there are many.
+        """
+        found, size = list[Held](), 0
+        condition = (
             "part IS NULL AND taken <= ? AND (outcome IS NOT NULL OR NOT EXISTS"
-            " (SELECT 1 FROM rankings r WHERE r.request_id = events.request_id))",
-            until,
+            " (SELECT 1 FROM rankings r WHERE r.request_id = events.request_id))"
         )
+        for stray in self._held(condition, until):
+            found.append(stray)
+            size += len(stray.packed) + EVENT_BYTES
+            if size >= SWEPT_BYTES:
+                break
+        return found
 
     def settled(self, part: Part) -> list[Held]:
         """The events of a part."""
-        return self._held("part = ?", part.number)
+        return list(self._held("part = ?", part.number))
 
-    def _held(self, condition: str, value: float) -> list[Held]:
+    def _held(self, condition: str, value: float) -> Iterator[Held]:
         columns = "n, stream, id, request_id, taken, packed, ranking, outcome"
-        return [Held(*row) for row in self._db.execute(f"SELECT {columns} FROM events WHERE {condition} ORDER BY n", (value,))]  # noqa: S608
+        for (n,) in self._db.execute(f"SELECT n FROM events WHERE {condition} ORDER BY n", (value,)).fetchall():  # noqa: S608
+            yield Held(*self._db.execute(f"SELECT {columns} FROM events WHERE n = ?", (n,)).fetchone())  # noqa: S608
 
     def was_written(self, request_id: str) -> bool:
         """Whether a ranking of that request id is remembered as written."""

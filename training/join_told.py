@@ -2,14 +2,32 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Protocol
 
 from features.events import Event
 
 from .join_files import Content
+from .join_plan import JoinSettings
 from .join_quality import PLACES, Windows
 from .join_records import DAMAGED
 from .join_state import Held
+
+
+def held(rankings: int, events: int, oldest: float | None, settings: JoinSettings) -> str:
+    """What is held and until when, in a line; `oldest` is when the window of the oldest ranking began."""
+    if oldest is None:
+        return f"holds no ranking and {events:,} events, and waits for rankings that the service logs"
+    first = oldest + settings.closes + settings.lateness
+    return (
+        f"holds {rankings:,} rankings and {events:,} events; the first rows are written from {_moment(first)} on, "
+        f"by {_moment(first + settings.hold)} at the latest: window {settings.closes:g} s, lateness {settings.lateness:g} s, "
+        f"and up to {settings.hold:g} s for more of them"
+    )
+
+
+def _moment(ts: float) -> str:
+    return f"{datetime.fromtimestamp(ts, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 class JoinWatch(Protocol):
@@ -23,6 +41,9 @@ class JoinWatch(Protocol):
 
     def rankings(self, model: str, count: int) -> None:
         """Rankings of a model were written."""
+
+    def shown(self, how: str, count: int) -> None:
+        """So many of the rankings that were written are known to be shown so: `said`, `reported`, `assumed`, or `unknown`."""
 
     def rows(self, model: str, position: str, count: int, clicks: int, p_click: float) -> None:
         """Rows of a position were written, with so many clicks, and p(click) that sum to so much."""
@@ -44,6 +65,7 @@ class Told:
         self.watch = watch
         self._windows = windows
         self._counts: Counter[str] = Counter()
+        self._shown: Counter[str] = Counter()
 
     def event(self, type_: str, outcome: str, count: int = 1) -> None:
         """Events ended so."""
@@ -63,6 +85,9 @@ class Told:
             self.event(type_, outcome, count)
         for name, count in models.items():
             self.watch.rankings(self._windows.name(name), count)
+        for how, count in content.shown.items():
+            self.watch.shown(how, count)
+        self._shown += content.shown
         self._counts["rankings"] += models.total()
         self._counts["rows"] += len(content.rows)
         if len(content.rows):
@@ -78,6 +103,16 @@ class Told:
 
     def summary(self) -> str:
         """What has happened since the start, in a line."""
+        if not self._counts:
+            return "nothing yet"
+        return "joined: " + ", ".join(f"{count:,} {what}" for what, count in sorted(self._counts.items())) + self.untrained()
+
+    def untrained(self) -> str:
+        """That rankings are not trained on, and what their callers are to do; empty where all are."""
+        count, total = self._shown["unknown"], self._shown.total()
+        if not count:
+            return ""
         return (
-            "joined: " + ", ".join(f"{count:,} {what}" for what, count in sorted(self._counts.items())) if self._counts else "nothing yet"
+            f"; {count:,} of {total:,} rankings do not train, since nobody said what of them was shown: let callers send options.top_k "
+            "or options.shown with POST /rank, or report impressions to POST /v1/events"
         )

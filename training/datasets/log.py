@@ -7,6 +7,7 @@ was served. Files are listed once, when the log is opened: the joiner may add mo
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -34,6 +35,13 @@ from .texts import plain_values
 HOUR = 3600
 COLUMNS = ("label", "user_id", "ad_id", "ts", "history", "history_revisions", "known", "position")
 REVISIONS = pl.List(pl.UInt64())
+SKEW_SECONDS = 60.0
+"""A conversion may seem older than its ranking by so much: the clocks of callers differ."""
+CONVERTED = ("conversion", "value")
+KEYS = ("request_id", "ad_id", "user_id")
+CONVERSIONS = {"event_id": pl.String(), "request_id": pl.String(), "ad_id": pl.String(), "user_id": pl.String()} | dict.fromkeys(
+    ("ts", "value", "window"), pl.Float64()
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class Log(Prepared):
     ads: tuple[Path, ...]
     edges: tuple[float, float, float, float]
     position_as: str | None = None
+    later: tuple[Path, ...] = ()
+    """The files of conversions that came after their rows were written."""
 
     def files(self, split: str) -> list[Path]:
         """See `Prepared`: in order of time, and each perhaps with rows of other splits."""
@@ -88,8 +98,29 @@ class Log(Prepared):
             frames.append(plain_values(frame))
         return pl.concat(frames, how="diagonal").unique(["ad_id", "revision"], keep="last", maintain_order=True)
 
+    @cached_property
+    def converted(self) -> pl.DataFrame:
+        """What conversions that came after their rows were written add to the rows of the window, as `attributed` says.
+
+        Raises:
+            DataError: a file is damaged.
+        """
+        frames = [pl.DataFrame(schema=CONVERSIONS)]
+        for path in self.later:
+            frames.append(read_parquet(path, list(CONVERSIONS)))
+            check_columns(frames[-1], CONVERSIONS, path)
+        later = pl.concat(frames)
+        kept = [pl.DataFrame(schema={"file": pl.String, "row": pl.UInt32, **dict.fromkeys(KEYS, pl.String), "ts": pl.Float64})]
+        for path in self._files(*self.edges[:: len(self.edges) - 1]) if len(later) else []:
+            keys = read_parquet(path, [*KEYS, "ts"]).with_columns(pl.col("ts").cast(pl.Float64)).with_row_index("row")
+            check_columns(keys, dict.fromkeys(KEYS, pl.String()), path)
+            kept.append(keys.join(later, on="request_id", how="semi").select(pl.lit(str(path)).alias("file"), "row", *KEYS, "ts"))
+        return attributed(pl.concat(kept), later)
+
     def between(self, begin: float, end: float, more: Sequence[str] = ()) -> Iterator[pl.DataFrame]:
         """The rows with `begin <= ts < end`, checked, in frames of at most `ROWS_PER_FILE`; `more` names further columns.
+
+        `conversion` and `value` among them are as of all conversions that are known by now.
 
         Raises:
             DataError: a file cannot be read, lacks a column, or holds a label that is not 0 or 1.
@@ -111,7 +142,8 @@ class Log(Prepared):
 
     def _read(self, path: Path, begin: float, end: float, more: Sequence[str]) -> pl.DataFrame:
         present = set(columns_of(path))
-        wanted = dict.fromkeys((*COLUMNS, *(field.path for field in self.schema.fields), *more))
+        converted = CONVERTED if any(name in CONVERTED for name in more) else ()
+        wanted = dict.fromkeys((*COLUMNS, *(field.path for field in self.schema.fields), *more, *converted))
         frame = read_parquet(path, [name for name in wanted if name in present])
         check_rows(frame, self.schema, path)
         check_columns(frame, {"known": pl.Boolean(), "history": pl.List(pl.String()), "history_revisions": REVISIONS}, path)
@@ -122,7 +154,36 @@ class Log(Prepared):
         if self.position_as is not None:
             check_columns(frame, {"position": pl.Int64()}, path)
             frame = frame.with_columns(pl.col("position").cast(pl.String).alias(self.position_as))
+        if converted:
+            check_columns(frame, {"conversion": pl.Int8(), "value": pl.Float64()}, path)
+            frame = with_later(frame.with_row_index("row"), self.converted.filter(file=str(path))).drop("row")
         return plain_values(frame.filter(pl.col("ts") >= begin, pl.col("ts") < end))
+
+
+def attributed(rows: pl.DataFrame, later: pl.DataFrame) -> pl.DataFrame:
+    """What conversions of `conversions/` add to rows of the log: `file`, `row` and `more`, the sum of their values, a row each.
+
+    `rows` has `file`, `row`, `request_id`, `ad_id`, `user_id` and `ts`. Request, ad and, where the conversion names one, user agree, and
+    it is no later than its window after the ranking. Where a request id was used again, it belongs to the newest ranking before it, or
+    else to the first one soon after it.
+    """
+    named = later.filter(pl.col("request_id") != "").unique(["request_id", "event_id"], keep="first", maintain_order=True)
+    gap, of = pl.col("ts_later") - pl.col("ts"), pl.col("user_id_later")
+    pairs = rows.join(named, on=["request_id", "ad_id"], suffix="_later").filter(
+        (of == "") | (of == pl.col("user_id")), gap.is_between(-SKEW_SECONDS, pl.col("window"))
+    )
+    nearest = pairs.sort(gap < 0, gap.abs(), "file", "row").unique(["request_id", "event_id"], keep="first", maintain_order=True)
+    return nearest.group_by("file", "row").agg(pl.col("value").fill_null(0.0).sum().alias("more"))
+
+
+def with_later(rows: pl.DataFrame, more: pl.DataFrame) -> pl.DataFrame:
+    """Rows of one file with `row`, and `conversion` and `value` as of what `attributed` found of it too."""
+    found = rows.join(more.select("row", "more"), on="row", how="left", maintain_order="left")
+    converted = pl.col("more").is_not_null()
+    return found.with_columns(
+        pl.when(converted).then(pl.lit(1, pl.Int8)).otherwise(pl.col("conversion")).alias("conversion"),
+        pl.when(converted).then(pl.col("value").fill_null(0.0) + pl.col("more")).otherwise(pl.col("value")).alias("value"),
+    ).drop("more")
 
 
 def is_log(folder: Path) -> bool:
@@ -168,7 +229,8 @@ def open_log(
         raise DataError(f"{folder} has no row{_window(since, until)}")
     ordered = np.sort(np.concatenate([ts for _, ts in times]))
     cuts = [float(ordered[rows.start]) if rows.start < len(ordered) else end for rows in by_order(len(ordered), shares).values()]
-    return Log(folder, schema, parts, ads, (begin, cuts[1], cuts[2], end), position_as)
+    later = tuple(_parquets(folder / "conversions"))
+    return Log(folder, schema, parts, ads, (begin, cuts[1], cuts[2], end), position_as, later)
 
 
 def _window(since: int | None, until: int | None) -> str:
