@@ -51,6 +51,8 @@ class Query:
     """How many ads of the answer are shown, if that is not `top_k`; not known where neither is there."""
     objective: Literal["pctr", "ecpm"] = "pctr"
     explain: bool = False
+    unknown_ads: Literal["rank", "omit"] = "rank"
+    """What becomes of an ad that the catalogue does not have and that comes without features."""
     policy: Policy | None = None
     """How to explore; None: not at all."""
     deadline: float | None = None
@@ -266,7 +268,8 @@ def _ranking(
     """Ads best first, or as the policy drew them, those beyond `top_k` omitted, and those without a finite score. Ties go by ad id."""
     ad_ids, repeated = encoded.request.candidates, encoded.repeated
     bids = query.bids if query.bids is None or repeated is None else query.bids[repeated]
-    (rows,) = scored.finite.nonzero()
+    told = _told(query, encoded, degraded)
+    (rows,) = (scored.finite & told).nonzero()
     clicks = shortest(scored.scores) if len(rows) == len(ad_ids) else shortest(np.where(scored.finite, scored.scores, np.float32(0)))
     ecpm = None if bids is None else clicks * bids * 1000
     by = scored.scores if query.objective == "pctr" or ecpm is None else ecpm
@@ -275,7 +278,8 @@ def _ranking(
     places, known = kept.tolist(), encoded.known.take(kept)
     omitted = [] if repeated is None else [(ad_id, "duplicate") for ad_id in _others(query.ad_ids, repeated)]
     if len(places) < len(ad_ids):
-        omitted += [(ad_ids[row], "not_scored") for row in np.flatnonzero(~scored.finite).tolist()]
+        omitted += [(ad_ids[row], "unknown_ad") for row in np.flatnonzero(~told).tolist()]
+        omitted += [(ad_ids[row], "not_scored") for row in np.flatnonzero(told & ~scored.finite).tolist()]
         omitted += [(ad_ids[row], "top_k") for row in order[len(kept) :].tolist()]
     ranking = Ranking(
         model.facts(),
@@ -292,6 +296,18 @@ def _ranking(
         ranking.seen = explain_request(encoder, encoded.feeds, encoded.behaviours)
         ranking.ads_seen = [explain_ad(encoder, encoded.feeds, row) for row in places]
     return ranking
+
+
+def _told(query: Query, encoded: Encoded, degraded: Sequence[Degraded]) -> Mask:
+    """Which candidates may be ranked: all but those of which nothing is known, where the request wants those omitted.
+
+    While the catalogue has not been read, no ad can be told from an unknown one: then all are ranked, as `degraded` says.
+    """
+    if query.unknown_ads == "rank" or any(entry.stage == "catalogue" for entry in degraded):
+        return np.ones(len(encoded.known), np.bool_)
+    told = encoded.known.copy()
+    told[[row for row, features in encoded.request.sent.items() if any(value is not None for value in features.values())]] = True
+    return told
 
 
 def _others(ad_ids: Sequence[str], ranked: Sequence[int]) -> list[str]:

@@ -110,6 +110,7 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None) -> 
         shown=options.shown,
         objective=options.objective,
         explain=options.explain,
+        unknown_ads=options.unknown_ads,
         policy=default if options.explore is None else _policy(options.explore),
         deadline=deadline,
     )

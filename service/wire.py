@@ -173,6 +173,9 @@ class Options(Wire):
     """Order by p(click), or by 1,000 · p(click) · bid, for which every candidate needs a bid."""
     explain: bool = False
     """Answer too with what the model was given: the user's features and behaviours, and each ad's features."""
+    unknown_ads: Literal["rank", "omit"] = "rank"
+    """What becomes of an ad that the catalogue does not have and that comes without a feature that is not null: `rank` puts it
+    among the others, about in the middle; `omit` leaves it out, into `omitted` as `unknown_ad`."""
     explore: Explore | None = None
     """Rank by chance, and say with which probability; without it the service's setting counts."""
     deadline_ms: Annotated[float, Field(gt=0, le=60_000)] | None = None
@@ -225,7 +228,7 @@ class OmittedAnswer(Wire):
     """A candidate that is not ranked, and why."""
 
     ad_id: str
-    reason: Literal["duplicate", "not_scored", "top_k"]
+    reason: Literal["duplicate", "not_scored", "top_k", "unknown_ad"]
 
 
 class DegradedAnswer(Wire):

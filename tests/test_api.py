@@ -81,6 +81,16 @@ class TestRank:
         ads = (await client.rank(candidates=["a1", "new"]))["ads"]
         assert {ad["ad_id"]: ad.get("known") for ad in ads} == {"a1": None, "new": False}
 
+    async def test_unknown_ads_may_be_omitted(self, client):
+        candidates = {"ad_id": ["a1", "new", "told"], "features": [None, {}, {"price": 3.0}]}
+        answer = await client.post("/rank", json={**GOOD, "candidates": candidates, "options": {"unknown_ads": "omit"}})
+        RankAnswer.model_validate_json(answer.content)
+        assert {ad["ad_id"]: ad.get("known") for ad in answer.json()["ads"]} == {"a1": None, "told": False}
+        assert answer.json()["omitted"] == [{"ad_id": "new", "reason": "unknown_ad"}]
+        ranked = await client.rank(candidates=["a1", "new"], options={"unknown_ads": "rank"})
+        assert (len(ranked["ads"]), ranked["omitted"]) == (2, [])
+        check(await client.post("/rank", json={**GOOD, "options": {"unknown_ads": "drop"}}), 422, "invalid", "/options/unknown_ads")
+
     async def test_a_user_that_sends_a_history_out_of_order_is_understood(self, client):
         one, two = ([{"ad_id": f"a{i}", "ts": i} for i in order] for order in (range(8), reversed(range(8))))
         answers = [await client.rank({"id": "u1", "history": history}) for history in (one, two)]

@@ -15,7 +15,7 @@ from features.encode import AdTable, Request, encode_request
 from features.state import Ad, MemoryStore, StoreError, UserState
 from service.catalogue import Catalogue, put_ads
 from service.errors import DeadlineError, InvalidError, NotReadyError, UnknownModelError
-from service.explore import best_first
+from service.explore import EpsilonGreedy, best_first
 from service.metrics import Metrics
 from service.models import Models
 from service.ranker import Degraded, Query, Ranker
@@ -77,6 +77,11 @@ class Ranked:
         put_ads(self.catalogue.table(fingerprint), [Ad(ad_id, features) for ad_id, features in ads.items()])
         self.ranker.use(models, self.catalogue)
 
+    def retire(self, *ad_ids):
+        """Ads that were there have left."""
+        (fingerprint,) = {m.bundle.fingerprint for m in self.ranker.models.loaded.values()}
+        self.catalogue.table(fingerprint).remove(ad_ids)
+
     async def rank(self, ad_ids, user_id="u1", **more):
         bids = np.array(more.pop("bids"), np.float64) if "bids" in more else None
         query, stages = Query(user_id=user_id, ad_ids=ad_ids, bids=bids, **more), self.metrics.begin("/rank")
@@ -135,6 +140,33 @@ async def test_duplicates_are_ranked_once_and_every_candidate_comes_back(ranked)
     assert sorted(ranking.omitted) == [("a1", "duplicate"), ("a1", "duplicate"), (ranking.omitted[-1][0], "top_k")]
     everything = (await ranked.rank(["a1", "a2", "a1"], bids=[2.0, 1.0, 9.0])).ads
     assert {ad.ad_id: ad.ecpm for ad in everything} == {ad.ad_id: ad.p_click * {"a1": 2, "a2": 1}[ad.ad_id] * 1000 for ad in everything}
+
+
+@pytest.mark.parametrize("policy", [None, EpsilonGreedy(0.5)])
+async def test_unknown_ads_are_omitted_where_asked_unless_they_are_described(models, policy):
+    ranked = Ranked(models, Inline())
+    ad_ids, sent = ["new", "a1", "told", "silent", "a2", "new"], {2: {"genre": "drama"}, 3: {"genre": None}}
+    ranked.retire("a2")
+    ranking = await ranked.rank(ad_ids, sent=sent, unknown_ads="omit", policy=policy)
+    assert sorted((ad.ad_id, ad.known) for ad in ranking.ads) == [("a1", True), ("told", False)]
+    gone = [("new", "duplicate"), ("new", "unknown_ad"), ("silent", "unknown_ad"), ("a2", "unknown_ad")]
+    assert (ranking.omitted, ranking.degraded) == (gone, [])
+    everything = await ranked.rank(ad_ids, sent=sent)
+    assert len(everything.ads) == 5
+    if policy is None:
+        assert ranking.ads == [ad for ad in everything.ads if ad.ad_id in ("a1", "told")]
+
+
+async def test_all_may_be_unknown_and_omitted(ranked):
+    ranking = await ranked.rank(["x", "y"], unknown_ads="omit", top_k=1)
+    assert (ranking.ads, ranking.omitted) == ([], [("x", "unknown_ad"), ("y", "unknown_ad")])
+
+
+async def test_before_the_catalogue_is_read_no_ad_is_omitted_as_unknown(ranked):
+    ranked.catalogue.loaded = False
+    ranking = await ranked.rank(["a1", "x"], unknown_ads="omit")
+    assert (len(ranking.ads), ranking.omitted) == (2, [])
+    assert ranking.degraded == [Degraded("catalogue", "not_loaded", "unknown_ads")]
 
 
 async def test_ecpm_orders_by_money(ranked):

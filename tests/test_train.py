@@ -66,7 +66,7 @@ def test_what_was_trained_is_measured_calibrated_and_described(data: Prepared) -
 def test_training_stops_drops_its_rate_and_ends_with_its_best_epoch(rows: tuple[Rows, Rows]) -> None:
     train, valid = rows
     noise = replace(train, labels=np.random.default_rng(5).integers(0, 2, len(train)).astype(np.float32))  # only to be learned by heart
-    settings = TrainSettings(epochs=40, batch=64, learning_rate=0.05, drop=0.5, patience=3, embedding_l2=0.0)
+    settings = TrainSettings(epochs=40, batch=64, learning_rate=0.05, drop=0.5, patience=3, embedding_l2=0.0, least_steps=0, unknown_rate=0)
     network = small.network("deepfm")
     epochs = fit_network(network, noise, valid, settings, small.quiet())
     scores = [epoch.valid.auc for epoch in epochs]
@@ -156,31 +156,37 @@ def test_table_decay_is_the_gradient_of_half_lambda_times_the_squares(rows: tupl
     assert len(added) == count  # DeepFM's first-order table decays too
     network.zero_grad()
     (network(*batch).sum() + 0.3 / 2 * sum(e.table.weight.square().sum() for e in tables(network))).backward()
-    for ours, autograd in zip(added, gradients(network), strict=True):
-        assert torch.allclose(ours, autograd, atol=1e-5, rtol=1e-4)
+    for ours, autograd, embeddings in zip(added, gradients(network), tables(network), strict=True):
+        trained = torch.tensor([[times > 0] for times in counted(embeddings, rows[0])])
+        for vocabulary in embeddings.sizes:
+            trained[embeddings.rows_of(vocabulary).start] = True  # the unknown, since values are hidden
+        assert 0 < (~trained[1:]).sum() < len(trained)
+        assert torch.allclose(ours, autograd * trained, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["deepfm", "din"])
 def test_batch_decay_is_for_the_rows_of_the_batch_by_their_share(rows: tuple[Rows, Rows], family: str) -> None:
     train = rows[0]
     network = small.network(family)
-    decay = EmbeddingDecay(network, train, TrainSettings(embedding_l2=0.3, regularise="batch"))
+    decay = EmbeddingDecay(network, train, TrainSettings(embedding_l2=0.3, regularise="batch", unknown_rate=0))
     batch = train.batch(np.array([4, 8]))
     network(*batch).sum().backward()
     before = [gradient.clone() for gradient in gradients(network)]
     decay.add_gradient(batch)
     for embeddings, gradient, old in zip(tables(network), gradients(network), before, strict=True):
         # Eq. 6: n times in the training split, in the batch or not. Counted value by value.
-        times, present = np.zeros(len(gradient)), np.zeros(len(gradient), bool)
-        for i in range(len(train)):
-            for row in used(embeddings, train, i):
-                times[row] += 1
-                present[row] |= i in (4, 8)
+        times, present = counted(embeddings, train), np.zeros(len(gradient), bool)
+        present[[row for i in (4, 8) for row in used(embeddings, train, i)]] = True
         weight = embeddings.table.weight.detach().numpy()
         expected = np.where(present[:, None], 0.3 * weight / np.maximum(times, 1)[:, None], 0.0)
         assert np.allclose((gradient - old).numpy(), expected, atol=1e-6)
         assert present[1:].sum() > 5
         assert not present.all()
+
+
+def counted(embeddings: Embeddings, train: Rows) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """How often the rows of a split use each row of a table."""
+    return np.bincount([row for i in range(len(train)) for row in used(embeddings, train, i)], minlength=embeddings.table.num_embeddings)
 
 
 def used(embeddings: Embeddings, train: Rows, i: int) -> list[int]:

@@ -133,7 +133,14 @@ class Weigher:
 
 def _heads(rows: Rows, first: Array) -> Rows:
     """The rows that stand for their ranking: its user, its context and its history."""
-    return Rows(rows.labels[first], rows.users[first], rows.user.take(first), rows.ad.take(first), rows.history[first], rows.behaviours)
+    return replace(
+        rows,
+        labels=rows.labels[first],
+        users=rows.users[first],
+        user=rows.user.take(first),
+        ad=rows.ad.take(first),
+        history=rows.history[first],
+    )
 
 
 def replay(

@@ -3,6 +3,7 @@
 Knows nothing about ONNX or bundles (`export.py`).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,10 +23,19 @@ from .datasets.encoded import Batch, Rows, encode_split, learn_vocabularies
 from .datasets.prepared import SPLITS, Prepared
 from .evaluate import Metrics, measure
 from .networks import NETWORKS
-from .networks.blocks import Embeddings, Fields, Part
+from .networks.blocks import Embeddings, Fields
 from .networks.grown import take_over
+from .unknown import Hiding, Unseen, occurrences, parts_of
 
 EVALUATION_ROWS = 4096
+BY_DATA = ("epochs", "batch", "learning_rate")
+ROWS_A_BATCH = 50
+"""Rows of train for one row of a batch."""
+BATCHES, LARGE = (32, 2048), 1024
+"""The smallest and the largest batch that is chosen, and from where on one counts as large."""
+RATES = (1e-3, 3e-3)
+"""Learning rate of large batches and of small ones."""
+EPOCHS = 30
 
 
 class TrainError(ValueError):
@@ -37,13 +47,21 @@ class TrainSettings:
     """How to train; the widths of a network are the network's own settings."""
 
     seed: int = 1
-    epochs: int = 30
-    batch: int = 2048
-    learning_rate: float = 1e-3
+    epochs: int = 0
+    """Most passes over the train split; 0: by its rows, see `for_rows`."""
+    batch: int = 0
+    """Rows of a step; 0: by the rows of the train split."""
+    learning_rate: float = 0.0
+    """Of Adam; 0: by the batch."""
     drop: float = 0.1
     """Factor on the learning rate after an epoch without gain on valid."""
     patience: int = 2
     """Epochs without gain in a row that end the training."""
+    least_steps: int = 1000
+    """Steps before `patience` counts and the learning rate falls: a small log's epoch is a few."""
+    unknown_rate: float = 0.01
+    """How likely a row's ad, its user, a behaviour or a single value is hidden from a step, so that the unknown id is trained.
+    0: none is, and what is unknown ranks at random."""
     embedding_l2: float = 0.01
     regularise: str = "table"
     """`table`: each step decays every embedding by (λ/2)‖table‖². `batch`: only those in the mini-batch, each by its share
@@ -58,11 +76,13 @@ class TrainSettings:
     def __post_init__(self) -> None:
         rules = (
             ("seed", 0 <= self.seed < 2**63, "at least 0, and below 2**63"),
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch", self.batch >= 2, "at least 2 rows, to normalise over"),
-            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("epochs", self.epochs >= 0, "at least 1, or 0: by the rows"),
+            ("batch", self.batch == 0 or self.batch >= 2, "at least 2 rows, to normalise over, or 0: by the rows"),
+            ("learning_rate", self.learning_rate >= 0, "above 0, or 0: by the batch"),
             ("drop", 0 < self.drop <= 1, "above 0, at most 1"),
             ("patience", self.patience >= 1, "at least 1"),
+            ("least_steps", self.least_steps >= 0, "at least 0"),
+            ("unknown_rate", 0 <= self.unknown_rate < 1, "at least 0, below 1"),
             ("embedding_l2", self.embedding_l2 >= 0, "at least 0"),
             ("regularise", self.regularise in ("table", "batch"), "table or batch"),
             ("clip", self.clip > 0, "above 0"),
@@ -71,6 +91,29 @@ class TrainSettings:
         wrong = [f"{name} is {getattr(self, name)!r}; it must be {rule}" for name, fits, rule in rules if not fits]
         if wrong:
             raise TrainError(", and ".join(wrong))
+
+    def for_rows(self, rows: int) -> "TrainSettings":
+        """What is left to the data, settled for so many rows of train.
+
+        Measured by `benchmarks/defaults.py`: a batch of a fiftieth of the rows, 32 to 2,048, and a learning rate that grows as
+        the batch shrinks, so that a few thousand rows get the steps that they need.
+        """
+        batch = self.batch or min(max(2 ** round(math.log2(max(rows, 1) / ROWS_A_BATCH)), BATCHES[0]), BATCHES[1])
+        rate = self.learning_rate or (RATES[0] if batch >= LARGE else RATES[1])
+        steps = max(1, rows // batch)
+        return replace(self, batch=batch, learning_rate=rate, epochs=self.epochs or max(EPOCHS, math.ceil(2 * self.least_steps / steps)))
+
+    def told(self, rows: int) -> str:
+        """The settled settings in a line, for people who wait."""
+        return (
+            f"batch {self.batch:,} (for {rows:,} rows), learning rate {self.learning_rate:g}, at most {self.epochs:,} epochs, "
+            f"patience {self.patience} after {self.least_steps:,} steps, unknown rate {self.unknown_rate:g}"
+        )
+
+    @property
+    def open(self) -> list[str]:
+        """The names of the settings that are left to the data."""
+        return [name for name in BY_DATA if not getattr(self, name)]
 
 
 @dataclass(frozen=True)
@@ -126,13 +169,15 @@ def train(
             encoder = Encoder(data.schema, learn_vocabularies(data, start.vocabularies if start else None))
         with _step(progress, "encoding"):
             rows, valid = encode_split(data, "train", encoder), encode_split(data, "valid", encoder)
+        left, settings = settings.open, settings.for_rows(len(rows))
+        progress.console.print(settings.told(len(rows)), soft_wrap=True)
         try:
             network = NETWORKS[family](Fields.of(data.schema, encoder.vocabularies), network_settings)
             if start:
                 take_over(start.network, network)
         except ValueError as error:
             raise TrainError(str(error)) from error
-        epochs = fit_network(network, rows, valid, settings, progress)
+        epochs = fit_network(network, rows, valid, settings, progress, warm=start is not None)
         del rows
         logits = predict(network, valid)
         calibration = fit(logits, valid.labels, data.schema.negative_sampling)
@@ -140,23 +185,28 @@ def train(
         with _step(progress, "measuring on test"):
             test = encode_split(data, "test", encoder)
             metrics["test"] = measure(test.labels, calibration.on_log(predict(network, test)), test.users)
-        facts = {**vars(network_settings), **vars(settings), "threads": torch.get_num_threads()}
+        facts = {**vars(network_settings), **vars(settings), "threads": torch.get_num_threads(), "by_data": left}
     return Trained(family, network, encoder, calibration, epochs, metrics, facts)
 
 
-def fit_network(network: nn.Module, rows: Rows, valid: Rows, settings: TrainSettings, progress: Progress) -> list[Epoch]:
+def fit_network(
+    network: nn.Module, rows: Rows, valid: Rows, settings: TrainSettings, progress: Progress, warm: bool = False
+) -> list[Epoch]:
     """Train in place until valid stops gaining; the network ends with the weights of its best epoch, in evaluation mode.
+
+    `warm`: it was trained before, and keeps what it knows of values that these rows do not have.
 
     Raises:
         TrainError: a batch would have less than two rows, or the weights are no numbers any more.
     """
     if len(rows) < 2:
         raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {len(rows)}")
+    settings = settings.for_rows(len(rows))
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, fused=True)
-    order = np.random.default_rng(settings.seed)
-    decay = EmbeddingDecay(network, rows, settings)
+    order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
+    decay, unseen = EmbeddingDecay(network, rows, settings), Unseen(network, rows, warm)
     epochs: list[Epoch] = []
-    best, best_score, stale = _weights(network), -np.inf, 0
+    best, best_score, stale, steps = _weights(network), -np.inf, 0, 0
     for number in range(1, settings.epochs + 1):
         network.train()
         losses = []
@@ -164,15 +214,19 @@ def fit_network(network: nn.Module, rows: Rows, valid: Rows, settings: TrainSett
         # A last row alone joins the batch before it: batch normalisation needs two.
         batches = np.array_split(shuffled, range(settings.batch, len(rows) - 1, settings.batch))
         for chosen in progress.track(batches, description=f"epoch {number}"):
-            batch = rows.batch(chosen)
-            logits = network(*batch).squeeze(1)
+            batch, twins = hiding.batch(chosen)
+            logits, unknown = network(*batch).squeeze(1).split([len(chosen), len(twins)])
             loss = F.binary_cross_entropy_with_logits(logits, torch.from_numpy(rows.labels[chosen]))
+            if len(twins):  # least absolute deviations: the median
+                loss = loss + (unknown - logits.detach()[twins]).abs().sum() / len(chosen)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             decay.add_gradient(batch)
             nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
             optimiser.step()
             losses.append(loss.item())
+        steps += len(batches)
+        unseen.fill()
         p_click = Calibration().on_log(predict(network, valid))
         if not np.isfinite(p_click).all():
             raise TrainError(f"the training diverged in epoch {number}; try a learning_rate below {optimiser.param_groups[0]['lr']:g}")
@@ -183,6 +237,8 @@ def fit_network(network: nn.Module, rows: Rows, valid: Rows, settings: TrainSett
         score = metrics.auc if np.isfinite(metrics.auc) else -metrics.log_loss
         if score > best_score:
             best, best_score, stale = _weights(network), score, 0
+            continue
+        if steps < settings.least_steps:
             continue
         stale += 1
         if stale >= settings.patience:
@@ -203,42 +259,39 @@ def predict(network: nn.Module, rows: Rows) -> np.ndarray[Any, np.dtype[np.float
 
 
 class EmbeddingDecay:
-    """L2 of the embeddings, added to the gradient of a step rather than to the loss: the same sum, without the graph."""
+    """L2 of the embeddings, added to the gradient of a step rather than to the loss: the same sum, without the graph.
+
+    Rows that no step can use are left as they are: a warm start must not forget what its window does not show.
+    """
 
     def __init__(self, network: nn.Module, rows: Rows, settings: TrainSettings) -> None:
         self.l2 = settings.embedding_l2
         self.embeddings = [module for module in network.modules() if isinstance(module, Embeddings)]
-        self.counts = [self._occurrences(e, rows) for e in self.embeddings] if settings.regularise == "batch" else []
+        self.counts, self.unseen = [], []
+        for embeddings in self.embeddings:
+            counts = occurrences(embeddings, rows)
+            for vocabulary in embeddings.sizes:  # about as often as values are hidden
+                counts[embeddings.rows_of(vocabulary)][0] += 2 * settings.unknown_rate * counts[embeddings.rows_of(vocabulary)].sum()
+            self.unseen.append((counts == 0).nonzero().flatten())
+            if settings.regularise == "batch":
+                self.counts.append(counts.clamp(min=1))
 
     @torch.no_grad()
     def add_gradient(self, batch: Batch) -> None:
         """Add the decay of one step, `batch` being its rows."""
         if not self.counts:
-            for embeddings in self.embeddings:
+            for embeddings, unseen in zip(self.embeddings, self.unseen, strict=True):
                 _gradient(embeddings).add_(embeddings.table.weight, alpha=self.l2)
+                _gradient(embeddings)[unseen] = 0
         for embeddings, counts in zip(self.embeddings, self.counts, strict=False):
-            rows = torch.unique(torch.cat([embeddings.table_rows(name, part.ids).flatten() for name, part in _parts(batch, embeddings)]))
+            rows = torch.unique(torch.cat([embeddings.table_rows(name, part.ids).flatten() for name, part in parts_of(batch, embeddings)]))
             _gradient(embeddings)[rows] += embeddings.table.weight[rows] * (self.l2 / counts[rows])[:, None]
-
-    @staticmethod
-    def _occurrences(embeddings: Embeddings, rows: Rows) -> Tensor:
-        total = torch.zeros(embeddings.table.num_embeddings)
-        for start in range(0, len(rows), EVALUATION_ROWS):
-            for name, part in _parts(rows.batch(np.arange(start, min(start + EVALUATION_ROWS, len(rows)))), embeddings):
-                times = torch.ones(len(part.ids)) if part.rows is None else torch.bincount(part.rows.flatten()).float()
-                ids = embeddings.table_rows(name, part.ids).flatten(1)
-                total += torch.bincount(ids.flatten(), times.repeat_interleave(ids.shape[1]), minlength=len(total))
-        return total.clamp(min=1)
 
 
 def _gradient(embeddings: Embeddings) -> Tensor:
     gradient = embeddings.table.weight.grad
     assert gradient is not None  # noqa: S101  # every network uses every table
     return gradient
-
-
-def _parts(batch: Batch, embeddings: Embeddings) -> Iterator[tuple[str, Part]]:
-    return ((name, part) for name, part in zip(("user", "history", "ad"), batch, strict=True) if name in embeddings)
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:

@@ -50,6 +50,8 @@ def settings_of(bundle: Bundle) -> tuple[Any, TrainSettings]:
     """
     try:
         told = {name: tuple(value) if isinstance(value, list) else value for name, value in bundle.manifest["settings"].items()}
+        for name in told.pop("by_data", ()):  # what followed that log's size follows the next one's
+            del told[name]
         kinds: tuple[Any, Any] = (NETWORKS[bundle.manifest["network"]].settings, TrainSettings)
         network, loop = (kind(**{f.name: told[f.name] for f in fields(kind) if f.name in told}) for kind in kinds)
     except (KeyError, TypeError, AttributeError, TrainError) as error:

@@ -12,9 +12,9 @@ import numpy as np
 import polars as pl
 import torch
 
-from features.encode import AdTable, Block, Encoder
+from features.encode import IDENTITIES, AdTable, Block, Encoder
 from features.schema import Field, Schema, Side
-from features.vocabulary import HashBuckets, Ids, Moments, Vocabularies, Vocabulary
+from features.vocabulary import UNKNOWN, HashBuckets, Ids, Moments, Vocabularies, Vocabulary
 from training.networks.blocks import Part
 
 from .log import Log
@@ -24,6 +24,25 @@ from .spread import NOTHING, Spread
 Batch = tuple[Part, Part, Part]
 SEPARATOR = "\x1f"
 """Between an ad's id and its revision."""
+
+
+@dataclass(frozen=True)
+class Strangers:
+    """One row each: a user (without the context) and an ad of which nothing is known, as they are served, and a behaviour on that ad."""
+
+    user: Block
+    ad: Block
+    behaviour: Block
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> "Strangers":
+        """As an encoder encodes them; an identity that is hashed is unknown too, since a bucket would be some ad's."""
+        user, ad = encoder.encode("user", {}, 1), encoder.unknown_ads([""])
+        for side, block in (("user", user), ("ad", ad)):
+            for slot in encoder.sides[side].ids:  # type: ignore[index]  # the two of them are sides
+                if slot.field.name in IDENTITIES:
+                    block.ids[:, slot.columns] = UNKNOWN
+        return cls(user, ad, encoder.history_of(ad))
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,7 @@ class Rows:
     ad: Block
     history: np.ndarray[Any, np.dtype[np.int32]]
     behaviours: Block
+    strangers: Strangers
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -182,8 +202,9 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
         parts["ad"].append(_served_ads(frame, encoder) if isinstance(data, Log) else _encode_ads(frame, data, encoder, table))
         history.append(_history(frame, data, table))
     numbers = pl.concat(names).rank("dense").to_numpy().astype(np.uint32)
-    behaviours = encoder.history_of(table.block)
-    return Rows(np.concatenate(labels), numbers, _stack(parts["user"]), _stack(parts["ad"]), np.concatenate(history), behaviours)
+    user, ad = _stack(parts["user"]), _stack(parts["ad"])
+    past = encoder.history_of(table.block)
+    return Rows(np.concatenate(labels), numbers, user, ad, np.concatenate(history), past, Strangers.of(encoder))
 
 
 def _stack(blocks: Sequence[Block]) -> Block:

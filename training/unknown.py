@@ -1,0 +1,111 @@
+"""Values hidden from a step of training, so that the unknown id, which no row of the train split has, learns what it stands for.
+
+With `min_count = 1` a vocabulary holds every value of the train split. What is unknown when it is served would meet an embedding
+that no step ever trained, and rank wherever that happens to lie: above what is known, as a rule.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from features.vocabulary import PADDING, UNKNOWN
+
+from .datasets.encoded import Batch, Rows
+from .networks.blocks import Embeddings, Part
+
+ROWS_AT_ONCE = 4096
+Chosen = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+class Hiding:
+    """Hides values at random, each with probability `rate`: a row's user with its profile and history, a behaviour, a single value.
+
+    As often a row gets a twin: the same request with an ad of which nothing is known, encoded as the service encodes it. A twin has
+    no label. It is to score the middle of what the network says of the ads that such a user was shown: the labels' mean, which
+    log loss would teach it, lies above most ads wherever a few are clicked much more than the others.
+    """
+
+    def __init__(self, rows: Rows, rate: float, seed: int) -> None:
+        """`seed` draws what is hidden: the same one, the same values."""
+        self.rows, self.rate = rows, rate
+        self.random = np.random.default_rng((seed, 1))
+
+    def batch(self, chosen: Chosen) -> tuple[Batch, Tensor]:
+        """The tensors of some rows, as `Rows.batch` gives them, with values hidden and twins `(T,)` after them: whose twin each is."""
+        user, history, ad = self.rows.batch(chosen)
+        for part in (user, history, ad) if self.rate else ():
+            ids = part.ids.numpy()
+            ids[self._drawn(ids.shape) & (ids > PADDING)] = UNKNOWN
+        hidden, twins = self._drawn(len(chosen)), torch.from_numpy(np.flatnonzero(self._drawn(len(chosen))))
+        nobody, nothing = self.rows.strangers.user, self.rows.strangers.ad
+        user.ids.numpy()[hidden, : nobody.ids.shape[1]] = nobody.ids
+        user.numbers.numpy()[hidden, : nobody.numbers.shape[1]] = nobody.numbers
+        history = self._history(history, hidden)
+        assert history.rows is not None  # noqa: S101  # `Rows.batch` has them
+        user = Part(*(torch.cat([block, block[twins]]) for block in (user.ids, user.numbers)))
+        ad = Part(
+            *(
+                torch.cat([block, torch.from_numpy(one).expand(len(twins), 1, -1)])
+                for block, one in zip(ad[:2], (nothing.ids, nothing.numbers), strict=True)
+            )
+        )
+        return (user, history._replace(rows=torch.cat([history.rows, history.rows[twins]])), ad), twins
+
+    def _history(self, history: Part, hidden: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Part:
+        """Behaviours on ads that nobody knows, and no behaviour of the users that are hidden."""
+        assert history.rows is not None  # noqa: S101  # `Rows.batch` has them
+        past, rows = self.rows.strangers.behaviour, history.rows.numpy()
+        ids = torch.cat([history.ids, torch.from_numpy(past.ids), torch.zeros_like(history.ids[:1])])
+        numbers = torch.cat([history.numbers, torch.from_numpy(past.numbers), torch.zeros_like(history.numbers[:1])])
+        real = history.behaviours().numpy()
+        rows = np.where(self._drawn(rows.shape) & real, len(history.ids), rows)
+        rows[hidden] = len(history.ids) + 1
+        return Part(ids, numbers, torch.from_numpy(rows))
+
+    def _drawn(self, shape: int | tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        return self.random.random(shape) < self.rate
+
+
+class Unseen:
+    """Rows of the embeddings that no row of train uses: buckets that nothing was hashed into, values beyond a list's length.
+
+    Such a value is unknown in all but its id, so it takes the row of its vocabulary's unknown. What a warm start knows from
+    before stays.
+    """
+
+    def __init__(self, network: nn.Module, rows: Rows, warm: bool) -> None:
+        self.found: list[tuple[Tensor, Tensor, int]] = []
+        """A table, rows of it, and the row of their unknown."""
+        for embeddings in (module for module in network.modules() if isinstance(module, Embeddings)):
+            counts, table = occurrences(embeddings, rows), embeddings.table.weight
+            for vocabulary in embeddings.sizes:
+                own = embeddings.rows_of(vocabulary)
+                never = counts[own] == 0
+                if warm:
+                    never &= (table[own] == table[own.start]).all(1)
+                never[0] = False
+                self.found.append((table, never.nonzero().flatten() + own.start, own.start))
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Give them the unknown's row as it is now."""
+        for table, rows, unknown in self.found:
+            table[rows] = table[unknown].clone()
+
+
+def occurrences(embeddings: Embeddings, rows: Rows) -> Tensor:
+    """How often each row of the table `(rows of the table,)` is used by the rows of a split, behaviours included."""
+    total = torch.zeros(embeddings.table.num_embeddings)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        for name, part in parts_of(rows.batch(np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))), embeddings):
+            times = torch.ones(len(part.ids)) if part.rows is None else torch.bincount(part.rows.flatten()).float()
+            ids = embeddings.table_rows(name, part.ids).flatten(1)
+            total += torch.bincount(ids.flatten(), times.repeat_interleave(ids.shape[1]), minlength=len(total))
+    return total
+
+
+def parts_of(batch: Batch, embeddings: Embeddings) -> Iterator[tuple[str, Part]]:
+    """The parts of a batch that the embeddings are for, by name."""
+    return ((name, part) for name, part in zip(("user", "history", "ad"), batch, strict=True) if name in embeddings)
