@@ -167,19 +167,45 @@ def evaluate(bundle: Path, data: Path, split: str, as_json: bool) -> None:
 @cli.command(epilog="Example: adrank load --data data/ml-1m --redis redis://127.0.0.1:6379/0")
 @click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
 @click.option("--redis", help="The store's URL; default: ADRANK_REDIS, then redis://127.0.0.1:6379/0.")
-@needs("train")
-def load(data: Path, redis: str | None) -> None:
-    """Write a prepared data set's users, histories and ads into the store; running services follow."""
+@click.option("--overwrite", is_flag=True, help="Write over what events told since; says first what is lost.")
+@click.option("--replace", is_flag=True, help="The data set has the whole catalogue: ads that it lacks leave.")
+@click.option("--yes", is_flag=True, help="Do not ask; and take a whole catalogue that is less than half of what is there.")
+def load(data: Path, redis: str | None, overwrite: bool, replace: bool, yes: bool) -> None:
+    """Merge a prepared data set's users, histories and ads into the store; running services follow.
+
+    What the store knows from events that are newer than the data set stays, and loading it again changes nothing.
+    """
     from service.app import open_store
     from service.settings import load_settings
     from training.datasets.prepared import open_prepared
-    from training.datasets.states import fill_store
+    from training.loading import Loaded, Loading, refusal
     from training.progress import progress_bar
 
-    store = open_store(load_settings({"redis": redis}))
-    with progress_bar() as progress:
-        users, ads = asyncio.run(fill_store(store, open_prepared(data), progress))
-    print(f"loaded {users:,} users and {ads:,} ads")
+    settings, prepared = load_settings({"redis": redis}), open_prepared(data)
+    if settings.redis.startswith("memory:"):
+        raise Refusal("a store in memory would be gone with this command; name a Redis with --redis")
+
+    def done(what: str) -> Loaded:
+        async def run(store: Any) -> Any:
+            try:
+                loading = Loading(store, prepared, progress, settings.ad_gone_seconds)
+                return await getattr(loading, what)(replace)
+            finally:
+                await store.close()
+
+        with progress_bar() as progress:
+            found: Loaded = asyncio.run(run(open_store(settings)))
+        return found
+
+    if overwrite or replace:
+        found = done("look")
+        if replace and (reason := refusal(found, yes)):
+            raise Refusal(reason)
+        if overwrite and found.newer:
+            click.echo(f"--overwrite loses {found.newer}, which the store knows from events and the data set does not have", err=True)
+            if not yes and sys.stdin.isatty():
+                click.confirm("Go on?", abort=True)
+    print(done("overwrite" if overwrite else "merge").summary)
 
 
 @cli.command(epilog="Example: adrank serve --models models --redis redis://127.0.0.1:6379/0 --workers 2")

@@ -22,8 +22,9 @@ from service.app import open_store
 from service.settings import Settings, load_settings
 from service.workers import ListenError, listen
 from training.datasets.prepared import open_prepared
-from training.datasets.states import fill_store, user_states
+from training.datasets.states import user_states
 from training.export import train_and_publish
+from training.loading import fill_store
 from training.progress import progress_bar
 from training.world import DAYS, SLOTS, World, make_world, write_log
 

@@ -10,13 +10,14 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgpack
 
 from .encode import Features
 
 if TYPE_CHECKING:  # it is made of what stands here
+    from .merging import Rewrite
     from .subject import Outcome, Subject
 
 FORMAT = 2
@@ -55,7 +56,7 @@ class ChangesLostError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class UserState:
-    """A user's features and behaviours, oldest first; `ts` in seconds since 1970, beside `ad_ids`.
+    """A user's features and behaviours, oldest first; `ts` in seconds since 1970, beside `ad_ids`: floats where an event told them.
 
     `changed` says when features were last told by an event, so that one that comes late does not undo a newer one.
     """
@@ -74,7 +75,8 @@ class UserState:
         if not set(map(type, self.ts)) <= {int, float}:
             raise StateError("the stored history has times that are none")
         at = bisect_right(self.ts, ts)
-        ad_ids, times = [*self.ad_ids[:at], ad_id, *self.ad_ids[at:]], [*self.ts[:at], ts, *self.ts[at:]]
+        # A float: what comes with a data set has whole seconds, see `merging.py`.
+        ad_ids, times = [*self.ad_ids[:at], ad_id, *self.ad_ids[at:]], [*self.ts[:at], float(ts), *self.ts[at:]]
         return replace(self, ad_ids=ad_ids[-HISTORY_LIMIT:], ts=times[-HISTORY_LIMIT:])
 
     def told(self, features: Features, ts: float) -> "UserState":
@@ -108,7 +110,7 @@ class Ad:
         known, changed = _told(self.features, self.changed, features, ts)
         if active is None or ts < changed.get(ACTIVE, NEVER):
             return replace(self, features=known, changed=changed)
-        return replace(self, features=known, changed={**changed, ACTIVE: ts}, active=active)
+        return replace(self, features=known, changed={**changed, ACTIVE: float(ts)}, active=active)
 
 
 def _told(known: Features, changed: Mapping[str, float], news: Features, ts: float) -> tuple[Features, Mapping[str, float]]:
@@ -116,7 +118,7 @@ def _told(known: Features, changed: Mapping[str, float], news: Features, ts: flo
     together = {name: value for name, value in {**known, **fresh}.items() if name not in fresh or value is not None}
     if len(together) > FEATURES_LIMIT:
         raise StateError(f"it would have more than {FEATURES_LIMIT} features; take some away first, by sending null for them")
-    times = {**changed, **dict.fromkeys(fresh, ts)}
+    times = {**changed, **dict.fromkeys(fresh, float(ts))}
     # When a feature was taken away is remembered as long as there is room, since names could be made up without end.
     taken_away = sorted(times.keys() - together.keys() - {ACTIVE}, key=times.__getitem__)
     for name in taken_away[: max(0, len(times) - FEATURES_LIMIT)]:
@@ -210,10 +212,17 @@ class Store(Protocol):
         """A user's state, None where the store has none. One round trip."""
 
     async def put_users(self, users: Iterable[tuple[str, UserState]]) -> None:
-        """Write users' states over what was there."""
+        """Write users' states over what was there, and forget which events they have had: those may be done again."""
 
     async def put_ads(self, ads: Iterable[Ad]) -> None:
-        """Write ads over what was there, and announce them to every ranker."""
+        """Write ads over what was there, forget which events they have had, and announce them to every ranker."""
+
+    async def rewrite(self, kind: Literal["user", "ad"], rewrites: "Sequence[Rewrite]") -> None:
+        """Put what the rewrites make of what is stored in its place, none over what somebody else wrote meanwhile. Ads are announced.
+
+        Raises:
+            StateError: a rewrite cannot be.
+        """
 
     async def apply(self, subjects: Sequence["Subject"]) -> "list[Sequence[Outcome]]":
         """Do what events lead to, and say what became of each, beside the subjects.
@@ -268,14 +277,32 @@ class MemoryStore:
 
     async def put_users(self, users: Iterable[tuple[str, UserState]]) -> None:
         """See `Store`."""
-        self._users.update((user_id, pack_user(user_id, state)) for user_id, state in users)
+        packed = {user_id: pack_user(user_id, state) for user_id, state in users}
+        self._users.update(packed)
+        for user_id in packed:
+            self._seen.pop(("user", user_id), None)
 
     async def put_ads(self, ads: Iterable[Ad]) -> None:
         """See `Store`."""
         packed: Mapping[str, bytes] = {ad.ad_id: pack_ad(ad) for ad in ads}
         self._ads.update(packed)
+        for ad_id in packed:
+            self._seen.pop(("ad", ad_id), None)
         self._changes.extend(packed)
         self._news.set()
+
+    async def rewrite(self, kind: Literal["user", "ad"], rewrites: "Sequence[Rewrite]") -> None:
+        """See `Store`."""
+        kept = self._users if kind == "user" else self._ads
+        for each in rewrites:
+            packed = each.of(kept.get(each.id, b""))
+            if packed:
+                kept[each.id] = packed
+            elif packed is not None:
+                kept.pop(each.id, None)
+            if kind == "ad" and packed is not None:
+                self._changes.append(each.id)
+                self._news.set()
 
     async def apply(self, subjects: Sequence["Subject"]) -> "list[Sequence[Outcome]]":
         """See `Store`. Nobody joins what a store in memory has taken, so impressions and conversions are remembered only."""
@@ -318,7 +345,8 @@ class MemoryStore:
                 async with asyncio.timeout(wait):  # before Python 3.12 `wait_for` forgets that it was cancelled when news comes then
                     await self._news.wait()
         changed = dict.fromkeys(self._changes[int(cursor) :])
-        return [unpack_ad(ad_id, self._ads[ad_id]) for ad_id in changed], str(len(self._changes))
+        ads = [unpack_ad(ad_id, self._ads[ad_id]) if ad_id in self._ads else Ad(ad_id, {}, active=False) for ad_id in changed]
+        return ads, str(len(self._changes))
 
     async def append_served(self, records: Sequence[bytes]) -> int:
         """See `Store`."""

@@ -25,7 +25,15 @@ ATTEMPTS = 60
 PAUSE_SECONDS = 0.0005
 """How much longer each attempt may wait for the others to be through than the one before."""
 DONE, TAKEN = b"done", b"taken"
-WRITE = b"""
+STORED = b"""
+  local stored
+  if field == '' then stored = redis.call('GETRANGE', state, 0, bytes)
+  elseif redis.call('HSTRLEN', state, field) > bytes then stored = 'oversized'
+  else stored = redis.call('HGET', state, field) or '' end
+"""
+"""Lua: what is stored, of a state that is too large only the begin or a word that is no state."""
+WRITE = (
+    b"""
 -- KEYS: seen, state; ARGV: seconds, most, field, ttl, state as it was read, state as it is to be, most bytes, time and id of each event.
 -- Redis's own clock says what is forgotten: that of a service may jump.
 local seen, state, field = KEYS[1], KEYS[2], ARGV[3]
@@ -44,10 +52,11 @@ for _, score in ipairs(redis.call('ZMSCORE', seen, unpack(ids))) do
   if score then return 'taken' end
 end
 if state then
-  local stored, bytes = 'oversized', tonumber(ARGV[7])
-  if field == '' then stored = redis.call('GETRANGE', state, 0, bytes)
-  elseif redis.call('HSTRLEN', state, field) <= bytes then stored = redis.call('HGET', state, field) end
-  if (stored or '') ~= ARGV[5] then return 'taken' end
+  local bytes = tonumber(ARGV[7])
+"""
+    + STORED
+    + b"""
+  if stored ~= ARGV[5] then return 'taken' end
   if field == '' then redis.call('SET', state, ARGV[6], 'EX', ARGV[4]) else redis.call('HSET', state, field, ARGV[6]) end
 end
 redis.call('ZADD', seen, unpack(ARGV, 8))
@@ -57,6 +66,7 @@ local newest = tonumber(redis.call('ZRANGE', seen, -1, -1, 'WITHSCORES')[2])
 redis.call('EXPIREAT', seen, string.format('%.0f', math.ceil(newest) + seconds + 1))
 return 'done'
 """
+)
 READ = b"""
 -- KEYS: hash; ARGV: field, most bytes.
 if redis.call('HSTRLEN', KEYS[1], ARGV[1]) > tonumber(ARGV[2]) then return 'oversized' end

@@ -11,11 +11,13 @@ import zlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import msgpack
 
+from features.merging import Rewrite
 from features.state import (
     STATE_BYTES,
     Ad,
@@ -29,8 +31,9 @@ from features.state import (
     unpack_user,
 )
 from features.streams import FIELD, SERVED
-from features.subject import Outcome, Subject
+from features.subject import Kind, Outcome, Subject
 
+from .bulk_store import BATCH, BulkStore, batches
 from .event_store import UNTOLD, Bounds, EventStore, Place
 from .line import Command, ReplyError, unrefused
 from .store_damage import Damage, is_wrong_type
@@ -39,8 +42,6 @@ from .topology import Route, open_servers
 
 CHANGES = "adrank:ads:changes"
 HASHES = 64
-BATCH = 500
-"""Ads of one stream entry, users of one pipeline, ads of one scan: what is held in memory and on the wire at once."""
 CHANGES_KEPT = 10_000
 PROBE = "adrank:user:probe"
 """A key that no user has, since those have braces."""
@@ -57,7 +58,6 @@ WAIT_SECONDS = 5.0
 """The longest wait for a change."""
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def user_key(user_id: str) -> str:
@@ -72,11 +72,16 @@ def ads_key(ad_id: str) -> str:
 
 def place(subject: Subject) -> Place:
     """The keys of what events are about; those of one subject are in one slot."""
-    if subject.kind == "user":
-        return Place(f"adrank:seen:user:{_tag(subject.id)}", user_key(subject.id))
-    if subject.kind == "ad":
-        return Place(f"adrank:seen:ad:{{{_hash(subject.id)}}}:{subject.id}", ads_key(subject.id), subject.id)
-    return Place(f"adrank:seen:request:{_tag(subject.id)}")
+    return place_of(subject.kind, subject.id)
+
+
+def place_of(kind: Kind, name: str) -> Place:
+    """The keys of a user, an ad or a ranking."""
+    if kind == "user":
+        return Place(f"adrank:seen:user:{_tag(name)}", user_key(name))
+    if kind == "ad":
+        return Place(f"adrank:seen:ad:{{{_hash(name)}}}:{name}", ads_key(name), name)
+    return Place(f"adrank:seen:request:{_tag(name)}")
 
 
 def _hash(ad_id: str) -> int:
@@ -99,6 +104,7 @@ class RedisStore:
         self._fast, self._served, self._eventful = servers.route(timeout), servers.route(APPEND_SECONDS), servers.route(EVENT_SECONDS)
         self._bulk, self._following = servers.route(BULK_SECONDS), servers.route(WAIT_SECONDS + FOLLOW_SECONDS)
         self.damage = Damage()
+        self._bulk_store = BulkStore(self._bulk, ttl, self.damage)
         self._events = EventStore(self._eventful, place, ttl, bounds, self.damage)
 
     async def get_user(self, user_id: str) -> UserState | None:
@@ -121,22 +127,24 @@ class RedisStore:
 
     async def put_users(self, users: Iterable[tuple[str, UserState]]) -> None:
         """See `Store`."""
-        for batch in _batches(users):
-            ttl = str(self._ttl)
-            commands = [(b"SET", user_key(user_id), pack_user(user_id, state), b"EX", ttl) for user_id, state in batch]
+        for batch in batches(users):
             async with answering(BULK_SECONDS):
-                unrefused(await self._bulk.ask_all(commands))
+                await self._bulk_store.put_users((place_of("user", user_id), pack_user(user_id, state)) for user_id, state in batch)
 
     async def put_ads(self, ads: Iterable[Ad]) -> None:
         """See `Store`. Announced after they are written: who hears of a change can read it."""
-        for batch in _batches(ads):
-            hashes: dict[str, list[str | bytes]] = defaultdict(list)
-            for ad in batch:
-                hashes[ads_key(ad.ad_id)] += (ad.ad_id, pack_ad(ad))
+        for batch in batches(ads):
             async with answering(BULK_SECONDS):
-                commands: list[Command] = [(b"HSET", key, *values) for key, values in hashes.items()]
-                unrefused((await self.damage.ask_all(self._bulk, commands))[0])
+                await self._bulk_store.put_ads((place_of("ad", ad.ad_id), pack_ad(ad)) for ad in batch)
                 await self._announce(self._bulk, [ad.ad_id for ad in batch])
+
+    async def rewrite(self, kind: Literal["user", "ad"], rewrites: Sequence[Rewrite]) -> None:
+        """See `Store`."""
+        for batch in batches(rewrites):
+            async with answering(BULK_SECONDS):
+                changed = await self._bulk_store.rewrite(batch, partial(place_of, kind))
+                if changed and kind == "ad":
+                    await self._announce(self._bulk, changed)
 
     async def apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
         """See `Store`."""
@@ -145,7 +153,7 @@ class RedisStore:
         except (OSError, ReplyError) as error:
             raise told(error, EVENT_SECONDS) from error
         # Those of duplicates too: who did such an event first may not have lived to announce it.
-        for batch in _batches(dict.fromkeys(subject.id for subject in subjects if subject.kind == "ad")):
+        for batch in batches(dict.fromkeys(subject.id for subject in subjects if subject.kind == "ad")):
             async with answering(EVENT_SECONDS):
                 await self._announce(self._eventful, batch)
         return outcomes
@@ -314,6 +322,8 @@ async def answering(seconds: float) -> AsyncIterator[None]:
             yield
     except (OSError, ReplyError) as error:
         raise told(error, seconds) from error
+    except StateError:
+        raise
     except (LookupError, TypeError, ValueError) as error:  # a reply that lacks what is looked for in it
         log.exception("a reply of the store has another form than is known here")
         raise StoreError("store_error", f"the store's reply has another form than that of Redis or Valkey ({error!r})") from error
@@ -331,9 +341,3 @@ def _announced(entry: dict[bytes, bytes]) -> Sequence[str]:
 
 def _order(entry_id: str) -> tuple[int, ...]:
     return tuple(map(int, entry_id.split("-")))
-
-
-def _batches(items: Iterable[T]) -> Iterable[list[T]]:
-    rest = iter(items)
-    while batch := list(islice(rest, BATCH)):
-        yield batch

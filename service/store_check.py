@@ -33,6 +33,7 @@ HARMLESS: Mapping[str, Sequence[Sequence[str]]] = {
     "POST /v1/events": (
         ("HGET", "adrank:ads:{0}", ""),
         ("HSTRLEN", "adrank:ads:{0}", ""),
+        ("EVAL", "return 0", "1", NOWHERE),
         ("TYPE", NOWHERE),
         ("DEL", NOWHERE),
         ("ZMSCORE", NOWHERE, ""),
@@ -49,6 +50,7 @@ HARMLESS: Mapping[str, Sequence[Sequence[str]]] = {
         ("XADD", EVENTS, "0-0", "v", ""),
         ("XADD", CHANGES, "0-0", "v", ""),
     ),
+    "adrank load": (("HDEL", "adrank:ads:{0}", ""),),
     "adrank join": (
         ("XGROUP", "CREATE", SERVED, NOBODY, "none"),
         ("XREADGROUP", "GROUP", NOBODY, NOBODY, "COUNT", "1", "STREAMS", SERVED, ">"),

@@ -8,7 +8,8 @@ from processes import ROOT
 from redis_servers import client_of
 
 from features.events import Event
-from features.state import Ad, StoreError, UserState
+from features.merging import ForgetAd, MergeAd
+from features.state import ACTIVE, Ad, StoreError, UserState
 from features.streams import STREAMS
 from features.subject import by_subject
 from service.store import CHANGES, RedisStore
@@ -44,6 +45,8 @@ async def everything(url):
         assert {ad.ad_id for ad in ads} == {ad.ad_id async for batch in store.all_ads() for ad in batch} == {"a1", "a2"}
         assert (await store.changed_ads(cursor, 0.01))[0] == []
         assert await store.user_ids(10) == ["u1"]
+        await store.rewrite("ad", [MergeAd(Ad("a3", {}, False, {ACTIVE: 1}), 1)])
+        await store.rewrite("ad", [ForgetAd("a3", 5)])
         await store.append_served([b"x"])
         for stream in STREAMS:
             await streams.begin(stream)

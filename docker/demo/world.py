@@ -13,8 +13,8 @@ from features.state import Store, StoreError
 from service.app import open_store
 from service.settings import load_settings
 from training.datasets.prepared import open_prepared
-from training.datasets.states import fill_store
 from training.export import train_and_publish
+from training.loading import fill_store
 from training.progress import progress_bar
 from training.world import make_world, write_log
 

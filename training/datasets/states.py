@@ -3,22 +3,19 @@
 Knows a store only by its protocol. One file of the data set is held at a time.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import polars as pl
-from rich.progress import Progress
 
 from features.encode import Features, FieldError, Value, clean
 from features.schema import IDENTITY, Field, Schema, Side
-from features.state import Ad, Store, UserState
+from features.state import Ad, UserState
 
 from .prepared import ROWS_PER_FILE, SPLITS, DataError, Prepared, column_of, columns_of, read_parquet
 
 Behaviours = tuple[list[str], list[int]]
-T = TypeVar("T")
 
 
 def ads(prepared: Prepared) -> Iterator[Ad]:
@@ -112,28 +109,3 @@ def _shown(rows: pl.DataFrame) -> Iterator[Behaviours]:
     for label, ad_id, history, at in zip(rows["label"], rows["ad_id"], rows["history"].to_list(), ts, strict=True):
         ad_ids = [*(history or ()), *([ad_id] if label else ())]
         yield ad_ids, [at] * len(ad_ids)
-
-
-async def fill_store(store: Store, prepared: Prepared, progress: Progress) -> tuple[int, int]:
-    """Write a data set's users and ads into a store, then let go of it; how many of each.
-
-    Raises:
-        StoreError: the store does not answer.
-        DataError: the data set cannot be read.
-    """
-    counts = {"users": 0, "ads": 0}
-
-    def counted(kind: str, items: Iterable[T]) -> Iterator[T]:
-        task = progress.add_task(f"loading {kind}", total=None)
-        for item in items:
-            counts[kind] += 1
-            yield item
-            progress.update(task, completed=counts[kind])
-        progress.update(task, total=counts[kind])
-
-    try:
-        await store.put_ads(counted("ads", ads(prepared)))
-        await store.put_users(counted("users", user_states(prepared)))
-    finally:
-        await store.close()
-    return counts["users"], counts["ads"]
