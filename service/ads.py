@@ -11,10 +11,12 @@ import numpy as np
 
 from features.encode import AdTable
 from features.renumber import Renumbering
-from features.state import Ad, pack_features, unpack_features
+from features.state import ACTIVE, NEVER, Ad, pack_features, unpack_features
 
 AT_ONCE = 1_000
 """Ads whose rows are taken over from another table before other work gets a turn on the event loop: about half a millisecond."""
+
+ALWAYS = float("inf")
 
 Sources = Mapping[str, bytes | None]
 """By ad id packed features, None: there were none."""
@@ -44,7 +46,8 @@ class Ads:
 
     tables: dict[str, AdTable]
     packed: dict[str, bytes] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
+    gone: dict[str, float] = field(default_factory=dict)
+    """Those that have left, and when: `ALWAYS` where it is not known, `NEVER` where they are not in the store any more."""
     misfits: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
     """By fingerprint, of the ads whose features do not fit its schema: what their rows were encoded from, None: there is no row."""
     latest: _Change = field(default_factory=_Change)
@@ -63,8 +66,11 @@ class Ads:
         change.misfits = {fingerprint: self._misfits_among(fingerprint, change.packed) for fingerprint in self.tables}
         change.following = self.latest
         self.packed.update((ad.ad_id, pack_features(ad.features)) for ad in ads if ad.active or ad.features)
-        self.gone.difference_update(ad.ad_id for ad in ads if ad.active)
-        self.gone.update(ad.ad_id for ad in ads if not ad.active)
+        for ad in ads:
+            if ad.active:
+                self.gone.pop(ad.ad_id, None)
+            elif ad.ad_id in self.packed:
+                self.gone[ad.ad_id] = ad.changed.get(ACTIVE, ALWAYS if ad.features else NEVER)
         for fingerprint in self.tables:
             self._encode(fingerprint, ads, change.packed, encode)
 

@@ -50,6 +50,7 @@ class Service:
         self.settings, self.store, self.metrics = settings, store, metrics
         self.served = ServedLog(store, metrics, settings)
         self.ranker = Ranker(store, metrics, _scoring(settings, metrics))
+        self.ranker.catalogue.gone_seconds = settings.ad_gone_seconds
         self.reload = Reload(settings, self.ranker, metrics)
         self.guard = _guard(settings)
         self.failing: dict[str, str] = {}

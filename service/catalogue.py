@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from features.encode import AdTable, Encoder, FieldError, clean
+from features.merging import ForgetAd, left_before
 from features.schema import IDENTITY, Field
 from features.state import Ad, ChangesLostError, Store, StoreError
 
@@ -23,6 +24,11 @@ AT_ONCE_UNDER_LOAD = 50
 """The same for a table that is not needed yet: what it takes is taken from requests."""
 POLL_SECONDS = 1.0
 BACK_OFF_SECONDS = (0.1, 5.0)
+GONE_SECONDS = 90 * 24 * 3600.0
+FREE_SECONDS = 60.0
+"""How often it is looked whether there is enough to free."""
+FREE_AT_LEAST, FREE_SHARE = 1_000, 0.1
+"""Ads to free, and their share of the active ones, that are worth reading the catalogue anew: tables have no holes."""
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +39,9 @@ class Catalogue:
     def __init__(self, store: Store, encoders: Mapping[str, Encoder], metrics: Metrics) -> None:
         self._store, self._encoders, self._metrics = store, dict(encoders), metrics
         self._ads = self._empty()
-        self._in_step = time.monotonic()
+        self._in_step = self._looked = time.monotonic()
+        self.gone_seconds = GONE_SECONDS
+        """How long an ad that left is kept, for the histories that hold it."""
         self.loaded = False
         """Whether all ads have been read once."""
         self._emptied = False
@@ -112,9 +120,11 @@ class Catalogue:
 
     async def load(self) -> str:
         """Read all ads into fresh tables and swap them in, unless the store has lost them; the cursor to follow from."""
-        began, cursor, fresh = time.monotonic(), await self._store.cursor(), self._empty()
+        began, cursor, fresh, forgotten = time.monotonic(), await self._store.cursor(), self._empty(), list[str]()
+        before = time.time() - self.gone_seconds
         async for ads in self._store.all_ads():
-            await self._put(fresh, ads)
+            forgotten += [ad.ad_id for ad in ads if left_before(ad, before)]
+            await self._put(fresh, [ad for ad in ads if not left_before(ad, before)])
         while added := self._encoders.keys() - fresh.tables.keys():  # meanwhile
             fingerprint = added.pop()
             fresh.tables[fingerprint] = AdTable(self._encoders[fingerprint])
@@ -130,16 +140,36 @@ class Catalogue:
         self._ads, self.loaded, self._in_step = fresh, True, began
         self.observe()
         log.info("catalogue loaded: %d active ads in %.1f s", self.ads, time.monotonic() - began)
+        if forgotten:
+            await self._forget(forgotten, before)
         return cursor
 
-    async def _step(self, cursor: str) -> str:
+    async def _forget(self, ad_ids: Sequence[str], before: float) -> None:
+        """Delete ads that left before a time from the store. What is not deleted now is at the next reading."""
+        try:
+            await self._store.rewrite("ad", [ForgetAd(ad_id, before) for ad_id in ad_ids])
+            log.info("%d ads that left more than %.0f days ago are deleted", len(ad_ids), self.gone_seconds / 86_400)
+        except StoreError as error:
+            log.warning("%d ads that left long ago could not be deleted: %s", len(ad_ids), error)
+
+    @property
+    def _has_much_to_free(self) -> bool:
+        """Whether many ads in memory left long ago, or are not in the store any more. Counted once in `FREE_SECONDS`."""
+        now = time.monotonic()
+        if now - self._looked < FREE_SECONDS:
+            return False
+        self._looked, before = now, time.time() - self.gone_seconds
+        return sum(left < before for left in self._ads.gone.values()) > max(FREE_AT_LEAST, FREE_SHARE * self.ads)
+
+    async def _step(self, cursor: str) -> str | None:
+        """Take over what changed; the next cursor, or None where the catalogue had better be read anew."""
         ads, cursor_after = await self._store.changed_ads(cursor, POLL_SECONDS)
         asked = time.monotonic()
         await self._put(self._ads, ads)
         self._emptied &= not ads
         self._in_step = asked
         self.observe()
-        return cursor_after
+        return None if self._has_much_to_free else cursor_after
 
     async def _put(self, into: Ads, ads: Sequence[Ad]) -> None:
         for start in range(0, len(ads), AT_ONCE):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 
 import bundles
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import redis.asyncio
 
 from features.encode import AdTable
-from features.state import Ad, MemoryStore, pack_features, unpack_features
+from features.merging import RetireAd
+from features.state import ACTIVE, Ad, MemoryStore, StoreError, pack_features, unpack_features
 from service import catalogue as module
 from service.catalogue import Catalogue, put_ads
 from service.metrics import Metrics
@@ -311,3 +313,58 @@ async def test_a_server_that_is_emptied_and_one_that_restarts(server, monkeypatc
         await until(lambda: catalogue.reason is None)
     await raw.aclose()
     await store.close()
+
+
+class TestWhatIsFreed:
+    """Ads that left stay for the histories that hold them, and not for ever."""
+
+    @pytest.fixture(params=["memory", "valkey"])
+    async def store(self, request, arrangements):
+        if request.param == "memory":
+            yield MemoryStore()
+            return
+        store = RedisStore(arrangements("valkey"), timeout=5, ttl=100, on_damaged=lambda: None)
+        yield store
+        await store.close()
+
+    async def test_ads_that_left_long_ago_are_not_read_and_are_deleted(self, store):
+        now = time.time()
+        left = [Ad("long", {"price": 1.0}, False, {ACTIVE: now - 100}), Ad("just", {"price": 1.0}, False, {ACTIVE: now - 10})]
+        await store.put_ads([Ad("a1", {"price": 1.0}), Ad("unknown", {"price": 1.0}, active=False), *left])
+        catalogue = one(store)
+        catalogue.gone_seconds = 50
+        await catalogue.load()
+        assert catalogue.table("f").rows(["long", "just", "a1", "unknown"]).astype(bool).tolist() == [False, True, True, True]
+        assert {ad.ad_id async for batch in store.all_ads() for ad in batch} == {"a1", "just", "unknown"}
+
+    async def test_memory_is_freed_once_there_is_much_of_it(self, store, monkeypatch):
+        monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
+        monkeypatch.setattr(module, "FREE_SECONDS", 0.0)
+        monkeypatch.setattr(module, "FREE_AT_LEAST", 20)
+        await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
+        catalogue = one(store)
+        async with following(catalogue):
+            await until(lambda: catalogue.ads == 30)
+            now = int(time.time())
+            ended = [ad_id for ad_id in bundles.ADS if ad_id != "a1"]
+            await store.rewrite("ad", [RetireAd(ad_id, None, now) for ad_id in ended])
+            await until(lambda: catalogue.ads == 1)
+            assert len(catalogue.view("f").features(ended)) == 29
+            catalogue.gone_seconds = -10
+            await until(lambda: not catalogue.view("f").features(ended))
+            assert catalogue.table("f").rows(ended).sum() == 0
+            assert {ad.ad_id async for batch in store.all_ads() for ad in batch} == {"a1"}
+            await store.put_ads([Ad("a2", {"price": 1.0})])
+            await until(lambda: catalogue.ads == 2)
+
+    async def test_deleting_may_fail_without_harm(self, monkeypatch):
+        store = MemoryStore()
+        await store.put_ads([Ad("a1", {}), Ad("long", {"price": 1.0}, False, {ACTIVE: 1})])
+
+        async def fails(*_):
+            raise StoreError("store_denied", "the store's user lacks a permission")
+
+        monkeypatch.setattr(store, "rewrite", fails)
+        catalogue = one(store)
+        await catalogue.load()
+        assert (catalogue.loaded, catalogue.ads) == (True, 1)

@@ -82,7 +82,7 @@ def test_a_table_that_took_rows_over_is_the_one_that_encoded_them(old, new, ad_i
         if step in changes:
             for ad in changes.pop(step):
                 first.change([ad], put_ads)
-    alone = Ads({"new": AdTable(encoder(new, ad_ids[:known]))}, dict(first.packed), set(first.gone))
+    alone = Ads({"new": AdTable(encoder(new, ad_ids[:known]))}, dict(first.packed), dict(first.gone))
     for _ in alone.fill("new", 3, put_ads):
         pass
     fits = [ad_id for ad_id in AD_IDS if ad_id not in first.misfits_of("new")]  # the row of one that fitted once is of then
