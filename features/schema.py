@@ -118,8 +118,6 @@ class Schema:
     fields: tuple[Field, ...]
     history_fields: tuple[str, ...] = ()
     history_length: int = 0
-    negative_sampling: float = 1.0
-    """The share of non-clicks that the log kept; exported probabilities are corrected for it."""
     nobody: tuple[str, ...] = ()
     """User ids that mean no user, such as the zero device id: no features, no history, no group of rows."""
     history_padding: tuple[str, ...] = ()
@@ -160,8 +158,6 @@ class Schema:
     def to_toml(self) -> str:
         """The schema as the text of a `schema.toml`, defaults left out."""
         document: dict[str, Any] = {"name": self.name}
-        if self.negative_sampling != 1.0:
-            document["negative_sampling"] = self.negative_sampling
         if self.nobody:
             document["nobody"] = list(self.nobody)
         if self.history_fields:
@@ -175,8 +171,16 @@ class Schema:
         return tomli_w.dumps(document)
 
     def canonical(self) -> str:
-        """A text that is equal for equal schemas, for fingerprints."""
-        return json.dumps(_said(asdict(self)), sort_keys=True, separators=(",", ":"))
+        """A text that is equal for schemas that make the same tensors of the same values and vocabularies, for fingerprints.
+
+        How often a value must be seen decides what a vocabulary holds, not what is made of it. `negative_sampling` was a part of
+        schemas once: it stays in the text as it was for most, so that their fingerprints are still the same.
+        """
+        return replace(self, fields=tuple(replace(field, min_count=1) for field in self.fields)).canonical_with(1.0)
+
+    def canonical_with(self, negative_sampling: float) -> str:
+        """The text that fingerprints were made of when they covered sampling and minimum counts too."""
+        return json.dumps({**_said(asdict(self)), "negative_sampling": negative_sampling}, sort_keys=True, separators=(",", ":"))
 
 
 LATER = ("missing_values", "nobody", "history_padding")
@@ -287,8 +291,22 @@ def _history(document: object) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
     return tuple(names), length, tuple(padding)
 
 
+def sampling_in(document: Mapping[str, Any]) -> float | None:
+    """The share of non-clicks that a log kept, where a document says it: `data.toml`, or a schema file of before that was.
+
+    Raises:
+        SchemaError: it is not a share.
+    """
+    sampling = document.get("negative_sampling")
+    if sampling is None:
+        return None
+    if not _is_number(sampling) or not 0 < sampling <= 1:
+        raise SchemaError(f"negative_sampling is {sampling!r}; it is the share of non-clicks that the log kept: above 0, at most 1")
+    return float(sampling)
+
+
 def parse_schema(text: str) -> Schema:
-    """Read a `schema.toml`.
+    """Read a `schema.toml`. Its `negative_sampling`, which schema files may have, is told by `sampling_in`: it is no part of a schema.
 
     Raises:
         SchemaError: the text is not TOML, or says something impossible; the message has a line for every mistake, with its field.
@@ -306,9 +324,7 @@ def parse_schema(text: str) -> Schema:
         mistakes.append('name = "..." is missing at the top')
     if not _is_texts(nobody):
         mistakes.append("nobody must be a list of user ids")
-    sampling = document.get("negative_sampling", 1.0)
-    if not (_is_number(sampling) and 0 < sampling <= 1):
-        mistakes.append("negative_sampling is the share of non-clicks that the log kept: above 0, at most 1")
+    _tried(lambda: sampling_in(document), mistakes)
     fields = _fields(document, mistakes)
     history = _tried(lambda: _history(document.get("history")), mistakes) or ((), 0, ())
     if not any(field.side == "ad" for field in fields) and not document.get("ad"):
@@ -319,7 +335,7 @@ def parse_schema(text: str) -> Schema:
         mistakes.append(f"[history]: {absent} are not ad fields; a behaviour is an ad, so each needs its [ad.…] table")
     mistakes += _misfits(fields)
     _refuse(mistakes)
-    return Schema(str(name), tuple(fields), *history[:2], float(sampling), tuple(nobody), history[2])
+    return Schema(str(name), tuple(fields), *history[:2], tuple(nobody), history[2])
 
 
 def _fields(document: Mapping[str, Any], mistakes: list[str]) -> list[Field]:

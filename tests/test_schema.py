@@ -35,8 +35,7 @@ def schemas(draw: st.DrawFn) -> Schema:
         *draw(st.lists(st.sampled_from([f.name for f in fields if f.side == "ad" and f.name != "ad_id"] or ["ad_id"]), unique=True)),
     ]
     length = draw(st.integers(0, 10_000))
-    share = draw(st.floats(0, 1, exclude_min=True))
-    return Schema(draw(names), tuple(fields), tuple(dict.fromkeys(history)) if length else (), length, share)
+    return Schema(draw(names), tuple(fields), tuple(dict.fromkeys(history)) if length else (), length)
 
 
 @patient
@@ -122,9 +121,9 @@ def test_an_impossible_field_is_named(entries: str, message: str) -> None:
         ("name = ", "not a TOML text"),
         (AD, 'name = "..." is missing'),
         ('name = ""\n' + AD, 'name = "..." is missing'),
-        ('name = "s"\nnegative_sampling = 0\n' + AD, "negative_sampling is the share"),
-        ('name = "s"\nnegative_sampling = 1.1\n' + AD, "negative_sampling is the share"),
-        ('name = "s"\nnegative_sampling = true\n' + AD, "negative_sampling is the share"),
+        ('name = "s"\nnegative_sampling = 0\n' + AD, "negative_sampling is .*; it is the share of non-clicks"),
+        ('name = "s"\nnegative_sampling = 1.1\n' + AD, "negative_sampling is .*; it is the share of non-clicks"),
+        ('name = "s"\nnegative_sampling = true\n' + AD, "negative_sampling is .*; it is the share of non-clicks"),
         ('name = "s"\nitem = 1\n' + AD, r"unknown entries \['item'\]"),
         ('name = "s"\nuser = 3\n' + AD, "user: expected tables"),
         ('name = "s"\nuser.age = 3\n' + AD, "field user.age: expected a table"),

@@ -212,10 +212,14 @@ def _column(frame: pl.DataFrame, path: str, field: Field | None) -> pl.Series | 
 
 
 def _whole(data: Prepared) -> Iterator[pl.DataFrame]:
-    """The train split, with the features that stand in the tables of users and ads."""
-    tables = {side: data.table(side) for side in ("user", "ad")}
+    """The train split, with the features that stand in the tables of users and ads.
+
+    Of a log that kept a share of the non-clicks that share of the clicks is taken too: together they are like what is served.
+    """
+    tables, random = {side: data.table(side) for side in ("user", "ad")}, np.random.default_rng(1)
     for frame in data.frames("train"):
-        whole = frame
+        kept = (frame["label"].to_numpy() == 0) | (random.random(len(frame)) < data.negative_sampling)
+        whole = frame if data.negative_sampling == 1 else frame.filter(pl.Series(kept))
         for side, table in tables.items():
             if table is not None and not any(name.startswith(f"{side}.") for name in frame.columns):
                 whole = whole.join(table, on=f"{side}_id", how="left", maintain_order="left")

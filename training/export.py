@@ -36,7 +36,7 @@ from features.bundle import (
 from features.encode import Encoder, Features, Feeds
 from features.schema import Schema, Side
 
-from .calibrate import Calibration
+from .calibrate import Calibration, as_sampled
 from .datasets.encoded import Rows, encode_split
 from .datasets.prepared import Prepared, column_of
 from .drift import REFERENCE, make_reference
@@ -48,7 +48,7 @@ from .networks.din import LocalActivation
 from .networks.folded import TILE, folded
 from .quantise import moved, quantised, refusal
 from .train import Trained, TrainError, TrainSettings, overridden, train
-from .weights import WEIGHTS, packed
+from .weights import CALIBRATION, WEIGHTS, packed
 
 TOLERANCE = 1e-5
 """Largest difference of a probability between ONNX Runtime and torch. Both compute in float32, 6e-8 a rounding, but sum in
@@ -62,7 +62,7 @@ IR, OPSET = 10, 20
 GOLDEN_ROWS = 8
 SHOWN_ROWS = 16_384
 """Rows of the train split that int8 scales are taken from."""
-CALIBRATION, METRICS = "calibration.json", "metrics.json"
+METRICS = "metrics.json"
 
 
 class Served(nn.Module):
@@ -277,6 +277,7 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
     difference = max(verify(graph, served, sizes) for graph in graphs.values())
     goldens = make_goldens(data, served, encoder)
     facts: dict[str, Any] = {"network": trained.family, "settings": trained.settings, "onnx_difference": difference}
+    facts |= {"negative_sampling": data.negative_sampling, "calibration": asdict(trained.calibration)}
     if trained.settings["int8"]:
         coarse, facts["int8"] = _int8(data, trained, graphs[MODEL], progress)
         if facts["int8"]["refused"] is None:
@@ -305,7 +306,7 @@ def _int8(data: Prepared, trained: Trained, graph: bytes, progress: Progress) ->
     schema = trained.encoder.schema
     coarse = quantised(graph, (feeds_of(schema, shown, chunk) for chunk in chunks(np.sort(some))))
     measured = [
-        measure(judged.labels, scores(each, schema, trained.calibration, judged, progress), judged.users) for each in (graph, coarse)
+        measure(judged.labels, scores(each, schema, data.negative_sampling, judged, progress), judged.users) for each in (graph, coarse)
     ]
     moves = moved(*measured)
     return coarse, {"moved": moves, "refused": refusal(moves)}
@@ -330,12 +331,14 @@ def scores_of(
         DataError: the split is absent or does not fit the bundle's schema.
     """
     rows = encode_split(replace(data, schema=bundle.schema), split, bundle.encoder)
-    calibration = Calibration(**json.loads((bundle.path / CALIBRATION).read_text("utf-8")))
-    return rows, scores((bundle.path / graph).read_bytes(), bundle.schema, calibration, rows, progress)
+    return rows, scores((bundle.path / graph).read_bytes(), bundle.schema, data.negative_sampling, rows, progress)
 
 
-def scores(graph: bytes, schema: Schema, calibration: Calibration, rows: Rows, progress: Progress) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """What a graph gives for encoded rows `(N,)`, with the correction of the log's sampling taken back, to compare with their labels."""
+def scores(graph: bytes, schema: Schema, negative_sampling: float, rows: Rows, progress: Progress) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """What a graph gives for encoded rows `(N,)` as it serves them, and as they are when a share of non-clicks was kept of them.
+
+    It is the rows that say how they were sampled: what the graph was trained on plays no part.
+    """
     session = open_graph(graph)
     some = progress.track(chunks(np.arange(len(rows))), description="scoring")
-    return calibration.to_log(np.concatenate([session.run(None, feeds_of(schema, rows, chunk))[0][:, 0] for chunk in some]))
+    return as_sampled(np.concatenate([session.run(None, feeds_of(schema, rows, chunk))[0][:, 0] for chunk in some]), negative_sampling)

@@ -152,8 +152,11 @@ def replay(
     contextual bandit, and all ads of `ads.parquet` could have been shown.
 
     Raises:
-        DataError: the data is damaged, or has less than two rankings that explored.
+        DataError: the data is damaged, was sampled by label, or has less than two rankings that explored.
     """
+    if data.negative_sampling != 1:
+        kept = f"{data.negative_sampling:g} of its non-clicks (negative_sampling)"
+        raise DataError(f"{data.folder} kept {kept}, so no click rate can be estimated from it; replay a log that kept all")
     weigher, counted = Weigher(data, bundle, policy), {"greedy": 0, "unfit": 0}
     source = _of_log(data, weigher, top_k, counted) if isinstance(data, Log) else _of_bandit(data, weigher, split, counted)
     trail = joined([trail for rankings in source for trail in weigher.trails(rankings)])

@@ -15,7 +15,7 @@ from rich.table import Table
 from .compare import METRICS, Comparison, Gate, Interval
 from .evaluate import Metrics
 from .picture import picture
-from .window import Limits, Past, Profile
+from .window import Limits, Past, Profile, click_rate
 
 PAGE, PICTURE, DONE = "report.md", "report.svg", "report.json"
 """In the order in which they are written: a report that has the last is whole."""
@@ -147,7 +147,8 @@ def window_rows(window: Profile, past: Past) -> list[tuple[str, ...]]:
     """A row a slice of the window, and what is known of before."""
     names = {"train": "to train on", "valid": "for early stopping and calibration", "test": "held out, the newest"}
     rows: list[tuple[str, ...]] = [
-        (names[s], f"{n:,}", f"{window.clicks[s]:,}", f"{window.clicks[s] / max(n, 1):.2%}") for s, n in window.rows.items()
+        (names[s], f"{n:,}", f"{window.clicks[s]:,}", f"{click_rate(window.clicks[s], n, window.negative_sampling):.2%}")
+        for s, n in window.rows.items()
     ]
     if past.rows is not None:
         rows.append(("the window before", f"{past.rows:,}", "", ""))

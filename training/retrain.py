@@ -28,11 +28,11 @@ from . import compare, window
 from .datasets.encoded import encode_split
 from .datasets.log import Log, is_log, open_log
 from .datasets.prepared import Prepared, open_prepared
-from .export import CALIBRATION, METRICS, check_int8, contents, scores, scores_of
+from .export import METRICS, check_int8, contents, scores, scores_of
 from .networks import NETWORKS
 from .report import DONE, Report, brief
 from .train import Start, Trained, TrainSettings, overridden, train
-from .weights import settings_of, start_of
+from .weights import sampling_of, settings_of, start_of
 
 DAY = 86_400
 REPORTS, LOCK = "reports", ".retrain.lock"
@@ -176,10 +176,8 @@ def _end(log: Path) -> int:
 
 def _plan(order: Order, data: Prepared) -> Plan:
     champion = load_bundle(current_path(order.models, order.name)) if (order.home / CURRENT).exists() else None
-    if champion and (lacking := {CALIBRATION, METRICS} - champion.files):
-        raise RetrainError(
-            f"the live version {champion.path} has no {min(lacking)}, so nothing can be compared with it; adrank train makes one"
-        )
+    if champion and METRICS not in champion.files:
+        raise RetrainError(f"the live version {champion.path} has no {METRICS}, so nothing can be compared with it; adrank train makes one")
     family = order.network or (champion.manifest.get("network") if champion else order.name)
     if family not in NETWORKS:
         raise RetrainError(f"there is no network {family!r}; name one with --model: {', '.join(NETWORKS)}")
@@ -191,7 +189,7 @@ def _plan(order: Order, data: Prepared) -> Plan:
     if warm and (changed := [f.name for f in fields(network) if same is None or getattr(network, f.name) != getattr(base[0], f.name)]):
         what = f"--set {changed[0]}" if same else f"--model {family}"
         raise RetrainError(f"{what}: a warm start goes on with the live version's network as it is; leave it out, or use --start scratch")
-    if warm and champion and champion.schema != data.schema:
+    if warm and champion and champion.schema.canonical() != data.schema.canonical():
         raise RetrainError(
             f"the fields of {order.log / 'schema.toml'} are not those of the live version {champion.path}, "
             "so its weights do not fit; use --start scratch"
@@ -207,7 +205,8 @@ def _past(data: Prepared, before: Iterable[pl.DataFrame], champion: Bundle | Non
         told = champion.manifest.get(FACTS, {}).get("window", {}).get("fields")
         varied |= {path: bool(seen["varied"]) for path, seen in told.items()} if told else _varied(champion)
         measured = json.loads((champion.path / METRICS).read_text("utf-8")).values()
-        rate = sum(each["clicks"] for each in measured) / sum(each["rows"] for each in measured)
+        clicks, rows = (sum(each[what] for each in measured) for what in ("clicks", "rows"))
+        rate = window.click_rate(clicks, rows, sampling_of(champion))
     return window.Past(earlier.total or None, rate, varied)
 
 
@@ -221,7 +220,7 @@ def _varied(champion: Bundle) -> dict[str, bool]:
 
 def _compared(champion: Bundle | None, data: Prepared, trained: Trained, graph: bytes, progress: Progress) -> compare.Comparison:
     rows = encode_split(data, "test", trained.encoder)
-    ours = scores(graph, data.schema, trained.calibration, rows, progress)
+    ours = scores(graph, data.schema, data.negative_sampling, rows, progress)
     theirs = scores_of(champion, data, "test", progress)[1] if champion else None
     return compare.compare(rows.labels, _users(data), ours, theirs)
 

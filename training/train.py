@@ -151,6 +151,8 @@ class Start:
 
     network: nn.Module
     vocabularies: Vocabularies
+    negative_sampling: float = 1.0
+    """The share of non-clicks in the rows that the network was trained on: its logits are right for those."""
 
 
 def train(
@@ -174,13 +176,13 @@ def train(
         try:
             network = NETWORKS[family](Fields.of(data.schema, encoder.vocabularies), network_settings)
             if start:
-                take_over(start.network, network)
+                take_over(start.network, network, math.log(start.negative_sampling / data.negative_sampling))
         except ValueError as error:
             raise TrainError(str(error)) from error
         epochs = fit_network(network, rows, valid, settings, progress, warm=start is not None)
         del rows
         logits = predict(network, valid)
-        calibration = fit(logits, valid.labels, data.schema.negative_sampling)
+        calibration = fit(logits, valid.labels, data.negative_sampling)
         metrics = {"valid": measure(valid.labels, calibration.on_log(logits), valid.users)}
         with _step(progress, "measuring on test"):
             test = encode_split(data, "test", encoder)

@@ -1,6 +1,7 @@
 """The weights in a bundle, and what else a training needs to go on from it."""
 
 import io
+import json
 from dataclasses import fields, replace
 from typing import Any
 from zipfile import BadZipFile
@@ -15,7 +16,7 @@ from .networks import NETWORKS
 from .networks.blocks import Fields
 from .train import Start, TrainError, TrainSettings
 
-WEIGHTS = "weights.npz"
+WEIGHTS, CALIBRATION = "weights.npz", "calibration.json"
 
 
 def packed(network: nn.Module) -> bytes:
@@ -39,7 +40,21 @@ def start_of(bundle: Bundle) -> Start:
             network.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights.files})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, BadZipFile) as error:
         raise BundleError(f"bundle {bundle.path}: {WEIGHTS} cannot be used: {' '.join(str(error).split())}; use --start scratch") from error
-    return Start(network.eval(), bundle.vocabularies)
+    return Start(network.eval(), bundle.vocabularies, sampling_of(bundle))
+
+
+def sampling_of(bundle: Bundle) -> float:
+    """The share of non-clicks in the rows that a bundle was trained on.
+
+    Bundles of before do not tell it in their manifest. Of those, one that was retrained on a log was trained on all that was served,
+    whatever its calibration took the share to be: the log's schema had it from the first model.
+    """
+    told = bundle.manifest.get("negative_sampling")
+    if told is not None:
+        return float(told)
+    if bundle.manifest.get("retrain", {}).get("window", {}).get("held_out_from") is not None or CALIBRATION not in bundle.files:
+        return 1.0
+    return float(np.exp(json.loads((bundle.path / CALIBRATION).read_text("utf-8"))["sampling"]))
 
 
 def settings_of(bundle: Bundle) -> tuple[Any, TrainSettings]:

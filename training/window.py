@@ -84,6 +84,8 @@ class Profile:
     fields: dict[str, Seen]
     hours: dict[int, int] = field(default_factory=dict)
     """Rows by hour since 1970."""
+    negative_sampling: float = 1.0
+    """The share of non-clicks that is in the window."""
 
     @property
     def total(self) -> int:
@@ -92,8 +94,8 @@ class Profile:
 
     @property
     def click_rate(self) -> float:
-        """Clicks over rows."""
-        return sum(self.clicks.values()) / max(self.total, 1)
+        """Clicks over impressions, of which those without a click may be here in part only."""
+        return click_rate(sum(self.clicks.values()), self.total, self.negative_sampling)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, without the hours."""
@@ -108,6 +110,11 @@ class Past:
     click_rate: float | None = None
     varied: Mapping[str, bool] = field(default_factory=dict)
     """Whether a field had more than one value; fields of which that is not known are left out."""
+
+
+def click_rate(clicks: int, rows: int, negative_sampling: float) -> float:
+    """Clicks over the impressions of which these rows are what was kept: all clicks, and a share of the others."""
+    return clicks / max(clicks + (rows - clicks) / negative_sampling, 1)
 
 
 def slices(data: Prepared, splits: Iterable[str] = SPLITS) -> dict[str, Iterator[pl.DataFrame]]:
@@ -139,7 +146,8 @@ def profile(data: Prepared, frames: Mapping[str, Iterable[pl.DataFrame]]) -> Pro
             hours.update(dict(zip(found.astype(int).tolist(), counts.tolist(), strict=True)))
     repeated = sum(map(len, keys)) - len(np.unique(np.concatenate(keys))) if keys else 0
     first, last = (min(ends), max(ends)) if ends else (None, None)
-    return Profile(dict(rows), dict(clicks), first, last, repeated, fields.seen(sum(rows.values())), dict(hours))
+    seen = fields.seen(sum(rows.values()))
+    return Profile(dict(rows), dict(clicks), first, last, repeated, seen, dict(hours), data.negative_sampling)
 
 
 class _Fields:

@@ -22,6 +22,7 @@ The schema file is a `schema.toml` (`features/schema.py`) with one more section,
     position = "slot"                column of the place where the ad was shown, from 1; beside propensity
     candidates = "offered"           column of the ads that could have been shown there; left out, any ad of the table
     columns = { "ad.genres" = "g" }  columns that are not called as their fields are
+    negative_sampling = 1.0          the share of the non-clicks that the table kept; `data.toml` remembers it
 
 A history built from the rows holds the ads that the same user clicked at an earlier time: not at the same time, for the ads of one
 request share it and their clicks were not known when they were ranked. Rows without a user id have no history.
@@ -63,7 +64,7 @@ def prepare(source: Path, out: Path, schema_file: Path, progress: Progress = sil
             part = order[rows.start : rows.stop]
             return log[part].with_columns(history=past.histories(part)) if past else log[part]
 
-        write_tables(folder, schema, *(_last(log, side) for side in ("ad", "user")))
+        write_tables(folder, schema, _last(log, "ad"), _last(log, "user"), settings.negative_sampling or 1.0)
         if past:
             write_table(folder, "histories", past.after())
         return write_splits(folder, splits, frame, progress)

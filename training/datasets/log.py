@@ -28,7 +28,9 @@ from .prepared import (
     check_rows,
     columns_of,
     open_prepared,
+    read_facts,
     read_parquet,
+    read_schema,
 )
 from .texts import plain_values
 
@@ -215,7 +217,8 @@ def open_log(
     Raises:
         DataError: the folder is not a log, a file of it is damaged, or there is no row in the window.
     """
-    schema = open_prepared(folder).schema
+    schema, _ = read_schema(folder)
+    sampling = read_facts(folder)
     if not is_log(folder):
         raise DataError(f"{folder} is not a log: it has no folder such as day=2026-11-22; adrank join writes one")
     if position_as is not None:
@@ -229,8 +232,10 @@ def open_log(
         raise DataError(f"{folder} has no row{_window(since, until)}")
     ordered = np.sort(np.concatenate([ts for _, ts in times]))
     cuts = [float(ordered[rows.start]) if rows.start < len(ordered) else end for rows in by_order(len(ordered), shares).values()]
-    later = tuple(_parquets(folder / "conversions"))
-    return Log(folder, schema, parts, ads, (begin, cuts[1], cuts[2], end), position_as, later)
+    later, edges = tuple(_parquets(folder / "conversions")), (begin, cuts[1], cuts[2], end)
+    # The joiner keeps everything. What a schema.toml says of sampling was once copied with the model's schema, and is none of this log's.
+    share = 1.0 if sampling is None else sampling
+    return Log(folder, schema, parts, ads, edges, position_as, later, negative_sampling=share)
 
 
 def _window(since: int | None, until: int | None) -> str:

@@ -1,5 +1,7 @@
 """A prepared data set on disk: `schema.toml`, `{train,valid,test}/*.parquet`, and the tables `ads.parquet` and `users.parquet`.
 
+`data.toml` says how its rows were sampled: `negative_sampling` is the share of the non-clicks that were kept, 1 where it says nothing.
+
 Columns of a split, values raw (encoding happens in `features/` when a model is trained):
 
     label     Int8          0 or 1
@@ -17,18 +19,21 @@ log, oldest first, with their times. `states.py` reads it.
 
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
+import tomli_w
 
-from features.schema import FLOAT32_MAX, Field, Schema, SchemaError, parse_schema
+from features.schema import FLOAT32_MAX, Field, Schema, SchemaError, parse_schema, sampling_in
 
 from .texts import plain_values
 
 SPLITS = ("train", "valid", "test")
+FACTS = "data.toml"
 SHARES = (0.8, 0.1, 0.1)
 ROWS_PER_FILE = 100_000
 DTYPES: dict[str, pl.DataType] = {"category": pl.String(), "list": pl.List(pl.String()), "number": pl.Float64()}
@@ -51,6 +56,8 @@ class Prepared:
 
     folder: Path
     schema: Schema
+    negative_sampling: float = field(default=1.0, kw_only=True)
+    """The share of non-clicks that were kept; exported probabilities are corrected for it."""
 
     def files(self, split: str) -> list[Path]:
         """The parquet files of a split, in order.
@@ -98,10 +105,43 @@ def open_prepared(folder: Path) -> Prepared:
     Raises:
         DataError: the folder is not one.
     """
+    schema, said = read_schema(folder)
+    told = read_facts(folder)
+    if None not in (said, told) and said != told:
+        both = f"{folder / FACTS} says negative_sampling = {told:g}, and schema.toml beside it {said:g}"
+        raise DataError(f"{both}; leave it to {FACTS}, and out of schema.toml")
+    return Prepared(folder, schema, negative_sampling=next((share for share in (told, said) if share is not None), 1.0))
+
+
+def read_schema(folder: Path) -> tuple[Schema, float | None]:
+    """The schema of a data set, and what `schema.toml` says of how the rows were sampled, which those of before did.
+
+    Raises:
+        DataError: the folder has none.
+    """
     try:
-        return Prepared(folder, parse_schema((folder / "schema.toml").read_text("utf-8")))
+        text = (folder / "schema.toml").read_text("utf-8")
+        return parse_schema(text), sampling_in(tomllib.loads(text))
     except (OSError, UnicodeDecodeError, SchemaError) as error:
         raise DataError(f"{folder} is not a prepared data set: {folder / 'schema.toml'}: {error}") from error
+
+
+def read_facts(folder: Path) -> float | None:
+    """What `data.toml` says of how the rows were sampled; None where there is none, or it does not say.
+
+    Raises:
+        DataError: it cannot be read, or says something impossible.
+    """
+    path = folder / FACTS
+    if not path.exists():
+        return None
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+        if rest := sorted(set(document) - {"negative_sampling"}):
+            raise SchemaError(f"unknown entries {rest}; known is negative_sampling")
+        return sampling_in(document)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, SchemaError) as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def column_of(frame: pl.DataFrame, field: Field) -> pl.Series | None:
@@ -218,9 +258,12 @@ def write_table(folder: Path, name: str, table: pl.DataFrame) -> None:
         raise OSError(f"{name}.parquet: {error}") from error
 
 
-def write_tables(folder: Path, schema: Schema, ads: pl.DataFrame | None = None, users: pl.DataFrame | None = None) -> None:
-    """Write the schema and the tables of a data set into a (staging) folder."""
+def write_tables(
+    folder: Path, schema: Schema, ads: pl.DataFrame | None = None, users: pl.DataFrame | None = None, negative_sampling: float = 1.0
+) -> None:
+    """Write the schema and the tables of a data set, and how its rows were sampled, into a (staging) folder."""
     (folder / "schema.toml").write_text(schema.to_toml(), "utf-8")
+    (folder / FACTS).write_text(tomli_w.dumps({"negative_sampling": negative_sampling}), "utf-8")
     for name, table in (("ads", ads), ("users", users)):
         if table is not None:
             write_table(folder, name, table)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import tomli_w
 
-from features.schema import IDENTITY, Schema, SchemaError, parse_schema
+from features.schema import IDENTITY, Schema, SchemaError, parse_schema, sampling_in
 
 from .prepared import SHARES, SPLITS, DataError
 from .times import UNITS, wrong_format
@@ -44,6 +44,7 @@ class Settings:
     position: str = ""
     candidates: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
+    negative_sampling: float | None = None
 
     @property
     def nobodies(self) -> tuple[str, ...]:
@@ -64,13 +65,25 @@ def read_schema(path: Path) -> tuple[Schema, Settings]:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"{path}: {error}") from error
     section, mistakes = document.pop("table", {}), list[str]()
-    settings = _tried(lambda: _settings(section), mistakes)
+    settings = _tried(lambda: _sampled(_settings(section), document), mistakes)
     schema = _tried(lambda: parse_schema(tomli_w.dumps(document)), mistakes)
     if schema and settings:
         mistakes += _misfits(schema, settings)
     if mistakes or not schema or not settings:
         raise DataError("\n".join(f"{path}: {mistake}" for mistake in mistakes))
     return _with_tokens(schema, settings), settings
+
+
+def _sampled(settings: Settings, schema: Mapping[str, object]) -> Settings:
+    """The settings, with a `negative_sampling` that stands above all sections, as schema files had it before [table] could say it."""
+    try:
+        at_the_top = sampling_in(schema)
+    except SchemaError:  # which is told as a mistake of the schema
+        return settings
+    said = {share for share in (settings.negative_sampling, at_the_top) if share is not None}
+    if len(said) > 1:
+        raise SchemaError("negative_sampling is told at the top and in [table], and differs; say it in [table] alone")
+    return replace(settings, negative_sampling=said.pop() if said else None)
 
 
 def _tried(make: Callable[[], T], mistakes: list[str]) -> T | None:
@@ -90,11 +103,12 @@ def _settings(entries: object) -> Settings:
     mistakes += [
         f"{name} must be a text or a list of texts, not {entries[name]!r}" for name in TOKENS if not _is_texts(entries.get(name, ""))
     ]
+    sampling = _tried(lambda: sampling_in(entries), mistakes)
     if not isinstance(entries.get("quoted_newlines", False), bool):
         mistakes.append(f"quoted_newlines must be true or false, not {entries['quoted_newlines']!r}")
     if not mistakes:
         listed = {name: (value,) if isinstance(value := entries[name], str) else tuple(value) for name in TOKENS if name in entries}
-        settings = Settings(**{**entries, **listed})
+        settings = Settings(**{**entries, **listed, "negative_sampling": sampling})
         mistakes = _impossible(settings)
         if not mistakes:
             return settings

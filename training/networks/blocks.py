@@ -177,6 +177,13 @@ class Tower(nn.Module):
                 nn.init.xavier_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
+    @property
+    def bias(self) -> Tensor:
+        """What every logit has in it `(1,)`."""
+        last = self.rest[-1]
+        assert isinstance(last, nn.Linear)  # noqa: S101  # as it was made
+        return last.bias
+
     def forward(self, request: Tensor, candidate: Tensor) -> Tensor:
         """Logits `(R, C)` from `request (R, request)` and `candidate (R, C, candidate)`."""
         if self.norms:

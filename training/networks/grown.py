@@ -5,14 +5,15 @@ from torch import Tensor, nn
 
 from features.vocabulary import UNKNOWN
 
-from .blocks import Embeddings
+from .blocks import Embeddings, Tower
 
 
 @torch.no_grad()
-def take_over(old: nn.Module, new: nn.Module) -> None:
-    """Give a network the weights of an older one whose vocabularies it extends: it scores every row as that one did.
+def take_over(old: nn.Module, new: nn.Module, shift: float = 0.0) -> None:
+    """Give a network the weights of an older one whose vocabularies it extends: it scores every row as that one did, plus `shift`.
 
-    Values that are new begin with the row of the unknown, as which they have been served until now.
+    Values that are new begin with the row of the unknown, as which they have been served until now. A shift is needed where the rows
+    are sampled otherwise than those that the older one was trained on: else all of the network would move to make up for it.
 
     Raises:
         ValueError: the networks differ in more than the length of their vocabularies.
@@ -25,6 +26,9 @@ def take_over(old: nn.Module, new: nn.Module) -> None:
         new.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"the network to go on from is another one: {' '.join(str(error).split())}") from error
+    if shift:
+        towers = [module for module in new.modules() if isinstance(module, Tower)]
+        towers[-1].bias.add_(shift)
 
 
 def _extended(old: Embeddings, new: Embeddings) -> Tensor:
