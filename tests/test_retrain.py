@@ -333,9 +333,7 @@ def test_other_fields_need_a_start_from_scratch(tmp_path: Path, models: Path) ->
 
 def test_a_live_version_that_training_did_not_make_is_a_sentence(log: Path, tmp_path: Path) -> None:
     bundles.publish(tmp_path, "din")
-    refused(
-        run("retrain", "--log", log, "--models", tmp_path, "--name", "din"), "has no metrics.json, so nothing can be compared with it"
-    )
+    refused(run("retrain", "--log", log, "--models", tmp_path, "--name", "din"), "has no metrics.json, so nothing can be compared with it")
 
 
 def test_a_report_that_cannot_be_written_is_a_sentence(log: Path, models: Path, tmp_path: Path) -> None:
