@@ -21,6 +21,7 @@ from .event_store import Bounds
 from .events import Ages, Intake
 from .metrics import Metrics, Registry
 from .openapi import describe
+from .public import of_store, of_store_error
 from .ranker import Ranker
 from .reload import Reload
 from .scoring import Inline, Pool, Scoring
@@ -37,6 +38,7 @@ START_OVER_SECONDS = (0.5, 30.0)
 WELL_SECONDS = 5.0
 """Work that has not failed for so long goes well."""
 FLUSH_SECONDS = 0.5
+TELL_SECONDS = 2.0
 START_SECONDS = 10.0
 """How long a process may get ready before it takes requests: beside workers that are ready, it would answer some of theirs with 503."""
 
@@ -55,6 +57,8 @@ class Service:
         self.guard = _guard(settings)
         self.failing: dict[str, str] = {}
         """Work of the background that failed in a way nobody foresaw and has not gone well since, and a sentence about it."""
+        self._store_told: tuple[str, float, bool] | None = None
+        """Why the store was down when it was last asked, since when, and whether the log says so."""
 
     async def run(self) -> None:
         """Load the models, then follow the repository and the catalogue, judge challengers and write metrics, for ever.
@@ -120,15 +124,19 @@ class Service:
 
     async def health(self) -> dict[str, Any]:
         """What `/readyz` tells: ready, degraded (ranks, but without something) or unready, and why."""
-        store: dict[str, Any] = {"url": self.settings.store_name, "status": "up"}
+        store: dict[str, Any] = {"kind": self.settings.store_kind, "status": "up"}
         try:
             await self.store.ping()
         except StoreError as error:
-            store |= {"status": "down", "reason": error.reason, "detail": str(error)}
+            store |= of_store_error(error)
+            self._tell_store(error)
+        else:
+            self._store_told = None
         models, catalogue = self.ranker.models, self.ranker.catalogue  # only now: they may change while the store is asked
         reasons = [] if models.ready else [self.reload.waiting_for]
         if not catalogue.loaded and (models.ready or catalogue.detail):
-            reasons.append(f"the catalogue has not been loaded yet: {catalogue.detail or 'it is being read'}")
+            why = of_store(catalogue.reason) if catalogue.reason else "it is being read"
+            reasons.append(f"the catalogue has not been loaded yet: {why}")
         shaky = store["status"] == "down" or models.refused or catalogue.reason or self.failing
         return {
             "status": "unready" if reasons else "degraded" if shaky else "ready",
@@ -145,9 +153,19 @@ class Service:
                 "ads": catalogue.ads,
                 "lag_seconds": round(catalogue.lag, 3),
                 "reason": catalogue.reason,
-                "detail": catalogue.detail,
+                "detail": of_store(catalogue.reason) if catalogue.reason else None,
             },
         }
+
+    def _tell_store(self, error: StoreError) -> None:
+        """Log what `/readyz` does not tell anybody, once, unless the catalogue has: it finds most of it, if a little later."""
+        reason, since, told = self._store_told or (error.reason, time.monotonic(), False)
+        if reason != error.reason:
+            since, told = time.monotonic(), False
+        if not told and self.ranker.catalogue.reason != error.reason and time.monotonic() - since > TELL_SECONDS:
+            log.warning("the store is down, as /readyz found: %s", error)
+            told = True
+        self._store_told = error.reason, since, told
 
 
 @asynccontextmanager

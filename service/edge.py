@@ -15,6 +15,7 @@ from .errors import Kind, Mistake
 from .logs import DETAILS, REQUEST, Few
 from .metrics import Metrics, Stages
 from .openapi import RANKED
+from .public import SCORING
 from .tokens import Guard
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def problem(scope: Scope, kind: Kind, detail: str, mistakes: Sequence[Mistake] =
         "type": f"urn:adrank:problem:{kind.code}",
         "title": kind.title,
         "status": kind.status,
-        "detail": detail,
+        "detail": SCORING if kind is errors.KINDS[errors.ScoringError] else detail,
         "code": kind.code,
         "request_id": scope["state"]["request_id"],
         "errors": [{"pointer": mistake.pointer, "detail": mistake.detail} for mistake in mistakes],

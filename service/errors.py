@@ -74,6 +74,14 @@ class DeviceError(ScoringError):
     """The device that is to score is not there, or does not start."""
 
 
+class RuntimeTooOldError(ScoringError):
+    """The graph is in a format that the installed onnxruntime does not take; `needs` says which one does."""
+
+    def __init__(self, detail: str, needs: str) -> None:
+        super().__init__(detail)
+        self.needs = needs
+
+
 class StoreDownError(ServiceError):
     """The store did not take events; they may be sent again, whatever part of them it took."""
 

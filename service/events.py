@@ -16,6 +16,7 @@ from features.subject import AT_ONCE, DUPLICATE, REPLACED, Outcome, by_subject
 
 from .errors import BacklogError, StoreDownError
 from .metrics import Metrics
+from .public import of_store
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Intake:
         except StoreError as error:
             self._count(sent, [outcome or Outcome("rejected", error.reason) for outcome in outcomes])
             kind = BacklogError if error.reason == "backlog" else StoreDownError
-            raise kind(str(error)) from None
+            raise kind(str(error) if kind is BacklogError else of_store(error.reason)) from None
         return self._told(sent, outcomes, done)
 
     async def _checked(self, sent: Sequence[Event | Malformed]) -> list[Outcome | None]:

@@ -27,6 +27,7 @@ from .default_model import DefaultModel
 from .errors import ScoringError
 from .metrics import Metrics
 from .models import Model, Models, load_model
+from .public import MODELS, Refused
 from .ranker import Ranker
 from .settings import Settings
 
@@ -37,7 +38,7 @@ NICE = 5
 other programs keep all processors busy, whoever wants the lock waits for as long as it waits for a processor."""
 SWITCH_SECONDS = 0.0002
 M_MMAP_THRESHOLD = -3  # of malloc.h
-UNREADABLE = "unreadable"
+UNREADABLE = "the model repository cannot be read"
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -51,9 +52,9 @@ class Found:
     """What the repository says of one model, and what is wrong with what it says."""
 
     path: Path | None = None
-    wrong: str | None = None
+    wrong: Refused | None = None
     challenger: Challenger | None = None
-    challenger_wrong: str | None = None
+    challenger_wrong: Refused | None = None
     verdict: Verdict | None = None
 
 
@@ -63,7 +64,7 @@ class Tried:
 
     path: Path
     mark: Mark
-    reason: str
+    reason: Refused
 
 
 class Reload:
@@ -76,6 +77,7 @@ class Reload:
         self._beside.submit(int)  # starts its thread here: one that the other starts would inherit its priority
         self._tried: dict[str, Tried] = {}
         self._said: dict[str, str] = {}
+        self._refusals: dict[str, Refused] = {}
         self._held: set[Model] = set()
         self._freed = False
         self.looked = False
@@ -90,7 +92,7 @@ class Reload:
         if not self.looked:
             return "models are being loaded"
         refused = self._ranker.models.refused
-        why = [self._said[UNREADABLE]] if UNREADABLE in self._said else [f"{name}: {reason}" for name, reason in sorted(refused.items())]
+        why = [UNREADABLE] if UNREADABLE in self._said else [f"{name}: {reason}" for name, reason in sorted(refused.items())]
         return self._waiting + "".join(f" ({each})" for each in why[:1])
 
     @property
@@ -99,7 +101,7 @@ class Reload:
         if self.default.unclear:
             return self.default.unclear
         wanted = f"model {default} is not usable" if default else "no model is usable"
-        return f"{wanted}; waiting for one to be published in {self._settings.models}"
+        return f"{wanted}; waiting for one to be published"
 
     async def follow(self) -> None:
         """Look, for ever."""
@@ -125,7 +127,7 @@ class Reload:
 
     async def look(self) -> None:
         """Do what the repository asks for now."""
-        refused: dict[str, str] = {}
+        refused: dict[str, Refused] = {}
         if self._freed:
             self._freed = False
             await asyncio.get_running_loop().run_in_executor(self._beside, _give_back)
@@ -133,7 +135,7 @@ class Reload:
         try:
             found = await self._aside(look, self._settings.models)
         except OSError as error:
-            self._say(UNREADABLE, f"the model repository cannot be read, so what is loaded stays: {error}")
+            self._say(UNREADABLE, f"{UNREADABLE}, so what is loaded stays: {error}")
         else:
             self._said.pop(UNREADABLE, None)
             self.default.saw(found.keys(), self._ranker.models.loaded.keys())
@@ -144,18 +146,18 @@ class Reload:
         if self._ranker.models.ready:
             self._said.pop("waiting", None)
         else:
-            self._say("waiting", self._waiting, logging.WARNING)
+            self._say("waiting", f"{self._waiting}; the repository is {self._settings.models}", logging.WARNING)
         self._let_go()
         if self._held != before:
             self._freed = True
             gc.freeze()  # what is loaded by now stays, and need not be searched for garbage in the middle of a request
 
-    async def _follow(self, name: str, found: Found | None, refused: dict[str, str]) -> None:
+    async def _follow(self, name: str, found: Found | None, refused: dict[str, Refused]) -> None:
         """One model as the repository has it."""
         live = self._ranker.models.loaded.get(name)
         if found is None:
             if live and self._ranker.models.default == name:
-                refused[name] = "it has no live version any more, but requests that name no model are ranked with it"
+                refused[name] = Refused("gone", MODELS["gone"])
             else:
                 self._use(name, None, None)
         elif found.wrong is not None:
@@ -165,11 +167,11 @@ class Reload:
             if name not in refused:
                 self._use(name, live, None)
         if live and name in refused:
-            refused[name] += f"; version {live.bundle.version} stays live"
+            refused[name] = refused[name].beside(live.bundle.version)
         if live and found:
             self._use(name, live, await self._challenge(live, found, refused))
 
-    async def _challenge(self, live: Model, found: Found, refused: dict[str, str]) -> Challenge | None:
+    async def _challenge(self, live: Model, found: Found, refused: dict[str, Refused]) -> Challenge | None:
         """The challenger that the repository names, at work already or not yet."""
         name, facts, before = live.name, found.challenger, self._ranker.challenges.get(live.name)
         what = f"{name}, challenger"
@@ -190,7 +192,7 @@ class Reload:
         challenge.verdict = found.verdict
         return challenge
 
-    async def _load(self, what: str, path: Path, refused: dict[str, str]) -> Model | None:
+    async def _load(self, what: str, path: Path, refused: dict[str, Refused]) -> Model | None:
         """The version, with its table in the catalogue; None where it is refused. One that is loaded already is not loaded again."""
         for model in self._models():
             if model.bundle.path == path:
@@ -203,10 +205,10 @@ class Reload:
                     model = await self._aside(load_model, path, self._settings, self._beside, others)
                     del others
             except (BundleError, ScoringError) as error:
-                tried = Tried(path, mark, str(error))
+                tried = Tried(path, mark, Refused.by(error))
             except Exception as error:
                 log.exception("version %s of model %s failed in a way nobody foresaw", path.name, what)
-                tried = Tried(path, mark, f"it failed to load: {error!r}")
+                tried = Tried(path, mark, Refused("unforeseen", f"it failed to load: {error!r}"))
             else:
                 await self._ranker.catalogue.add(model.bundle.fingerprint, model.bundle.encoder)
                 return model
@@ -249,13 +251,14 @@ class Reload:
         challengers = {challenge.model for challenge in self._ranker.challenges.values()} - {None}
         return {*self._ranker.models.loaded.values(), *challengers}  # type: ignore[arg-type]
 
-    def _refuse(self, refused: dict[str, str]) -> None:
-        ranker = self._ranker
+    def _refuse(self, refused: dict[str, Refused]) -> None:
         for what, reason in refused.items():
-            if ranker.models.refused.get(what) != reason:
-                log.error("model %s is refused: %s", what, reason)
+            if self._refusals.get(what) != reason:
+                log.error("model %s is refused: %s", what, reason.whole)
                 self._metrics.reload("refused")
-        ranker.use(Models(ranker.models.loaded, refused, self.default.name), ranker.catalogue, ranker.challenges)
+        self._refusals = refused
+        ranker, public = self._ranker, {what: reason.public for what, reason in refused.items()}
+        ranker.use(Models(ranker.models.loaded, public, self.default.name), ranker.catalogue, ranker.challenges)
 
     def _say(self, about: str, text: str, level: int = logging.ERROR) -> None:
         """Log it, if it is not what was said last."""
@@ -289,21 +292,25 @@ def _find(models: Path, home: Path) -> Found:
     try:
         path = current_path(models, home.name)
     except BundleError as error:
-        wrong = str(error)
+        wrong = Refused.by(error)
     try:
         if challenger := read_challenger(home):
             verdict = read_verdict(home, challenger)
     except BundleError as error:
-        challenger_wrong = str(error)
+        challenger_wrong = Refused.by(error)
     return Found(path, wrong, challenger, challenger_wrong, verdict)
 
 
 def mark_of(path: Path) -> Mark:
-    """Name, size and time of each file of a version: it changes when one is mended."""
+    """Name, size and time of each file of a version, and of what it is a link to: it changes when one is mended."""
+    found: list[tuple[str, int, int]] = []
     with contextlib.suppress(OSError):
-        stats = [(entry.name, entry.stat()) for entry in os.scandir(path)]
-        return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
-    return ()
+        for entry in os.scandir(path):
+            for follow in (False, True):
+                with contextlib.suppress(OSError):  # a link to what is not there
+                    stat = entry.stat(follow_symlinks=follow)
+                    found.append((entry.name, stat.st_size, stat.st_mtime_ns))
+    return tuple(sorted(found))
 
 
 def _tell_others(home: Path, challenger: Challenger, verdict: Verdict) -> None:

@@ -10,12 +10,13 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
+from features.bundle import MOST_GRAPH_BYTES
 from features.encode import Feeds
 from features.files import read
 from features.graph_file import GraphFileError, graph_facts
 from features.vocabulary import Numbers
 
-from .errors import DeviceError, ScoringError
+from .errors import DeviceError, RuntimeTooOldError, ScoringError
 from .tiles import TILE, Shape, candidates_of, fill, runs, shape_of, shapes, take_apart
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -219,15 +220,17 @@ def _open(model: Path, provider: str, options: ort.SessionOptions) -> ort.Infere
                 return ort.InferenceSession(str(model), options, providers=[(provider, CUDA_OPTIONS)], enable_fallback=0)
         return ort.InferenceSession(str(model), options, providers=[provider])
     except FAILURES as error:
-        raise ScoringError(f"{model} cannot be loaded: {too_new(model) or error}") from error
+        raise (too_new(model) or ScoringError(f"{model} cannot be loaded: {error}")) from error
 
 
-def too_new(model: Path) -> str | None:
+def too_new(model: Path) -> RuntimeTooOldError | None:
     """Which onnxruntime a graph needs, if this one is older; None where that is not what is wrong with it."""
     try:
-        return graph_facts(read(model, 2**31)).refusal(ort.__version__)
+        facts = graph_facts(read(model, MOST_GRAPH_BYTES))
     except (OSError, GraphFileError):
         return None
+    refusal = facts.refusal(ort.__version__)
+    return RuntimeTooOldError(f"{model} cannot be loaded: {refusal}", facts.needs) if refusal else None
 
 
 def _options(threads: int) -> ort.SessionOptions:

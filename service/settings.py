@@ -123,6 +123,11 @@ class Settings(BaseSettings):
         return store_name(self.redis)
 
     @property
+    def store_kind(self) -> str:
+        """The scheme of the store's URL alone, for whoever asks."""
+        return self.redis.partition(":")[0]
+
+    @property
     def scoring_threads(self) -> int:
         """Requests that a worker scores at once, the default worked out."""
         return self.threads or max(1, processors().usable // self.workers)

@@ -12,6 +12,8 @@ FORMS = (
     "expected a URL such as redis://host:6379/0, rediss://…, unix:///path, memory://, redis+sentinel://host:26379,host:26379/name, "
     "redis+cluster://host:7000,host:7001, or with TLS rediss+sentinel://… or rediss+cluster://…"
 )
+UNESCAPED = "a / in the user name or password of the store's URL ends it too early: write %2F for /, %3F for ?, %40 for @, %23 for #"
+SCHEMES = frozenset({"memory", "unix"} | {f"{base}{kind}" for base in ("redis", "rediss") for kind in ("", "+sentinel", "+cluster")})
 PORT, SENTINEL_PORT = 6379, 26379
 MOST_HOSTS = 100
 TLS = {
@@ -107,9 +109,18 @@ class StoreUrl:
 
 
 def store_name(url: str) -> str:
-    """The URL without its user name, password and options, for logs and answers."""
-    parts = _split(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """The URL without its user name, password and options, for logs: put together from what was understood of it, so that nothing else is
+    in it.
+    """
+    scheme = _split(url).scheme if "://" in url else ""
+    try:
+        read = _read(url)
+    except ValueError:
+        return f"{scheme}://…" if scheme in SCHEMES else "…"
+    if read.kind == "memory":
+        return "memory://"
+    path = {"alone": f"/{read.db}", "sentinel": f"/{read.name}{f'/{read.db}' if read.db else ''}"}.get(read.kind, "")
+    return f"{scheme}://{read.path}" if read.path else f"{scheme}://{','.join(map(str, read.places))}{path}"
 
 
 def parse_store_url(url: str) -> StoreUrl:
@@ -118,7 +129,15 @@ def parse_store_url(url: str) -> StoreUrl:
     Raises:
         ValueError: it is no store's, in a sentence that quotes none of its secrets.
     """
+    found, options = _read(url), dict(parse_qsl(_split(url).query, keep_blank_values=True))
+    return replace(found, tls=_tls(options) if _split(url).scheme.startswith("rediss") else None)
+
+
+def _read(url: str) -> StoreUrl:
+    """All but what it says of TLS, whose files may come and go."""
     parts = _split(url)
+    if parts.netloc and "@" in parts.path:
+        raise ValueError(UNESCAPED)
     try:
         options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     except ValueError:  # its text would quote the password
@@ -138,7 +157,7 @@ def parse_store_url(url: str) -> StoreUrl:
     else:
         found = {"alone": _alone, "sentinel": _sentinel, "cluster": _cluster}[kind](places, path.strip("/"), options)
     login = Login(options.get("username", login.user), options.get("password", login.password))
-    return replace(found, login=login, tls=_tls(options) if tls else None)
+    return replace(found, login=login)
 
 
 class _Parts(NamedTuple):

@@ -149,7 +149,8 @@ def publish(
 
 def settled(models: object) -> dict[str, str]:
     """The setting of the default model, for the many tests that have several and do not care which it is."""
-    return {"model": "din"} if models is not None and len(model_names(Path(str(models)))) > 1 else {}
+    names = [] if models is None else model_names(Path(str(models)))
+    return {"model": "din"} if len(names) > 1 and "din" in names else {}
 
 
 def loaded(settings: Settings) -> Models:

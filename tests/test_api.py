@@ -373,8 +373,8 @@ class TestReadiness:
     async def test_ready(self, client):
         report = (await client.get("/readyz")).json()
         assert report["status"] == "ready"
-        assert report["store"] == {"url": "memory://", "status": "up"}
-        assert report["models"] == {"default": "din", "loaded": ["din", "other"], "refused": {}}
+        assert report["store"] == {"kind": "memory", "status": "up"}
+        assert report["models"] == {"default": "din", "loaded": ["din", "other"], "refused": {}, "notice": None}
         assert report["catalogue"]["ads"] == 30
 
     async def test_models_and_schema(self, client):
@@ -405,21 +405,22 @@ class TestReadiness:
             assert (await client.rank())["model"]["name"] == "late"
 
     @pytest.mark.parametrize(
-        ("files", "reason"),
+        ("files", "code", "reason"),
         [
-            ({bundle.MODEL: b"nonsense"}, "cannot be loaded"),
-            ({bundle.MODEL: bundles.model(bias=0.01)}, "golden 0 is off by"),
-            ({bundle.GOLDENS: b'[{"user": 1}]'}, "goldens.json cannot be read"),
+            ({bundle.MODEL: b"nonsense"}, "graph", "cannot be loaded"),
+            ({bundle.MODEL: bundles.model(bias=0.01)}, "goldens", "golden 0 is off by"),
+            ({bundle.GOLDENS: b'[{"user": 1}]'}, "goldens", "goldens.json cannot be read"),
         ],
     )
-    async def test_a_bundle_that_is_refused_is_told(self, run, tmp_path, ads, caplog, files, reason):
+    async def test_a_bundle_that_is_refused_is_told(self, run, tmp_path, ads, caplog, files, code, reason):
         bundles.publish(tmp_path, "bad", files=files)
         async with run(ads, models=tmp_path, ready=False) as client:
             async with asyncio.timeout(10):
                 while not (report := (await client.get("/readyz")).json())["models"]["refused"]:
                     await asyncio.sleep(0.05)
             assert report["status"] == "unready"
-            assert reason in report["models"]["refused"]["bad"]
+            assert report["models"]["refused"]["bad"].startswith(f"{code}: ")
+            assert str(tmp_path) not in str(report)
             assert reason in caplog.text
             assert "Traceback" not in caplog.text
             check(await client.post("/rank", json=GOOD), 503, "not_ready")
@@ -428,10 +429,10 @@ class TestReadiness:
         bundles.publish(tmp_path, "good")
         path = bundles.publish(tmp_path, "bad")
         (path / bundle.MODEL).write_bytes(bundles.model(bias=1e-3))
-        async with run(ads, models=tmp_path) as client:
+        async with run(ads, models=tmp_path, model="good") as client:
             report = (await client.get("/readyz")).json()
             assert report["status"] == "degraded"
-            assert "digest differs" in report["models"]["refused"]["bad"]
+            assert "damaged: " in report["models"]["refused"]["bad"]
             assert (await client.rank())["model"]["name"] == "good"
             check(await client.post("/rank", json={**GOOD, "options": {"model": "bad"}}), 404, "unknown_model")
 
@@ -449,7 +450,7 @@ class TestReadiness:
     async def test_a_device_that_is_not_there(self, run, ads):
         async with run(ads, device="cuda", ready=False) as client:
             await asyncio.sleep(1)
-            assert "device cuda is not available" in (await client.get("/readyz")).json()["models"]["refused"]["din"]
+            assert (await client.get("/readyz")).json()["models"]["refused"]["din"].startswith("device: ")
 
 
 class TestMetrics:

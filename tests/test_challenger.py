@@ -412,12 +412,12 @@ async def test_a_challenger_that_is_bad_is_refused(tmp_path, ads):
         async with asyncio.timeout(10):
             while not (refusals := (await client.get("/v1/models")).json()["refused"]):
                 await asyncio.sleep(0.02)
-        assert "does not name a challenger" in refusals["din, challenger"]
+        assert refusals["din, challenger"].startswith("challenger: what is announced as its challenger is none")
         damaged = bundles.publish(models, bias=2.0, make_current=False)
         challenge(models, "din", Challenger(int(damaged.name), "canary", 1.0))
         (damaged / MODEL).write_bytes(b"other")
         async with asyncio.timeout(10):
-            while "digest differs" not in (await client.get("/v1/models")).json()["refused"].get("din, challenger", ""):
+            while "damaged: " not in (await client.get("/v1/models")).json()["refused"].get("din, challenger", ""):
                 await asyncio.sleep(0.02)
         assert {(await client.rank(f"u{i}"))["model"]["version"] for i in range(5)} == {live}
 

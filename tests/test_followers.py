@@ -10,6 +10,7 @@ from older_redis import editing, without
 from features.challenger import Challenger, challenge
 from features.state import Ad, ChangesLostError, MemoryStore
 from service import app as module
+from service.public import of_store
 from service.reload import Reload
 from service.settings import Settings
 from service.store import CHANGES
@@ -130,13 +131,14 @@ class TestOlderServers:
             await said(client, "/readyz", lambda told: told["catalogue"]["ads"] == 2)
             await store.close()
 
-    async def test_a_reply_of_another_form_is_a_sentence_and_no_crash(self, raw, shared_server, repository):  # noqa: F811
+    async def test_a_reply_of_another_form_is_a_sentence_and_no_crash(self, raw, shared_server, repository, caplog):  # noqa: F811
         edit = without(b"last-generated-id")
         async with editing(shared_server.port, edit) as url, running(Settings(models=repository, redis=url), ready=False) as client:
             store = redis_store(shared_server.url)
             await store.put_ads([Ad("a1", {})])
             told = await said(client, "/readyz", lambda told: told["catalogue"]["detail"])
-            assert "another form" in told["catalogue"]["detail"]
-            assert "last-generated-id" in told["catalogue"]["detail"]
+            assert told["catalogue"]["detail"] == of_store(told["catalogue"]["reason"])
+            assert "another form" in caplog.text
+            assert "last-generated-id" in caplog.text
             assert told["models"]["loaded"] == ["din", "other"]
             await store.close()

@@ -41,7 +41,7 @@ def test_files_of_tls_have_short_names_and_those_of_redis_py(tmp_path):
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("redis://:secret/x@h:6379/0", "expected a URL such as redis://host"),
+        ("redis://:secret/x@h:6379/0", "write %2F for /"),
         ("redis://:secret@h:port/0", "expected a URL such as redis://host"),
         ("redis://:secret@h:0", "expected a URL such as redis://host"),
         ("redis://:secret@h:1?socket_timeout=5", "an option that is none; there are db, password, username"),
@@ -85,3 +85,51 @@ def test_a_name_has_no_secrets(url, name):
     assert store_name(url) == name
     read = parse_store_url(url.replace("?ca=x", ""))
     assert "secret" not in f"{read} {read.login!r}"
+
+
+@pytest.mark.parametrize("secret", ["Zq/Zq", "12/Zq", "/Zq", "12/0/Zq", "Zq?Zq", "12?Zq=1", "Zq#Zq/x", "Zq:b/Zq", "p@Zq/Zq", "Zq"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "redis://:{}@store:6379/0",
+        "redis://user:{}@store/0",
+        "rediss://user:{}@store",
+        "redis+sentinel://user:{}@one:26379,two:26379/main",
+        "redis+sentinel://:{}@one/main/2",
+        "redis+cluster://user:{}@one:7000",
+    ],
+)
+def test_a_password_that_is_not_escaped_is_told_nowhere(form: str, secret: str) -> None:
+    """Whatever the characters in it make of the rest."""
+    url = form.format(secret)
+    told = [store_name(url)]
+    try:
+        parse_store_url(url)
+    except ValueError as error:
+        told.append(str(error))
+    assert not [text for text in told if "Zq" in text]
+
+
+def test_one_that_ends_too_early_says_how_to_write_it() -> None:
+    for url in ("redis://:pa/ss@store:6379/0", "redis+sentinel://user:1234/x@one/main", "redis://u/se@r:x@store"):
+        with pytest.raises(ValueError, match="write %2F for /"):
+            parse_store_url(url)
+    assert parse_store_url("redis://:pa%2Fss%3F%40%23@store:6379/1").login.password == "pa/ss?@#"
+    assert parse_store_url("unix:///run/redis@main.sock").path == "/run/redis@main.sock"
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("redis://user:secret@store/3", "redis://store:6379/3"),
+        ("redis+sentinel://:secret@one,two:26380/main/2?sentinel_password=x", "redis+sentinel://one:26379,two:26380/main/2"),
+        ("redis+sentinel://one/main", "redis+sentinel://one:26379/main"),
+        ("rediss://[::1]:6380/?ca=/gone/by/now.pem", "rediss://[::1]:6380/0"),
+        ("unix:///run/redis.sock?db=2&password=secret", "unix:///run/redis.sock"),
+        ("memory://", "memory://"),
+        ("nonsense", "…"),
+        ("secret://x", "…"),
+    ],
+)
+def test_the_name_is_made_of_what_was_understood(url: str, name: str) -> None:
+    assert store_name(url) == name

@@ -26,6 +26,8 @@ from service import models as service_models
 from service import reload, scorer
 from service.catalogue import put_ads
 from service.settings import Settings
+from tests.test_bundle_places import external
+from tests.test_models import rewritten
 
 pytestmark = pytest.mark.anyio
 
@@ -157,6 +159,17 @@ async def test_promote_and_rollback_are_followed(tmp_path, ads):
         assert (await client.get("/v1/models")).json()["refused"] == {}
 
 
+def nobody_is_told(client, folder, *answers):
+    """Neither where things lie nor what libraries say of them."""
+    for word in (str(folder), "model.onnx", "goldens.json", "ONNXRuntimeError", "Errno", "Error("):
+        assert word not in str(answers), word
+
+
+def a_pipe(folder, file=bundle.MODEL):
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+
+
 def damage(path):
     (path / bundle.MODEL).write_bytes(b"other")
 
@@ -167,25 +180,30 @@ def other_contract(path):
 
 
 BAD = {
-    "digest": ({}, damage, "digest differs"),
-    "file": ({}, lambda path: (path / bundle.GOLDENS).unlink(), "cannot be read"),
-    "fingerprint": ({}, other_contract, "made with feature contract 0000"),
-    "goldens": ({bundle.MODEL: bundles.model(0.01)}, lambda path: None, "golden 0 is off by"),
-    "graph": ({bundle.MODEL: b"nonsense"}, lambda path: None, "cannot be loaded"),
-    "whole": ({}, lambda path: path.rename(path.with_name("elsewhere")), "has no version"),
-    "current": ({}, lambda path: path.with_name("current").write_text("latest"), "does not name a version"),
+    "digest": ({}, damage, "damaged: a file of it is not what was published", "digest differs"),
+    "file": ({}, lambda path: (path / bundle.GOLDENS).unlink(), "missing: ", "cannot be read"),
+    "pipe": ({}, a_pipe, "not_a_file: ", "it is a pipe, not a file"),
+    "fingerprint": ({}, other_contract, "other_contract: ", "made with feature contract 0000"),
+    "goldens": ({bundle.MODEL: bundles.model(0.01)}, lambda path: None, "goldens: ", "golden 0 is off by"),
+    "none": ({bundle.GOLDENS: b"[]"}, lambda path: None, "goldens: ", "has no request with candidates"),
+    "graph": ({bundle.MODEL: b"nonsense"}, lambda path: None, "graph: its graph cannot be loaded", "cannot be loaded"),
+    "outside": ({bundle.MODEL: external("w.bin", "initializer")}, lambda path: None, "external_data: ", "weights in w.bin"),
+    "runtime": ({bundle.MODEL: rewritten(99, 18)}, lambda path: None, "onnxruntime: its graph needs a newer onnxruntime, an", "IR 99"),
+    "whole": ({}, lambda path: path.rename(path.with_name("elsewhere")), "missing: ", "has no version"),
+    "current": ({}, lambda path: path.with_name("current").write_text("latest"), "no_version: ", "does not name a version"),
+    "piped current": ({}, lambda path: a_pipe(path.parent, "current"), "no_version: ", "it is a pipe, not a file"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, caplog, kind, monkeypatch):
     monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
-    files, spoil, reason = BAD[kind]
+    files, spoil, reason, detail = BAD[kind]
     models = tmp_path / "models"
     first, _ = publish(models)
     async with running(Settings(models=models, redis="memory://"), ads) as client:
         bad = bundles.publish(models, bias=0.0, files=files, make_current=False)
-        if kind != "current":
+        if "current" not in kind:
             spoil(bad)
             set_current(models, "din", int(bad.name))
         else:
@@ -194,7 +212,9 @@ async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, cap
             while not (report := (await client.get("/readyz")).json())["models"]["refused"]:
                 await asyncio.sleep(0.02)
         assert report["status"] == "degraded"
-        assert reason in report["models"]["refused"]["din"]
+        assert report["models"]["refused"]["din"].startswith(reason)
+        assert detail in caplog.text
+        nobody_is_told(client, tmp_path, report, (await client.get("/v1/models")).text)
         assert report["models"]["refused"]["din"].endswith(f"; version {first} stays live")
         assert (await client.get("/v1/models")).json()["refused"] == report["models"]["refused"]
         await asyncio.sleep(0.3)  # time for a dozen more looks
@@ -202,6 +222,8 @@ async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, cap
         assert await client.metric('adrank_model_reload_total{result="refused"}') == 1
         assert caplog.text.count("model din is refused") == 1
         assert "Traceback" not in caplog.text
+        if "current" in kind:
+            (models / "din" / "current").unlink()
         good, _ = publish(models)
         await until_version(client, good)
         assert (await until_ready(client, "ready"))["models"]["refused"] == {}
@@ -237,10 +259,11 @@ async def test_what_nobody_foresaw_is_refused_too(tmp_path, ads, monkeypatch, ca
         monkeypatch.setattr(reload, "load_model", lambda *_: 1 / 0)
         publish(models)
         async with asyncio.timeout(10):
-            while "ZeroDivisionError" not in (await client.get("/readyz")).json()["models"]["refused"].get("din", ""):
+            while "unforeseen: " not in (await client.get("/readyz")).json()["models"]["refused"].get("din", ""):
                 await asyncio.sleep(0.02)
         assert await version_of(client) == first
-        assert caplog.text.count("in a way nobody foresaw") == 1
+        assert caplog.text.count("failed in a way nobody foresaw") == 1
+        assert "ZeroDivisionError" in caplog.text
 
 
 async def test_models_come_and_go_and_the_default_stays(tmp_path, ads, caplog):

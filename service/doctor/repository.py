@@ -64,11 +64,12 @@ class Repository:
 
     def _model(self, name: str, found: Found, beside: Executor, kept: list[Model]) -> Iterator[Finding]:
         if found.path is None:
-            yield _found(name, "problem", found.wrong or "it has no live version", "make one live with adrank promote --version")
+            wrong = found.wrong.detail if found.wrong else "it has no live version; make one live with adrank promote --version"
+            yield _found(name, "problem", *_halves(wrong))
         else:
             yield self._load(name, found.path, beside, kept)
         if found.challenger_wrong:
-            yield _found(f"{name}, challenger", "problem", *_halves(found.challenger_wrong))
+            yield _found(f"{name}, challenger", "problem", *_halves(found.challenger_wrong.detail))
         elif found.challenger and found.verdict:
             said = f"version {found.challenger.version} was stopped: {found.verdict.detail}"
             yield _found(f"{name}, challenger", "warning", said, "end it with adrank promote --stop, or announce another")
