@@ -60,6 +60,22 @@ def clean(field: Field, value: Value) -> Value:
     """
     if value is None:
         return None
+    if field.missing_values:
+        return _unless_missing(field, value)
+    return _clean(field, value)
+
+
+def _unless_missing(field: Field, value: Value) -> Value:
+    """Clean, or None where it is one of the values that mean that there is none."""
+    cleaned = _clean(field, value)
+    if isinstance(cleaned, float):
+        return None if any(cleaned == float(token) for token in field.missing_values) else cleaned
+    if isinstance(cleaned, str):
+        return None if cleaned in field.missing_values else cleaned
+    return [element for element in cleaned if element not in field.missing_values]  # type: ignore[union-attr]  # of texts
+
+
+def _clean(field: Field, value: Value) -> Value:
     if field.kind == "number":
         if not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
             raise FieldError(field.side, field.name, "expected a finite number that fits float32")
@@ -93,6 +109,8 @@ class Encoder:
         self.tensors = schema.tensors
         self.sides: dict[Side, Layout] = {side: lay_out(schema.side(side)) for side in SIDES}
         self._fields = {(field.side, field.name): field for field in schema.fields}
+        self._nobody = frozenset(("", *schema.nobody))
+        self._padding = frozenset(schema.history_padding)
         ad = self.layouts["ad"]
         columns = {slot.field.name: slot for slot in (*ad.ids, *ad.numbers)}
         history = [columns[name] for name in schema.history_fields]
@@ -115,6 +133,8 @@ class Encoder:
         if values is None:
             ids = np.zeros((rows, field.length), np.int64)
         elif field.kind == "category":
+            if field.name == IDENTITY["user"]:
+                values = [None if self.is_nobody(user_id) else user_id for user_id in values]
             ids = self.vocabularies.categories[field.vocabulary].encode(values)[:, None]
         else:
             ids = self._lists(field, values)
@@ -160,7 +180,7 @@ class Encoder:
 
     def _row(self, side: Side, values: dict[str, Any], identity: str | None) -> tuple[list[int], list[Numbers]]:
         """Ids and numbers `(1, 1)` of one row of clean values, one by one: a column of one costs as much as one of hundreds."""
-        if identity is not None:
+        if identity is not None and not (side == "user" and self.is_nobody(identity)):
             values[IDENTITY[side]] = identity
         ids: list[int] = []
         for slot in self.sides[side].ids:
@@ -187,8 +207,14 @@ class Encoder:
                     mistyped += 1
         return kept, mistyped
 
+    def is_nobody(self, user_id: str | None) -> bool:
+        """Whether an id means no user: nothing is known of nobody."""
+        return not user_id or user_id in self._nobody
+
     def newest(self, history: Sequence[str]) -> Sequence[str]:
-        """The behaviours that the schema has room for, of a history that ends with the newest."""
+        """The behaviours that the schema has room for, of a history that ends with the newest; what only fills it up is left out."""
+        if self._padding:
+            history = [ad_id for ad_id in history if ad_id not in self._padding]
         length = self.schema.history_length
         return history[max(0, len(history) - length) :] if length else ()
 

@@ -3,7 +3,7 @@
 Knows nothing about where that is kept. A store reads, asks `Subject.change`, and writes if nobody else has written meanwhile.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -98,11 +98,15 @@ def _after(state: UserState | Ad | None, event: Event) -> UserState | Ad | None:
     return told
 
 
-def by_subject(events: Iterable[Event]) -> list[Subject]:
-    """The events by what they are about, in their order; a subject of very many comes several times."""
+def by_subject(events: Iterable[Event], nobody: Collection[str] = ()) -> list[Subject]:
+    """The events by what they are about, in their order; a subject of very many comes several times.
+
+    A click of one who is `nobody` is about its ranking alone: nothing is kept of such a user.
+    """
     groups: dict[tuple[Kind, str], list[Event]] = {}
     for event in events:
-        groups.setdefault((KINDS[event.type], event.subject), []).append(event)
+        whom: tuple[Kind, str] = ("request", event.request_id) if event.user_id in nobody else (KINDS[event.type], event.subject)
+        groups.setdefault(whom, []).append(event)
     parts = ((whom, about[start : start + AT_ONCE]) for whom, about in groups.items() for start in range(0, len(about), AT_ONCE))
     return [Subject(*whom, about) for whom, about in parts]
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,32 +60,35 @@ class Intake:
             StoreDownError: the store did not take them all; nothing is lost or done twice if all are sent again.
             BacklogError: the same, since too many wait to be joined already.
         """
-        outcomes = await self._checked(sent)
+        encoders = list(self._encoders())
+        nobody = frozenset(user_id for encoder in encoders for user_id in encoder.schema.nobody)
+        outcomes = await self._checked(sent, _known(encoders), nobody)
         new: dict[str, Event] = {}
         for item, outcome in zip(sent, outcomes, strict=True):
             if isinstance(item, Event) and outcome is None:
                 new.setdefault(item.event_id, item)
         try:
-            done = await self._applied(list(new.values()))
+            done = await self._applied(list(new.values()), nobody)
         except StoreError as error:
             self._count(sent, [outcome or Outcome("rejected", error.reason) for outcome in outcomes])
             kind = BacklogError if error.reason == "backlog" else StoreDownError
             raise kind(str(error) if kind is BacklogError else of_store(error.reason)) from None
         return self._told(sent, outcomes, done)
 
-    async def _checked(self, sent: Sequence[Event | Malformed]) -> list[Outcome | None]:
+    async def _checked(self, sent: Sequence[Event | Malformed], fields: "_Fields", nobody: Collection[str]) -> list[Outcome | None]:
         """What can be said before the store is asked: None where it has to be."""
-        fields = _known(self._encoders())
         outcomes: list[Outcome | None] = []
         for start in range(0, len(sent), AT_ONCE):
             now = self._clock()
-            outcomes += [self._check(item, fields, now) for item in sent[start : start + AT_ONCE]]
+            outcomes += [self._check(item, fields, nobody, now) for item in sent[start : start + AT_ONCE]]
             await asyncio.sleep(0)
         return outcomes
 
-    def _check(self, item: Event | Malformed, fields: "_Fields", now: float) -> Outcome | None:
+    def _check(self, item: Event | Malformed, fields: "_Fields", nobody: Collection[str], now: float) -> Outcome | None:
         if isinstance(item, Malformed):
             return Outcome("rejected", "malformed", item.detail)
+        if item.user_id in nobody and not item.request_id:
+            return Outcome("rejected", "nobody", "a live model says that this user id means no user, of whom nothing is kept")
         if item.ts > now + self._ages.after:
             ahead = item.ts - now
             hint = "; ts is in seconds, not in milliseconds" if item.ts > 100 * now else ""
@@ -94,8 +97,8 @@ class Intake:
             return Outcome("rejected", "too_old", f"{now - item.ts:.0f} s old; {self._ages.before:g} s are taken")
         return _mistyped(item, fields) if item.features else None
 
-    async def _applied(self, events: Sequence[Event]) -> dict[str, Outcome]:
-        subjects = by_subject(events)
+    async def _applied(self, events: Sequence[Event], nobody: Collection[str]) -> dict[str, Outcome]:
+        subjects = by_subject(events, nobody)
         outcomes = await self._store.apply(subjects) if subjects else []
         pairs = (pair for subject, each in zip(subjects, outcomes, strict=True) for pair in zip(subject.events, each, strict=True))
         return {event.event_id: outcome for event, outcome in pairs}

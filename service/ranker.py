@@ -170,7 +170,7 @@ class Ranker:
         stages.version = model.bundle.version
         degraded = [] if catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
         stored = await self._user(query, stages, model, degraded)
-        encoded = _encode(query, view, _usable(model, stored, degraded))
+        encoded = _encode(query, view, _usable(model, query, stored, degraded))
         stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
         scores = await self._scoring.score(model.scorer, encoded.feeds, stages, query.deadline)
         stages.enter("post")
@@ -181,7 +181,7 @@ class Ranker:
             def encode(other: Model) -> Feeds:
                 if other.bundle.fingerprint == model.bundle.fingerprint:
                     return encoded.feeds
-                return _encode(query, catalogue.view(other.bundle.fingerprint), _usable(other, stored, [])).feeds
+                return _encode(query, catalogue.view(other.bundle.fingerprint), _usable(other, query, stored, [])).feeds
 
             challenge.note(model, query.user_id, stages.seconds["inference"], scores, encode)
         if np.count_nonzero(finite) < len(finite):
@@ -216,8 +216,10 @@ class Ranker:
             return await self._store.get_user(query.user_id)
 
 
-def _usable(model: Model, stored: UserState, degraded: list[Degraded]) -> UserState:
-    """The user's state as far as the model's schema can use it."""
+def _usable(model: Model, query: Query, stored: UserState, degraded: list[Degraded]) -> UserState:
+    """The user's state as far as the model's schema can use it; nobody has none, whatever is stored under such an id."""
+    if model.bundle.encoder.is_nobody(query.user_id):
+        return UserState()
     features, mistyped = model.bundle.encoder.usable("user", stored.features)
     if mistyped:
         degraded.append(Degraded("user", "stored_feature_mistyped", "missing_feature"))

@@ -31,7 +31,7 @@ DEGRADED: Labels = [
 ]
 LOOKUPS: Labels = [*product(["user", "ad"], ["hit", "miss"]), ("user", "error")]
 EVENTS: Labels = [
-    *product(TYPES, ["accepted", "duplicate", "malformed", "mistyped", "too_old", "in_the_future", "contended", *STORE_FAULTS]),
+    *product(TYPES, ["accepted", "duplicate", "malformed", "mistyped", "too_old", "in_the_future", "nobody", "contended", *STORE_FAULTS]),
     *product(JOINED, ["backlog"]),
     ("unknown", "malformed"),
 ]

@@ -49,7 +49,7 @@ class Strangers:
 class Rows:
     """One split, encoded: N rows, each a request with one candidate.
 
-    `labels (N,)` float32; `users (N,)` a number a user, for per-user metrics; `user` and `ad` blocks of N rows;
+    `labels (N,)` float32; `users (N,)` a number a user, for per-user metrics; a row of nobody has one of its own; `user` and `ad` blocks;
     `history (N, T)` rows of `table`, oldest first, padded with 0 at the end.
     """
 
@@ -201,10 +201,18 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
         parts["user"].append(user.beside(context))
         parts["ad"].append(_served_ads(frame, encoder) if isinstance(data, Log) else _encode_ads(frame, data, encoder, table))
         history.append(_history(frame, data, table))
-    numbers = pl.concat(names).rank("dense").to_numpy().astype(np.uint32)
+    numbers = _user_numbers(pl.concat(names))
     user, ad = _stack(parts["user"]), _stack(parts["ad"])
     past = encoder.history_of(table.block)
     return Rows(np.concatenate(labels), numbers, user, ad, np.concatenate(history), past, Strangers.of(encoder))
+
+
+def _user_numbers(names: pl.Series) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """A number a user. Rows of nobody are no group, so each has a number of its own."""
+    numbers = names.rank("dense").to_numpy().astype(np.uint32)
+    nobody = np.flatnonzero((names == "").to_numpy())
+    numbers[nobody] = numbers.max(initial=0) + 1 + np.arange(len(nobody))
+    return numbers
 
 
 def _stack(blocks: Sequence[Block]) -> Block:
@@ -235,7 +243,10 @@ def _history(frame: pl.DataFrame, data: Prepared, table: AdTable) -> np.ndarray[
     width = data.schema.history_length
     if not width:
         return np.zeros((len(frame), 1), np.int32)
-    kept = frame["history"].fill_null([]).list.drop_nulls().list.tail(width)
+    whole = frame["history"].fill_null([]).list.drop_nulls()
+    if data.schema.history_padding and not isinstance(data, Log):  # in a log stands what was encoded
+        whole = whole.list.eval(pl.element().filter(~pl.element().is_in(data.schema.history_padding)))
+    kept = whole.list.tail(width)
     lengths = kept.list.len().to_numpy().astype(np.int64)
     padded = np.zeros((len(frame), width), np.int32)
     if lengths.any():

@@ -31,6 +31,7 @@ from .prepared import (
     read_facts,
     read_parquet,
     read_schema,
+    without_nobody,
 )
 from .texts import plain_values
 
@@ -159,7 +160,7 @@ class Log(Prepared):
         if converted:
             check_columns(frame, {"conversion": pl.Int8(), "value": pl.Float64()}, path)
             frame = with_later(frame.with_row_index("row"), self.converted.filter(file=str(path))).drop("row")
-        return plain_values(frame.filter(pl.col("ts") >= begin, pl.col("ts") < end))
+        return without_nobody(plain_values(frame.filter(pl.col("ts") >= begin, pl.col("ts") < end)), self.schema)
 
 
 def attributed(rows: pl.DataFrame, later: pl.DataFrame) -> pl.DataFrame:

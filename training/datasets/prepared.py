@@ -79,7 +79,7 @@ class Prepared:
         for path in self.files(split):
             frame = read_parquet(path)
             check_rows(frame, self.schema, path)
-            yield plain_values(frame)
+            yield without_nobody(plain_values(frame), self.schema)
 
     def table(self, side: str) -> pl.DataFrame | None:
         """`ads.parquet` for "ad", `users.parquet` for "user"; None where the data set has no such table."""
@@ -144,8 +144,15 @@ def read_facts(folder: Path) -> float | None:
         raise DataError(f"{path}: {error}") from error
 
 
+def without_nobody(frame: pl.DataFrame, schema: Schema) -> pl.DataFrame:
+    """Rows whose user is "" where the schema says that the id means no user."""
+    if not schema.nobody:
+        return frame
+    return frame.with_columns(user_id=pl.when(pl.col("user_id").is_in(schema.nobody)).then(pl.lit("")).otherwise(pl.col("user_id")))
+
+
 def column_of(frame: pl.DataFrame, field: Field) -> pl.Series | None:
-    """A field's column, or None where the frame has none; identities are the frame's own `user_id` and `ad_id`.
+    """A field's column, or None where the frame has none; identities are the frame's own `user_id` and `ad_id`, "" being missing.
 
     Raises:
         DataError: the column is of another type than the field's kind says.
@@ -156,7 +163,7 @@ def column_of(frame: pl.DataFrame, field: Field) -> pl.Series | None:
     column = frame[name]
     if column.dtype != DTYPES[field.kind]:
         raise DataError(f"column {name} is {column.dtype}; a {field.kind} needs {DTYPES[field.kind]}")
-    return column
+    return column.replace("", None) if name in ("user_id", "ad_id") else column
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:

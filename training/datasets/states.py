@@ -13,7 +13,7 @@ from features.encode import Features, FieldError, Value, clean
 from features.schema import IDENTITY, Field, Schema, Side
 from features.state import Ad, UserState
 
-from .prepared import ROWS_PER_FILE, SPLITS, DataError, Prepared, column_of, columns_of, read_parquet
+from .prepared import ROWS_PER_FILE, SPLITS, DataError, Prepared, column_of, columns_of, read_parquet, without_nobody
 
 Behaviours = tuple[list[str], list[int]]
 
@@ -55,7 +55,7 @@ def user_states(prepared: Prepared) -> Iterator[tuple[str, UserState]]:
 def _last_rows(prepared: Prepared) -> pl.Series:
     """Whether each row of the log is its user's last; a user "" is nobody."""
     paths = [path for split in SPLITS for path in prepared.files(split)]
-    keys = pl.concat((_keys(path) for path in paths), how="diagonal").with_row_index("row")
+    keys = pl.concat((without_nobody(_keys(path), prepared.schema) for path in paths), how="diagonal").with_row_index("row")
     ordered = keys.sort("ts", maintain_order=True) if "ts" in keys.columns else keys
     last = ordered.unique("user_id", keep="last").filter(pl.col("user_id") != "")["row"]
     is_last = np.zeros(len(keys), np.bool_)
