@@ -592,7 +592,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             sys.stdout = _nowhere()
-            where = error.filename or "what is printed"
+            where = error.filename or "a file, or what is printed"
             sys.stderr.write(f"Error: {error.strerror}, while writing {where}\n")
             sys.exit(2)
         if not _is_mendable(error):

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgpack
 
@@ -48,6 +48,17 @@ class StoreError(RuntimeError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+class Room(NamedTuple):
+    """What a stream takes of the store's memory, and how much of that is used: in bytes, None where the store does not say.
+
+    `most` is 0 where the store has no bound of its own.
+    """
+
+    stream: int | None = None
+    used: int | None = None
+    most: int = 0
 
 
 class ChangesLostError(RuntimeError):
@@ -250,6 +261,9 @@ class Store(Protocol):
         Where it fails, some or all may have been appended, and are not to be appended again.
         """
 
+    async def served_room(self) -> Room:
+        """What the log of what was served takes of the store's memory."""
+
     async def ping(self) -> None:
         """Return if the store answers."""
 
@@ -352,6 +366,10 @@ class MemoryStore:
         """See `Store`."""
         self.served.extend(records)
         return len(self.served)
+
+    async def served_room(self) -> Room:
+        """See `Store`."""
+        return Room(sum(map(len, self.served)))
 
     async def ping(self) -> None:
         """See `Store`."""

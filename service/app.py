@@ -137,11 +137,13 @@ class Service:
         if not catalogue.loaded and (models.ready or catalogue.detail):
             why = of_store(catalogue.reason) if catalogue.reason else "it is being read"
             reasons.append(f"the catalogue has not been loaded yet: {why}")
-        shaky = store["status"] == "down" or models.refused or catalogue.reason or self.failing
+        served = self.served.told()
+        shaky = store["status"] == "down" or models.refused or catalogue.reason or self.failing or served["status"] == "full"
         return {
             "status": "unready" if reasons else "degraded" if shaky else "ready",
             "reasons": [*reasons, *self.failing.values()],
             "store": store,
+            "served_log": served,
             "models": {
                 "default": models.default,
                 "loaded": sorted(models.loaded),
@@ -195,7 +197,7 @@ def open_store(settings: Settings, metrics: Metrics | None = None) -> Store:
         timeout=settings.store_timeout_ms / 1000,
         ttl=settings.user_ttl_seconds,
         on_damaged=lambda: metrics.degraded("catalogue", "ad_damaged") if metrics else None,
-        bounds=Bounds(seen_seconds, settings.events_kept),
+        bounds=Bounds(seen_seconds, settings.events_kept, settings.events_kept_bytes),
     )
     if metrics:
         store.damage.on_replaced = lambda: metrics.degraded("store", "key_replaced")

@@ -8,11 +8,12 @@ slot of the state that they changed, and change together with it. Impressions, c
 import asyncio
 import hashlib
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from features.events import JOINED, pack_event
-from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, STATE_BYTES, StoreError
+from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, STATE_BYTES, Room, StoreError
 from features.streams import EVENTS, FIELD
 from features.subject import REPLACED, Change, Outcome, Subject, together
 
@@ -91,10 +92,28 @@ class Place(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """For how long after their time events are remembered, and how many may wait for the joiner."""
+    """For how long after their time events are remembered, and how many may wait for the joiner, of how many bytes of memory."""
 
     seen_seconds: float = SEEN_SECONDS
     waiting: int = 1_000_000
+    waiting_bytes: int = 512 * 2**20
+
+
+ROOM = b"""
+-- KEYS: a stream. What may not be asked is missing. In one script, so that it is answered by the node that has the stream.
+local stream, info = redis.pcall('MEMORY', 'USAGE', KEYS[1]), redis.pcall('INFO', 'memory')
+if type(stream) == 'table' then stream = -1 end
+if type(info) ~= 'string' then info = '' end
+return {stream or 0, tonumber(string.match(info, 'used_memory:(%d+)') or -1), tonumber(string.match(info, 'maxmemory:(%d+)') or 0)}
+"""
+LOOK_SECONDS = 1.0
+"""How often it is asked what a stream takes of memory."""
+
+
+async def room_of(route: Route, stream: str) -> Room:
+    """What a stream takes of the memory of the server that has it; raises as the route does."""
+    size, used, most = await route.ask(b"EVAL", ROOM, b"1", stream)
+    return Room(None if size < 0 else int(size), None if used < 0 else int(used), int(most))
 
 
 UNTOLD = Bounds()
@@ -122,6 +141,8 @@ class EventStore:
     def __init__(self, route: Route, place: Callable[[Subject], Place], ttl: int, bounds: Bounds, damage: Damage) -> None:
         """The way to the servers, the keys of a subject, seconds that a user's state is kept."""
         self._route, self._place, self._ttl, self._bounds, self._damage = route, place, ttl, bounds, damage
+        self._bytes, self._looked = 0, -LOOK_SECONDS
+        """What the events that wait take of memory, and when that was asked."""
 
     async def apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
         """What became of each event, beside the subjects.
@@ -170,12 +191,18 @@ class EventStore:
         if not events:
             return
         (length,) = unrefused((await self._damage.ask_all(self._route, [(b"XLEN", EVENTS)]))[0])
-        if length >= self._bounds.waiting:
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked, self._bytes = now, (await room_of(self._route, EVENTS)).stream or 0
+        if length >= self._bounds.waiting or self._bytes >= self._bounds.waiting_bytes:
             detail = (
-                f"{length:,} events wait to be joined, the most that are kept; see whether adrank join runs, and send these again later"
+                f"{length:,} events wait to be joined ({self._bytes / 2**20:,.0f} MB), the most that are kept; "
+                "see whether adrank join runs, and send these again later"
             )
             raise StoreError("backlog", detail)
-        unrefused(await self._route.ask_all([(b"XADD", EVENTS, b"*", FIELD, pack_event(event)) for event in events]))
+        packed = [pack_event(event) for event in events]
+        self._bytes += sum(map(len, packed))
+        unrefused(await self._route.ask_all([(b"XADD", EVENTS, b"*", FIELD, each) for each in packed]))
 
     async def _write(self, turns: Mapping[int, _Turn]) -> dict[int, bytes]:
         if not turns:

@@ -42,6 +42,7 @@ SERVED: Labels = [
     ("caller_left",),
     ("dropped_queue",),
     ("dropped_backlog",),
+    ("dropped_memory",),
     ("dropped_store",),
     ("failed",),
 ]

@@ -18,7 +18,8 @@ import numpy as np
 
 from features.encode import Features
 from features.served import Served, pack_served
-from features.state import Store, StoreError
+from features.state import Room, Store, StoreError
+from features.streams import SERVED
 
 from .logs import where
 from .metrics import Metrics
@@ -35,6 +36,9 @@ QUEUE_BYTES = 64 * 2**20
 BATCH_RECORDS, BATCH_BYTES = 200, 2**20
 BACK_OFF_SECONDS = (0.1, 2.0)
 FLUSH_SECONDS = 1.0
+LOOK_SECONDS = 1.0
+"""How often the store is asked what the log takes of its memory; what this process appends meanwhile is added."""
+BACKLOG, MEMORY = "dropped_backlog", "dropped_memory"
 TELL_SECONDS = 60.0
 NO_REQUEST = contextvars.Context()
 """What is done for several requests is no one's."""
@@ -120,7 +124,12 @@ class ServedLog:
         self._bytes = 0
         self._turn: asyncio.Handle | None = None
         self._some = asyncio.Event()
-        self._full = self._closing = False
+        self._full, self._why = "", ""
+        """What becomes of new records while the store has no room for them, and a sentence about it; empty while it has."""
+        self._room, self._looked = Room(), -LOOK_SECONDS
+        self._since = self._appended = self._appended_records = 0
+        """Bytes appended since it was looked, and all that were appended, in bytes and records."""
+        self._closing = False
         self._task: asyncio.Task[None] | None = None
         self._told = -TELL_SECONDS
 
@@ -133,7 +142,7 @@ class ServedLog:
         if self._chance() >= self._settings.log_share:
             self._count("sampled_out")
         elif self._full:
-            self._count("dropped_backlog")
+            self._count(self._full)
         elif self._waiting >= self._settings.log_queue or self._unmade_ads >= UNMADE_ADS or self._bytes >= QUEUE_BYTES or self._closing:
             self._count("dropped_queue")
         else:
@@ -142,6 +151,10 @@ class ServedLog:
             self._metrics.served_waiting = self._waiting
             if self._turn is None:
                 self._turn = asyncio.get_running_loop().call_soon(self._make_soon, context=NO_REQUEST)
+
+    def told(self) -> dict[str, str | None]:
+        """For `/readyz`: whether rankings are logged, and why not."""
+        return {"status": "full" if self._full else "open", "detail": self._why or None}
 
     @property
     def _waiting(self) -> int:
@@ -190,7 +203,7 @@ class ServedLog:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH_SECONDS):
                     await task
-        self._count("dropped_backlog" if self._full else "dropped_store", self._waiting)
+        self._count(self._full or "dropped_store", self._waiting)
         self._unmade.clear()
         self._records.clear()
         self._metrics.served_waiting = 0
@@ -222,7 +235,9 @@ class ServedLog:
         result = "dropped_store"
         try:
             kept = await self._store.append_served(batch)
-            result, self._full = "written", kept >= self._settings.log_kept
+            result = "written"
+            self._added(batch)
+            await self._see_room(kept)
         except StoreError as error:
             self._tell("what was served is not logged for now", error)
         except Exception as error:  # noqa: BLE001  # as above
@@ -232,13 +247,42 @@ class ServedLog:
             self._count(result, len(batch))
         return result == "written"
 
+    def _added(self, batch: Sequence[bytes]) -> None:
+        size = sum(map(len, batch))
+        self._since, self._appended, self._appended_records = self._since + size, self._appended + size, self._appended_records + len(batch)
+
+    async def _see_room(self, kept: int) -> None:
+        """See whether the store has room for more than the `kept` records that it has."""
+        now, settings = time.monotonic(), self._settings
+        if now - self._looked >= LOOK_SECONDS:
+            self._room, self._looked, self._since = await self._store.served_room(), now, 0
+        each = self._appended / self._appended_records if self._appended_records else 0.0
+        size = kept * each if self._room.stream is None else self._room.stream + self._since
+        used, most = (self._room.used or 0) + self._since, settings.log_memory_share * self._room.most
+        cure = "see whether adrank join runs and keeps up"
+        if kept >= settings.log_kept or size >= settings.log_kept_bytes:
+            said = f"{kept:,} records of {size / 2**20:,.0f} MB wait in {SERVED}; {settings.log_kept:,} and"
+            self._now_full(BACKLOG, f"{said} {settings.log_kept_bytes / 2**20:,.0f} MB are kept: {cure}")
+        elif most and used >= most:
+            said = (
+                f"the store uses {used / 2**20:,.0f} of its {self._room.most / 2**20:,.0f} MB (maxmemory), and what is left is for events"
+            )
+            self._now_full(MEMORY, f"{said}: raise maxmemory, or {cure}")
+        else:
+            self._full = self._why = ""
+
+    def _now_full(self, result: str, why: str) -> None:
+        if not self._full:
+            log.warning("rankings are not logged for now: %s", why)
+        self._full, self._why = result, why
+
     async def _wait_for_the_store(self) -> None:
         """Ask now and then until it answers and has room. Meanwhile the queue fills."""
         pause, waiting = BACK_OFF_SECONDS[0], True
         while waiting:
             await asyncio.sleep(pause * random.uniform(0.5, 1))
             pause = min(pause * 2, BACK_OFF_SECONDS[1])
-            waiting = not await self._append(()) or self._full
+            waiting = not await self._append(()) or bool(self._full)
 
     def _tell(self, what: str, error: Exception) -> None:
         """Log a failure, unless one was logged just now."""

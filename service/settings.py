@@ -80,6 +80,10 @@ class Settings(BaseSettings):
     """Records that may wait for the store before new ones are dropped; their bytes have a bound too."""
     log_kept: Annotated[int, Field(ge=1)] = 100_000
     """Records in the store that nobody has taken, beyond which new ones are dropped."""
+    log_kept_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 256 * 2**20
+    """The same of the memory that they take there: explored rankings of many candidates are a hundred times as large as others."""
+    log_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """The share of the store's `maxmemory` that may be in use before no more rankings are logged: the rest is for events and users."""
     max_events: Annotated[int, Field(ge=1, le=10_000)] = 1_000
     """Events of one batch; more are refused with 422."""
     max_event_batches: Annotated[int, Field(ge=1, le=1_000)] = 8
@@ -90,6 +94,8 @@ class Settings(BaseSettings):
     """How far an event's time may be ahead of our clock."""
     events_kept: Annotated[int, Field(ge=1, le=10**9)] = 1_000_000
     """Impressions, clicks and conversions that may wait in the store to be joined; then no more are taken."""
+    events_kept_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 512 * 2**20
+    """The same of the memory that they take in the store."""
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 20
     """How long requests may still take after SIGTERM."""
     farewell_seconds: Annotated[float, Field(ge=0, le=300)] = 0.5

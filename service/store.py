@@ -22,6 +22,7 @@ from features.state import (
     STATE_BYTES,
     Ad,
     ChangesLostError,
+    Room,
     StateError,
     StoreError,
     UserState,
@@ -34,7 +35,7 @@ from features.streams import FIELD, SERVED
 from features.subject import Kind, Outcome, Subject
 
 from .bulk_store import BATCH, BulkStore, batches
-from .event_store import UNTOLD, Bounds, EventStore, Place
+from .event_store import UNTOLD, Bounds, EventStore, Place, room_of
 from .line import Command, ReplyError, unrefused
 from .store_damage import Damage, is_wrong_type
 from .store_errors import told
@@ -274,6 +275,11 @@ class RedisStore:
                     await self.damage.clear(self._served, SERVED, b"stream")  # for the next: some of these may have been appended
             raise told(error, APPEND_SECONDS) from error
         return int(replies[-1])
+
+    async def served_room(self) -> Room:
+        """See `Store`."""
+        async with answering(APPEND_SECONDS):
+            return await room_of(self._served, SERVED)
 
     async def ping(self) -> None:
         """See `Store`."""

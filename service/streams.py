@@ -23,6 +23,10 @@ ACKNOWLEDGE = b"""
 redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 2))
 return redis.call('XDEL', KEYS[1], unpack(ARGV, 2))
 """
+BEGIN = b"""#!lua flags=allow-oom
+-- A Redis that is full is joined too: that makes room.
+return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
+"""
 READ = b"""
 -- KEYS: the stream; ARGV: group, consumer, where to begin, most entries, most bytes. One by one: COUNT knows no bytes.
 local entries, size, start = {}, 0, ARGV[3]
@@ -36,8 +40,8 @@ while #entries < tonumber(ARGV[4]) and size < tonumber(ARGV[5]) do
 end
 return {entries, 0}
 """
-OWN = b"""
--- KEYS: the owner; ARGV: id, place, seconds, whether to take over. Writes last: a full Redis refuses only that.
+OWN = b"""#!lua flags=allow-oom
+-- KEYS: the owner; ARGV: id, place, seconds, whether to take over.
 local now, held = tonumber(redis.call('TIME')[1]), redis.call('GET', KEYS[1])
 local id, till, place = string.match(held or '', '^(%S+) (%d+) (.*)$')
 local left = math.max(0, (tonumber(till) or 0) - now)
@@ -66,7 +70,7 @@ class RedisStreams:
         """See `Streams`."""
         async with self._asking(stream):
             try:
-                await self._route.ask(b"XGROUP", b"CREATE", stream, GROUP, b"0", b"MKSTREAM")
+                await self._route.ask(b"EVAL", BEGIN, b"1", stream, GROUP)
             except ReplyError as error:
                 if "BUSYGROUP" in str(error):
                     return False
@@ -91,14 +95,9 @@ class RedisStreams:
         return [Entry(entry_id.decode(), fields_of(words).get(FIELD, b"") if words else None) for entry_id, words in found], bool(ended)
 
     async def own(self, log: Owner, take_over: bool = False) -> Owner | None:
-        """See `Streams`. A Redis that is full takes no note, but is joined: that makes room."""
-        try:
-            async with answering(SECONDS):
-                held = await self._route.ask(b"EVAL", OWN, b"1", OWNER, log.id, log.place, str(log.seconds), str(int(take_over)))
-        except StoreError as error:
-            if "OOM" in str(error):
-                return None
-            raise
+        """See `Streams`."""
+        async with answering(SECONDS):
+            held = await self._route.ask(b"EVAL", OWN, b"1", OWNER, log.id, log.place, str(log.seconds), str(int(take_over)))
         return Owner(held[0].decode(), held[1].decode("utf-8", "replace"), int(held[2])) if held else None
 
     async def acknowledge(self, stream: Stream, ids: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """What only Redis can get wrong about events: keys, slots, scripts, refusals, and many who write at once."""
 
 import asyncio
+import contextlib
 import random
 import time
 
@@ -105,6 +106,20 @@ class TestStream:
         assert await applied(store, user("u", {"age": "25"}), shown("i1")) == {"u": "accepted", "i1": "duplicate"}
         await raw.xtrim(EVENTS, maxlen=0, approximate=False)
         assert await applied(store, click("c")) == {"c": "accepted"}
+        await store.close()
+
+    async def test_their_bytes_are_bounded_too(self, raw, shared_server, monkeypatch):
+        monkeypatch.setattr("service.event_store.LOOK_SECONDS", 0.0)
+        store = store_at(shared_server.url, bounds=Bounds(waiting_bytes=20_000))
+        with contextlib.suppress(StoreError):
+            for i in range(1000):
+                await applied(store, shown(f"i{i}"))
+        assert 10 < len(await waiting(raw)) < 500
+        with pytest.raises(StoreError, match=r"events wait to be joined \(0 MB\)") as caught:
+            await applied(store, shown("more"))
+        assert caught.value.reason == "backlog"
+        await raw.xtrim(EVENTS, maxlen=0, approximate=False)
+        assert await applied(store, shown("last")) == {"last": "accepted"}
         await store.close()
 
     async def test_whoever_dies_after_it_leaves_an_event_that_can_come_again(self, store, raw, monkeypatch):

@@ -48,6 +48,9 @@ async def everything(url):
         await store.rewrite("ad", [MergeAd(Ad("a3", {}, False, {ACTIVE: 1}), 1)])
         await store.rewrite("ad", [ForgetAd("a3", 5)])
         await store.append_served([b"x"])
+        room = await store.served_room()
+        assert room.stream
+        assert room.used
         for stream in STREAMS:
             await streams.begin(stream)
             batch = await streams.read(stream, 10)

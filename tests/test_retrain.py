@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import polars as pl
 import pytest
 import small
 import small_log
+from rich.progress import Progress
 from test_cli import refused, run
 
 from features.bundle import VOCABULARIES, current_path, load_bundle, publish
@@ -406,3 +408,13 @@ def test_a_run_that_is_killed_while_publishing_leaves_the_live_version(log: Path
     report = retrain(Order(log, models, "shop", settings={"least_rows": "9999"}), small.quiet())
     assert report.champion == int(live.name)
     assert left(models) == []
+
+
+def test_a_full_disk_in_the_first_step_is_said_where_it_is(tmp_path: Path) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))
+    try:
+        with pytest.raises(RetrainError, match=rf"cannot write to {tmp_path / 'models/shop/.retrain.lock'}: File too large"):
+            retraining.retrain(Order(tmp_path / "log", tmp_path / "models", "shop"), Progress())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

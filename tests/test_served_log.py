@@ -13,9 +13,10 @@ import redis.asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import fill, serving, workers_of
+from redis_servers import client_of
 
 from features.served import pack_served, unpack_served
-from features.state import Ad, MemoryStore, StoreError, UserState, unpack_features
+from features.state import Ad, MemoryStore, Room, StoreError, UserState, unpack_features
 from features.streams import SERVED
 from service import served as module
 from service.catalogue import Catalogue
@@ -69,6 +70,7 @@ class Stored(MemoryStore):
     def __init__(self):
         super().__init__()
         self.failure, self.answers, self.kept, self.lengths, self.asked = None, asyncio.Event(), 0, [], 0
+        self.room = None
         self.answers.set()
 
     async def get_user(self, user_id):
@@ -83,6 +85,9 @@ class Stored(MemoryStore):
         if self.failure:
             raise self.failure
         return self.kept + await super().append_served(records)
+
+    async def served_room(self):
+        return self.room or await super().served_room()
 
 
 class World:
@@ -360,6 +365,56 @@ async def test_a_full_log_takes_no_more_until_someone_takes_from_it(log):
     await log.until(written=3, dropped_backlog=5)
 
 
+@pytest.mark.parametrize(
+    ("room", "result", "said"),
+    [
+        (Room(2**20), "dropped_backlog", "MB wait in adrank:served"),
+        (Room(None, 900, 1000), "dropped_memory", "what is left is for events: raise maxmemory"),
+        (Room(10, 800, 1000), "dropped_memory", "(maxmemory)"),
+    ],
+)
+async def test_a_log_that_takes_too_much_of_the_store_is_full(log, room, result, said, monkeypatch):
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+    log = log(log_kept_bytes=2**20, log_memory_share=0.8)
+    assert log.log.told() == {"status": "open", "detail": None}
+    log.store.room = room
+    log.put(1)
+    await log.until(written=1)
+    while not log.log._full:
+        await asyncio.sleep(0.005)
+    log.put(2)
+    assert log.counts == {"written": 1, result: 2}
+    assert log.log.told()["status"] == "full"
+    assert said in log.log.told()["detail"]
+    log.store.room = Room(10, 700, 1000)
+    async with asyncio.timeout(5):
+        while log.log._full:
+            await asyncio.sleep(0.005)
+    log.put(1)
+    await log.until(written=2, **{result: 2})
+
+
+async def test_what_is_appended_between_two_looks_counts_and_a_store_that_does_not_say_is_estimated(log, monkeypatch):
+    monkeypatch.setattr(module, "LOOK_SECONDS", 1000.0)
+    log = log(log_kept_bytes=2**20)
+    log.store.room = Room(2**20 - 100)
+    log.put(1)
+    await log.until(written=1)
+    assert log.log.told()["status"] == "open"
+    log.put(1)
+    await log.until(written=2)
+    await log.until_made()
+    while not log.log._full:
+        await asyncio.sleep(0.005)
+    blind = log.log
+    blind._room, blind._since = Room(), 0
+    size = blind._appended / blind._appended_records
+    await blind._see_room(int(2**20 / size) - 1)
+    assert not blind._full
+    await blind._see_room(int(2**20 / size) + 1)
+    assert blind._full == "dropped_backlog"
+
+
 async def test_what_nobody_foresaw_is_counted_and_told_now_and_then(log, caplog, made):
     log = log()
     log.store.failure = ZeroDivisionError("as told")
@@ -580,6 +635,23 @@ class TestService:
                 while not await records_of(server.url):
                     await client.rank()
                     await asyncio.sleep(0.05)
+
+    async def test_rankings_leave_room_for_events_in_a_redis_that_fills(self, run, server):
+        """Explored rankings until the store's memory is nearly used: then none is logged, `/readyz` says so, and events are taken."""
+        await fill(server.url)
+        with client_of(server.url) as redis_:
+            redis_.config_set("maxmemory", redis_.info("memory")["used_memory"] + 4 * 2**20)
+            big = {"candidates": [f"{i:0200d}" for i in range(2000)], "options": {"explore": {"policy": "plackett_luce", "temperature": 1}}}
+            async with run(redis=server.url) as client:
+                while not await client.metric('adrank_served_log_total{result="dropped_memory"}'):
+                    await client.rank(**big)
+                report = (await client.get("/readyz")).json()
+                assert (report["status"], report["served_log"]["status"]) == ("degraded", "full")
+                assert "raise maxmemory" in report["served_log"]["detail"]
+                event = {"type": "click", "ts": time.time(), "user_id": "u1", "ad_id": "a1"}
+                for i in range(100):
+                    answer = await client.post("/v1/events", json={"events": [{**event, "event_id": f"e{i}"}]})
+                    assert answer.status_code == 202
 
     async def test_a_stream_that_is_something_else_is_an_error_and_no_more(self, run, server):
         async with redis.asyncio.Redis.from_url(server.url, protocol=2) as other:

@@ -20,6 +20,8 @@ from features.repository import model_names
 from features.schema import Schema, SchemaError, parse_schema
 
 LOOK_SECONDS = 0.5
+FILE_MODE, FOLDER_MODE, STATE_MODE = 0o640, 0o750, 0o700
+"""Users and what they did are for the joiner, and its group to train on; what it holds is its own."""
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +122,11 @@ def only_joiner(folder: Path) -> Iterator[None]:
         JoinError: somebody does, or the folder cannot be written.
     """
     try:
-        (folder / ".join").mkdir(parents=True, exist_ok=True)
-        file = (folder / ".join" / "lock").open("ab")
+        _make(folder)
+        (folder / ".join").mkdir(STATE_MODE, exist_ok=True)
+        for path in (folder / ".join", *(folder / ".join").iterdir()):  # of before they had modes of their own
+            path.chmod(path.stat().st_mode & (0o777 if path.is_dir() else 0o666) & STATE_MODE)
+        file = os.fdopen(os.open(folder / ".join" / "lock", os.O_RDWR | os.O_CREAT, STATE_MODE & 0o666), "ab")
     except OSError as error:
         raise JoinError(f"the log {folder} cannot be written: {error}") from error
     with file:
@@ -158,7 +163,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
     _make(path.parent)
     staged = path.with_name(f".{path.name}.tmp")
     try:
-        with staged.open("wb") as file:
+        with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE), "wb") as file:  # noqa: PTH123  # a mode from the start
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -172,7 +177,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
 def _make(folder: Path) -> None:
     if not folder.is_dir():
         _make(folder.parent)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(FOLDER_MODE, exist_ok=True)
         sync(folder.parent)
 
 

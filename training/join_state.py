@@ -44,7 +44,7 @@ CREATE TABLE streams (name TEXT PRIMARY KEY, last TEXT NOT NULL, taken INTEGER N
 FROM_VERSION_1 = """
 ALTER TABLE rankings ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
 UPDATE rankings SET bytes = length(record);
-DROP INDEX rankings_due;
+DROP INDEX IF EXISTS rankings_due;
 CREATE INDEX rankings_due ON rankings (part, since, hour, ads, bytes);
 PRAGMA user_version = 2;
 """
@@ -136,6 +136,7 @@ class State:
         try:
             with _room():
                 path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(0o600)  # SQLite gives the files beside it the same mode
                 self._db = sqlite3.connect(path, isolation_level=None, timeout=5)
                 for pragma in ("journal_mode = WAL", "synchronous = FULL", "journal_size_limit = 67108864", "temp_store = MEMORY"):
                     self._db.execute(f"PRAGMA {pragma}")

@@ -286,7 +286,7 @@ def _alone(order: Order) -> Iterator[None]:
     """Hold the model's lock, which the kernel lets go of when this process ends, however it ends."""
     try:
         order.home.mkdir(parents=True, exist_ok=True)
-        file = (order.home / LOCK).open("a+")
+        file = (order.home / LOCK).open("ab+", buffering=0)  # nothing is left over to be written when it is closed
     except OSError as error:
         raise RetrainError(f"cannot write to {order.home}: {error.strerror or error}") from error
     with file:
@@ -294,8 +294,11 @@ def _alone(order: Order) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise RetrainError(f"{order.name} is being retrained already, by {file.read().strip()}; wait for it, or end it") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
-        file.flush()
+            by = file.read().decode("utf-8", "replace").strip()
+            raise RetrainError(f"{order.name} is being retrained already, by {by}; wait for it, or end it") from error
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n".encode())
+        except OSError as error:
+            raise RetrainError(f"cannot write to {order.home / LOCK}: {error.strerror or error}") from error
         yield
