@@ -5,7 +5,7 @@ The type of a time tells where it comes from, here and in what is stored: whole 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -53,6 +53,8 @@ class MergeUser:
     id: str
     loaded: UserState
     until: float | None
+    fields: Collection[str] | None = None
+    """The features that the data set speaks of, None: all. Others are another data set's, and stay."""
     news: News = field(default_factory=News)
 
     def of(self, stored: bytes) -> bytes:
@@ -62,7 +64,7 @@ class MergeUser:
             known = unpack_user(self.id, stored) if stored else UserState()
         except StateError:
             known = UserState()
-        state, self.news = merged_user(known, self.loaded, self.until)
+        state, self.news = merged_user(known, self.loaded, self.until, self.fields)
         return bounded(self.id, state.features, pack_user(self.id, state))
 
 
@@ -73,6 +75,7 @@ class MergeAd:
     loaded: Ad
     until: float | None
     whole: bool = False
+    fields: Collection[str] | None = None
     news: News = field(default_factory=News)
 
     @property
@@ -89,7 +92,7 @@ class MergeAd:
             known = None
         ad = self.loaded
         if known is not None:
-            ad, self.news = merged_ad(known, self.loaded, self.until, self.whole)
+            ad, self.news = merged_ad(known, self.loaded, self.until, self.whole, self.fields)
         return bounded(self.id, ad.features, pack_ad(ad))
 
 
@@ -137,26 +140,26 @@ def left_before(ad: Ad, time: float) -> bool:
     return not ad.active and ad.changed.get(ACTIVE, time) < time
 
 
-def merged_user(stored: UserState, loaded: UserState, until: float | None) -> tuple[UserState, News]:
+def merged_user(stored: UserState, loaded: UserState, until: float | None, fields: Collection[str] | None = None) -> tuple[UserState, News]:
     """The two together.
 
     Features: of each the newer word. Behaviours: what is stored from events, or from after `until`, and what else the data set has;
-    an earlier data set's give way.
+    an earlier data set's give way, unless this one has none.
     """
-    features, changed, kept = _features(stored.features, stored.changed, loaded.features, until)
+    features, changed, kept = _features(stored.features, stored.changed, loaded.features, until, fields)
     own, rest, extra = _behaviours(stored, loaded, until)
     together = sorted([*rest, *own], key=lambda behaviour: behaviour[1])[-HISTORY_LIMIT:]  # sorted keeps the order of the same time
     state = UserState(features, [ad_id for ad_id, _ in together], [ts for _, ts in together], changed)
     return state, News(behaviours=extra, features=kept)
 
 
-def merged_ad(stored: Ad, loaded: Ad, until: float | None, whole: bool) -> tuple[Ad, News]:
+def merged_ad(stored: Ad, loaded: Ad, until: float | None, whole: bool, fields: Collection[str] | None = None) -> tuple[Ad, News]:
     """The two together, features as in `merged_user`.
 
     That an event took an ad out of the catalogue stands against a data set that has it, which may be a log of what was shown before;
     that it was missing in a whole catalogue does not.
     """
-    features, changed, kept = _features(stored.features, stored.changed, loaded.features, until)
+    features, changed, kept = _features(stored.features, stored.changed, loaded.features, until, fields)
     told = stored.changed.get(ACTIVE)
     if type(told) is float and not (whole and not _is_newer(told, until)):
         return Ad(loaded.ad_id, features, stored.active, changed), News(features=kept, activity=int(stored.active != loaded.active))
@@ -169,15 +172,16 @@ def _is_newer(ts: float, until: float | None) -> bool:
 
 
 def _features(
-    stored: Features, changed: Mapping[str, float], loaded: Features, until: float | None
+    stored: Features, changed: Mapping[str, float], loaded: Features, until: float | None, fields: Collection[str] | None
 ) -> tuple[Features, Mapping[str, float], int]:
     """Features, when events told them, and how many stand against the data set or beside it."""
     newer = {name for name, ts in changed.items() if name != ACTIVE and _is_newer(ts, until)}
-    kept = {name: value for name, value in stored.items() if name in newer or (name in changed and name not in loaded)}
+    others = set() if fields is None else stored.keys() - set(fields)
+    kept = {name: value for name, value in stored.items() if name in newer or name in others or (name in changed and name not in loaded)}
     fresh = {name: value for name, value in loaded.items() if name not in newer}
     # A late event must not undo what the data set knows from after it.
     times = {name: until if until is not None and name in fresh and name != ACTIVE else ts for name, ts in changed.items()}
-    differing = sum(name not in loaded or loaded[name] != value for name, value in kept.items())
+    differing = sum(name in changed and (name not in loaded or loaded[name] != value) for name, value in kept.items())
     taken_away = len((newer & loaded.keys()) - stored.keys())
     return {**fresh, **kept}, times, differing + taken_away
 
@@ -191,8 +195,10 @@ def _behaviours(stored: UserState, loaded: UserState, until: float | None) -> tu
     own = [
         (ad_id, ts)
         for ad_id, ts in zip(stored.ad_ids, stored.ts, strict=True)
-        if type(ts) is float or (until is not None and type(ts) is int and ts > until)
+        if type(ts) is float or not loaded.ad_ids or (until is not None and type(ts) is int and ts > until)
     ]
+    if not loaded.ad_ids:
+        return own, [], sum(type(ts) is float for _, ts in own)
     times = [int(ts if until is None else min(ts, until)) for ts in loaded.ts]  # none is from after its data set
     untimed = len(set(times)) == 1 and (len(times) > 1 or times[0] == 0)
     waiting: dict[str, list[float]] = defaultdict(list)

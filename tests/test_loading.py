@@ -94,7 +94,7 @@ class TestMerge:
         done = await merged(store, prepared)
         assert await states(store, prepared) == after
         assert done.summary == (
-            "loaded 30 users and 12 ads\nkept what events told since: 1 behaviours and 1 features of 2 users and what was told of 2 ads"
+            "loaded 30 users and 12 ads\nkept what events told since: 1 behaviour and 1 feature of 2 users and what was told of 2 ads"
         )
         assert list(after[0]["u3"].ad_ids) == ["h3", "a3", "new"]
         assert (after[0]["u4"].features, after[1]["a5"].features, after[1]["a6"].active) == ({"age": "99"}, {"price": 9.0}, False)
@@ -174,7 +174,7 @@ class TestOverwrite:
         with Progress(disable=True) as progress:
             loading = Loading(store, prepared, progress)
             found = await loading.look(False)
-            assert found.newer == "1 behaviours and 1 features of 2 users and what was told of 1 ads"
+            assert found.newer == "1 behaviour and 1 feature of 2 users and what was told of 1 ad"
             assert (await store.get_user("u3")).ad_ids[-1] == "new", "it only looked"
             await loading.overwrite()
         users, ads = await states(store, prepared)
@@ -278,7 +278,7 @@ class TestCommand:
             return list(state.ad_ids)
 
         assert asyncio.run(send()) == ["h3", "a3", "new"]
-        kept = "kept what events told since: 1 behaviours and 0 features of 1 users\n"
+        kept = "kept what events told since: 1 behaviour of 1 user\n"
         assert self.load(server, first)[:2] == (0, "loaded 30 users and 12 ads\n" + kept)
         code, out, _ = self.load(server, second, "--replace")
         assert (code, out) == (0, f"loaded 30 users and 12 ads\n{kept}4 ads left the catalogue, 0 that left long ago were deleted\n")
@@ -288,7 +288,7 @@ class TestCommand:
         refused(self.load(server, small, "--replace", "--yes"), "an empty catalogue cannot be meant")
         code, _, complaint = self.load(server, first, "--overwrite")
         assert code == 0
-        assert "--overwrite loses 1 behaviours and 0 features of 1 users, which the store knows from events" in complaint
+        assert "--overwrite loses 1 behaviour of 1 user, which the store knows from events" in complaint
         assert asyncio.run(send()) == ["h3", "a3", "new"], "sent again, it is taken again"
 
     def test_a_store_in_memory_is_refused(self, tmp_path):

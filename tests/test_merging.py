@@ -74,6 +74,14 @@ def test_of_each_feature_the_newer_word_stays() -> None:
     assert merged.told({"y": 9.0}, UNTIL + 0.5).features["y"] == 9.0
 
 
+def test_what_the_data_set_does_not_speak_of_stays() -> None:
+    stored = state([("a", 100), ("b", 200)], {"x": 1.0, "of another schema": 1.0})
+    merged, kept = merged_user(stored, UserState({}), UNTIL, {"x"})
+    assert (merged.features, history(merged), bool(kept)) == ({"of another schema": 1.0}, history(stored), False)
+    ad, _ = merged_ad(Ad("a", {"x": 1.0, "y": 1.0}), Ad("a", {"x": 2.0}), UNTIL, False, {"x"})
+    assert ad.features == {"x": 2.0, "y": 1.0}
+
+
 def test_without_times_what_events_told_stays() -> None:
     stored = clicked(told(UserState({"x": 1.0}), [({"x": 5.0}, 10.0)]), [("b", 20.0)])
     merged, _ = merged_user(stored, state([("a", 0), ("b", 0)], {"x": 2.0, "y": 2.0}), None)

@@ -14,6 +14,7 @@ from typing import TypeVar
 from rich.progress import Progress
 
 from features.merging import ForgetAd, MergeAd, MergeUser, RetireAd, Rewrite, bounded
+from features.schema import Side
 from features.state import StateError, Store, pack_ad, pack_user
 
 from .datasets.prepared import SPLITS, DataError, Prepared, columns_of, read_parquet
@@ -52,9 +53,10 @@ class Loaded:
     @property
     def newer(self) -> str:
         """What the store knows and the data set does not, for people; empty where that is nothing."""
-        users = f"{self.behaviours:,} behaviours and {self.features:,} features of {self.newer_users:,} users" if self.newer_users else ""
-        told = f"what was told of {self.newer_ads:,} ads" if self.newer_ads else ""
-        return " and ".join(part for part in (users, told) if part)
+        counted = ((self.behaviours, "behaviour"), (self.features, "feature"))
+        users = " and ".join(_counted(count, what) for count, what in counted if count)
+        told = f"what was told of {_counted(self.newer_ads, 'ad')}" if self.newer_ads else ""
+        return " and ".join(part for part in (users and f"{users} of {_counted(self.newer_users, 'user')}", told) if part)
 
     @property
     def summary(self) -> str:
@@ -63,9 +65,9 @@ class Loaded:
         if self.newer:
             lines.append(f"kept what events told since: {self.newer}")
         if self.retired or self.forgotten:
-            lines.append(f"{self.retired:,} ads left the catalogue, {self.forgotten:,} that left long ago were deleted")
+            lines.append(f"{_counted(self.retired, 'ad')} left the catalogue, {self.forgotten:,} that left long ago were deleted")
         if self.stayed:
-            lines.append(f"{self.stayed:,} ads that the data set lacks stay, since newer events tell of them")
+            lines.append(f"stays, since newer events tell of it: {_counted(self.stayed, 'ad')} that the data set lacks")
         return "\n".join(lines)
 
 
@@ -76,6 +78,8 @@ class Loading:
         """`gone_seconds`: how long ads that left are kept."""
         self._store, self._prepared, self._progress, self._gone_seconds = store, prepared, progress, gone_seconds
         self.until = newest_time(prepared)
+        sides: tuple[Side, ...] = ("user", "ad")
+        self._fields = {side: {each.name for each in prepared.schema.side(side)} for side in sides}
 
     async def look(self, whole: bool) -> Loaded:
         """What there is that writing over it would lose, and where the data set is the `whole` catalogue, how many ads are active.
@@ -127,9 +131,11 @@ class Loading:
         done = Loaded()
         with _fitting():
             for ad_batch in _batches(self._shown("ads", ads(self._prepared))):
-                await self._merge_ads([MergeAd(ad, self.until, whole) for ad in ad_batch], wrap, done)
+                await self._merge_ads([MergeAd(ad, self.until, whole, self._fields["ad"]) for ad in ad_batch], wrap, done)
             for user_batch in _batches(self._shown("users", user_states(self._prepared))):
-                await self._merge_users([MergeUser(user_id, state, self.until) for user_id, state in user_batch], wrap, done)
+                await self._merge_users(
+                    [MergeUser(user_id, state, self.until, self._fields["user"]) for user_id, state in user_batch], wrap, done
+                )
         return done
 
     async def _merge_ads(self, merges: Sequence[MergeAd], wrap: Wrap, done: Loaded) -> None:
@@ -182,6 +188,10 @@ def _fitting() -> Iterator[None]:
         yield
     except StateError as error:
         raise DataError(f"the data set does not fit into a store: {error}") from error
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" + "s" * (count != 1)
 
 
 def refusal(found: Loaded, sure: bool) -> str | None:
