@@ -200,13 +200,15 @@ def _behaviours(stored: UserState, loaded: UserState, until: float | None) -> tu
     if not loaded.ad_ids:
         return own, [], sum(type(ts) is float for _, ts in own)
     times = [int(ts if until is None else min(ts, until)) for ts in loaded.ts]  # none is from after its data set
+    if not own:  # of most users
+        return own, list(zip(loaded.ad_ids, times, strict=True)), 0
     untimed = len(set(times)) == 1 and (len(times) > 1 or times[0] == 0)
     waiting: dict[str, list[float]] = defaultdict(list)
     for ad_id, ts in own:
         waiting[ad_id].append(ts)
     rest, matched, latest = list[Behaviour](), 0, float("inf")
     for ad_id, ts in zip(reversed(loaded.ad_ids), reversed(times), strict=True):
-        twin = _twin(waiting.get(ad_id, []), ts, until, untimed)
+        twin = _twin(waiting[ad_id], ts, until, untimed) if ad_id in waiting else None
         if twin is not None:
             waiting[ad_id].remove(twin)
             matched += 1
