@@ -429,7 +429,9 @@ def bandit(tmp_path: Path) -> Prepared:
         "user.age": [("25", "35")[i % 2] for i in range(600)],
         "propensity": [1 / 30] * 600,
     }
-    pl.DataFrame(rows, schema_overrides={"history": types["history"]}).write_parquet(folder / "train" / "0.parquet")
+    absent = {"user.interests": pl.List(pl.String), "user.income": pl.Float64, "context.slot": pl.String}
+    frame = pl.DataFrame(rows, schema_overrides={"history": types["history"]})
+    frame.with_columns(pl.lit(None, dtype).alias(name) for name, dtype in absent.items()).write_parquet(folder / "train" / "0.parquet")
     return open_prepared(folder)
 
 

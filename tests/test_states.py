@@ -53,7 +53,7 @@ def test_the_table_of_users_comes_before_the_last_row(tmp_path: Path) -> None:
 
 def test_a_value_that_no_request_could_hold_is_refused(tmp_path: Path) -> None:
     data = data_set(tmp_path, train=one_row(1, 0, "a", []))
-    pl.DataFrame({"ad_id": ["a"], "ad.price": [float("inf")]}).write_parquet(tmp_path / "ads.parquet")
+    pl.DataFrame({"ad_id": ["a"], "ad.price": [float("inf")], "ad.topics": [["t"]]}).write_parquet(tmp_path / "ads.parquet")
     with pytest.raises(DataError, match=r"does not fit its field: ad\.price: expected a finite number"):
         list(ads(data))
 

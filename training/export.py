@@ -38,6 +38,7 @@ from features.schema import Schema, Side
 
 from .calibrate import Calibration, as_sampled
 from .datasets.encoded import Rows, encode_split
+from .datasets.fields import check_fields
 from .datasets.prepared import Prepared, column_of
 from .drift import REFERENCE, make_reference
 from .evaluate import Metrics, measure
@@ -328,8 +329,9 @@ def scores_of(
     """The rows of a split as a bundle encodes them, and what one of its graphs gives for them `(N,)`, to compare with their labels.
 
     Raises:
-        DataError: the split is absent or does not fit the bundle's schema.
+        DataError: the split is absent, or does not fit the bundle's schema or lacks a field of it.
     """
+    check_fields(data, bundle.schema, data.files(split))
     rows = encode_split(replace(data, schema=bundle.schema), split, bundle.encoder)
     return rows, scores((bundle.path / graph).read_bytes(), bundle.schema, data.negative_sampling, rows, progress)
 

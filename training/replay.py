@@ -18,6 +18,7 @@ from features.encode import AdTable
 from features.policy import Policy, places
 
 from .datasets.encoded import Rows, ad_rows, ad_table, encode_frames, versions_of
+from .datasets.fields import check_fields
 from .datasets.log import Log
 from .datasets.prepared import DataError, Prepared, check_columns
 from .graph import Graph
@@ -79,7 +80,8 @@ def _finite(rate: Estimate) -> dict[str, float | None]:
 class Weigher:
     """Weighs rankings by what a bundle and a policy had done."""
 
-    def __init__(self, data: Prepared, bundle: Bundle, policy: Policy) -> None:
+    def __init__(self, data: Prepared, bundle: Bundle, policy: Policy, split: str = "test") -> None:
+        check_fields(data, bundle.schema, [part.path for part in data.parts] if isinstance(data, Log) else data.files(split))
         self.data: Prepared = replace(data, schema=bundle.schema)
         self.encoder, self.policy = bundle.encoder, policy
         self.ads, self._graph = ad_table(self.data, self.encoder), Graph(bundle)
@@ -157,7 +159,7 @@ def replay(
     if data.negative_sampling != 1:
         kept = f"{data.negative_sampling:g} of its non-clicks (negative_sampling)"
         raise DataError(f"{data.folder} kept {kept}, so no click rate can be estimated from it; replay a log that kept all")
-    weigher, counted = Weigher(data, bundle, policy), {"greedy": 0, "unfit": 0}
+    weigher, counted = Weigher(data, bundle, policy, split), {"greedy": 0, "unfit": 0}
     source = _of_log(data, weigher, top_k, counted) if isinstance(data, Log) else _of_bandit(data, weigher, split, counted)
     trail = joined([trail for rankings in source for trail in weigher.trails(rankings)])
     if len(trail) < 2:

@@ -20,6 +20,7 @@ from features.encode import AdTable, Block
 from features.schema import Slot
 
 from .datasets.encoded import Rows, ad_table, encode_frames
+from .datasets.fields import check_fields
 from .datasets.log import Log
 from .datasets.prepared import DataError, check_columns
 from .graph import Graph
@@ -156,6 +157,10 @@ def _checker(data: Log, models: Path, key: tuple[str, int], graph: str) -> tuple
         return None, str(error)
     if graph not in bundle.files:
         return None, f"{path} has no {graph}"
+    try:
+        check_fields(data, bundle.schema, [part.path for part in data.parts])
+    except DataError as error:
+        return None, str(error)
     own = replace(data, schema=bundle.schema)
     return Checker(own, bundle, Graph(bundle, graph), ad_table(own, bundle.encoder)), None
 

@@ -17,6 +17,7 @@ from features.schema import Field, Schema, Side
 from features.vocabulary import UNKNOWN, HashBuckets, Ids, Moments, Vocabularies, Vocabulary
 from training.networks.blocks import Part
 
+from .fields import check_fields
 from .log import Log
 from .prepared import DataError, Prepared, column_of
 from .spread import NOTHING, Spread
@@ -173,8 +174,9 @@ def encode_split(data: Prepared, split: str, encoder: Encoder) -> Rows:
     """Encode a split.
 
     Raises:
-        DataError: the split is absent or empty, or a column does not fit the schema.
+        DataError: the split is absent or empty, or a column does not fit the schema or is not there.
     """
+    check_fields(data, encoder.schema, data.files(split))
     rows = encode_frames(data, data.frames(split), encoder, ad_table(data, encoder))
     if not len(rows):
         raise DataError(f"the {split} split of {data.folder} has no row")

@@ -78,6 +78,9 @@ def _features(schema: Schema, side: Side, frames: Sequence[pl.DataFrame]) -> lis
     columns: list[tuple[Field, list[Value]]] = []
     for field in schema.side(side):
         found = [column for frame in frames if (column := column_of(frame, field)) is not None]
+        if not found and field.name not in IDENTITY.values():
+            where = "neither users.parquet nor the rows hold" if side == "user" else "ads.parquet does not hold"
+            raise DataError(f"{where} {field.path}, which the schema {schema.name!r} has: the service would rank without it")
         if found and field.name not in IDENTITY.values():
             known = pl.DataFrame([column.alias(str(i)) for i, column in enumerate(found)]).select(pl.coalesce(pl.all()).alias("known"))
             columns.append((field, (known["known"].fill_nan(None) if field.kind == "number" else known["known"]).to_list()))

@@ -1,0 +1,54 @@
+"""Whether a data set has a column for every field of a schema. One that it lacks would be encoded as missing throughout, without a word."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from features.schema import IDENTITY, Schema
+
+from .log import Log
+from .prepared import DataError, Prepared, columns_of, read_parquet
+
+
+def check_fields(data: Prepared, schema: Schema, files: Collection[Path]) -> None:
+    """Check that each of some files of a data set, with its tables of users and ads, holds every field of a schema.
+
+    Raises:
+        DataError: fields have no column; the message names all of them.
+    """
+    lacking = dict.fromkeys([*_blank(data, schema, files), *_absent(data, schema, files)])
+    if lacking:
+        what = f"no column holds {', '.join(lacking)}, which the schema {schema.name!r} has"
+        raise DataError(f"{data.folder}: {what}; prepare the data with these fields, or leave them out of the model")
+
+
+def _absent(data: Prepared, schema: Schema, files: Collection[Path]) -> Iterator[str]:
+    users, ads = (() if isinstance(data, Log) else table_columns(data, side) for side in ("user", "ad"))
+    own = {data.position_as} if isinstance(data, Log) else set()
+    for path in files:
+        present = own | set(columns_of(path))
+        for side, table in (("user", users), ("context", ()), ("ad", ads)):
+            fields = [field.path for field in schema.fields if field.side == side and field.name not in IDENTITY.values()]
+            inline = any(name in present for name in fields)
+            yield from (name for name in fields if name not in present and (inline or name not in table))
+        if schema.history_length and "history" not in present:
+            yield "history"
+    if schema.history_length:
+        known = table_columns(data, "ad")
+        yield from (f"{field.path} of behaviours" for field in schema.history[1:] if field.path not in known)
+
+
+def _blank(data: Prepared, schema: Schema, files: Collection[Path]) -> Iterator[str]:
+    """Ids that another schema than the data's has for a field, where the data has none."""
+    for side in ("user", "ad"):
+        name = IDENTITY[side]
+        asked = schema.field(side, name) and not data.schema.field(side, name)
+        if asked and all((read_parquet(path, [name])[name] == "").all() for path in files):
+            yield f"{side}.{name}"
+
+
+def table_columns(data: Prepared, side: str) -> Collection[str]:
+    """The columns of the table of users or ads; none where there is no such table."""
+    if isinstance(data, Log):
+        return {name for path in data.ads for name in columns_of(path)} if side == "ad" else ()
+    path = data.folder / f"{side}s.parquet"
+    return columns_of(path) if path.exists() else ()
