@@ -1,6 +1,5 @@
 """A field that the data lack is named, wherever it would be encoded as missing throughout."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

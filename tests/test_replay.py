@@ -460,7 +460,7 @@ def test_what_such_a_data_set_lacks_is_said(bandit: Prepared, bundle: Bundle) ->
     with pytest.raises(DataError, match="column propensity is missing"):
         replay(bandit, bundle, EpsilonGreedy(0.0), split="train")
     (bandit.folder / "ads.parquet").unlink()
-    with pytest.raises(DataError, match=r"has no ads\.parquet"):
+    with pytest.raises(DataError, match=r"no column holds ad\.genre, ad\.tags, ad\.price"):
         replay(bandit, bundle, EpsilonGreedy(0.0), split="train")
 
 
