@@ -64,6 +64,8 @@ class MergeUser:
             known = unpack_user(self.id, stored) if stored else UserState()
         except StateError:
             known = UserState()
+        if not set(map(type, known.ts)) <= {int, float}:
+            known = UserState()
         state, self.news = merged_user(known, self.loaded, self.until, self.fields)
         return bounded(self.id, state.features, pack_user(self.id, state))
 

@@ -158,6 +158,7 @@ def unpack_user(user_id: str, value: bytes) -> UserState:
         raise StateError("the value stored for a user names another user")
     if len(ad_ids) != len(ts) or not set(map(type, ad_ids)) <= {str}:
         raise StateError(f"the history stored for user {user_id!r} is damaged")
+    _check_times(changed)
     return UserState(features, ad_ids, ts, changed)
 
 
@@ -175,6 +176,7 @@ def unpack_ad(ad_id: str, value: bytes) -> Ad:
     document = _unpack(value)
     if not _is(document, [int, bool, dict, dict]):
         raise StateError(f"the value stored for ad {ad_id!r} is not an ad of format {FORMAT}")
+    _check_times(document[3])
     return Ad(ad_id, document[2], document[1], document[3])
 
 
@@ -193,6 +195,11 @@ def unpack_features(value: bytes) -> Features:
     if not isinstance(features, dict):
         raise StateError("the value is not packed features")
     return features
+
+
+def _check_times(changed: Mapping[str, object]) -> None:
+    if not set(map(type, changed.values())) <= {int, float}:
+        raise StateError("what is stored has times of changes that are none")
 
 
 def _is(document: object, shapes: list[type]) -> bool:

@@ -147,6 +147,12 @@ def test_what_is_damaged_gives_way() -> None:
     assert unpack_ad("a", MergeAd(Ad("a", {"x": 1.0}), 5).of(b"nonsense")) == Ad("a", {"x": 1.0})
 
 
+def test_times_that_are_none_give_way() -> None:
+    stored = pack_user("u", UserState({}, ["a", "b"], ["x", 1]))  # type: ignore[list-item]
+    for loaded in (UserState(), state([("c", 1)])):
+        assert unpack_user("u", MergeUser("u", loaded, 5).of(stored)).ad_ids == list(loaded.ad_ids)
+
+
 def test_an_ad_that_a_whole_catalogue_lacks_leaves_and_comes_back_with_the_next() -> None:
     retired = unpack_ad("a", RetireAd("a", 5, 9).of(pack_ad(Ad("a", {"x": 1.0}))) or b"")
     assert (retired.active, retired.features) == (False, {"x": 1.0})

@@ -203,3 +203,17 @@ def test_features_packed_and_unpacked_are_the_same(known: dict[str, object]) -> 
     assert unpack_features(pack_features(known)) == known
     with pytest.raises(StateError):
         unpack_features(msgpack.packb([known]))
+
+
+def test_times_of_changes_that_are_none_are_refused() -> None:
+    for times in ({"age": "x"}, {"": None}, {"age": [1]}, {"age": True}):
+        with pytest.raises(StateError, match="times"):
+            unpack_user("u", msgpack.packb([2, "u", {}, [], [], times]))
+        with pytest.raises(StateError, match="times"):
+            unpack_ad("a", msgpack.packb([2, False, {}, times]))
+
+
+def test_what_is_nested_without_end_is_refused() -> None:
+    for value in (b"\x91" * 100_000, b"\x81\xa1x" * 100_000):
+        with pytest.raises(StateError):
+            unpack_user("u", value)
