@@ -1,17 +1,19 @@
 """HTTP: routes, and the limits on a body. Knows nothing about how a ranking is made."""
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pydantic_core
 from fastapi import APIRouter, FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import errors
+from .bodies import Reader, peer
 from .edge import EVENTS, Edge, problem
 from .errors import ServiceError
 from .event_wire import events_answer, read_batch
@@ -21,8 +23,10 @@ from .metrics import CONTENT_TYPE, Metrics, Stages
 from .openapi import RANKED
 from .ranker import Made, Query, Ranker
 from .requests import as_sent, default_policy, locate, parse_request, sent_request_id, to_query
+from .scrapes import Scrapes
 from .served import ServedLog
 from .settings import Settings
+from .shares import Shares
 from .tokens import Guard
 from .wire import RankRequest, answer
 
@@ -40,6 +44,7 @@ class RankEndpoint:
     def __init__(self, ranker: Ranker, served: ServedLog, metrics: Metrics, settings: Settings) -> None:
         self._ranker, self._served, self._metrics, self._settings = ranker, served, metrics, settings
         self._policy = default_policy(settings)
+        self._bodies, self._places = Reader(settings), Shares(settings.max_inflight, settings.peer_inflight_share)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Rank ads for a user, the likeliest click first."""
@@ -52,7 +57,7 @@ class RankEndpoint:
                 self._metrics.shed(kind.code)
             await problem(scope, kind, error.detail, error.mistakes)(scope, receive, send)
             return
-        if has_left(receive):
+        if has_left(scope, receive):
             self._served.left()
             made.clear()
         headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
@@ -62,14 +67,16 @@ class RankEndpoint:
             self._served.put(ranked)
 
     async def _answer(self, scope: Scope, receive: Receive, on_ranked: Callable[[Made], None]) -> bytes:
-        settings, metrics = self._settings, self._metrics
-        if metrics.under_way >= settings.max_inflight:
-            raise errors.OverLimitError(f"{settings.max_inflight} requests are being ranked already; try again")
+        settings, metrics, caller = self._settings, self._metrics, peer(scope)
+        body = await self._bodies.read(scope, receive)
+        # Only now: who sends slowly must not hold a place.
+        if not self._places.take(caller):
+            raise errors.OverLimitError(f"{settings.max_inflight} requests are being ranked already, or too many of yours; try again")
         metrics.under_way += 1
         try:
-            body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_ms / 1000)
-            return await self._rank(scope["state"], body, on_ranked)
+            return await self._rank(scope["state"], body.text(settings.max_body_bytes), on_ranked)
         finally:
+            self._places.give_back(caller)
             metrics.under_way -= 1
 
     async def _rank(self, state: dict[str, Any], body: bytes, on_ranked: Callable[[Made], None]) -> bytes:
@@ -101,10 +108,13 @@ class EventsEndpoint:
     """`POST /v1/events`, as plain ASGI."""
 
     def __init__(self, intake: Intake, settings: Settings) -> None:
-        self._intake, self._settings, self._under_way = intake, settings, 0
+        self._intake, self._settings = intake, settings
+        self._bodies, self._places = Reader(settings), Shares(settings.max_event_batches, 1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take a batch of events, and say what became of each."""
+        if scope["method"] != "POST":
+            raise HTTPException(405)
         try:
             response = Response(await self._answer(scope, receive), 202, media_type="application/json")
         except ServiceError as error:
@@ -113,22 +123,24 @@ class EventsEndpoint:
 
     async def _answer(self, scope: Scope, receive: Receive) -> bytes:
         settings = self._settings
-        if self._under_way >= settings.max_event_batches:
+        body = await self._bodies.read(scope, receive, plain=_origin(scope) in settings.origins)
+        if not self._places.take(None):
             raise errors.OverLimitError(f"{settings.max_event_batches} batches of events are being taken already; try again")
-        self._under_way += 1
         try:
-            body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_ms / 1000)
-            sent = await read_batch(body, settings.max_events)
+            sent = await read_batch(body.text(settings.max_body_bytes), settings.max_events)
             return events_answer(scope["state"]["request_id"], sent, await self._intake.take(sent))
         finally:
-            self._under_way -= 1
+            self._places.give_back(None)
 
 
-def has_left(receive: Receive) -> bool:
+def has_left(scope: Scope, receive: Receive) -> bool:
     """Whether the caller of a request whose body has been read has closed its connection. Waits for nothing.
 
-    ASGI tells only those who wait for the next message: one step of that says whether it is there already.
+    ASGI tells only those who wait for the next message: one step of that says whether it is there already. A client that has closed
+    its half still gets its answer, but nobody knows whether it reads it.
     """
+    if scope["state"].get("half_closed"):
+        return True
     waiting = receive()
     try:
         waiting.send(None)  # type: ignore[attr-defined]  # a coroutine, as every server makes it
@@ -138,48 +150,15 @@ def has_left(receive: Receive) -> bool:
     return False
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int, seconds: float) -> bytes:
-    """The body, of at most `limit` bytes however it is sent, arriving within `seconds`.
-
-    Raises:
-        ServiceError: it is not JSON by its type, too large, too slow, or its sender left.
-    """
-    headers = dict(scope["headers"])
-    kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-    if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
-        raise errors.NotJsonTypeError("send the header Content-Type: application/json")
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise errors.NotJsonTypeError("send the body as it is, without a Content-Encoding")
-    declared = headers.get(b"content-length", b"0")
-    if declared.isdigit() and int(declared) > limit:
-        raise _too_large(limit)
-    try:
-        async with asyncio.timeout(seconds):
-            return await _whole(receive, limit)
-    except TimeoutError:
-        raise errors.SlowBodyError(f"the body did not arrive within {seconds:g} s") from None
-
-
-async def _whole(receive: Receive, limit: int) -> bytes:
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise errors.CallerLeftError("the caller left before the body was whole")
-        parts.append(message.get("body", b""))
-        size, more = size + len(parts[-1]), message.get("more_body", False)
-        if size > limit:
-            raise _too_large(limit)
-    return b"".join(parts)
-
-
-def _too_large(limit: int) -> errors.TooLargeError:
-    return errors.TooLargeError(f"the body is over the limit of {limit} bytes")
+def _origin(scope: Scope) -> str | None:
+    """The page that a browser sent the request for; it says so itself, and other clients need not."""
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"), None)
 
 
 def state_routes(ranker: Ranker, metrics: Metrics, health: Health, notice: Callable[[], str | None]) -> APIRouter:
     """What probes, Prometheus and people ask for."""
     router = APIRouter()
+    scrapes = Scrapes(metrics.exposition)
 
     @router.get("/livez")
     async def livez() -> dict[str, str]:
@@ -201,7 +180,7 @@ def state_routes(ranker: Ranker, metrics: Metrics, health: Health, notice: Calla
         ranker.catalogue.observe()
         metrics.flush()
         try:
-            return Response(await asyncio.to_thread(metrics.exposition), headers={"content-type": CONTENT_TYPE})
+            return Response(await scrapes.text(), headers={"content-type": CONTENT_TYPE})
         except errors.MetricsGoneError as error:  # not an empty answer with 200, which nothing but an alert on absence would notice
             return problem(request.scope, errors.KINDS[type(error)], error.detail)
 
@@ -247,6 +226,7 @@ class Application(FastAPI):
     """FastAPI for all but rankings: it and its own middleware stand before any that is added, and take time of every request."""
 
     rank: ASGIApp
+    prefix = ""
 
     def take(self, endpoint: RankEndpoint, metrics: Metrics, tracer: "Tracer | None" = None, guard: Guard | None = None) -> None:
         """Rank with the endpoint. Its routes are there for who asks with another method than POST."""
@@ -254,11 +234,23 @@ class Application(FastAPI):
         self.add_middleware(Edge, metrics=metrics, tracer=tracer, guard=guard)
         self.router.routes += [Route(path, endpoint, methods=["POST"], include_in_schema=False) for path in RANKED]
 
-    def take_events(self, endpoint: EventsEndpoint) -> None:
-        """Take events with the endpoint."""
-        self.router.routes.append(Route(EVENTS, endpoint, methods=["POST"], include_in_schema=False))
+    def take_events(self, endpoint: EventsEndpoint, origins: Collection[str]) -> None:
+        """Take events with the endpoint, from pages of these origins too."""
+        app: ASGIApp = endpoint
+        if origins:  # a beacon comes with the cookies of this host, and its page reads the answer only if it says that it may be read
+            app = CORSMiddleware(
+                app, origins, ["POST"], ["authorization", "content-encoding"], allow_credentials=True, expose_headers=["x-request-id"]
+            )
+        self.router.routes.append(Route(EVENTS, app, methods=["POST", "OPTIONS"], include_in_schema=False))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        ranks = scope["type"] == "http" and scope["path"] in RANKED and scope["method"] == "POST"
-        await (self.rank if ranks else super().__call__)(scope, receive, send)
+        if scope["type"] == "http":
+            if self.prefix and scope["path"].startswith(f"{self.prefix}/"):
+                scope["path"] = scope["path"].removeprefix(self.prefix)
+            if scope["method"] == "POST" and scope["path"] in RANKED:
+                await self.rank(scope, receive, send)
+                return
+            if scope["method"] == "HEAD":  # as GET; the server leaves the body out, going by its own scope
+                scope = {**scope, "method": "GET"}
+        await super().__call__(scope, receive, send)

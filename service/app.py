@@ -256,6 +256,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
         version="1",
         description="Ranks ads by p(click).",
         lifespan=lifespan,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -263,7 +264,8 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
     )
     app.include_router(state_routes(service.ranker, metrics, service.health, lambda: service.reload.default.notice))
     app.take(RankEndpoint(service.ranker, service.served, metrics, settings), metrics, tracer, service.guard)
-    app.take_events(EventsEndpoint(_intake(service), settings))
+    app.take_events(EventsEndpoint(_intake(service), settings), settings.origins)
+    app.prefix = settings.root_path
     add_error_handlers(app)
     app.openapi = describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the document
     app.state.service = service

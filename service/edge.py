@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pydantic_core
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,9 +21,13 @@ if TYPE_CHECKING:
     from .traces import Trace, Tracer
 
 EVENTS = "/v1/events"
-ROUTES = frozenset(
-    {"/rank", "/v1/rank", "/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/v1/events", "/docs", "/openapi.json"}
-)
+READ, WRITTEN = "GET, HEAD, OPTIONS", "OPTIONS, POST"
+METHODS = {
+    **dict.fromkeys([*RANKED, EVENTS], WRITTEN),
+    **dict.fromkeys(("/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/docs", "/openapi.json"), READ),
+}
+"""What each path takes."""
+ROUTES = frozenset(METHODS)
 TRACED = frozenset({*RANKED, EVENTS})
 PLAIN = {errors.KINDS[kind].code for kind in (errors.ScoringError, errors.MetricsGoneError)}
 """Whose detail is no word of the caller's, so that the log may have it: ONNX Runtime's on the model, or our own."""
@@ -40,18 +43,10 @@ def problem(scope: Scope, kind: Kind, detail: str, mistakes: Sequence[Mistake] =
     """An error as problem+json; notes its code as the outcome of the request."""
     scope["state"]["observed"].outcome = kind.code
     scope["state"]["detail"] = detail
-    document = {
-        "type": f"urn:adrank:problem:{kind.code}",
-        "title": kind.title,
-        "status": kind.status,
-        "detail": SCORING if kind is errors.KINDS[errors.ScoringError] else detail,
-        "code": kind.code,
-        "request_id": scope["state"]["request_id"],
-        "errors": [{"pointer": mistake.pointer, "detail": mistake.detail} for mistake in mistakes],
-    }
+    detail = SCORING if kind is errors.KINDS[errors.ScoringError] else detail
     wait = {} if kind.retry_after is None else {"retry-after": str(kind.retry_after)}
-    body = pydantic_core.to_json(document)
-    return Response(body, kind.status, {**(headers or {}), **wait}, media_type="application/problem+json")
+    body = errors.document(kind, detail, scope["state"]["request_id"], mistakes)
+    return Response(body, kind.status, {**kind.headers, **(headers or {}), **wait}, media_type="application/problem+json")
 
 
 class Edge:
@@ -137,7 +132,12 @@ def add_error_handlers(app: FastAPI) -> None:
     async def routing(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             raise error
-        kind = errors.WRONG_METHOD if error.status_code == 405 else errors.NOT_FOUND
-        return problem(request.scope, kind, "see /docs for what there is", headers=error.headers)
+        path, server = request.scope["path"], request.scope["path"] == "*"
+        allow = {"allow": "GET, HEAD, OPTIONS, POST" if server else METHODS.get(path, "")}
+        if request.method == "OPTIONS" and (server or path in METHODS):
+            return Response(status_code=204, headers=allow)
+        if error.status_code == 405:
+            return problem(request.scope, errors.WRONG_METHOD, f"{path} takes {allow['allow']}", headers=allow)
+        return problem(request.scope, errors.NOT_FOUND, "see /docs for what there is", headers=error.headers)
 
     app.add_exception_handler(HTTPException, routing)

@@ -1,7 +1,9 @@
 """What can go wrong with a request, said without HTTP, and the one table that gives each its status."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pydantic_core
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,14 @@ class NotJsonError(ServiceError):
 
 class NotJsonTypeError(ServiceError):
     """The body says it is something else than JSON."""
+
+
+class CodingError(ServiceError):
+    """The body is in a coding that is not read."""
+
+
+class DamagedBodyError(ServiceError):
+    """The body is not what its coding says."""
 
 
 class TooLargeError(ServiceError):
@@ -96,20 +106,23 @@ class BacklogError(ServiceError):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How an error is told: its HTTP status, its code (also the `outcome` of metrics), a title, seconds to wait before a retry."""
+    """How an error is told: its HTTP status, its code (also the `outcome` of metrics), a title, seconds to wait before a retry, headers."""
 
     status: int
     code: str
     title: str
     retry_after: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 KINDS: dict[type[ServiceError], Kind] = {
     NotJsonError: Kind(400, "not_json", "The body is not JSON"),
+    DamagedBodyError: Kind(400, "damaged_body", "The body is not what its Content-Encoding says"),
     UnknownModelError: Kind(404, "unknown_model", "No such model"),
     SlowBodyError: Kind(408, "slow_body", "The body did not arrive in time"),
     TooLargeError: Kind(413, "too_large", "The body is too large"),
-    NotJsonTypeError: Kind(415, "not_json_type", "The content type is not JSON"),
+    NotJsonTypeError: Kind(415, "not_json_type", "The content type is not JSON", headers={"accept": "application/json"}),
+    CodingError: Kind(415, "unknown_coding", "The content coding is not read", headers={"accept-encoding": "gzip, identity"}),
     InvalidError: Kind(422, "invalid", "The request is not valid"),
     OverLimitError: Kind(429, "over_limit", "Too many requests at once", 1),
     CallerLeftError: Kind(499, "caller_left", "The caller closed the connection"),
@@ -120,8 +133,30 @@ KINDS: dict[type[ServiceError], Kind] = {
     BacklogError: Kind(503, "backlog", "Too many events wait to be joined", 10),
     DeadlineError: Kind(504, "deadline", "The deadline passed"),
 }
+MALFORMED = Kind(400, "malformed", "The request is not proper HTTP")
+URL_TOO_LONG = Kind(414, "url_too_long", "The URL is too long")
+HEAD_TOO_LARGE = Kind(431, "head_too_large", "The head of the request is too large")
+NOT_IMPLEMENTED = Kind(501, "not_implemented", "The request asks for what is not done here")
+FULL = Kind(503, "full", "Too many connections", 1)
+WRONG_VERSION = Kind(505, "wrong_version", "The version of HTTP is not spoken")
+"""What a connection refuses, before there is a request that could be counted."""
 UNAUTHENTICATED = Kind(401, "unauthenticated", "A token is needed")
 FORBIDDEN = Kind(403, "forbidden", "The token does not allow this")
 NOT_FOUND = Kind(404, "not_found", "No such page")
 WRONG_METHOD = Kind(405, "wrong_method", "The page does not take this method")
 UNEXPECTED = Kind(500, "unexpected", "The service made a mistake")
+
+
+def document(kind: Kind, detail: str, request_id: str, mistakes: Sequence[Mistake] = ()) -> bytes:
+    """The JSON of an error (RFC 9457), the same wherever it was found."""
+    return pydantic_core.to_json(
+        {
+            "type": f"urn:adrank:problem:{kind.code}",
+            "title": kind.title,
+            "status": kind.status,
+            "detail": detail,
+            "code": kind.code,
+            "request_id": request_id,
+            "errors": [{"pointer": mistake.pointer, "detail": mistake.detail} for mistake in mistakes],
+        }
+    )

@@ -62,7 +62,9 @@ def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            document = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes, servers=app.servers
+            )
             operations = {path: {"post": {**RANK_OPERATION, "operationId": name}} for path, name in RANKED.items()}
             document["paths"] = {**operations, "/v1/events": {"post": EVENTS_OPERATION}, **document["paths"]}
             document.setdefault("components", {})["securitySchemes"] = {"bearer": BEARER}

@@ -11,86 +11,27 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
+
+from .connection import Connection, State
+from .settings import Settings
 
 TICK_SECONDS = 0.02
 BEAT_TICKS = 5
 """Of uvicorn's, ten of which are a second."""
 
 
-class State(ServerState):
-    """What the connections of a server share. `surplus` of them are to end, each with its next answer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.surplus: float = 0
-        self.on_closed: Callable[[], None] = lambda: None
-
-
-class Joined:
-    """A transport that sends together what is written in one go: uvicorn writes the head of an answer and its body apart."""
-
-    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop = transport, loop
-        self._pieces: list[bytes] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        """Send it with what else is written until the loop's next turn."""
-        if not self._pieces:
-            self._loop.call_soon(self._send)
-        self._pieces.append(data)
-
-    def close(self) -> None:
-        """Send what is left, and close."""
-        self._send()
-        self._transport.close()
-
-    def _send(self) -> None:
-        together = b"".join(self._pieces)
-        self._pieces.clear()
-        if together and not self._transport.is_closing():  # its client may have left since
-            self._transport.write(together)
-
-
-class Connection(HttpToolsProtocol):
-    """A connection that tells its client `Connection: close` when there are too many, so that no request meets a closed socket."""
-
-    server_state: State
-
-    def connection_made(self, transport: Any) -> None:
-        """Join what is written."""
-        super().connection_made(cast("asyncio.Transport", Joined(transport, self.loop)))
-
-    def on_headers_complete(self) -> None:
-        """Decide with each request whether its answer is the connection's last."""
-        super().on_headers_complete()
-        if self.server_state.surplus > 0 and self.cycle is not None and self.cycle.keep_alive:
-            self.server_state.surplus -= 1
-            self.cycle.keep_alive = False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Count it."""
-        super().connection_lost(exc)
-        self.server_state.on_closed()
-
-
 class Server(uvicorn.Server):
     """A server that answers what is on its way when it is told to end.
 
-    For `farewell` seconds clients that keep their connection may still send a request then: its answer says that it is the last.
+    For `farewell_seconds` clients that keep their connection may still send a request then: its answer says that it is the last.
     """
 
-    def __init__(self, config: uvicorn.Config, farewell: float) -> None:
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
-        self._farewell = farewell
-        self.server_state: State = State()
+        self._farewell = settings.farewell_seconds
+        self.server_state: State = State(settings)
         self._adopting: set[asyncio.Task[None]] = set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -133,8 +74,8 @@ class Member(Server):
     told to.
     """
 
-    def __init__(self, config: uvicorn.Config, farewell: float, pair: socket.socket) -> None:
-        super().__init__(config, farewell)
+    def __init__(self, config: uvicorn.Config, settings: Settings, pair: socket.socket) -> None:
+        super().__init__(config, settings)
         self.server_state.on_closed = self._count_closed
         self._pair = pair
         self._closed = 0

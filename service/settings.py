@@ -16,6 +16,7 @@ from .store_url import parse_store_url, store_name
 
 PREFIX = "ADRANK_"
 CGROUP = Path("/sys/fs/cgroup")
+ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
 SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
 
 
@@ -37,9 +38,13 @@ class Settings(BaseSettings):
     model: str | None = None
     """The model of requests that name none. Needed as soon as two models are live; by default the only one that is."""
     host: str = "127.0.0.1"
-    """Address or name to listen on."""
+    """Address or name to listen on. `::` takes IPv4 too where the system allows it, as does an empty one."""
     port: Annotated[int, Field(ge=1, le=65_535)] = 8000
     """Port to listen on."""
+    root_path: Annotated[str, Field(pattern=r"^$|^(/[A-Za-z0-9_.~-]+)+$")] = ""
+    """A prefix that a gateway leaves on paths, such as /ads: with it, and without, every page answers."""
+    allowed_origins: str = ""
+    """Origins, apart by commas, such as https://shop.example: their pages may send `/v1/events` from a browser, also as text/plain."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes; as many as the processors it may use is a good number."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -53,13 +58,36 @@ class Settings(BaseSettings):
     store_timeout_ms: Annotated[float, Field(gt=0, le=60_000)] = 50
     """How long a ranking waits for Redis; then it goes on without the user's state, and says so in `degraded`."""
     body_timeout_ms: Annotated[float, Field(gt=0, le=600_000)] = 5_000
-    """How long a caller may take to send its body: a slow one holds one of the `max_inflight` places."""
+    """How long a caller may take to send its body. It holds none of the `max_inflight` places meanwhile."""
     max_candidates: Annotated[int, Field(ge=1, le=100_000)] = 10_000
     """Of one request; more are refused with 422."""
     max_body_bytes: Annotated[int, Field(ge=1_024, le=2**30)] = 4 * 2**20
     """Of one request's body; a larger one is refused with 413."""
     max_inflight: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Rankings that a worker has under way at once; more are answered with 429."""
+    max_connections: Annotated[int, Field(ge=16, le=100_000)] = 4_096
+    """Of a worker, or less where fewer files may be open; one more is answered with 503 and closed."""
+    peer_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The most of a worker's connections, and of `max_reading_bytes`, that one address may have. Behind one proxy, all requests are of one
+    address: 1 there, if the proxy itself limits clients. Over a Unix socket there is no such limit."""
+    peer_inflight_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The most of `max_inflight` that one address may have. Set it lower where clients connect themselves."""
+    max_head_bytes: Annotated[int, Field(ge=1_024, le=2**20)] = 32 * 2**10
+    """The URL and headers of a request; also what stands around two chunks of a body, and its trailers."""
+    max_headers: Annotated[int, Field(ge=10, le=10_000)] = 100
+    """Of one request; more are refused with 431, as is a larger head."""
+    max_url_bytes: Annotated[int, Field(ge=64, le=2**16)] = 4 * 2**10
+    """Of one request; a longer one is refused with 414."""
+    max_reading_bytes: Annotated[int, Field(ge=2**16, le=2**40)] = 128 * 2**20
+    """Of all bodies that are being read by a worker, twice `max_body_bytes` at least; what is more is answered with 429."""
+    max_unsent_bytes: Annotated[int, Field(ge=2**16, le=2**40)] = 64 * 2**20
+    """Of all answers that clients do not read; beyond it, the connections that have waited longest are closed."""
+    head_timeout_ms: Annotated[float, Field(gt=0, le=600_000)] = 10_000
+    """From a connection, or the first byte of its next request, to a whole head. Like the two below it may be overrun by a second."""
+    request_timeout_ms: Annotated[float, Field(gt=0, le=3_600_000)] = 60_000
+    """From a request's head to its answer; a request that comes slower is answered with 408, one whose answer takes longer with 504."""
+    answer_timeout_ms: Annotated[float, Field(gt=0, le=600_000)] = 30_000
+    """How long a client may take to read an answer; then its connection is closed."""
     user_ttl_seconds: Annotated[int, Field(ge=1)] = 90 * 24 * 3600
     """How long Redis keeps a user whom no event and no load has touched."""
     ad_gone_seconds: Annotated[int, Field(ge=1)] = 90 * 24 * 3600
@@ -102,7 +130,8 @@ class Settings(BaseSettings):
     """How long clients that keep their connection may still send a request after SIGTERM, before idle ones are closed: its answer says
     that it is the last. Longer than they pause between two requests, and no request meets a closed connection."""
     keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = 75
-    """How long a connection may be idle. Longer than the clients and proxies in front keep theirs, which is 60 seconds for most."""
+    """How long a connection may be idle. Set it above what is in front, else requests meet closed connections: most proxies keep theirs
+    for 60 seconds, Google's load balancers for 600 (620 here); docs/http.md lists them."""
     tokens: Path | None = None
     """A file of bearer tokens and their scopes (docs/security.md), read again when it changes. Without it whoever reaches the port may
     ask."""
@@ -122,6 +151,19 @@ class Settings(BaseSettings):
     def _is_store(cls, url: str) -> str:
         parse_store_url(url)
         return url
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, text: str) -> str:
+        for origin in filter(None, text.split(",")):
+            if not ORIGIN.fullmatch(origin.strip()):
+                raise ValueError(f"{origin.strip()[:80]!r} is no origin; write it as browsers do, such as https://shop.example")
+        return text
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """The origins that are allowed."""
+        return frozenset(filter(None, (origin.strip() for origin in self.allowed_origins.split(","))))
 
     @property
     def store_name(self) -> str:

@@ -25,8 +25,9 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
 from . import logs
+from .connection import Connection
 from .preflight import check_start, tokens_loose
-from .server import Connection, Member, Server
+from .server import Member, Server
 from .settings import Settings, load_settings, processors
 
 BACKLOG = 2048  # connections that wait to be accepted
@@ -70,7 +71,7 @@ def serve(settings: Settings) -> None:
     if loose := tokens_loose(settings):
         log.warning("%s", loose)
     if settings.workers == 1:
-        server = Server(config, settings.farewell_seconds)
+        server = Server(config, settings)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(listeners)
         if not server.started:
@@ -168,7 +169,7 @@ def work(pair: socket.socket, slot: int) -> None:
 
     count_in_slot(slot)
     settings = load_settings()
-    Member(_config(settings), settings.farewell_seconds, pair).run()
+    Member(_config(settings), settings, pair).run()
 
 
 @dataclass(eq=False)

@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features import bundle
-from features.state import Ad, UserState
+from features.state import Ad, MemoryStore, UserState
 from service import errors
 from service.edge import ROUTES
 from service.requests import parse_request, to_query
 from service.wire import Problem, RankAnswer
 
 pytestmark = pytest.mark.anyio
+JSON = {"content-type": "application/json"}
+TYPE = (b"content-type", b"application/json")
 GOOD = {"user": {"id": "u1"}, "candidates": ["a1", "a2", "a3"]}
 
 
@@ -230,7 +232,7 @@ class TestBadInput:
         "body", [b"", b"nonsense", b"{", b'{"user": }', b"\xff\xfe", b'{"user": "\xff"}', b'{"user": "\\ud800"}', b"[" * 100_000]
     )
     async def test_not_json(self, client, body):
-        check(await client.post("/rank", content=body), 400, "not_json")
+        check(await client.post("/rank", content=body, headers=JSON), 400, "not_json")
 
     @pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
     @pytest.mark.parametrize(
@@ -243,15 +245,15 @@ class TestBadInput:
         ],
     )
     async def test_numbers_that_are_not_finite(self, client, body, pointer, number):
-        check(await client.post("/rank", content=body % number), 422, "invalid", pointer)
+        check(await client.post("/rank", content=body % number, headers=JSON), 422, "invalid", pointer)
 
     async def test_a_lone_surrogate_cannot_get_in(self, client):
         body = b'{"user": {"id": "\\ud83d"}, "candidates": ["a"]}'
-        check(await client.post("/rank", content=body), 400, "not_json")
+        check(await client.post("/rank", content=body, headers=JSON), 400, "not_json")
 
     async def test_a_body_over_the_limit(self, client):
         body = b'{"user": "' + b"x" * (4 * 2**20) + b'"}'
-        check(await client.post("/rank", content=body), 413, "too_large")
+        check(await client.post("/rank", content=body, headers=JSON), 413, "too_large")
 
         sent = 0
 
@@ -261,19 +263,12 @@ class TestBadInput:
                 sent += 1
                 yield b"x" * 65_536
 
-        check(await client.post("/rank", content=chunks()), 413, "too_large")
+        check(await client.post("/rank", content=chunks(), headers=JSON), 413, "too_large")
         assert await client.metric('adrank_requests_total{model="none",outcome="too_large",route="/rank"}') == 2
 
-    @pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-type": "application/json", "content-encoding": "gzip"}])
-    async def test_not_a_json_type(self, client, headers):
-        check(await client.post("/rank", content=json.dumps(GOOD), headers=headers), 415, "not_json_type")
-
-    @pytest.mark.parametrize(
-        "kind", ["application/json", "application/json; charset=utf-8", "Application/JSON", "application/vnd.x+json", None]
-    )
+    @pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "Application/JSON", "application/vnd.x+json"])
     async def test_json_types(self, client, kind):
-        headers = {} if kind is None else {"content-type": kind}
-        assert (await client.post("/rank", content=json.dumps(GOOD), headers=headers)).status_code == 200
+        assert (await client.post("/rank", content=json.dumps(GOOD), headers={"content-type": kind})).status_code == 200
 
     async def test_an_unknown_model(self, client):
         check(await client.post("/rank", json={**GOOD, "options": {"model": "nope"}}), 404, "unknown_model")
@@ -292,11 +287,11 @@ class TestBadInput:
     async def test_very_many_mistakes_are_not_listed(self, client):
         many = b",".join(b'"%d":[[]]' % i for i in range(50_000))
         body = b'{"user": {"id": "u"}, "candidates": ["a"], "context": {%s}}' % many
-        check(await client.post("/rank", content=body), 422, "invalid", "/context")
+        check(await client.post("/rank", content=body, headers=JSON), 422, "invalid", "/context")
         body = b'{"user": {"id": "u"}, "candidates": ["a"], %s}' % many
-        assert "50000 things are wrong" in check(await client.post("/rank", content=body), 422, "invalid").detail
+        assert "50000 things are wrong" in check(await client.post("/rank", content=body, headers=JSON), 422, "invalid").detail
         body = b'{"user": {"id": "u"}, "candidates": [%s1]}' % (b"1," * 300_000)
-        check(await client.post("/rank", content=body), 422, "invalid", "/candidates/0")
+        check(await client.post("/rank", content=body, headers=JSON), 422, "invalid", "/candidates/0")
 
     async def test_a_deadline_that_cannot_be_met(self, client):
         check(await client.post("/rank", json={**GOOD, "options": {"deadline_ms": 1e-6}}), 504, "deadline")
@@ -319,30 +314,65 @@ def slow_body():
     return chunks()
 
 
+class Held(MemoryStore):
+    """A store that answers for users when it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = asyncio.Event()
+
+    async def get_user(self, user_id):
+        await self.go.wait()
+        return await super().get_user(user_id)
+
+
 class TestLimits:
-    async def test_over_the_limit_of_requests(self, run, ads):
-        async with run(ads, max_inflight=2, body_timeout_ms=500) as client:
-            slow = [asyncio.create_task(client.post("/rank", content=slow_body())) for _ in range(2)]
+    async def test_over_the_limit_of_requests(self, run):
+        store = Held()
+        async with run(store, max_inflight=2) as client:
+            held = [asyncio.create_task(client.rank()) for _ in range(2)]
             await asyncio.sleep(0.1)
             assert await client.metric("adrank_inflight_requests") == 2
             answer = await client.post("/rank", json=GOOD)
             check(answer, 429, "over_limit")
             assert answer.headers["retry-after"] == "1"
             assert (await client.get("/livez")).status_code == 200
-            for each in slow:
-                check(await each, 408, "slow_body")
+            store.go.set()
+            assert [len((await each)["ads"]) for each in held] == [2, 2]
             assert len((await client.rank())["ads"]) == 2
             assert await client.metric('adrank_shed_total{reason="over_limit"}') == 1
+
+    async def test_bodies_that_come_slowly_hold_no_place(self, run, ads):
+        async with run(ads, max_inflight=1, body_timeout_ms=500) as client:
+            slow = [asyncio.create_task(client.post("/rank", content=slow_body(), headers=JSON)) for _ in range(5)]
+            await asyncio.sleep(0.1)
+            assert len((await client.rank())["ads"]) == 2
+            for each in slow:
+                check(await each, 408, "slow_body")
+
+    async def test_one_address_has_its_share_of_the_places(self, run):
+        store = Held()
+        async with run(store, max_inflight=4, peer_inflight_share=0.5) as client:
+            held = [asyncio.create_task(client.rank()) for _ in range(2)]
+            await asyncio.sleep(0.1)
+            check(await client.post("/rank", json=GOOD), 429, "over_limit")
+            elsewhere = httpx.ASGITransport(client.app, client=("192.0.2.1", 1))
+            async with httpx.AsyncClient(transport=elsewhere, base_url="http://adrank") as other:
+                held.append(asyncio.create_task(other.post("/rank", json=GOOD)))
+                await asyncio.sleep(0.05)
+                store.go.set()
+                assert (await held.pop()).status_code == 200
+            await asyncio.gather(*held)
 
     async def test_a_caller_that_leaves_before_its_body_is_whole(self, client):
         for _ in range(3):
             left = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
-            assert await self.by_hand(client, [], left) == 499
+            assert await self.by_hand(client, [TYPE], left) == 499
         assert len((await client.rank())["ads"]) == 2
         assert await client.metric('adrank_requests_total{model="none",outcome="caller_left",route="/rank"}') == 3
 
     async def test_a_body_that_says_it_is_too_large_is_not_read(self, client):
-        assert await self.by_hand(client, [(b"content-length", b"99999999")], []) == 413
+        assert await self.by_hand(client, [TYPE, (b"content-length", b"99999999")], []) == 413
 
     async def by_hand(self, client, headers, incoming):
         """The status of an answer to messages as a server would pass them; a message too many to ask for is an error."""
