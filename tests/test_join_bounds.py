@@ -1,5 +1,7 @@
 """What bounds a joiner: its memory by bytes, one log by a lease, its files to their readers, and servers that it cannot use."""
 
+import asyncio
+import errno
 import os
 import random
 import signal
@@ -12,7 +14,7 @@ from features.events import pack_event
 from features.state import StoreError
 from features.streams import BATCH_BYTES, EVENTS, SERVED, Owner
 from service.streams import OWNER, RedisStreams
-from training import join_state
+from training import join_log, join_state
 from training.join_log import JoinError
 
 pytestmark = pytest.mark.anyio
@@ -197,3 +199,25 @@ def test_files_are_not_for_everybody(server, tmp_path, repository):
     assert {mode for path, mode in modes.items() if ".join" not in path.parts} == {0o640, 0o750}
     assert {mode & 0o077 for path, mode in modes.items() if ".join" in path.parts} <= {0, 0o040}
     assert not any(mode & 0o007 for mode in modes.values())
+
+
+async def test_a_new_log_on_a_full_disk_is_waited_for(streams, joining, monkeypatch):
+    whole, full = join_log.write_file, [True]
+
+    def maybe(path, data):
+        if full[0] and path.name == "id":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole(path, data)
+
+    monkeypatch.setattr(join_log, "write_file", maybe)
+    streams.add(ranking(ts=T0 - 400))
+    async with joining.joiner() as joiner:
+        running = asyncio.create_task(joiner.run())
+        async with asyncio.timeout(20):
+            while not joining.counts.get("disk_full"):
+                await asyncio.sleep(0.01)
+            full[0] = False
+            while not joining.counts.get("rankings din"):
+                await asyncio.sleep(0.01)
+        joiner.stop()
+        await running

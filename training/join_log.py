@@ -19,6 +19,8 @@ from features.bundle import SCHEMA, BundleError, current_path, load_bundle
 from features.repository import model_names
 from features.schema import Schema, SchemaError, parse_schema
 
+from .join_state import NO_ROOM, NoRoomError
+
 LOOK_SECONDS = 0.5
 FILE_MODE, FOLDER_MODE, STATE_MODE = 0o640, 0o750, 0o700
 """Users and what they did are for the joiner, and its group to train on; what it holds is its own."""
@@ -53,6 +55,7 @@ class Log:
 
         Raises:
             JoinError: it cannot be read or written.
+            NoRoomError: the disk is full.
         """
         path = self.folder / ".join" / "id"
         try:
@@ -60,6 +63,8 @@ class Log:
                 write_file(path, uuid.uuid4().hex.encode())
             return path.read_text("ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise NoRoomError(f"the disk of {self.folder} is full: {error.strerror}") from error
             raise JoinError(f"the log {self.folder} cannot be written: {error}") from error
 
     @property
