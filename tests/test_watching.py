@@ -117,7 +117,8 @@ def watched(tmp_path_factory) -> Iterator[Watched]:
     models, (port, join_port) = folder / "models", (free_port(), free_port())
     publish(models)
     asyncio.run(fill(store.url))
-    settings = environment(models=models, redis=store.url, port=port, workers=2, store_timeout_ms=500)  # a busy machine degrades nothing
+    # With a long timeout, so that a busy machine degrades nothing.
+    settings = environment(models=models, model="din", redis=store.url, port=port, workers=2, store_timeout_ms=500)
     with contextlib.ExitStack() as stack:
         stack.callback(store.stop)
         log = stack.enter_context((folder / "log-of-ranker").open("wb"))
