@@ -55,6 +55,8 @@ class Hiding:
 
     def _history(self, history: Part, hidden: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Part:
         """Behaviours on ads that nobody knows, and no behaviour of the users that are hidden."""
+        if not history.ids.shape[-1]:  # a schema without a history
+            return history
         assert history.rows is not None  # noqa: S101  # `Rows.batch` has them
         past, rows = self.rows.strangers.behaviour, history.rows.numpy()
         ids = torch.cat([history.ids, torch.from_numpy(past.ids), torch.zeros_like(history.ids[:1])])

@@ -1,0 +1,158 @@
+"""Figures against a recomputation that shares no code with ours: p(click) by numpy from a bundle's files, counts by the csv module."""
+
+import csv
+import json
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import polars as pl
+import pytest
+import small
+
+from features.bundle import load_bundle
+from features.encode import AdTable, Request, encode_request
+from training.datasets import csv_table
+from training.datasets.encoded import learn_vocabularies
+from training.datasets.prepared import open_prepared
+from training.export import export
+
+USER = {"age": "35", "interests": ["news", "drama", "opera"], "income": 7.0}
+ADS: dict[str, dict[str, Any]] = {
+    "a5": {"genre": "news", "tags": ["x", "y"], "price": 5.0},
+    "a2": {"genre": "drama", "tags": [], "price": -2.5},
+}
+HISTORY = ["a2", "a5", "a2"]
+
+
+class Naive:
+    """A DeepFM of a bundle, read from its files and worked out in float64, value by value."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.weights = {name: value.astype(np.float64) for name, value in np.load(bundle / "weights.npz").items()}
+        document = json.loads((bundle / "vocabularies.json").read_text())
+        self.values, self.moments = document["categories"], document["moments"]
+        self.schema = tomllib.loads((bundle / "schema.toml").read_text())
+        self.calibration = json.loads((bundle / "calibration.json").read_text())
+        fields = [(name, field) for side in ("user", "context", "ad") for name, field in self.schema.get(side, {}).items()]
+        sizes = {
+            f.get("vocabulary", n): f.get("buckets") or len(self.values[f.get("vocabulary", n)]) for n, f in fields if f["kind"] != "number"
+        }
+        self.start, row = {}, 1
+        for name in sorted(sizes):
+            self.start[name], row = row, row + sizes[name] + 1  # unknown, then the values
+
+    def vector(self, table: str, name: str, field: dict[str, Any], value: Any) -> np.ndarray[Any, Any]:
+        """Of a category or a list."""
+        vocabulary = field.get("vocabulary", name)
+        rows = []
+        for each in (value if isinstance(value, list) else [value])[: field.get("length", 1)]:
+            known = self.values[vocabulary]
+            rows.append(self.start[vocabulary] + (1 + known.index(each) if each in known else 0))
+        if value in (None, []):
+            rows = [self.start[vocabulary]] if field.get("missing") == "unknown" else [0]
+        return self.weights[f"{table}.table.weight"][rows].mean(0)
+
+    def part(self, table: str, part: str, fields: list[tuple[str, dict[str, Any]]], values: dict[str, Any], path: str) -> list[Any]:
+        """The vectors of a part's fields: the categories and lists, then the numbers."""
+        found = [self.vector(table, name, field, values.get(name)) for name, field in fields if field["kind"] != "number"]
+        scales = iter(self.weights[f"{table}.scales.{part}"])
+        for name, field in fields:
+            if field["kind"] == "number":
+                number = float(values.get(name, field.get("missing", 0)))
+                if field.get("transform") == "log":
+                    number = np.sign(number) * np.log1p(abs(number))
+                elif field.get("transform") == "standard":
+                    mean, deviation = self.moments[f"{path}.{name}"][:2]
+                    number = (number - mean) / deviation
+                found.append(next(scales) * number)
+        return found
+
+    def p_click(self, user: dict[str, Any], context: dict[str, Any], history: list[dict[str, Any]], ad: dict[str, Any]) -> float:
+        fields = {side: list(self.schema[side].items()) for side in ("user", "context", "ad")}
+        past = [(name, self.schema["ad"][name]) for name in self.schema["history"]["fields"]]
+
+        def vectors(table: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+            request = self.part(table, "user", [*fields["user"], *fields["context"]], {**user, **context}, "user")
+            request += list(np.mean([self.part(table, "history", past, each, "ad") for each in history], 0))
+            return np.array(request), np.array(self.part(table, "ad", fields["ad"], ad, "ad"))
+
+        w, both = self.weights, np.concatenate(vectors("second"))
+        pairs = sum(both[i] @ both[j] for i in range(len(both)) for j in range(i))
+        hidden = w["tower.first.weight"] @ both.flatten() + w["tower.first.bias"]
+        norm = [w[f"tower.rest.0.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+        hidden = np.maximum((hidden - norm[0]) / np.sqrt(norm[1] + 1e-5) * norm[2] + norm[3], 0)
+        deep = w["tower.rest.2.weight"] @ hidden + w["tower.rest.2.bias"]
+        logit = float(np.concatenate(vectors("first")).sum() + pairs + deep[0] + w["bias"][0])
+        c = self.calibration
+        return 1 / (1 + np.exp(-(c["scale"] * logit + c["shift"] + c["sampling"])))
+
+
+def test_p_click_of_a_bundle_is_what_numpy_makes_of_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    data = small.data_set(tmp_path / "data")
+    text = (data.folder / "schema.toml").read_text().replace("buckets = 50\n", "")  # whose hash would be recomputed by itself
+    (data.folder / "schema.toml").write_text(text)
+    data = open_prepared(data.folder)
+    bundle = load_bundle(export(data, small.quick(data, epochs=1), tmp_path / "models", "deepfm", small.quiet()))
+    table = AdTable(bundle.encoder)
+    for ad_id, features in ADS.items():
+        table.put([ad_id], bundle.encoder.encode_one("ad", features, ad_id))
+    feeds, _ = encode_request(table, Request("u7", USER, {"slot": "feed"}, HISTORY, list(ADS)))
+    served = onnxruntime.InferenceSession(str(bundle.path / "model.onnx")).run(None, feeds)[0][0]
+    naive = Naive(bundle.path)
+    named = {ad_id: {"ad_id": ad_id, **features} for ad_id, features in ADS.items()}
+    user = {"user_id": "u7", **USER}
+    for ad_id, p in zip(ADS, served.tolist(), strict=True):
+        assert p == pytest.approx(naive.p_click(user, {"slot": "feed"}, [named[each] for each in HISTORY], named[ad_id]), rel=1e-5)
+    assert len(set(served.tolist())) == 2
+
+
+def test_a_network_without_a_history_can_be_trained(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    data = small.data_set(tmp_path / "data", (64, 32, 32))
+    (data.folder / "schema.toml").write_text(small.SCHEMA.replace(small.HISTORY, ""))
+    assert small.quick(open_prepared(data.folder), epochs=1).metrics["test"].rows == 32
+
+
+def test_counts_of_a_prepared_set_are_those_of_the_raw_file(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    with (tmp_path / "log.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", "user_id", "ad_id", "brand", "price", "topics"])
+        for _ in range(400):
+            brand = random.choice(["acme", "bolt, inc", 'say "x"', "", "7.0", "7"])
+            topics = "|".join(random.choice(["a", "b", "c.0", "2.0"], random.integers(0, 4)))
+            writer.writerow(
+                [
+                    random.integers(0, 2),
+                    f"u{random.integers(9)}",
+                    f"a{random.integers(20)}",
+                    brand,
+                    random.choice(["", "1.5", "20"]),
+                    topics,
+                ]
+            )
+    schema = (
+        'name = "raw"\n[ad.ad_id]\nkind = "category"\n[ad.brand]\nkind = "category"\n[ad.price]\nkind = "number"\ntransform = "standard"\n'
+    )
+    (tmp_path / "my.toml").write_text(f'{schema}[ad.topics]\nkind = "list"\nlength = 3\n')
+    csv_table.prepare(tmp_path / "log.csv", tmp_path / "out", tmp_path / "my.toml")
+    with (tmp_path / "log.csv").open(newline="") as file:
+        raw = list(csv.DictReader(file))
+    data = open_prepared(tmp_path / "out")
+    whole = pl.concat([frame for split in ("train", "valid", "test") for frame in data.frames(split)])
+    assert int(whole["label"].sum()) == sum(row["label"] == "1" for row in raw)
+    for name in ("user_id", "ad_id"):
+        assert dict(whole[name].value_counts().iter_rows()) == Counter(row[name] for row in raw)
+    assert dict(whole["ad.brand"].value_counts().iter_rows()) == Counter(
+        {"7.0": "7", "": None}.get(row["brand"], row["brand"]) for row in raw
+    )
+    topics = Counter("2" if topic == "2.0" else topic for row in raw for topic in row["topics"].split("|") if topic)
+    assert dict(whole["ad.topics"].explode().drop_nulls().value_counts().iter_rows()) == topics
+    prices = [float(row["price"]) for row in raw[:320] if row["price"]]
+    moments = learn_vocabularies(data).moments["ad.price"]
+    assert (moments.mean, moments.deviation) == pytest.approx((np.mean(prices), np.std(prices)))
