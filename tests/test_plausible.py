@@ -224,3 +224,37 @@ def test_a_time_that_is_not_in_the_format_is_refused(tmp_path: Path, time: str) 
 )
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: str, message: str) -> None:
     refused(tmp_path, line(0), f"my.toml: [table]: {message}", settings if "ts_format" not in settings else f'ts = "time"\n{settings}')
+
+
+# Propensities
+
+
+POLICY = 'propensity = "price"\nposition = "time"\ncandidates = "past"\n'
+
+
+def test_propensities_are_carried(tmp_path: Path) -> None:
+    table = "".join(line(i, ad=f"a{i % 2}", price=0.5, time=1 + i % 3, past="a1|a0") for i in range(20))
+    assert prepare(tmp_path, table, POLICY) == []
+    data = rows(tmp_path / "out")
+    assert data.select("propensity", "position", "candidates").rows()[:2] == [(0.5, 1, ["a1", "a0"]), (0.5, 2, ["a1", "a0"])]
+    assert prepare(tmp_path / "all", table, 'propensity = "price"') == []
+    (doubt,) = prepare(tmp_path / "off", table.replace(",0.5,", ",0.05,"), 'propensity = "price"')
+    assert doubt.startswith("1 / propensity is 20 on average, and 2 ads are in the table")
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"price": 0}, "line 22: price is '0'; expected a probability above 0, at most 1"),
+        ({"price": 1.5}, "line 22: price is '1.5'; expected a probability above 0, at most 1"),
+        ({"price": ""}, "line 22: price is ''; expected a probability above 0, at most 1"),
+        ({"time": 0}, "line 22: time is '0'; expected a whole number from 1"),
+        ({"time": 1.5}, "line 22: time is '1.5'; expected a whole number from 1"),
+        ({"past": "a2"}, "line 22: past is 'a2'; expected the ads that could have been shown"),
+        ({"past": "a0|a0"}, "line 22: past is 'a0|a0'; expected the ads that could have been shown"),
+        ({"past": ""}, "line 22: past is ''; expected the ads that could have been shown"),
+    ],
+)
+def test_what_is_no_propensity_is_refused_with_its_line(tmp_path: Path, cells: dict[str, object], message: str) -> None:
+    good = {"ad": "a0", "price": 0.5, "time": 1, "past": "a1|a0"}
+    refused(tmp_path, "".join(line(i, **good) for i in range(20)) + line(20, **{**good, **cells}), message, POLICY)

@@ -464,6 +464,25 @@ def test_what_such_a_data_set_lacks_is_said(bandit: Prepared, bundle: Bundle) ->
         replay(bandit, bundle, EpsilonGreedy(0.0), split="train")
 
 
+def test_rows_may_have_candidates_and_positions_of_their_own(bandit: Prepared, bundle: Bundle) -> None:
+    path = bandit.folder / "train" / "0.parquet"
+    whole = pl.read_parquet(path)
+    offered = [[ad, f"a{(int(ad[1:]) + 1) % 30}"] for ad in whole["ad_id"]]
+    whole = whole.with_columns(candidates=pl.Series(offered), propensity=pl.lit(0.5), position=pl.Series([1, 2] * 300))
+    whole.write_parquet(path)
+    uniform = replay(bandit, bundle, EpsilonGreedy(1.0), split="train")
+    assert (uniform.rankings, uniform.unfit) == (600, 0)
+    assert uniform.estimates.ips.value == pytest.approx(whole["label"].mean())
+    greedy = replay(bandit, bundle, EpsilonGreedy(0.0), split="train").estimates
+    assert greedy.largest_weight == pytest.approx(2)
+    first = replay(bandit, bundle, EpsilonGreedy(1.0), top_k=1, split="train")
+    assert first.rankings == 300
+    assert first.estimates.ips.value == pytest.approx(whole.filter(pl.col("position") == 1)["label"].mean())
+    whole.drop("position").write_parquet(path)
+    with pytest.raises(DataError, match="--top-k needs a column position"):
+        replay(bandit, bundle, EpsilonGreedy(1.0), top_k=1, split="train")
+
+
 @pytest.mark.skipif(not SOURCE.is_dir(), reason=f"Open Bandit is not in {SOURCE}")
 def test_open_bandit_s_own_policy_has_the_log_s_click_rate(tmp_path: Path) -> None:
     open_bandit.prepare(SOURCE, tmp_path / "data")

@@ -6,6 +6,7 @@ The reward model of the doubly robust estimate is that bundle's own p(click). Kn
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,7 @@ def replay(
     """Estimate the clicks an impression of the bundle's scores under a policy, at the first `top_k` places.
 
     Of a log, its window is replayed. Of a prepared data set with a column `propensity`, one split: each row is one action of a
-    contextual bandit, and all ads of `ads.parquet` could have been shown.
+    contextual bandit, and the ads in its `candidates`, or else all of `ads.parquet`, could have been shown.
 
     Raises:
         DataError: the data is damaged, was sampled by label, or has less than two rankings that explored.
@@ -160,7 +161,7 @@ def replay(
         kept = f"{data.negative_sampling:g} of its non-clicks (negative_sampling)"
         raise DataError(f"{data.folder} kept {kept}, so no click rate can be estimated from it; replay a log that kept all")
     weigher, counted = Weigher(data, bundle, policy, split), {"greedy": 0, "unfit": 0}
-    source = _of_log(data, weigher, top_k, counted) if isinstance(data, Log) else _of_bandit(data, weigher, split, counted)
+    source = _of_log(data, weigher, top_k, counted) if isinstance(data, Log) else _of_bandit(data, weigher, split, top_k, counted)
     trail = joined([trail for rankings in source for trail in weigher.trails(rankings)])
     if len(trail) < 2:
         told = f"{counted['greedy']:,} impressions are of greedy rankings, {counted['unfit']:,} of rankings that are not whole"
@@ -212,28 +213,52 @@ def _rankings(whole: pl.DataFrame, offered: pl.DataFrame, weigher: Weigher) -> R
     return Rankings(rows, first, count, whole["propensity"].to_numpy(), weigher.ads, candidates, edges, whole["column"].to_numpy())
 
 
-def _of_bandit(data: Prepared, weigher: Weigher, split: str, counted: dict[str, int]) -> Iterator[Rankings]:
-    """The rows of a split as rankings of one place, with all ads as candidates."""
+def _of_bandit(data: Prepared, weigher: Weigher, split: str, top_k: int | None, counted: dict[str, int]) -> Iterator[Rankings]:
+    """The rows of a split as rankings of one place, with the row's own candidates, or else all ads."""
     ads = data.table("ad")
     if ads is None:
         raise DataError(f"{data.folder} has no ads.parquet; replay takes all of its ads as candidates")
-    ids = ads["ad_id"].sort()
-    columns = pl.DataFrame({"ad_id": ids, "column": np.arange(len(ids))})
+    ids = ads["ad_id"].sort().to_list()
     for frame in data.frames(split):
-        check_columns(frame, {"propensity": pl.Float64()}, data.folder / split)
-        for piece in frame.iter_slices(max(1, AT_ONCE // len(ids))):
-            fit = piece.join(columns, on="ad_id", how="left", maintain_order="left")
-            fit = fit.filter(pl.col("column").is_not_null(), pl.col("propensity").is_between(0, 1, closed="right"))
+        rows = _shown_within(frame, top_k, data.folder / split)
+        if "candidates" in rows.columns:
+            check_columns(rows, {"candidates": pl.List(pl.String())}, data.folder / split)
+            rows = rows.with_columns(pl.col("candidates").list.drop_nulls().list.unique().list.sort())
+        else:
+            rows = rows.with_columns(candidates=pl.lit(ids, dtype=pl.List(pl.String())))
+        most = max(1, int(rows["candidates"].list.len().max() or 1))  # type: ignore[arg-type]  # of numbers
+        for piece in rows.iter_slices(max(1, AT_ONCE // most)):
+            fit = piece.filter(pl.col("candidates").list.contains(pl.col("ad_id")), pl.col("propensity").is_between(0, 1, closed="right"))
             counted["unfit"] += len(piece) - len(fit)
             if len(fit):
-                yield _actions(fit, ids, weigher)
+                yield _actions(fit, weigher)
 
 
-def _actions(fit: pl.DataFrame, ids: pl.Series, weigher: Weigher) -> Rankings:
+def _shown_within(frame: pl.DataFrame, top_k: int | None, where: Path) -> pl.DataFrame:
+    """The rows that can be replayed, at the first places where that is asked for."""
+    if "propensity" not in frame.columns:
+        raise DataError(
+            f"{where}: column propensity is missing: replay needs the probability with which each row's ad was shown, Float64 in every "
+            'file of a split; adrank prepare csv writes it where the schema file says [table] propensity = "COLUMN", and beside it position '
+            "(which place) and candidates (which ads could have been shown), see docs/replay.md"
+        )
+    check_columns(frame, {"propensity": pl.Float64()}, where)
+    if top_k is None:
+        return frame
+    if "position" not in frame.columns:
+        raise DataError(f"{where}: --top-k needs a column position (Int64, from 1), which prepare csv writes where [table] names it")
+    check_columns(frame, {"position": pl.Int64()}, where)
+    return frame.filter(pl.col("position") <= top_k)
+
+
+def _actions(fit: pl.DataFrame, weigher: Weigher) -> Rankings:
     rows, each = weigher.encode(fit), np.arange(len(fit))
-    candidates = np.tile(weigher.ads.rows(ids.to_list()), len(fit))
-    edges = np.arange(len(fit) + 1) * len(ids)
-    return Rankings(rows, each, np.ones_like(each), fit["propensity"].to_numpy(), weigher.ads, candidates, edges, fit["column"].to_numpy())
+    offered = fit.select("candidates", shown="ad_id").with_row_index("n").explode("candidates")
+    sizes = fit["candidates"].list.len().to_numpy().astype(np.int64)
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    column = np.flatnonzero((offered["candidates"] == offered["shown"]).to_numpy()) - edges[:-1]
+    candidates = ad_rows(offered["candidates"], weigher.data, weigher.ads)
+    return Rankings(rows, each, np.ones_like(each), fit["propensity"].to_numpy(), weigher.ads, candidates, edges, column)
 
 
 def show(found: Replay, console: Console) -> None:
