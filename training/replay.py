@@ -239,8 +239,8 @@ def _shown_within(frame: pl.DataFrame, top_k: int | None, where: Path) -> pl.Dat
     if "propensity" not in frame.columns:
         raise DataError(
             f"{where}: column propensity is missing: replay needs the probability with which each row's ad was shown, Float64 in every "
-            'file of a split; adrank prepare csv writes it where the schema file says [table] propensity = "COLUMN", and beside it position '
-            "(which place) and candidates (which ads could have been shown), see docs/replay.md"
+            'file of a split; adrank prepare csv writes it where the schema file says [table] propensity = "COLUMN", and beside it '
+            "position (which place) and candidates (which ads could have been shown), see docs/replay.md"
         )
     check_columns(frame, {"propensity": pl.Float64()}, where)
     if top_k is None:
