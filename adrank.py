@@ -26,7 +26,7 @@ MENDABLE = (
     ("features.schema", "SchemaError"),
     ("features.state", "StoreError"),
     ("service.settings", "SettingsError"),
-    ("service.workers", "ListenError"),
+    ("service.listen", "ListenError"),
     ("training.datasets.prepared", "DataError"),
     ("training.report", "ReportError"),
     ("training.retrain", "RetrainError"),
@@ -214,6 +214,8 @@ def load(data: Path, redis: str | None, overwrite: bool, replace: bool, yes: boo
 @click.option("--redis", help="The store's URL. A password belongs into ADRANK_REDIS, not on the command line.")
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", type=int, help="Port to listen on; default 8000.")
+@click.option("--uds", type=PLACE, help="A Unix socket to listen on instead of an address and a port.")
+@click.option("--root-path", help="A prefix that a gateway leaves on paths, such as /ads.")
 @click.option("--workers", type=int, help="Processes; default 1.")
 @click.option("--tokens", type=PLACE, help="A file of bearer tokens and their scopes; by default whoever reaches the port may ask.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to score; default cpu.")
@@ -232,6 +234,8 @@ def serve(**flags: Any) -> None:
 @click.option("--redis", help="The store's URL. A password belongs into ADRANK_REDIS, not on the command line.")
 @click.option("--host", help="Address to listen on; default 127.0.0.1.")
 @click.option("--port", help="Port to listen on; default 8000.")
+@click.option("--uds", type=PLACE, help="A Unix socket to listen on instead of an address and a port.")
+@click.option("--root-path", help="A prefix that a gateway leaves on paths, such as /ads.")
 @click.option("--workers", help="Processes; default 1.")
 @click.option("--tokens", type=PLACE, help="A file of bearer tokens and their scopes.")
 @click.option("--device", help="Where to score: cpu or cuda; default cpu.")

@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 
 from .connection import Connection, State
+from .listen import unlisten
 from .settings import Settings
 
 TICK_SECONDS = 0.02
@@ -48,6 +49,8 @@ class Server(uvicorn.Server):
         while self.server_state.connections and not self.force_exit and time.monotonic() < until:
             await asyncio.sleep(TICK_SECONDS)
         await super().shutdown(sockets)
+        if sockets:  # here, since uvicorn ends the process by the signal that it got
+            unlisten(self.server_state.settings)
 
     def _adopt(self, connection: socket.socket) -> None:
         task = asyncio.ensure_future(self._connect(connection))

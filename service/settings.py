@@ -41,6 +41,10 @@ class Settings(BaseSettings):
     """Address or name to listen on. `::` takes IPv4 too where the system allows it, as does an empty one."""
     port: Annotated[int, Field(ge=1, le=65_535)] = 8000
     """Port to listen on."""
+    uds: Path | None = None
+    """A Unix socket to listen on instead, such as /run/adrank/adrank.sock, made at the start and removed at the end."""
+    uds_mode: Annotated[str, Field(pattern="^0?[0-7]{3}$")] = "660"
+    """Who may connect to the Unix socket, as for chmod: its user and group."""
     root_path: Annotated[str, Field(pattern=r"^$|^(/[A-Za-z0-9_.~-]+)+$")] = ""
     """A prefix that a gateway leaves on paths, such as /ads: with it, and without, every page answers."""
     allowed_origins: str = ""

@@ -5,7 +5,6 @@ The parent accepts and the workers answer: where all of them accept, the kernel 
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import itertools
 import logging
@@ -26,11 +25,11 @@ from uvicorn.config import STARTUP_FAILURE
 
 from . import logs
 from .connection import Connection
+from .listen import BACKLOG, listen, name, reason, unlisten
 from .preflight import check_start, tokens_loose
 from .server import Member, Server
 from .settings import Settings, load_settings, processors
 
-BACKLOG = 2048  # connections that wait to be accepted
 RESTART_SECONDS = 2.0
 """From one start of a worker to the next in its place at the earliest: one that always dies must not keep the machine busy."""
 BALANCE_SECONDS = 0.5
@@ -39,16 +38,11 @@ FULL_SECONDS = 0.05
 SILENT_SECONDS = 2.0
 """A worker that was not heard of for so long stands still: it gets no new connections while another moves."""
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
-ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 SPAWN = multiprocessing.get_context("spawn")
 
 log = logging.getLogger(__name__)
 crowded = logging.getLogger(f"{__name__}.crowded")
 crowded.addFilter(logs.Few(10, 1.0))
-
-
-class ListenError(RuntimeError):
-    """The address cannot be listened on; the message says why and what to do."""
 
 
 def serve(settings: Settings) -> None:
@@ -62,11 +56,18 @@ def serve(settings: Settings) -> None:
     check_start(settings)
     for inherited in (METRICS, METRICS.lower()):  # of whoever started this: its counts are none of ours
         os.environ.pop(inherited, None)
-    listeners = listen(settings.host, settings.port)
+    listeners = listen(settings)
+    try:
+        _serve(settings, listeners)
+    finally:
+        unlisten(settings)
+
+
+def _serve(settings: Settings, listeners: list[socket.socket]) -> None:
     os.environ.update(settings.environment())
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy, not imported yet, would start a thread for each processor of the host
     config = _config(settings)
-    log.info("listening on %s", ", ".join(_name(listener) for listener in listeners))
+    log.info("listening on %s", ", ".join(map(name, listeners)))
     _tell_threads(settings)
     if loose := tokens_loose(settings):
         log.warning("%s", loose)
@@ -106,44 +107,6 @@ def _tell_threads(settings: Settings) -> None:
     log.info("%d processor(s) by %s; %s", usable, limit, scoring)
     if settings.device == "cpu" and settings.workers * settings.scoring_threads * settings.intra_op_threads > usable:
         log.warning("more is scored at once than there are processors: answers wait for each other; lower --workers to %d", usable)
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on all addresses of the host.
-
-    Raises:
-        ListenError: there are none, or the port is taken on one of them.
-    """
-    listeners: list[socket.socket] = []
-    refusal: OSError | None = None
-    try:
-        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-            try:
-                listeners.append(socket.create_server(address, family=family, backlog=BACKLOG))
-            except OSError as error:
-                refusal = error
-                if error.errno not in ABSENT:  # such as ::1 of localhost on a machine without IPv6
-                    raise
-        if refusal and not listeners:
-            raise refusal
-    except OSError as error:
-        for listener in listeners:
-            listener.close()
-        why = f"cannot listen on {host} port {port}: {reason(error)}"
-        raise ListenError(f"{why}; choose another with --host and --port, or ADRANK_HOST and ADRANK_PORT") from error
-    for listener in listeners:
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each connection inherits it
-    return listeners
-
-
-def reason(error: OSError) -> str:
-    """What the system says of it, in words."""
-    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
-
-
-def _name(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _config(settings: Settings) -> uvicorn.Config:

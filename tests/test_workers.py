@@ -18,7 +18,9 @@ from conftest import free_port
 from processes import PATIENCE, SERVE, environment, serving, workers_of
 from prometheus_client.mmap_dict import MmapedDict
 
-from service.workers import SILENT_SECONDS, ListenError, listen
+from service.listen import ListenError, listen
+from service.settings import Settings
+from service.workers import SILENT_SECONDS
 
 pytestmark = pytest.mark.anyio
 
@@ -461,7 +463,7 @@ async def test_it_listens_on_ipv6(repository, workers):
 
 async def test_all_addresses_of_a_name_are_listened_on():
     addresses = {info[4][0] for info in socket.getaddrinfo("localhost", 1, type=socket.SOCK_STREAM)}
-    listeners = listen("localhost", free_port())
+    listeners = listen(Settings(host="localhost", port=free_port()))
     try:
         assert {listener.getsockname()[0] for listener in listeners} <= addresses
         assert "127.0.0.1" in {listener.getsockname()[0] for listener in listeners}
@@ -474,4 +476,4 @@ async def test_all_addresses_of_a_name_are_listened_on():
 @pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])
 async def test_an_address_that_is_not_ours_is_refused_with_a_sentence(host):
     with pytest.raises(ListenError, match=rf"^cannot listen on {host} port 8000: .+; choose another with --host and --port"):
-        listen(host, 8000)
+        listen(Settings(host=host, port=8000))

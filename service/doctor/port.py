@@ -5,8 +5,8 @@ import json
 import socket
 from typing import Any
 
+from ..listen import ABSENT, reason, uds_wrong
 from ..settings import Settings
-from ..workers import ABSENT, reason
 from .finding import Finding, Status
 
 SECONDS = 3.0
@@ -16,20 +16,32 @@ ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104  # no
 
 def check_port(settings: Settings) -> Finding:
     """Try the port without listening on it; one that is taken is asked `/readyz`."""
-    where = f"{settings.host} port {settings.port}"
+    if settings.uds is not None:
+        wrong = uds_wrong(settings.uds)
+        if wrong:
+            return _found("problem", f"{settings.uds} cannot be listened on: {wrong}", "choose another with --uds or ADRANK_UDS")
+        return _found("ok", f"{settings.uds} is free{_idle(settings)}")
+    where = f"{settings.host or 'every address,'} port {settings.port}"
     try:
         _bind(settings.host, settings.port)
     except OSError as error:
         told = readyz(ANY.get(settings.host, settings.host), settings.port)
         cure = "choose another with --host and --port, or ADRANK_HOST and ADRANK_PORT"
         return _of_adrank(where, told) if told else _found("problem", f"{where} cannot be listened on: {reason(error)}", cure)
-    return _found("ok", f"{where} is free")
+    return _found("ok", f"{where} is free{_idle(settings)}")
+
+
+def _idle(settings: Settings) -> str:
+    """What only the reader knows to be right or wrong: how long what is in front keeps its connections."""
+    seconds = settings.keep_alive_seconds
+    enough = "" if seconds >= 620 else "; Google's load balancers need 620"
+    return f"; idle connections are closed after {seconds} s, which must be longer than what is in front keeps them{enough}"
 
 
 def _bind(host: str, port: int) -> None:
     """Bind to each address of the host, without listening, so that no client can connect meanwhile."""
     refusal, some = None, False
-    for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+    for family, _, _, _, address in socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
