@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from service.app import open_store
+from service.listen import ListenError, listen
 from service.settings import Settings, load_settings
-from service.workers import ListenError, listen
 from training.datasets.prepared import open_prepared
 from training.datasets.states import user_states
 from training.export import train_and_publish
@@ -92,7 +92,7 @@ def stage(
 def _check(folder: Path, settings: Settings) -> None:
     """Refuse before a minute of training, and before anything is removed that a demo did not make."""
     try:
-        for listener in listen(settings.host, settings.port):
+        for listener in listen(settings):
             listener.close()
     except ListenError as error:
         raise DemoError(str(error)) from error
