@@ -1,4 +1,4 @@
-"""A click log such as Avazu's, drawn from a known model: 22 categories, 17 % clicks, ids so heavy-tailed that many are seen once.
+"""A click log such as Avazu's, drawn from a known model: 21 categories, 17 % clicks, ids so heavy-tailed that many are seen once.
 
 python -m benchmarks.avazu_like data/avazu-like --rows 60000
 """

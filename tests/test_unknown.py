@@ -65,13 +65,18 @@ def test_values_are_hidden_at_their_rate_and_twins_have_an_unknown_ad(rows: Rows
     whole = rows.batch(chosen)
     n = len(chosen)
     assert 0.08 < len(twins) / n < 0.12
-    assert len(user.ids) == len(spread(history)) == len(ad.ids) == n + len(twins)
-    # Twins: the same request, and the ad of which nothing is known.
-    assert (user.ids[n:] == user.ids[twins]).all()
-    assert (user.numbers[n:] == user.numbers[twins]).all()
-    assert (spread(history)[n:] == spread(history)[twins]).all()
-    assert (ad.ids[n:].numpy() == rows.strangers.ad.ids).all()
-    assert (ad.numbers[n:].numpy() == rows.strangers.ad.numbers).all()
+    assert len(user.ids) == len(spread(history)) == len(ad.ids) == n + 2 * len(twins)
+    # Twins: the same request, once with the ad of which nothing is known and once with any ad.
+    unknown, known = slice(n, n + len(twins)), slice(n + len(twins), None)
+    for some in (unknown, known):
+        assert (user.ids[some] == user.ids[twins]).all()
+        assert (user.numbers[some] == user.numbers[twins]).all()
+        assert (spread(history)[some] == spread(history)[twins]).all()
+    assert (ad.ids[unknown].numpy() == rows.strangers.ad.ids).all()
+    assert (ad.numbers[unknown].numpy() == rows.strangers.ad.numbers).all()
+    ads, times = np.unique(ad.ids[known].numpy(), axis=0, return_counts=True)
+    assert {tuple(each) for each in ads.reshape(len(ads), -1)} == {tuple(each) for each in rows.catalogue.ids}
+    assert times.max() < 4 * times.min()
     # Ads: a value of ten is unknown, padding stays, the rest as it was.
     now, was = spread(ad)[:n], spread(whole[2])
     assert (now[was == 0] == 0).all()

@@ -166,7 +166,7 @@ def train(
     """
     for split in SPLITS:
         data.files(split)  # an absent test split would be found after hours
-    with _deterministic(settings):
+    with deterministic(settings):
         with _step(progress, "learning vocabularies"):
             encoder = Encoder(data.schema, learn_vocabularies(data, start.vocabularies if start else None))
         with _step(progress, "encoding"):
@@ -217,10 +217,10 @@ def fit_network(
         batches = np.array_split(shuffled, range(settings.batch, len(rows) - 1, settings.batch))
         for chosen in progress.track(batches, description=f"epoch {number}"):
             batch, twins = hiding.batch(chosen)
-            logits, unknown = network(*batch).squeeze(1).split([len(chosen), len(twins)])
+            logits, unknown, known = network(*batch).squeeze(1).split([len(chosen), len(twins), len(twins)])
             loss = F.binary_cross_entropy_with_logits(logits, torch.from_numpy(rows.labels[chosen]))
             if len(twins):  # least absolute deviations: the median
-                loss = loss + (unknown - logits.detach()[twins]).abs().sum() / len(chosen)
+                loss = loss + (unknown - known.detach()).abs().sum() / len(chosen)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             decay.add_gradient(batch)
@@ -248,6 +248,8 @@ def fit_network(
         for group in optimiser.param_groups:
             group["lr"] *= settings.drop
     network.load_state_dict(best)
+    hiding.settle(network)
+    unseen.fill()
     network.eval()
     return epochs
 
@@ -301,7 +303,8 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _deterministic(settings: TrainSettings) -> Iterator[None]:
+def deterministic(settings: TrainSettings) -> Iterator[None]:
+    """As long as it lasts a seed gives the same network to the last bit, on the threads that the settings ask for."""
     before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.manual_seed(settings.seed)
     torch.use_deterministic_algorithms(True)

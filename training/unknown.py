@@ -10,21 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from features.encode import IDENTITIES, Block
 from features.vocabulary import PADDING, UNKNOWN
 
 from .datasets.encoded import Batch, Rows
 from .networks.blocks import Embeddings, Part
 
 ROWS_AT_ONCE = 4096
+SETTLING_STEPS, SETTLING_ROWS, SETTLING_RATE = 300, 128, 0.01
+LEAST_TWINS = 8
+"""Of a step: with one in a hundred rows of a small batch the unknown would still be on its way when the training ends."""
 Chosen = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 class Hiding:
     """Hides values at random, each with probability `rate`: a row's user with its profile and history, a behaviour, a single value.
 
-    As often a row gets a twin: the same request with an ad of which nothing is known, encoded as the service encodes it. A twin has
-    no label. It is to score the middle of what the network says of the ads that such a user was shown: the labels' mean, which
-    log loss would teach it, lies above most ads wherever a few are clicked much more than the others.
+    As many rows, and `LEAST_TWINS` at least, get twins: the same request with an ad of which nothing is known, encoded as the service
+    encodes it, and with any ad of the catalogue, each as likely. They have no label. The one is to score the middle of what the
+    network says of the other: the labels' mean, which log loss would teach it, lies above most ads wherever a few are clicked much more.
     """
 
     def __init__(self, rows: Rows, rate: float, seed: int) -> None:
@@ -33,25 +37,27 @@ class Hiding:
         self.random = np.random.default_rng((seed, 1))
 
     def batch(self, chosen: Chosen) -> tuple[Batch, Tensor]:
-        """The tensors of some rows, as `Rows.batch` gives them, with values hidden and twins `(T,)` after them: whose twin each is."""
+        """The tensors of some rows, as `Rows.batch` gives them, with values hidden; after them their twins, the T with an unknown ad
+        and then the T with any ad. And the `(T,)` positions of those that have twins.
+        """
         user, history, ad = self.rows.batch(chosen)
         for part in (user, history, ad) if self.rate else ():
             ids = part.ids.numpy()
             ids[self._drawn(ids.shape) & (ids > PADDING)] = UNKNOWN
-        hidden, twins = self._drawn(len(chosen)), torch.from_numpy(np.flatnonzero(self._drawn(len(chosen))))
+        hidden = self._drawn(len(chosen))
+        count = min(max(LEAST_TWINS, round(self.rate * len(chosen))), len(chosen)) if self.rate else 0
+        twins = torch.from_numpy(self.random.choice(len(chosen), count, replace=False))
         nobody, nothing = self.rows.strangers.user, self.rows.strangers.ad
         user.ids.numpy()[hidden, : nobody.ids.shape[1]] = nobody.ids
         user.numbers.numpy()[hidden, : nobody.numbers.shape[1]] = nobody.numbers
         history = self._history(history, hidden)
         assert history.rows is not None  # noqa: S101  # `Rows.batch` has them
-        user = Part(*(torch.cat([block, block[twins]]) for block in (user.ids, user.numbers)))
-        ad = Part(
-            *(
-                torch.cat([block, torch.from_numpy(one).expand(len(twins), 1, -1)])
-                for block, one in zip(ad[:2], (nothing.ids, nothing.numbers), strict=True)
-            )
-        )
-        return (user, history._replace(rows=torch.cat([history.rows, history.rows[twins]])), ad), twins
+        both = torch.cat([twins, twins])
+        user = Part(*(torch.cat([block, block[both]]) for block in (user.ids, user.numbers)))
+        some = self._any_ads(len(twins))
+        blocks = ((ad.ids, nothing.ids, some.ids), (ad.numbers, nothing.numbers, some.numbers))
+        ad = Part(*(torch.cat([a, torch.from_numpy(b).expand(len(twins), 1, -1), torch.from_numpy(c)]) for a, b, c in blocks))
+        return (user, history._replace(rows=torch.cat([history.rows, history.rows[both]])), ad), twins
 
     def _history(self, history: Part, hidden: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Part:
         """Behaviours on ads that nobody knows, and no behaviour of the users that are hidden."""
@@ -66,8 +72,46 @@ class Hiding:
         rows[hidden] = len(history.ids) + 1
         return Part(ids, numbers, torch.from_numpy(rows))
 
+    def settle(self, network: nn.Module) -> None:
+        """Put the unknown ad into the middle of the catalogue, as the network that was chosen scores them when it is served.
+
+        Only the embeddings of what is unknown about such an ad move, its id's aside, which described ads share.
+        """
+        if not self.rate:
+            return
+        network.eval()
+        found = [(module.table.weight, _movable(module)) for module in network.modules() if isinstance(module, Embeddings)]
+        optimiser = torch.optim.Adam([weight for weight, _ in found], lr=SETTLING_RATE)
+        for step in range(SETTLING_STEPS):
+            optimiser.param_groups[0]["lr"] = SETTLING_RATE * (1 - step / SETTLING_STEPS)
+            user, history, _ = self.rows.batch(self.random.integers(0, len(self.rows), SETTLING_ROWS))
+            any_ad = self._any_ads(SETTLING_ROWS)
+            one = self.rows.strangers.ad.take(np.zeros((SETTLING_ROWS, 1), np.int64))
+            pairs = ((one.ids, any_ad.ids), (one.numbers, any_ad.numbers))
+            unknown, known = network(user, history, Part(*(torch.from_numpy(np.hstack(pair)) for pair in pairs))).unbind(1)
+            optimiser.zero_grad()
+            (unknown - known.detach()).abs().mean().backward()
+            for weight, rows in found:
+                if weight.grad is not None:
+                    weight.grad *= rows
+            optimiser.step()
+
+    def _any_ads(self, count: int) -> Block:
+        """Ads of the catalogue `(count, 1, W)`, each as likely."""
+        return self.rows.catalogue.take(self.random.integers(0, max(len(self.rows.catalogue), 1), (count, 1)))
+
     def _drawn(self, shape: int | tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         return self.random.random(shape) < self.rate
+
+
+def _movable(embeddings: Embeddings) -> Tensor:
+    """1 for the rows `(rows of the table, 1)` that stand for an unknown value of an ad, 0 for all others."""
+    slots = embeddings.layouts["ad"].ids if "ad" in embeddings else ()
+    names = {slot.field.vocabulary for slot in slots if slot.field.name not in IDENTITIES} or {slot.field.vocabulary for slot in slots}
+    rows = torch.zeros((embeddings.table.num_embeddings, 1))
+    for vocabulary in names:
+        rows[embeddings.rows_of(vocabulary).start] = 1
+    return rows
 
 
 class Unseen:

@@ -61,6 +61,8 @@ class Rows:
     history: np.ndarray[Any, np.dtype[np.int32]]
     behaviours: Block
     strangers: Strangers
+    catalogue: Block
+    """The ads of the data set, one row each; of one that keeps no table of them, those of the rows."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -206,7 +208,9 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
     numbers = _user_numbers(pl.concat(names))
     user, ad = _stack(parts["user"]), _stack(parts["ad"])
     past = encoder.history_of(table.block)
-    return Rows(np.concatenate(labels), numbers, user, ad, np.concatenate(history), past, Strangers.of(encoder))
+    known = np.flatnonzero(table.active(np.arange(len(table.block))))
+    catalogue = table.block.take(known) if len(known) else ad.take(np.unique(ad.ids, axis=0, return_index=True)[1])
+    return Rows(np.concatenate(labels), numbers, user, ad, np.concatenate(history), past, Strangers.of(encoder), catalogue)
 
 
 def _user_numbers(names: pl.Series) -> np.ndarray[Any, np.dtype[np.uint32]]:

@@ -1,0 +1,82 @@
+"""Settings that follow the rows, and the programs that measure them."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import small
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import avazu_like
+from benchmarks.defaults import cut, plan, regression, table
+from features.bundle import load_bundle
+from training.datasets.prepared import Prepared, open_prepared
+from training.export import train_and_publish
+from training.train import TrainError, TrainSettings
+from training.weights import settings_of
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "rate", "epochs"),
+    [(1, 32, 3e-3, 2000), (1_600, 32, 3e-3, 40), (6_470, 128, 3e-3, 40), (64_000, 1024, 1e-3, 33), (640_000, 2048, 1e-3, 30)],
+)
+def test_what_is_left_open_follows_the_rows(rows: int, batch: int, rate: float, epochs: int) -> None:
+    settled = TrainSettings().for_rows(rows)
+    assert (settled.batch, settled.learning_rate, settled.epochs) == (batch, rate, epochs)
+    assert settled.for_rows(rows) == settled
+    assert settled.open == []
+
+
+def test_what_is_given_stays_and_the_rate_follows_the_batch() -> None:
+    settled = TrainSettings(batch=4096, epochs=7).for_rows(500)
+    assert (settled.batch, settled.learning_rate, settled.epochs) == (4096, 1e-3, 7)
+    assert TrainSettings(learning_rate=0.5).for_rows(500).learning_rate == 0.5
+
+
+@pytest.mark.parametrize("given", [{"least_steps": -1}, {"unknown_rate": 1.0}, {"unknown_rate": -0.1}, {"epochs": -1}, {"batch": 1}])
+def test_impossible_settings_are_refused(given: dict[str, float]) -> None:
+    with pytest.raises(TrainError, match=next(iter(given))):
+        TrainSettings(**given)  # type: ignore[arg-type]
+
+
+def test_settings_are_told_and_recorded_and_chosen_anew(tmp_path: Path) -> None:
+    data, said = small.data_set(tmp_path), io.StringIO()
+    given = {"epochs": "1", "embedding": "4", "hidden": "8", "threads": "1"}
+    path, _ = train_and_publish(
+        data, "deepfm", tmp_path / "models", "m", given, Progress(console=Console(file=said, width=300), disable=True)
+    )
+    line = "batch 32 (for 300 rows), learning rate 0.003, at most 1 epochs, patience 2 after 1,000 steps, unknown rate 0.01"
+    assert line in said.getvalue()
+    recorded = json.loads((path / "manifest.json").read_text())["settings"]
+    assert (recorded["batch"], recorded["learning_rate"], recorded["epochs"]) == (32, 3e-3, 1)
+    assert recorded["by_data"] == ["batch", "learning_rate"]
+    loop = settings_of(load_bundle(path))[1]
+    assert (loop.batch, loop.learning_rate, loop.epochs) == (0, 0.0, 1)
+
+
+def test_patience_counts_after_the_least_steps(tmp_path: Path) -> None:
+    trained = small.quick(small.data_set(tmp_path), epochs=30, patience=1, learning_rate=0.2, least_steps=60)
+    assert len(trained.epochs) * 5 >= 60  # 300 rows in batches of 64
+    assert {epoch.learning_rate for epoch in trained.epochs[:12]} == {0.2}
+
+
+def test_a_log_like_avazus_is_heavy_tailed(tmp_path: Path) -> None:
+    assert avazu_like.write_log(tmp_path / "log", 3_000) == {"train": 2400, "valid": 300, "test": 300}
+    (frame,) = open_prepared(tmp_path / "log").frames("train")
+    assert 0.15 < frame["label"].mean() < 0.19  # type: ignore[operator]
+    assert (frame["user_id"].value_counts()["count"] == 1).mean() > 0.5  # type: ignore[operator]
+    assert len(avazu_like.SCHEMA.fields) == 21
+
+
+def test_the_comparison_is_made_of_the_first_rows_and_of_those_after_them(tmp_path: Path) -> None:
+    avazu_like.write_log(tmp_path / "log", 3_000)
+    part = cut(open_prepared(tmp_path / "log"), 1_000, tmp_path / "part")
+    assert isinstance(part, Prepared)
+    assert [sum(map(len, part.frames(split))) for split in ("train", "valid", "test", "later")] == [800, 100, 100, 2000]
+    found = regression(part)
+    assert 0.5 < found["later"] < 0.9
+    keys = [key for key, *_ in plan(1_000, ("din",), 3)]
+    assert len(keys) == len(set(keys)) == 9
+    assert table({"1000/logistic": found, keys[0]: {"valid": 0.7, "test": 0.6}}, (1_000,), ("din",)).row_count == 2
