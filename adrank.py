@@ -442,6 +442,7 @@ def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     "--max-p99-ratio", "p99_ratio", type=click.FloatRange(0, min_open=True), help="Of its scoring to the live version's; default 1.5."
 )
 @click.option("--p-click-ratio", type=(float, float), help="Its mean p(click) to the live version's, least and most; default 0.5 2.")
+@click.option("--max-seconds", type=click.FloatRange(0, 60, min_open=True), help="Of one run; then the live version ranks. Default 0.25.")
 @click.option("--min-requests", type=click.IntRange(min=1), help="Of each version before it is judged; default 200.")
 def promote(models: Path, name: str, version: int | None, shadow: float | None, canary: float | None, stop: bool, **bounds: Any) -> None:
     """Make a version the live one, or let it challenge the live one; running services follow."""

@@ -31,6 +31,8 @@ class Bounds:
     p_click_ratio: tuple[float, float] = (0.5, 2.0)
     """Its mean p(click), against the live version's."""
     min_requests: int = 200
+    max_seconds: float = 0.25
+    """Of one run. A request that waits so long for its canary is ranked by the live version; more such runs than `error_share` stop it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,11 @@ class Challenger:
     since: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
     """When it was announced, which tells it from the same version announced again."""
 
+    @property
+    def mark(self) -> str:
+        """A name for this announcement, which may be one of a file."""
+        return hashlib.blake2b(self.since.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
     def takes(self, name: str, user_id: str) -> bool:
         """Whether the user falls to it: always the same answer, and of a larger share the same users and more."""
         digest = hashlib.blake2b(f"{name}/{self.version}/{user_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -54,7 +61,7 @@ class Challenger:
 class Verdict:
     """Why a challenger was stopped: a word for metrics, and the numbers."""
 
-    reason: Literal["errors", "p99", "p_click"]
+    reason: Literal["errors", "late", "p99", "p_click"]
     detail: str
 
 
@@ -150,6 +157,7 @@ def _check(challenger: Challenger) -> Challenger:
         "the ratio of p99 is above 0": 0 < bounds.p99_ratio < math.inf,
         "the ratios of p(click) are two numbers, the lower first": 0 <= low < high < math.inf,
         "the requests before it is judged are 1 or more": type(bounds.min_requests) is int and bounds.min_requests >= 1,
+        "the seconds of a run are above 0 and at most 60": 0 < bounds.max_seconds <= 60,
         "it says since when": isinstance(challenger.since, str),
     }
     wrong = [rule for rule, holds in right.items() if not holds]

@@ -4,6 +4,7 @@ Candidates are columns from the request to the answer: nothing here makes an obj
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -19,7 +20,7 @@ from features.vocabulary import Numbers
 from .ads import View
 from .catalogue import Catalogue
 from .challenger import Challenge
-from .errors import DeadlineError, InvalidError, Mistake, ScoringError
+from .errors import DeadlineError, InvalidError, Mistake, ScoringError, ServiceError
 from .explain import Seen, explain_ad, explain_request
 from .explore import Policy, arrange, best_first
 from .metrics import Metrics, Stages
@@ -148,64 +149,92 @@ class Ranker:
         Raises:
             ServiceError: an unknown model, no model, an invalid request, a deadline that passed, a model that failed.
         """
-        model = self.models.get(query.model)
+        model, catalogue = self.models.get(query.model), self.catalogue
         challenge = self.challenges.get(model.name)
         canary = challenge.canary(query.user_id) if challenge else None
-        if challenge is None or canary is None:
-            return await self._rank(query, stages, model, challenge, on_ranked)
-        try:
-            return await self._rank(query, stages, canary, challenge, on_ranked)
-        except (ScoringError, InvalidError) as error:
-            ranking = await self._rank(query, stages, model, None, on_ranked)
-            challenge.failed(error)
-            return ranking
-
-    async def _rank(
-        self, query: Query, stages: Stages, model: Model, challenge: Challenge | None, on_ranked: Callable[[Made], None]
-    ) -> Ranking:
-        catalogue = self.catalogue
         _check_bids(query)
-        view = catalogue.view(model.bundle.fingerprint)  # which the catalogue may let go of while the store is asked
+        # The catalogue may let go of them while the store is asked.
+        views = {each: catalogue.view(each.bundle.fingerprint) for each in (model, canary) if each is not None}
         stages.enter("features")
-        stages.version = model.bundle.version
-        degraded = [] if catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
-        stored = await self._user(query, stages, model, degraded)
-        encoded = _encode(query, view, _usable(model, query, stored, degraded))
-        stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
+        asked = Asked(query, stages, catalogue, await self._user(query, stages))
+        if challenge is None:
+            return await self._by_live(asked, model, views[model], None, on_ranked)
+        failure: ServiceError | None = None
+        if canary is not None and challenge.model is canary:  # it may have been stopped meanwhile
+            try:
+                return await self._by_canary(asked, canary, views[canary], challenge, on_ranked)
+            except (ScoringError, InvalidError) as error:
+                failure = error
+        ranking = await self._by_live(asked, model, views[model], challenge if canary is None else None, on_ranked)
+        if failure is not None:
+            challenge.failed(failure)
+        return ranking
+
+    async def _by_live(
+        self, asked: "Asked", model: Model, view: View, challenge: Challenge | None, on_ranked: Callable[[Made], None]
+    ) -> Ranking:
+        query, stages = asked.query, asked.stages
+        stages.enter("features")
+        encoded, degraded = asked.encoded(model, view)
+        asked.note(model, encoded)
         scores = await self._scoring.score(model.scorer, encoded.feeds, stages, query.deadline)
         stages.enter("post")
-        stages.scores = scores
-        finite = np.isfinite(scores)
         if challenge is not None:
 
             def encode(other: Model) -> Feeds:
                 if other.bundle.fingerprint == model.bundle.fingerprint:
                     return encoded.feeds
-                return _encode(query, catalogue.view(other.bundle.fingerprint), _usable(other, query, stored, [])).feeds
+                return asked.encoded(other, asked.catalogue.view(other.bundle.fingerprint))[0].feeds
 
-            challenge.note(model, query.user_id, stages.seconds["inference"], scores, encode)
+            challenge.beside(query.user_id, stages.seconds["inference"], scores, encode)
+        return self._made(asked, model, encoded, scores, degraded, on_ranked)
+
+    async def _by_canary(
+        self, asked: "Asked", canary: Model, view: View, challenge: Challenge, on_ranked: Callable[[Made], None]
+    ) -> Ranking:
+        """By the challenger; what is waited for it in vain counts as waiting, so that the stages are those of the version that ranks."""
+        query, stages = asked.query, asked.stages
+        encoded, degraded = asked.encoded(canary, view)
+        asked.note(canary, encoded)
+        patience = None if query.deadline is None else (query.deadline - stages.total) / 2
+        stages.enter(None)
+        began, stage = time.perf_counter(), "queue"
+        try:
+            scores = await challenge.score(canary, encoded.feeds, patience)
+            stage = "inference"
+        finally:
+            stages.add(stage, began, time.perf_counter())
+        stages.enter("post")
+        return self._made(asked, canary, encoded, scores, degraded, on_ranked)
+
+    def _made(
+        self,
+        asked: "Asked",
+        model: Model,
+        encoded: Encoded,
+        scores: Numbers,
+        degraded: list[Degraded],
+        on_ranked: Callable[[Made], None],
+    ) -> Ranking:
+        stages, finite = asked.stages, np.isfinite(scores)
+        stages.scores = scores
         if np.count_nonzero(finite) < len(finite):
             degraded.append(Degraded("inference", "not_finite", "omitted"))
         stages.degraded = [(entry.stage, entry.reason) for entry in degraded]
         scored = Scored(scores, finite)
-        ranking = _ranking(query, model, encoded, scored, degraded, self._random)
-        on_ranked(Made(query, model, encoded, scored, ranking))
+        ranking = _ranking(asked.query, model, encoded, scored, degraded, self._random)
+        on_ranked(Made(asked.query, model, encoded, scored, ranking))
         return ranking
 
-    async def _user(self, query: Query, stages: Stages, model: Model, degraded: list[Degraded]) -> UserState:
-        """The user's state as far as the store gives it."""
+    async def _user(self, query: Query, stages: Stages) -> UserState | StoreError:
+        """The user's state, or why the store does not give it. It is asked once, whichever version ranks in the end."""
         stages.user = "error"
         try:
             state = await self._stored(query, stages)
         except TimeoutError:
             raise DeadlineError("the deadline passed while the store was asked for the user") from None
         except StoreError as error:
-            schema = model.bundle.schema
-            if query.history is None and schema.history_fields:
-                degraded.append(Degraded("history", error.reason, "empty_history"))
-            if any(known.name not in IDENTITY.values() for known in schema.side("user")):
-                degraded.append(Degraded("user", error.reason, "sent_features"))
-            return UserState()
+            return error
         stages.user = "hit" if state else "miss"
         return state or UserState()
 
@@ -214,6 +243,42 @@ class Ranker:
             return await self._store.get_user(query.user_id)
         async with asyncio.timeout(query.deadline - stages.total):
             return await self._store.get_user(query.user_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request with what the store gave for it, to be encoded for any of the models."""
+
+    query: Query
+    stages: Stages
+    catalogue: Catalogue
+    stored: UserState | StoreError
+
+    def encoded(self, model: Model, view: View) -> tuple[Encoded, list[Degraded]]:
+        """The request as a model takes it, and what that does without.
+
+        Raises:
+            InvalidError: a feature does not fit the model's schema.
+        """
+        degraded = [] if self.catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
+        if isinstance(self.stored, StoreError):
+            degraded += self._without_user(model, self.stored.reason)
+        stored = UserState() if isinstance(self.stored, StoreError) else self.stored
+        return _encode(self.query, view, _usable(model, self.query, stored, degraded)), degraded
+
+    def note(self, model: Model, encoded: Encoded) -> None:
+        """Tell the metrics what is about to be scored, and by which version."""
+        self.stages.version = model.bundle.version
+        self.stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
+
+    def _without_user(self, model: Model, reason: str) -> list[Degraded]:
+        schema = model.bundle.schema
+        without = []
+        if self.query.history is None and schema.history_fields:
+            without.append(Degraded("history", reason, "empty_history"))
+        if any(known.name not in IDENTITY.values() for known in schema.side("user")):
+            without.append(Degraded("user", reason, "sent_features"))
+        return without
 
 
 def _usable(model: Model, query: Query, stored: UserState, degraded: list[Degraded]) -> UserState:

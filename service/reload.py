@@ -116,9 +116,11 @@ class Reload:
             for name, challenge in list(self._ranker.challenges.items()):
                 if verdict := challenge.judged():
                     challenge.stop(verdict)
-                    self._metrics.rolled_back(name, verdict.reason)
+                    if challenge.first_to_stop():
+                        self._metrics.rolled_back(name, verdict.reason)
                     log.error("challenger %s %d is stopped: %s", name, challenge.facts.version, verdict.detail)
-                    await self._aside(_tell_others, self._settings.models / name, challenge.facts, verdict)
+                    # Not waited for: another challenger's verdict must not wait for a volume, or for a model that is being loaded.
+                    self._beside.submit(_tell_others, self._settings.models / name, challenge.facts, verdict)
 
     def close(self) -> None:
         """Let the threads end."""
@@ -187,7 +189,8 @@ class Reload:
         model = None if found.verdict else await self._load(what, self._settings.models / name / str(facts.version), refused)
         if model is None and found.verdict is None:
             return None
-        challenge = Challenge(name, facts, model, self._metrics, self._background)
+        challenge = Challenge(name, facts, model, self._metrics, shared_folder())
+        challenge.begin(ThreadPoolExecutor(1, "challenger", _give_way))
         self._metrics.challenger(name, facts.mode)
         challenge.verdict = found.verdict
         return challenge

@@ -55,7 +55,7 @@ class Scorer:
         Raises:
             ScoringError: the device is not available, or the file is not a model with the output `p_click`.
         """
-        self.provider = PROVIDERS[device]
+        self.provider, self.threads = PROVIDERS[device], threads
         _check_there(device)
         self._session = _open(model, self.provider, _options(threads))
         if self.provider not in self._session.get_providers():  # it falls back to the CPU by itself, many times slower

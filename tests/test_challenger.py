@@ -29,7 +29,8 @@ from features.releases import promote, rollback, stop
 from features.state import UserState
 from service import challenger as at_work
 from service import reload
-from service.challenger import CHALLENGING, LIVE, SLOT_SECONDS, SLOTS, Window, at_least, judge
+from service.challenger import at_least, hopeless, judge
+from service.evidence import CHALLENGING, LATE, LIVE, SLOT_SECONDS, SLOTS, Window
 from service.settings import Settings
 from tests.test_cli import refused, run
 
@@ -150,6 +151,8 @@ class TestFile:
             {"bounds": {"error_share": 0, "p99_ratio": 1, "p_click_ratio": [2, 1], "min_requests": 1}},
             {"bounds": {"error_share": 0, "p99_ratio": 1, "p_click_ratio": [0], "min_requests": 1}},
             {"bounds": {"error_share": 0, "p99_ratio": 1, "p_click_ratio": [0, 1], "min_requests": 0}},
+            {"bounds": {"error_share": 0, "p99_ratio": 1, "p_click_ratio": [0, 1], "min_requests": 1, "max_seconds": 0}},
+            {"bounds": {"error_share": 0, "p99_ratio": 1, "p_click_ratio": [0, 1], "min_requests": 1, "max_seconds": 1e9}},
             {"more": 1},
         ],
     )
@@ -173,10 +176,10 @@ class TestFile:
         live, other, _ = two(tmp_path)
         home, where = tmp_path / "din", ("--models", tmp_path, "--name", "din")
         said = f"din {other} challenges the live version: canary, 0.1 of the users\n"
-        bounds = ("--max-error-share", 0.5, "--max-p99-ratio", 3, "--p-click-ratio", 0.9, 1.1, "--min-requests", 7)
+        bounds = ("--max-error-share", 0.5, "--max-p99-ratio", 3, "--p-click-ratio", 0.9, 1.1, "--min-requests", 7, "--max-seconds", 0.5)
         assert run("promote", *where, "--canary", 0.1, *bounds) == (0, said, "")
         facts = read_challenger(home)
-        assert (facts.version, facts.mode, facts.share, facts.bounds) == (int(other), "canary", 0.1, Bounds(0.5, 3, (0.9, 1.1), 7))
+        assert (facts.version, facts.mode, facts.share, facts.bounds) == (int(other), "canary", 0.1, Bounds(0.5, 3, (0.9, 1.1), 7, 0.5))
         assert run("promote", *where, "--shadow", 1, "--version", other)[0] == 0
         assert read_challenger(home).bounds == Bounds()
         assert run("promote", *where, "--stop") == (0, "no version of din challenges the live one any more\n", "")
@@ -229,22 +232,112 @@ class TestCanary:
             assert {(await client.rank(user))["model"]["version"] for user in users} == {live}
             assert (await client.get("/metrics")).text.count("adrank_model_info{") == 1
 
+    async def test_it_never_holds_up_the_live_version_and_stops_within_seconds(self, tmp_path, ads):
+        """Each of its runs takes 0.6 s, and at 10 % of the users 200 of them would take minutes."""
+        live, other, _ = two(tmp_path / "models", bias=0.0)
+        async with challenged(tmp_path / "models", ads, other, "canary", 0.5, Bounds(max_seconds=0.1)) as client:
+            facts = read_challenger(tmp_path / "models" / "din")
+            slow_down(client, 0.6)
+            theirs, others = (next(f"u{i}" for i in range(99) if facts.takes("din", f"u{i}") is takes) for takes in (True, False))
+            took, began, canary = [], time.monotonic(), []
+
+            async def asking():
+                while True:
+                    at = time.monotonic()
+                    answer = await client.rank(theirs, CANDIDATES)
+                    assert (answer["model"]["version"], answer["degraded"]) == (live, [])
+                    canary.append((time.monotonic() - at, answer["timings_ms"]))
+
+            task = asyncio.create_task(asking())
+            async with asyncio.timeout(10):
+                while not stopped(told := await until(client, there)):
+                    at = time.monotonic()
+                    await client.rank(others, CANDIDATES)
+                    took.append(time.monotonic() - at)
+                    await asyncio.sleep(0.01)
+            task.cancel()
+            assert time.monotonic() - began < 10
+            assert told["verdict"]["reason"] == "late"
+            assert told["last_10_minutes"]["late"] >= 5
+            assert (told["bounds"]["max_seconds"], told["bounds"]["min_requests"]) == (0.1, 200)
+            # Held up, each that comes while it runs would take up to 0.6 s: more than half of them over 0.1 s.
+            assert np.mean(np.array(took) > 0.1) < 0.2, took
+            assert await client.metric('adrank_challenger_requests_total{mode="canary",model="din",outcome="late"}') >= 5
+            assert all(timings["inference"] < 90 < timings["queue"] for seconds, timings in canary if seconds > 0.1)
+
+    async def test_a_run_that_hangs_stops_it_by_itself(self, tmp_path, ads, monkeypatch):
+        monkeypatch.setattr(at_work, "HANGS_SECONDS", 0.3)
+        _, other, _ = two(tmp_path / "models", bias=0.0)
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, Bounds(max_seconds=0.1)) as client:
+            slow_down(client, 1.5)
+            await client.rank("u1", CANDIDATES)
+            told = await until(client, stopped, 5)
+            assert re.search(r"a run has taken 0\.\d s, 0\.1 s are allowed", told["verdict"]["detail"])
+
+    async def test_a_caller_s_deadline_is_kept_and_no_fault_of_it(self, tmp_path, ads):
+        live, other, _ = two(tmp_path / "models", bias=0.0)
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, Bounds(max_seconds=10, p99_ratio=1e6)) as client:
+            slow_down(client, 0.4)
+            began = time.monotonic()
+            answer = await client.rank("u1", CANDIDATES, options={"deadline_ms": 300})
+            assert (answer["model"]["version"], time.monotonic() - began < 0.4) == (live, True)
+            told = await until(client, lambda told: told["last_10_minutes"]["requests"] == 1)
+            assert (told["last_10_minutes"]["late"], told["last_10_minutes"]["errors"]) == (0, 0)
+            assert told["last_10_minutes"]["p99_ms"] > 350
+
+    async def test_the_store_is_asked_once_and_stages_are_those_of_who_ranks(self, tmp_path, ads, monkeypatch):
+        asked, get_user = [], ads.get_user
+
+        async def counting(user_id):
+            asked.append(user_id)
+            return await get_user(user_id)
+
+        monkeypatch.setattr(ads, "get_user", counting)
+        live, other, _ = two(tmp_path / "models")
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, Bounds(min_requests=1000)) as client:
+
+            def failing(_):
+                time.sleep(0.05)
+                raise at_work.ScoringError("as told")
+
+            client.app.state.service.ranker.challenges["din"].model.scorer.run = failing
+            answer = await client.rank("u1", CANDIDATES)
+            assert (answer["model"]["version"], asked) == (live, ["u1"])
+            assert answer["timings_ms"]["inference"] < 45 < answer["timings_ms"]["queue"]
+
+    async def test_one_that_is_stopped_while_the_store_is_asked_does_not_rank(self, tmp_path, ads, monkeypatch):
+        live, other, _ = two(tmp_path / "models")
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
+            arrived, go_on, get_user = asyncio.Event(), asyncio.Event(), ads.get_user
+
+            async def waiting(user_id):
+                arrived.set()
+                await go_on.wait()
+                return await get_user(user_id)
+
+            monkeypatch.setattr(ads, "get_user", waiting)
+            asking = asyncio.create_task(client.rank("u1", CANDIDATES))
+            await arrived.wait()
+            client.app.state.service.ranker.challenges["din"].stop(Verdict("p99", "slow"))
+            go_on.set()
+            assert (await asking)["model"]["version"] == live
+
     async def test_its_failures_are_ranked_by_the_live_version(self, tmp_path, ads, caplog):
         live, other, _ = two(tmp_path / "models")
         async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
             spoil(client)
-            answers = [await client.rank(f"u{i}", CANDIDATES) for i in range(10)]
+            answers = [await client.rank(f"u{i}", CANDIDATES) for i in range(4)]
             assert {answer["model"]["version"] for answer in answers} == {live}
             assert all(len(answer["ads"]) == len(CANDIDATES) and answer["degraded"] == [] for answer in answers)
-            assert await client.metric('adrank_challenger_requests_total{mode="canary",model="din",outcome="error"}') == 10
-            assert await client.metric('adrank_requests_total{model="din",outcome="ok",route="/rank"}') == 10
+            assert await client.metric('adrank_challenger_requests_total{mode="canary",model="din",outcome="error"}') == 4
+            assert await client.metric('adrank_requests_total{model="din",outcome="ok",route="/rank"}') == 4
             assert caplog.text.count("failed on a request, and may on more") == 1
 
     async def test_a_caller_whose_request_is_wrong_is_told_so_and_it_is_not_counted(self, tmp_path, ads):
         _, other, _ = two(tmp_path / "models")
         async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
             for _ in range(5):
-                answer = await client.post("/rank", json={"user": {"id": "u", "features": {"age": 3.5}}, "candidates": ["a1"]})
+                answer = await client.post("/rank", json={"user": {"id": "u", "features": {"agee": "25"}}, "candidates": ["a1"]})
                 assert answer.status_code == 422, answer.text
             assert (await until(client, there))["last_10_minutes"]["requests"] == 0
 
@@ -267,6 +360,18 @@ def spoil(client, act=None):
         return act(run(feeds))
 
     scorer.run = spoilt
+
+
+def slow_down(client, seconds):
+    """Let each run of the challenger's scorer take so long."""
+    scorer = client.app.state.service.ranker.challenges["din"].model.scorer
+    run = scorer.run
+
+    def slow(feeds):
+        time.sleep(seconds)
+        return run(feeds)
+
+    scorer.run = slow
 
 
 async def ask(client, count, **more):
@@ -343,7 +448,7 @@ class TestStop:
         async with challenged(tmp_path / "models", ads, other, "canary", 0.5) as client:
             spoil(client)
             detail = await self.stops(client, "errors", tmp_path / "models", live)
-            assert re.search(r"^\d+ of \d+ requests failed, a share of 0\.01 is allowed$", detail)
+            assert re.search(r"^of its first \d+ requests \d+ failed, 0 took over 0\.25 s", detail)
             assert f"challenger din {other} is stopped: {detail}" in caplog.text
 
     @pytest.mark.parametrize(("mode", "bias"), [("canary", 4.0), ("canary", -3.0), ("shadow", -3.0)])
@@ -357,14 +462,14 @@ class TestStop:
     async def test_a_model_that_is_slow(self, tmp_path, ads):
         live, other, _ = two(tmp_path / "models", bias=0.0)
         async with challenged(tmp_path / "models", ads, other, "canary", 0.5, Bounds(min_requests=20, p99_ratio=3.0)) as client:
-            ran = client.app.state.service.ranker.challenges["din"].model.scorer.run
+            slow_down(client, 0.1)
+            assert re.search("took over|3 times is allowed", await self.stops(client, "p99", tmp_path / "models", live))
 
-            def slow(feeds):
-                time.sleep(0.1)
-                return ran(feeds)
-
-            client.app.state.service.ranker.challenges["din"].model.scorer.run = slow
-            assert "3 times is allowed" in await self.stops(client, "p99", tmp_path / "models", live)
+    async def test_a_shadow_that_is_slow(self, tmp_path, ads):
+        live, other, _ = two(tmp_path / "models", bias=0.0)
+        async with challenged(tmp_path / "models", ads, other, "shadow", 1.0, Bounds(max_seconds=0.05)) as client:
+            slow_down(client, 0.2)
+            await self.stops(client, "late", tmp_path / "models", live)
 
     async def test_the_same_version_goes_on(self, tmp_path, ads):
         _, other, _ = two(tmp_path / "models", bias=0.0)
@@ -399,7 +504,9 @@ class TestStop:
             await ask(client, 30)
             await until(client, stopped)
             assert (await client.rank())["model"]["version"] == live
-            assert "each will judge for itself: read-only" in caplog.text
+            async with asyncio.timeout(10):
+                while "each will judge for itself: read-only" not in caplog.text:
+                    await asyncio.sleep(0.01)
 
 
 async def test_a_challenger_that_is_bad_is_refused(tmp_path, ads):
@@ -498,6 +605,7 @@ class TestJudge:
 
     def test_without_requests_of_the_live_version_only_errors_count(self):
         assert judge(self.filled((0, 0.001, 0.1), (1000, 1.0, 0.9)), Bounds()) is None
+        assert hopeless(self.filled((0, 0.001, 0.1), (1000, 1.0, 0.9)), Bounds()) is None
         assert judge(self.filled((0, 0.001, 0.1), (0, 1.0, 0.9), 1000), Bounds()).reason == "errors"
 
     def test_percentiles_are_right_to_a_bin(self):
@@ -527,6 +635,68 @@ class TestJudge:
                 window.scored(i % 2, 0.001, 0.1 if step < 59 or i % 2 == LIVE else 0.3)
         assert judge(window.all(), Bounds()) is None
         assert judge(window.newest(200), Bounds()).reason == "p_click"
+
+    @pytest.mark.parametrize(
+        ("own", "errors", "late", "reason"),
+        [
+            ((0, 0.001, 0.1), 0, 4, None),
+            ((0, 0.001, 0.1), 0, 5, "late"),
+            ((0, 0.001, 0.1), 5, 0, "errors"),
+            ((0, 0.001, 0.1), 2, 3, "late"),
+            ((5, 0.01, 0.1), 0, 0, "p99"),
+            ((4, 0.01, 0.1), 0, 0, None),
+            ((20, 0.003, 0.1), 0, 0, None),  # slower, and that is for `judge` to say
+            ((50, 0.001, 0.1), 0, 10, None),  # chance
+            ((500, 0.001, 0.1), 0, 50, None),  # not nearly all of it
+        ],
+    )
+    def test_what_is_hopeless_need_not_be_counted_to_the_end(self, own, errors, late, reason):
+        window = self.window()
+        for side, (count, seconds, p_click) in ((LIVE, (30, 0.001, 0.1)), (CHALLENGING, own)):
+            for _ in range(count):
+                window.scored(side, seconds, p_click)
+        for what, count in ((at_work.ERRORS, errors), (LATE, late)):
+            for _ in range(count):
+                window.failed(what)
+        assert (found := hopeless(window.all(), Bounds())) is None or found.reason == reason, found
+        assert (found is None) == (reason is None)
+
+    def test_late_ones_have_a_bound_of_their_own(self):
+        window = self.window()
+        for i in range(400):
+            window.scored(LIVE, 0.001, 0.1)
+            window.failed(LATE) if i % 20 == 0 else window.scored(CHALLENGING, 0.001, 0.1)
+        assert hopeless(window.all(), Bounds()) is None
+        assert judge(window.all(), Bounds()).detail == "20 of 400 requests took over 0.25 s, a share of 0.01 is allowed"
+
+    def test_workers_see_what_the_others_saw(self, tmp_path):
+        self.now = 1000.0
+        windows = [Window(lambda: self.now, tmp_path, "din.7.x") for _ in range(3)]
+        other = Window(lambda: self.now, tmp_path, "din.7.y")
+        for window in (*windows, other):
+            for _ in range(10):
+                window.scored(LIVE, 0.001, 0.2)
+                window.failed(LATE)
+        for window in windows:
+            assert (window.all().scored(LIVE), window.all().count(CHALLENGING, LATE)) == (30, 30)
+            assert window.newest(5).scored(LIVE) == 30
+        assert other.all().scored(LIVE) == 10
+        self.now += SLOT_SECONDS
+        windows[0].scored(LIVE, 0.001, 0.2)
+        assert windows[1].all().scored(LIVE) == 31
+        windows[2].close()
+        assert not list(tmp_path.glob("din.7.x.*"))[2:]
+        self.now += SLOTS * SLOT_SECONDS
+        assert windows[1].all().scored(LIVE) == 0
+
+    def test_a_folder_that_cannot_be_written_leaves_each_to_itself(self, tmp_path):
+        window = Window(folder=tmp_path / "none", key="x")
+        window.failed()
+        assert window.all().count(CHALLENGING, at_work.ERRORS) == 1
+        (tmp_path / "x.1.1.evidence").write_bytes(b"half")
+        window = Window(folder=tmp_path, key="x")
+        window.failed()
+        assert window.all().count(CHALLENGING, at_work.ERRORS) == 1
 
     def test_chance_stops_none(self):
         """A hundred challengers that are at the bound of errors, not over it, each judged a hundred times."""
