@@ -122,25 +122,39 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
 @click.option("--name", help="Name in the repository; default: the network's.")
 @click.option("--seed", type=int, help="One seed makes a run repeatable to the last bit on one machine.")
 @click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the train split.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training or of the network.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the network or of the gate.")
+@click.option(
+    "--promote",
+    type=click.Choice(["gate", "always", "if-better", "never"]),
+    default="gate",
+    show_default=True,
+    help="When it is the new live version: if it is fit by itself, always, if it is better than the live one too, never.",
+)
 @needs("train")
-def train(data: Path, model: str, models: Path, name: str | None, seed: int | None, epochs: int | None, settings: tuple[str, ...]) -> None:
-    """Train a network and publish it as a bundle, the new live version."""
+def train(data: Path, model: str, models: Path, name: str | None, settings: tuple[str, ...], promote: str, **flags: Any) -> None:
+    """Train a network and publish it as a bundle, the new live version if it is fit to be; exit code 3 if not."""
     from features.bundle import check_name, read_manifest
     from training.datasets.log import open_data
-    from training.export import train_and_publish
     from training.progress import progress_bar
+    from training.publish import train_and_publish
 
     check_name(name or model)
     given = dict(_pair(text) for text in settings)
-    given |= {key: str(value) for key, value in {"seed": seed, "epochs": epochs}.items() if value is not None}
+    given |= {key: str(value) for key, value in flags.items() if value is not None}
     with progress_bar() as progress:
-        path, trained = train_and_publish(open_data(data), model, models, name or model, given, progress)
-    _print_metrics(trained.metrics)
+        path, verdict = train_and_publish(open_data(data), model, models, name or model, given, progress, promote)
+    _print_metrics(verdict.trained.metrics)
+    print(verdict.trained.calibration.line())
     print(f"published {path}")
     if int8 := read_manifest(path).get("int8"):
         moves = ", ".join(f"{name} {move:+.2g}" for name, move in int8["moved"].items())
         print(f"int8 is not served: {int8['refused']}" if int8["refused"] else f"int8 may be served; on test it moves {moves}")
+    for reason in verdict.reasons:
+        print(f"{'live all the same' if verdict.live else 'not live'}: {reason}")
+    if not verdict.live:
+        cure = f"adrank promote --models {models} --name {name or model} --version {path.name}"
+        print(f"{path.name} is published and not live; {cure} makes it so")
+    sys.exit(3 if verdict.refused else 0)
 
 
 @cli.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")

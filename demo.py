@@ -23,9 +23,9 @@ from service.listen import ListenError, listen
 from service.settings import Settings, load_settings
 from training.datasets.prepared import open_prepared
 from training.datasets.states import user_states
-from training.export import train_and_publish
 from training.loading import fill_store
 from training.progress import progress_bar
+from training.publish import train_and_publish
 from training.world import DAYS, SLOTS, World, make_world, write_log
 
 LOOP = {"epochs": "4", "batch": "512", "learning_rate": "0.003", "embedding_l2": "0.00001", "embedding": "8", "threads": "1"}

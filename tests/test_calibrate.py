@@ -3,10 +3,9 @@ import math
 import numpy as np
 import pytest
 from scipy.optimize import brentq
-from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 
-from training.calibrate import PRIOR, fit
+from training.calibrate import PRIOR, SPAN, fit
 from training.evaluate import log_loss
 
 
@@ -55,6 +54,15 @@ def test_a_few_clicks_that_are_told_apart_make_no_certainties(n: int, clicks: in
     assert "so few leave the mean p(click) uncertain by about" in found.line()
 
 
+@pytest.mark.parametrize("apart", [30.0, 3000.0])
+def test_two_clicks_that_lie_hundreds_of_logits_apart_are_not_certain(apart: float) -> None:
+    logits = np.r_[np.random.default_rng(1).normal(-apart, 1, 298), apart, apart]
+    labels = np.r_[np.zeros(298), 1, 1]
+    p = fit(logits, labels).on_log(logits)
+    assert p.sum() == pytest.approx(2)
+    assert 1e-4 < p.min() < p.max() < 0.9
+
+
 @pytest.mark.parametrize(("clicks", "slope"), [(5, 1.0), (5, 0.5), (50, 1.5), (500, 0.3)])
 def test_calibrated_log_loss_on_other_rows_is_not_worse(clicks: int, slope: float) -> None:
     """A network whose logits are off by a slope and by 1, on the average of 60 draws."""
@@ -79,14 +87,17 @@ def test_with_many_clicks_it_is_the_likeliest_line() -> None:
 
 
 def test_the_slope_is_the_mode_under_its_prior() -> None:
-    """Beside one that is looked for among many slopes, each with the intercept that suits it best, by scikit-learn."""
+    """Beside one that is looked for among many slopes, each with the intercept that suits it best."""
     random = np.random.default_rng(3)
     logits = random.normal(-1, 1, 300)
     labels = (random.random(300) < sigmoid(2.5 * logits)).astype(float)
+    clicks, expected = labels.sum(), min(0.0, math.log(SPAN / np.ptp(logits)))
+    targets = np.where(labels > 0, (clicks + 1) / (clicks + 2), 1 / (302 - clicks))
 
     def posterior(slope: float) -> float:
-        shift = brentq(lambda b: sigmoid(slope * logits + b).sum() - labels.sum(), -20, 20)
-        return 300 * metrics.log_loss(labels, sigmoid(slope * logits + shift)) + 0.5 * (math.log(slope) / PRIOR) ** 2
+        shift = brentq(lambda b: sigmoid(slope * logits + b).sum() - targets.sum(), -20, 20)
+        p = sigmoid(slope * logits + shift)
+        return -(targets * np.log(p) + (1 - targets) * np.log1p(-p)).sum() + 0.5 * ((math.log(slope) - expected) / PRIOR) ** 2
 
     slopes = np.geomspace(0.5, 4, 2001)
     assert fit(logits, labels).scale == pytest.approx(slopes[np.argmin([posterior(s) for s in slopes])], rel=0.002)

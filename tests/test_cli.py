@@ -95,7 +95,9 @@ async def test_a_table_becomes_a_model_and_users_in_the_store(tmp_path: Path, se
         0,
         f"{out}: train 120, valid 15, test 15 rows\n",
     )
-    code, printed, complaint = run("train", "--data", out, "--model", "deepfm", "--models", models, "--name", "shop", *QUICK, "--seed", 3)
+    code, printed, complaint = run(
+        "train", "--data", out, "--model", "deepfm", "--models", models, "--name", "shop", *QUICK, "--seed", 3, "--promote", "always"
+    )
     assert code == 0, complaint
     path = current_path(models, "shop")
     assert printed.endswith(f"published {path}\n")

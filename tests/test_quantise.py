@@ -17,6 +17,7 @@ from training.calibrate import Calibration
 from training.datasets.prepared import Prepared
 from training.evaluate import Metrics, measure
 from training.export import Served, evaluate_bundle, random_feeds, to_onnx
+from training.publish import train_and_publish
 from training.quantise import moved, quantised, refusal
 from training.train import Trained, TrainError
 
@@ -112,5 +113,5 @@ def test_int8_is_not_made_unasked(published: tuple[Prepared, Trained, Path], tmp
 
 def test_int8_for_din_is_refused_before_training(published: tuple[Prepared, Trained, Path], tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="int8 makes din no faster and less exact; leave it out"):
-        export.train_and_publish(published[0], "din", tmp_path, "m", {"int8": "true"}, small.quiet())
+        train_and_publish(published[0], "din", tmp_path, "m", {"int8": "true"}, small.quiet())
     assert not list(tmp_path.iterdir())

@@ -23,8 +23,8 @@ from training import world
 from training.datasets import open_bandit
 from training.datasets.log import Log, open_log
 from training.datasets.prepared import SPLITS, DataError, Prepared, open_prepared
-from training.export import train_and_publish
 from training.offpolicy import Estimate, Trail, estimate
+from training.publish import train_and_publish
 from training.replay import replay
 
 START = 1_763_798_400

@@ -24,9 +24,12 @@ from test_cli import refused, run
 from features.bundle import VOCABULARIES, current_path, load_bundle, publish
 from service.scorer import Scorer
 from tests.test_datasets import ROOT
+from training import gate
 from training import retrain as retraining
 from training.datasets.log import open_log
-from training.export import CALIBRATION, Calibration, train_and_publish
+from training.export import CALIBRATION, Calibration
+from training.gate import users_of
+from training.publish import train_and_publish
 from training.report import Report
 from training.retrain import Order, RetrainError, open_window, retrain
 from training.train import Trained
@@ -189,13 +192,13 @@ def test_a_live_version_that_changed_meanwhile_voids_the_comparison(
 ) -> None:
     champion = int(current_path(models, "shop").name)
     _, files = trained_of(better[0])
-    ours = retraining.compare.compare
+    ours = gate.compare.compare
 
     def slow(*arguments: Any) -> Any:
         publish(models, "shop", files, {})
         return ours(*arguments)
 
-    monkeypatch.setattr(retraining.compare, "compare", slow)
+    monkeypatch.setattr(gate.compare, "compare", slow)
     with pytest.raises(
         RetrainError, match=rf"the live version of shop was {champion} and is \d+ now: the comparison is void; run it again"
     ):
@@ -221,13 +224,13 @@ def test_what_was_served_by_the_champion_and_what_it_was_trained_on_is_told(
 
 def test_rows_without_a_user_are_users_of_their_own(tmp_path: Path) -> None:
     log = small_log.write(tmp_path / "log")
-    named = retraining._users(open_log(log))
+    named = users_of(open_log(log))
     assert (len(named), len(np.unique(named))) == (180, 20)
     nobody = pl.when(pl.col("user_id") == "u3").then(pl.lit("")).otherwise(pl.col("user_id"))
     small_log.rewrite(log, lambda frame: frame.with_columns(user_id=nobody))
     frame = pl.concat(map(pl.read_parquet, small_log.hours_of(log)[-4:]))
     rankings = frame.filter(pl.col("user_id") == "")["request_id"].n_unique()
-    assert len(np.unique(retraining._users(open_log(log)))) == 19 + rankings
+    assert len(np.unique(users_of(open_log(log)))) == 19 + rankings
 
 
 def test_the_first_version_needs_no_champion(log: Path, tmp_path: Path, trained: None) -> None:
@@ -243,7 +246,7 @@ def test_a_first_version_that_knows_nothing_is_refused(log: Path, poor: Path, tm
     off = replace(made, calibration=replace(made.calibration, shift=-3.0))
     monkeypatch.setattr(retraining, "train", lambda *_: off)
     monkeypatch.setattr(retraining, "contents", lambda *_: (files, {}))
-    monkeypatch.setattr(retraining, "scores", lambda *_: np.full(540, 0.05))
+    monkeypatch.setattr(gate, "scores", lambda *_: np.full(540, 0.05))
     report = retrain(Order(log, tmp_path, "shop", network="deepfm", holdout=0.3), small.quiet())
     assert report.published is None
     assert [reason.split(":")[0] for reason in report.reasons] == ["calibration is off", "it is no better than the click rate alone"]

@@ -27,11 +27,12 @@ from training.datasets.encoded import encode_split
 from training.datasets.log import open_log
 from training.datasets.prepared import DataError, Prepared, open_prepared
 from training.drift import make_reference
-from training.export import evaluate_bundle, train_and_publish
+from training.export import evaluate_bundle
 from training.join_log import open_log as open_joined
 from training.networks import NETWORKS
 from training.networks.blocks import Fields
 from training.networks.grown import take_over
+from training.publish import train_and_publish
 from training.replay import replay
 from training.retrain import Order, retrain
 from training.train import predict

@@ -15,6 +15,8 @@ from scipy.special import expit, logit
 Array = np.ndarray[Any, np.dtype[Any]]
 PRIOR = 0.35
 """Standard deviation of the prior of the slope's logarithm, around a slope of 1: what the network says. About 8 clicks weigh as much."""
+SPAN = 12.0
+"""Logits between the lowest and the highest row that are believed: odds of 1 to 160,000. Where there are more, the prior is about fewer."""
 FLATTEST, STEEPEST = math.log(1e-6), math.log(1e3)
 
 
@@ -53,8 +55,9 @@ def as_sampled(p_click: Array, negative_sampling: float) -> Array:
 def fit(logits: Array, labels: Array, negative_sampling: float = 1.0) -> Calibration:
     """Platt (1999) scaling of `logits (N,)` by `labels (N,)`, the slope with a log-normal prior around 1, the mean p(click) exact.
 
-    Platt's own smoothed targets would bound the slope as well, and set the mean of two clicks in a thousand rows 25 % too high. Where
-    all rows are of one class the slope stays 1 and the mean is what his targets say, 1 / (N + 2) or (N + 1) / (N + 2).
+    The slope is fitted to Platt's smoothed targets, (N+ + 1) / (N+ + 2) and 1 / (N- + 2): a network that tells two clicks apart by
+    hundreds of logits is not believed. They would set the mean of two clicks in a thousand rows 25 % too high, so the intercept is
+    not. Where all rows are of one class the slope stays 1 and the mean is what his targets say, 1 / (N + 2) or (N + 1) / (N + 2).
 
     Keeping a share w of the non-clicks multiplies the odds of a click by 1 / w, hence log w is added to the logit
     (He et al. 2014, section 6.3).
@@ -62,27 +65,28 @@ def fit(logits: Array, labels: Array, negative_sampling: float = 1.0) -> Calibra
     rows, clicks = len(labels), int(labels.sum())
     x = logits.astype(np.float64)
     if 0 < clicks < rows:
-        scale, rate = _slope(x, labels.astype(np.float64)), clicks / rows
+        targets = np.where(labels > 0, (clicks + 1) / (clicks + 2), 1 / (rows - clicks + 2))
+        scale, rate = _slope(x, targets), clicks / rows
     else:
         scale, rate = 1.0, (1 if clicks == 0 else rows + 1) / (rows + 2)
     return Calibration(scale, _intercept(scale * x, rate), math.log(negative_sampling), rows, clicks)
 
 
-def _slope(x: Array, labels: Array) -> float:
+def _slope(x: Array, targets: Array) -> float:
     """Of all slopes above 0 the likeliest, the intercept being free."""
-    middle, spread, rate = x.mean(), x.std(), labels.mean()
+    middle, spread, rate = x.mean(), x.std(), targets.mean()
     if not spread:
         return 1.0
-    centred = x - middle
+    centred, expected = x - middle, min(0.0, math.log(SPAN / np.ptp(x)))
 
     def loss(at: Array) -> tuple[float, Array]:
         log_scale, shift = at
         scaled = math.exp(log_scale) * centred
         z = scaled + shift
-        gaps = expit(z) - labels
-        likelihood = np.logaddexp(0.0, z).sum() - labels @ z
-        gradient = np.array([gaps @ scaled + log_scale / PRIOR**2, gaps.sum()])
-        return (likelihood + 0.5 * (log_scale / PRIOR) ** 2) / len(x), gradient / len(x)
+        gaps = expit(z) - targets
+        likelihood = np.logaddexp(0.0, z).sum() - targets @ z
+        gradient = np.array([gaps @ scaled + (log_scale - expected) / PRIOR**2, gaps.sum()])
+        return (likelihood + 0.5 * ((log_scale - expected) / PRIOR) ** 2) / len(x), gradient / len(x)
 
     start = np.array([min(0.0, math.log(2 / spread)), logit(rate)])  # where no probability is saturated yet
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(FLATTEST, STEEPEST), (None, None)], tol=1e-14)

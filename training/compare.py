@@ -192,6 +192,14 @@ def reasons_against(found: Comparison, gate: Gate) -> list[str]:
     return [reason for reason in (_calibration(found, gate), _loss(found, gate)) if reason]
 
 
+def no_better(metrics: Metrics) -> str | None:
+    """That probabilities tell no more than their mean does, or rank no better than chance; None where they do."""
+    entropy, auc = metrics.normalised_entropy, metrics.auc
+    if not entropy < 1:
+        return f"it is no better than the click rate alone: normalised entropy is {entropy:.4f}, it must be below 1 (AUC {auc:.4f})"
+    return None if auc > 0.5 else f"it ranks no better than chance: AUC is {auc:.4f}"
+
+
 def _calibration(found: Comparison, gate: Gate) -> str | None:
     ratio, ours = found.challenger.calibration_ratio, found.calibration
     if found.champion is None:
@@ -209,10 +217,7 @@ def _calibration(found: Comparison, gate: Gate) -> str | None:
 
 def _loss(found: Comparison, gate: Gate) -> str | None:
     if found.champion is None:
-        entropy = found.challenger.normalised_entropy
-        return (
-            None if entropy < 1 else f"it is no better than the click rate alone: normalised entropy is {entropy:.4f}, it must be below 1"
-        )
+        return no_better(found.challenger)
     difference, before = found.differences["log_loss"], found.champion.log_loss
     limit = 0.0 if gate.gate == "better" else gate.log_loss_tolerance * before
     if difference.high < limit:

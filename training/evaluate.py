@@ -52,6 +52,12 @@ def measure(labels: Array, p_click: Array, users: Array) -> Metrics:
     return Metrics(auc(labels, p), gauc(labels, p, users), loss, loss / entropy, error, ratio, len(p), clicks)
 
 
+def unmeasured(labels: Array) -> Metrics:
+    """Of rows whose probabilities are no numbers."""
+    none = math.nan
+    return Metrics(none, none, none, none, none, none, len(labels), int(labels.sum()))
+
+
 def auc(labels: Array, p_click: Array) -> float:
     """Area under the ROC curve, ties counted half: one user's grouped AUC."""
     return gauc(labels, p_click, np.zeros(len(labels), np.int64))

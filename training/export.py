@@ -29,7 +29,6 @@ from features.bundle import (
     Bundle,
     BundleError,
     Golden,
-    check_publishable,
     goldens_json,
     publish,
 )
@@ -48,7 +47,7 @@ from .networks.blocks import Part
 from .networks.din import LocalActivation
 from .networks.folded import TILE, folded
 from .quantise import moved, quantised, refusal
-from .train import Trained, TrainError, TrainSettings, overridden, train
+from .train import Trained, TrainError, TrainSettings
 from .weights import CALIBRATION, WEIGHTS, packed
 
 TOLERANCE = 1e-5
@@ -220,28 +219,6 @@ def _features(row: pl.DataFrame, schema: Schema, side: Side) -> Features:
             continue
         features[field.name] = column[0].to_list() if isinstance(column[0], pl.Series) else column[0]
     return features
-
-
-def train_and_publish(
-    data: Prepared, family: str, models: Path, name: str, given: dict[str, str], progress: Progress
-) -> tuple[Path, Trained]:
-    """Train a network with the settings `given` as texts, and publish it; the bundle's folder and what was trained.
-
-    Raises:
-        TrainError: there is no such network or setting, or the network cannot be built for this schema.
-        DataError: the data set cannot be read.
-        BundleError: as `export` does.
-    """
-    if family not in NETWORKS:
-        raise TrainError(f"there is no network {family!r}; there are {', '.join(NETWORKS)}")
-    network, loop = overridden(given, NETWORKS[family].settings(), TrainSettings())
-    check_int8(family, loop)
-    check_publishable(models, name)
-    trained = train(data, family, network, loop, progress)
-    task = progress.add_task("exporting", total=1)
-    path = export(data, trained, models, name, progress)
-    progress.update(task, completed=1)
-    return path, trained
 
 
 def check_int8(family: str, loop: TrainSettings) -> None:

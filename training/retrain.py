@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 from rich.progress import Progress
 
@@ -24,14 +23,13 @@ from features.bundle import MODEL, Bundle, check_name, clear_abandoned, current_
 from features.repository import CURRENT
 from features.vocabulary import Vocabulary
 
-from . import compare, window
-from .datasets.encoded import encode_split
+from . import compare, gate, window
 from .datasets.log import Log, is_log, open_log
 from .datasets.prepared import Prepared, open_prepared
-from .export import METRICS, check_int8, contents, scores, scores_of
+from .export import METRICS, check_int8, contents
 from .networks import NETWORKS
 from .report import DONE, Report, brief
-from .train import Start, Trained, TrainSettings, overridden, train
+from .train import Start, TrainSettings, overridden, train
 from .weights import sampling_of, settings_of, start_of
 
 DAY = 86_400
@@ -125,9 +123,10 @@ def retrain(order: Order, progress: Progress) -> Report:
 def _challenge(order: Order, plan: Plan, data: Prepared, report: Report, progress: Progress) -> Report:
     trained = train(data, plan.family, plan.network, plan.loop, progress, plan.start)
     files, facts = contents(data, trained, progress)
-    found = _compared(plan.champion, data, trained, files[MODEL], progress)
-    reasons = compare.reasons_against(found, plan.gate)
+    found = gate.compared(plan.champion, data, trained, files[MODEL], progress)
+    reasons = [*gate.diverged(trained.epochs), *compare.reasons_against(found, plan.gate)]
     told = {**report.training, "settings": trained.settings, "epochs": [epoch.line() for epoch in trained.epochs]}
+    told["calibration"] = trained.calibration.line()
     report = replace(report, reasons=reasons, training=told, comparison=found, warnings=_warnings(order, plan, data))
     if reasons:
         return report
@@ -216,24 +215,6 @@ def _varied(champion: Bundle) -> dict[str, bool]:
     sizes = {name: len(v.values) for name, v in champion.vocabularies.categories.items() if isinstance(v, Vocabulary)}
     alone = [each for each in champion.schema.fields if each.vocabulary in sizes and users.count(each.vocabulary) == 1]
     return {each.path: sizes[each.vocabulary] > 1 for each in alone}
-
-
-def _compared(champion: Bundle | None, data: Prepared, trained: Trained, graph: bytes, progress: Progress) -> compare.Comparison:
-    rows = encode_split(data, "test", trained.encoder)
-    ours = scores(graph, data.schema, data.negative_sampling, rows, progress)
-    theirs = scores_of(champion, data, "test", progress)[1] if champion else None
-    return compare.compare(rows.labels, _users(data), ours, theirs)
-
-
-def _users(data: Prepared) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """A number a user for each row of the newest slice; a ranking without a user is a user of its own, and so is a row without either."""
-    keys = []
-    for i, frame in enumerate(window.slices(data, ("test",))["test"]):
-        nobody = pl.col("request_id") if "request_id" in frame.columns else pl.format(f"{i} {{}}", pl.int_range(pl.len()))
-        user = pl.when(pl.col("user_id") == "").then(pl.lit("\x1f") + nobody).otherwise(pl.col("user_id"))
-        keys.append(frame.select(user.alias("key"))["key"])
-    numbers: np.ndarray[Any, np.dtype[np.int64]] = pl.concat(keys).rank("dense").to_numpy().astype(np.int64) - 1
-    return numbers
 
 
 def _warnings(order: Order, plan: Plan, data: Prepared) -> list[str]:

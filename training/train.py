@@ -6,7 +6,7 @@ Knows nothing about ONNX or bundles (`export.py`).
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from features.vocabulary import Vocabularies
 from .calibrate import Calibration, fit
 from .datasets.encoded import Batch, Rows, encode_split, learn_vocabularies
 from .datasets.prepared import SPLITS, Prepared
-from .evaluate import Metrics, measure
+from .evaluate import Metrics, measure, unmeasured
 from .networks import NETWORKS
 from .networks.blocks import Embeddings, Fields
 from .networks.grown import take_over
@@ -124,6 +124,8 @@ class Epoch:
     learning_rate: float
     train_loss: float
     valid: Metrics
+    first_loss: float = 0.0
+    """Of its first step."""
 
     def line(self) -> str:
         """The epoch in a line, for people who wait."""
@@ -143,6 +145,9 @@ class Trained:
     metrics: dict[str, Metrics]
     """By split, of calibrated probabilities."""
     settings: dict[str, Any]
+    rows: dict[str, int] = field(default_factory=dict)
+    clicks: dict[str, int] = field(default_factory=dict)
+    """By split."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,7 @@ def train(
         except ValueError as error:
             raise TrainError(str(error)) from error
         epochs = fit_network(network, rows, valid, settings, progress, warm=start is not None)
+        counted = {"train": (len(rows), int(rows.labels.sum()))}
         del rows
         logits = predict(network, valid)
         calibration = fit(logits, valid.labels, data.negative_sampling)
@@ -188,7 +194,9 @@ def train(
             test = encode_split(data, "test", encoder)
             metrics["test"] = measure(test.labels, calibration.on_log(predict(network, test)), test.users)
         facts = {**vars(network_settings), **vars(settings), "threads": torch.get_num_threads(), "by_data": left}
-    return Trained(family, network, encoder, calibration, epochs, metrics, facts)
+    counted |= {split: (m.rows, m.clicks) for split, m in metrics.items()}
+    by_split = ({split: counts[i] for split, counts in counted.items()} for i in range(2))
+    return Trained(family, network, encoder, calibration, epochs, metrics, facts, *by_split)
 
 
 def fit_network(
@@ -196,10 +204,12 @@ def fit_network(
 ) -> list[Epoch]:
     """Train in place until valid stops gaining; the network ends with the weights of its best epoch, in evaluation mode.
 
+    A training whose logits are no numbers any more ends there, with an epoch whose measures are none: `gate.diverged` tells.
+
     `warm`: it was trained before, and keeps what it knows of values that these rows do not have.
 
     Raises:
-        TrainError: a batch would have less than two rows, or the weights are no numbers any more.
+        TrainError: a batch would have less than two rows.
     """
     if len(rows) < 2:
         raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {len(rows)}")
@@ -229,12 +239,13 @@ def fit_network(
             losses.append(loss.item())
         steps += len(batches)
         unseen.fill()
-        p_click = Calibration().on_log(predict(network, valid))
-        if not np.isfinite(p_click).all():
-            raise TrainError(f"the training diverged in epoch {number}; try a learning_rate below {optimiser.param_groups[0]['lr']:g}")
-        metrics = measure(valid.labels, p_click, valid.users)
-        epochs.append(Epoch(number, optimiser.param_groups[0]["lr"], float(np.mean(losses)), metrics))
+        valid_logits = predict(network, valid)
+        whole = bool(np.isfinite(valid_logits).all())
+        metrics = measure(valid.labels, Calibration().on_log(valid_logits), valid.users) if whole else unmeasured(valid.labels)
+        epochs.append(Epoch(number, optimiser.param_groups[0]["lr"], float(np.mean(losses)), metrics, losses[0]))
         progress.console.print(epochs[-1].line(), soft_wrap=True)
+        if not whole:
+            break
         # AUC chooses, because Platt scaling repairs the rest; a split with one class only has none.
         score = metrics.auc if np.isfinite(metrics.auc) else -metrics.log_loss
         if score > best_score:

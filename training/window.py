@@ -33,11 +33,33 @@ RANKING = ("request_id", "model", "version")
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a window has to keep to."""
+class Enough:
+    """What there has to be to learn from, and to be judged by."""
 
     least_rows: int = 1000
     least_clicks: int = 50
+    """And as many rows without a click."""
+
+    def __post_init__(self) -> None:
+        _refuse(self._rules())
+
+    def _rules(self) -> list[tuple[str, object, bool, str]]:
+        return [
+            ("least_rows", self.least_rows, self.least_rows >= 3, "at least 3"),
+            ("least_clicks", self.least_clicks, self.least_clicks >= 1, "at least 1"),
+        ]
+
+
+def _refuse(rules: Iterable[tuple[str, object, bool, str]]) -> None:
+    wrong = [f"{name} is {value!r}; it must be {rule}" for name, value, fits, rule in rules if not fits]
+    if wrong:
+        raise TrainError(", and ".join(wrong))
+
+
+@dataclass(frozen=True)
+class Limits(Enough):
+    """What a window has to keep to."""
+
     click_rate_factor: float = 3.0
     """The click rate may be at most so many times the live version's, and at least that fraction of it."""
     rows_share: float = 0.5
@@ -49,16 +71,13 @@ class Limits:
     constant: str = ""
     """Fields that may be constant or missing, separated by commas."""
 
-    def __post_init__(self) -> None:
-        rules = (
-            ("least_rows", self.least_rows >= 3, "at least 3"),
-            ("least_clicks", self.least_clicks >= 1, "at least 1"),
-            ("click_rate_factor", self.click_rate_factor >= 1, "at least 1"),
-            *((name, 0 <= getattr(self, name) <= 1, "from 0 to 1") for name in ("rows_share", "most_gaps", "most_duplicates")),
-        )
-        wrong = [f"{name} is {getattr(self, name)!r}; it must be {rule}" for name, fits, rule in rules if not fits]
-        if wrong:
-            raise TrainError(", and ".join(wrong))
+    def _rules(self) -> list[tuple[str, object, bool, str]]:
+        shares = {name: getattr(self, name) for name in ("rows_share", "most_gaps", "most_duplicates")}
+        return [
+            *Enough._rules(self),
+            ("click_rate_factor", self.click_rate_factor, self.click_rate_factor >= 1, "at least 1"),
+            *((name, share, 0 <= share <= 1, "from 0 to 1") for name, share in shares.items()),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,24 +207,32 @@ class _Fields:
 
 def reasons_against(window: Profile, past: Past, limits: Limits) -> list[str]:
     """Why a window should not be trained on, a sentence each; none where it may be."""
-    return [*_too_little(window, limits), *_click_rate(window, past, limits), *_rows(window, past, limits), *_gone(window, past, limits)]
+    return [
+        *too_little(window.rows, window.clicks, limits, "window"),
+        *_click_rate(window, past, limits),
+        *_rows(window, past, limits),
+        *_gone(window, past, limits),
+    ]
 
 
-def _too_little(window: Profile, limits: Limits) -> Iterable[str]:
-    rows, clicks = window.total, sum(window.clicks.values())
-    if rows < limits.least_rows:
-        yield f"the window has {rows:,} rows, too few to judge by: least_rows is {limits.least_rows:,}"
-    if clicks in (0, rows):
-        yield f"all {rows:,} labels of the window are {int(clicks > 0)}"
+def too_little(rows_of: Mapping[str, int], clicks_of: Mapping[str, int], enough: Enough, what: str) -> Iterable[str]:
+    """Why the rows of splits, with their clicks, are too little to train on and to judge by, a sentence each; `what` they are."""
+    if not rows_of:
         return
-    if min(clicks, rows - clicks) < limits.least_clicks:
-        yield f"the window has {clicks:,} clicks in {rows:,} rows, too few of one kind to judge by: least_clicks is {limits.least_clicks:,}"
+    rows, clicks = sum(rows_of.values()), sum(clicks_of.values())
+    if rows < enough.least_rows:
+        yield f"the {what} has {rows:,} rows, too few to judge by: least_rows is {enough.least_rows:,}"
+    if clicks in (0, rows):
+        yield f"all {rows:,} labels of the {what} are {int(clicks > 0)}"
+        return
+    if min(clicks, rows - clicks) < enough.least_clicks:
+        yield f"the {what} has {clicks:,} clicks in {rows:,} rows, too few of one kind to judge by: least_clicks is {enough.least_clicks:,}"
     names = ("part to train on", "slice for early stopping", "newest slice, which is held out,")
     for split, name in zip(SPLITS, names, strict=True):
-        if not window.rows[split]:
+        if not rows_of[split]:
             yield f"there are no rows for the {name}".rstrip(",")
-        elif window.clicks[split] in (0, window.rows[split]):
-            yield f"all {window.rows[split]:,} labels of the {name} are {int(window.clicks[split] > 0)}"
+        elif clicks_of[split] in (0, rows_of[split]):
+            yield f"all {rows_of[split]:,} labels of the {name} are {int(clicks_of[split] > 0)}"
 
 
 def _click_rate(window: Profile, past: Past, limits: Limits) -> Iterable[str]:

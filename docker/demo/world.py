@@ -13,9 +13,9 @@ from features.state import Store, StoreError
 from service.app import open_store
 from service.settings import load_settings
 from training.datasets.prepared import open_prepared
-from training.export import train_and_publish
 from training.loading import fill_store
 from training.progress import progress_bar
+from training.publish import train_and_publish
 from training.world import make_world, write_log
 
 DATA, MODEL = Path("/data/world"), "din"

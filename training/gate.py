@@ -1,0 +1,84 @@
+"""Whether a version that was just trained may go live: what it must come up to by itself, and beside the live one.
+
+`adrank train` and `adrank retrain` ask the same.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+from rich.progress import Progress
+
+from features.bundle import Bundle
+
+from . import compare, window
+from .datasets.encoded import encode_split
+from .datasets.prepared import DataError, Prepared
+from .export import scores, scores_of
+from .train import Epoch, Trained
+
+COIN, WORSE = math.log(2), 1.5
+"""The log loss of who says one half to everything, and how many times the loss at the start is no noise of a batch."""
+
+
+def compared(champion: Bundle | None, data: Prepared, trained: Trained, graph: bytes, progress: Progress) -> compare.Comparison:
+    """What was trained beside the live version, if there is one, on the rows held out: the test split.
+
+    Raises:
+        DataError: the rows do not fit the live version's schema.
+    """
+    rows = encode_split(data, "test", trained.encoder)
+    ours = scores(graph, data.schema, data.negative_sampling, rows, progress)
+    theirs = scores_of(champion, data, "test", progress)[1] if champion else None
+    return compare.compare(rows.labels, users_of(data), ours, theirs)
+
+
+def users_of(data: Prepared) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A number a user for each row held out; a ranking without a user is a user of its own, and so is a row without either."""
+    keys = []
+    for i, frame in enumerate(window.slices(data, ("test",))["test"]):
+        nobody = pl.col("request_id") if "request_id" in frame.columns else pl.format(f"{i} {{}}", pl.int_range(pl.len()))
+        user = pl.when(pl.col("user_id") == "").then(pl.lit("\x1f") + nobody).otherwise(pl.col("user_id"))
+        keys.append(frame.select(user.alias("key"))["key"])
+    numbers: np.ndarray[Any, np.dtype[np.int64]] = pl.concat(keys).rank("dense").to_numpy().astype(np.int64) - 1
+    return numbers
+
+
+def flaws(trained: Trained, enough: window.Enough) -> list[str]:
+    """Why a training is not to be relied on whatever it measures: it diverged, or had too little to learn from or to be judged by."""
+    return [*diverged(trained.epochs), *window.too_little(trained.rows, trained.clicks, enough, "data set")]
+
+
+def diverged(epochs: Sequence[Epoch]) -> Iterator[str]:
+    """That the loss of a training is no number any more, or worse than at its start."""
+    if not epochs:
+        return
+    last, cure = epochs[-1], f"try a learning_rate below {epochs[-1].learning_rate:g}"
+    if not math.isfinite(last.valid.log_loss):
+        kept = f"after epoch {last.number - 1}" if len(epochs) > 1 else "before it"
+        yield f"the training diverged in epoch {last.number}, the weights are the best of those {kept}; {cure}"
+        return
+    start, loss = max(COIN, epochs[0].first_loss), min(epoch.train_loss for epoch in epochs)
+    if loss > WORSE * start:
+        yield f"the training diverged: its loss began at {epochs[0].first_loss:.3g}, and no epoch's mean is below {loss:.3g}; {cure}"
+
+
+def reasons_against(
+    champion: Bundle | None, data: Prepared, trained: Trained, graph: bytes, gate: compare.Gate, progress: Progress
+) -> tuple[list[str], dict[str, Any]]:
+    """Why what was trained should not go live by what it measures, none where it may; and the comparison, for the manifest.
+
+    Beside a champion it has to be better than that one as well.
+    """
+    on_valid = compare.no_better(trained.metrics["valid"])
+    reasons = [f"on valid {on_valid}"] if on_valid else []
+    try:
+        found = compared(champion, data, trained, graph, progress)
+    except DataError as error:
+        return [*reasons, f"it cannot be compared with the live version {champion.path.name if champion else ''}: {error}"], {}
+    if champion and (alone := compare.no_better(found.challenger)):
+        reasons.append(alone)
+    told = {name: value for name, value in found.as_dict().items() if name != "reliability"}
+    return [*reasons, *compare.reasons_against(found, gate)], told

@@ -1,0 +1,73 @@
+"""Train and publish: the road of `adrank train`, with the gate that a version has to pass to become the live one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from features.bundle import MODEL, Bundle, check_publishable, current_path, load_bundle, publish
+from features.repository import CURRENT
+
+from . import gate as gates
+from .compare import Gate
+from .datasets.prepared import Prepared
+from .export import check_int8, contents
+from .networks import NETWORKS
+from .train import Trained, TrainError, TrainSettings, overridden, train
+from .window import Enough
+
+PROMOTIONS = ("gate", "always", "if-better", "never")
+"""When a new version becomes the live one: if it is fit by itself, always, if it is better than the live one too, or never."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a training, and whether its version is live."""
+
+    trained: Trained
+    live: bool
+    reasons: list[str]
+    """Why it is not, a sentence each; where it is live all the same, what there was against it."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether it was to be live, and is not."""
+        return bool(self.reasons) and not self.live
+
+
+def train_and_publish(
+    data: Prepared, family: str, models: Path, name: str, given: Mapping[str, str], progress: Progress, promote: str = "always"
+) -> tuple[Path, Verdict]:
+    """Train a network with the settings `given` as texts, and publish it; the bundle's folder, and whether it is live.
+
+    A version that is not fit to be live is published all the same: it can be looked at, and promoted.
+
+    Raises:
+        TrainError: there is no such network or setting, or the network cannot be built for this schema.
+        DataError: the data set cannot be read.
+        BundleError: ONNX Runtime disagrees with torch, or the repository cannot be written or its live version not read.
+    """
+    if family not in NETWORKS:
+        raise TrainError(f"there is no network {family!r}; there are {', '.join(NETWORKS)}")
+    network, loop, gate, enough = overridden(given, NETWORKS[family].settings(), TrainSettings(), Gate(), Enough())
+    check_int8(family, loop)
+    check_publishable(models, name)
+    champion = _live(models, name) if promote == "if-better" else None
+    trained = train(data, family, network, loop, progress)
+    task = progress.add_task("exporting", total=1)
+    files, facts = contents(data, trained, progress)
+    reasons, told = gates.flaws(trained, enough), dict[str, Any]()
+    if not reasons and promote in ("gate", "if-better"):
+        reasons, told = gates.reasons_against(champion, data, trained, files[MODEL], gate, progress)
+    if champion and (now := _live(models, name)) and now.version != champion.version:
+        reasons.append(f"the live version was {champion.version} and is {now.version} now, so the comparison is void")
+    live = promote == "always" or (promote != "never" and not reasons)
+    path = publish(models, name, files, {**facts, "gate": {"promote": promote, "reasons": reasons, **told}}, make_current=live)
+    progress.update(task, completed=1)
+    return path, Verdict(trained, live, reasons if promote != "never" else [])
+
+
+def _live(models: Path, name: str) -> Bundle | None:
+    return load_bundle(current_path(models, name)) if (models / name / CURRENT).exists() else None
