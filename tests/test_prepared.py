@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.test_datasets import ROOT, movielens_source, refuses
 from training.datasets import movielens
-from training.datasets.prepared import DataError, by_order, writing
+from training.datasets.prepared import DataError, by_order, open_prepared, writing
 
 
 def test_splits_by_order_are_whole_and_as_the_protocol_counts_them() -> None:
@@ -63,3 +63,17 @@ def test_a_write_that_the_system_cuts_short_leaves_nothing(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", program, source, out], cwd=ROOT, capture_output=True, text=True, check=False)
     assert re.search(r"DataError: cannot write .*File too large.*; nothing was written\n$", done.stderr)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_folder_that_is_no_data_set_is_called_what_it_seems_to_be(tmp_path: Path) -> None:
+    version = tmp_path / "models" / "din" / "1"
+    version.mkdir(parents=True)
+    (version / "schema.toml").write_text('name = "s"\n[ad.ad_id]\nkind = "category"\n')
+    for folder, told in {"none": "there is no such folder", "models": "it has no schema.toml", "models/din": "but 1 in it has one"}.items():
+        with pytest.raises(DataError, match=rf"{folder} is not a prepared data set: .*{told}.*adrank prepare makes one"):
+            open_prepared(tmp_path / folder)
+    (version / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="this seems to be a model"):
+        open_prepared(version.parent)
+    with pytest.raises(DataError, match="not a prepared data set but a bundle"):
+        open_prepared(version)

@@ -34,6 +34,8 @@ from .texts import plain_values
 
 SPLITS = ("train", "valid", "test")
 FACTS = "data.toml"
+MANIFEST = "manifest.json"
+"""What a bundle has, and no data set."""
 SHARES = (0.8, 0.1, 0.1)
 ROWS_PER_FILE = 100_000
 DTYPES: dict[str, pl.DataType] = {"category": pl.String(), "list": pl.List(pl.String()), "number": pl.Float64()}
@@ -107,6 +109,8 @@ def open_prepared(folder: Path) -> Prepared:
     """
     schema, said = read_schema(folder)
     told = read_facts(folder)
+    if (folder / MANIFEST).is_file():
+        raise DataError(f"{folder} is not a prepared data set but a bundle, a version of a model: name the data that it is to be used with")
     if None not in (said, told) and said != told:
         both = f"{folder / FACTS} says negative_sampling = {told:g}, and schema.toml beside it {said:g}"
         raise DataError(f"{both}; leave it to {FACTS}, and out of schema.toml")
@@ -122,8 +126,23 @@ def read_schema(folder: Path) -> tuple[Schema, float | None]:
     try:
         text = (folder / "schema.toml").read_text("utf-8")
         return parse_schema(text), sampling_in(tomllib.loads(text))
-    except (OSError, UnicodeDecodeError, SchemaError) as error:
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} is not a prepared data set: {_seems(folder)}; adrank prepare makes one") from error
+    except OSError as error:
+        raise DataError(f"{folder} is not a prepared data set: cannot read its schema.toml: {error.strerror or error}") from error
+    except (UnicodeDecodeError, SchemaError) as error:
         raise DataError(f"{folder} is not a prepared data set: {folder / 'schema.toml'}: {error}") from error
+
+
+def _seems(folder: Path) -> str:
+    """What a folder without a schema seems to be."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    for inside in sorted(folder.glob("*")):
+        if (inside / "schema.toml").is_file():
+            kind = "a model" if (inside / MANIFEST).is_file() else "a folder of data sets"
+            return f"it has no schema.toml, but {inside.name} in it has one, so this seems to be {kind}"
+    return "it has no schema.toml"
 
 
 def read_facts(folder: Path) -> float | None:
