@@ -1,9 +1,11 @@
 """The OpenAPI document: FastAPI's own, with what the routes that are plain ASGI read and write."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
-from fastapi import FastAPI
+import pydantic_core
+from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 
 from . import errors
@@ -78,3 +80,13 @@ def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
         return app.openapi_schema
 
     return openapi
+
+
+def openapi_page(app: FastAPI) -> Callable[[Request], Awaitable[Response]]:
+    """The route of the document, rendered once."""
+    rendered = functools.cache(lambda: pydantic_core.to_json(app.openapi()))
+
+    async def page(_request: Request) -> Response:
+        return Response(rendered(), media_type="application/json")
+
+    return page
