@@ -287,8 +287,9 @@ class State:
         """
         statement = (
             "UPDATE rankings SET part = ?1 WHERE n IN (SELECT n FROM"
-            " (SELECT n, row_number() OVER so AS place, sum(ads) OVER so AS ads, sum(bytes) OVER so AS bytes FROM rankings"
-            " WHERE part IS NULL AND since <= ?2 AND hour = ?3 WINDOW so AS (ORDER BY since, n))"
+            " (SELECT n, row_number() OVER so AS place, sum(ads) OVER so AS ads, sum(bytes) OVER so AS bytes FROM"
+            " (SELECT n, since, ads, bytes FROM rankings WHERE part IS NULL AND since <= ?2 AND hour = ?3 ORDER BY since, n LIMIT ?4)"
+            " WINDOW so AS (ORDER BY since, n))"
             " WHERE place = 1 OR (ads <= ?4 AND bytes <= ?5))"
         )
         self._db.execute(statement, (part.number, until, part.hour, rows, size))
