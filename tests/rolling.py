@@ -26,8 +26,8 @@ from conftest import free_port
 from joining import eventually
 from processes import ROOT, SERVE, environment
 
-from benchmarks.load import Run, Target, clock
-from benchmarks.measured import Measured, Plan
+from adrank_bench.load import Run, Target, clock
+from adrank_bench.measured import Measured, Plan
 
 LAG_SECONDS = 1.0
 """How long a proxy goes on with the old endpoints: a change of them is written, sent to every node, and read there."""

@@ -19,10 +19,10 @@ import pytest
 from conftest import Server, free_port
 from rich.console import Console
 
-from benchmarks import bench
-from benchmarks.load import LoadError, Target, ask, measure
-from benchmarks.measured import Measured, Plan, percentile
-from benchmarks.traffic import Entities, bodies, draw
+from adrank_bench import bench
+from adrank_bench.load import LoadError, Target, ask, measure
+from adrank_bench.measured import Measured, Plan, percentile
+from adrank_bench.traffic import Entities, bodies, draw
 from features.state import Ad, StoreError, UserState
 from service.settings import load_settings
 from service.store import RedisStore
@@ -236,7 +236,7 @@ def test_a_server_that_closes_connections_is_asked_on_new_ones(says_so: bool) ->
 
 
 def test_requests_that_are_never_answered_count_with_the_time_they_waited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.load.DRAIN_SECONDS", 0.3)
+    monkeypatch.setattr("adrank_bench.load.DRAIN_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:
         target = Target(*silent.getsockname()[:2])
         measured = measure(target, [target.request(b"{}")], Plan(100, 0.5, 0, 3))

@@ -7,8 +7,8 @@ import pytest
 from conftest import Server
 from processes import SERVE, fill
 
+from adrank_bench.measured import Plan
 from benchmarks import freshness
-from benchmarks.measured import Plan
 from service.store import RedisStore
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from conftest import Server
 
+from adrank_bench.load import LoadError, ask
+from adrank_bench.measured import Plan
 from benchmarks import crosscheck, growth, service
 from benchmarks.bare import Bare
-from benchmarks.load import LoadError, ask
-from benchmarks.measured import Plan
 from benchmarks.population import fill
 from benchmarks.scoring import requests as tensors
 from benchmarks.service import ALONE, BARE, CONNECTIONS, OURS, PEER, Bench, Sample, benches
@@ -114,7 +114,7 @@ def test_ctrl_c_ends_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> N
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmarks.load.Run.loop", stop)
+    monkeypatch.setattr("adrank_bench.load.Run.loop", stop)
     with pytest.raises(KeyboardInterrupt):
         service.load(bench.subjects[OURS], [b"{}"], Plan(None, 1, 0, 1))
 

@@ -1,12 +1,19 @@
+import json
 import re
+import signal
 import socket
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+import redis
 from conftest import free_port
 
-import demo
+import adrank
+from adrank_demo import demo
 from training.world import make_world, write_log
 
 
@@ -25,6 +32,61 @@ def test_the_demo_prints_a_ranking_beside_the_truth(
     assert shown == sorted(shown, reverse=True)
     assert re.search(r"din \d{14} ranked 12 ads in \d+\.\d ms", printed)
     assert "curl" not in printed
+
+
+def test_the_loop_that_the_demo_prints_runs_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "make_world", partial(make_world, users=40, ads=30))
+    monkeypatch.setattr(demo, "write_log", partial(write_log, impressions=3_000))
+    monkeypatch.setattr(demo, "VISITS", 300)
+    ended: dict[str, int] = {}
+
+    def run_what_is_printed() -> None:
+        """While the demo stays up: what a person would copy from its page and run."""
+        printed = capfd.readouterr().out.splitlines()
+        (curl,) = (line for line in printed if line.startswith("curl "))
+        assert len(json.loads(subprocess.run(curl, shell=True, check=True, capture_output=True).stdout)["ads"]) == demo.CANDIDATES
+        begun = [line for line in printed if line.split(" ")[0].endswith("/adrank")]
+        for line in begun:
+            done = subprocess.run(line, shell=True, check=False, capture_output=True, text=True)
+            ended[line.split()[1]] = done.returncode
+            assert done.returncode in ((0, 3) if "retrain" in line else (0,)), line + done.stdout + done.stderr
+        raise KeyboardInterrupt
+
+    pause = time.sleep
+    monkeypatch.setattr(demo.time, "sleep", lambda seconds: run_what_is_printed() if seconds > 1000 else pause(seconds))
+    demo.run(tmp_path, free_port(), once=False)
+    assert set(ended) == {"demo", "join", "skew", "retrain"}
+    assert list((tmp_path / "models" / "din" / "reports").iterdir())
+
+
+def test_visits_without_a_demo_are_refused_with_a_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        adrank.main(["demo", "--visits", "3", "--port", str(free_port())])
+    assert stopped.value.code == 2
+    assert "no demo answers on port" in capfd.readouterr().err
+
+
+def test_the_embedded_redis_keeps_what_it_holds_and_stops_when_told(tmp_path: Path) -> None:
+    port, folder = free_port(), tmp_path / "redis"
+    command = [sys.executable, "-m", "adrank", "redis", "--port", str(port), "--dir", str(folder)]
+    for held in (None, b"1"):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            url = process.stdout.readline().split()[0]
+            assert url == f"redis://127.0.0.1:{port}/0"
+            with redis.Redis.from_url(url) as client:
+                assert client.get("kept") == held
+                client.set("kept", 1)
+                assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+            if held is None:
+                taken = subprocess.run([*command[:-1], str(tmp_path / "other")], check=False, capture_output=True, text=True)
+                assert taken.returncode == 2
+                assert f"Redis cannot be started on port {port}" in taken.stderr
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+    assert folder.stat().st_mode & 0o077 == 0
 
 
 def test_a_folder_that_no_demo_made_is_left_alone(tmp_path: Path) -> None:

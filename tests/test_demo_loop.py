@@ -9,8 +9,8 @@ import pytest
 from conftest import free_port
 
 import adrank
-import demo
-import demo_loop
+from adrank_demo import demo
+from adrank_demo import loop as demo_loop
 from training.datasets.log import open_log
 from training.world import make_world, write_log
 

@@ -12,8 +12,8 @@ from joining import eventually
 from processes import fill
 from rolling import LAG_SECONDS, cluster, far, load
 
-from benchmarks.load import Target
-from benchmarks.measured import Measured
+from adrank_bench.load import Target
+from adrank_bench.measured import Measured
 
 PRE_STOP_SECONDS = LAG_SECONDS + 0.5
 FAREWELL_SECONDS = 2.0

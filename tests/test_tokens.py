@@ -166,7 +166,7 @@ def test_who_may_ask_for_more_than_they_should_is_told(tokens):
 
 def test_the_load_generator_takes_a_token(tmp_path):
     (tmp_path / "token").write_text(f"{RANK}\n")
-    from benchmarks.load import Target  # noqa: PLC0415
+    from adrank_bench.load import Target  # noqa: PLC0415
 
     sent = Target.of("http://127.0.0.1:1", RANK)
     assert f"\r\nAuthorization: Bearer {RANK}\r\n".encode() in sent.request(b"{}")

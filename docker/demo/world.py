@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from demo import NETWORKS
+from adrank_demo.demo import NETWORKS
 from features.state import Store, StoreError
 from service.app import open_store
 from service.settings import load_settings

@@ -233,6 +233,9 @@ def open_log(
         raise DataError(f"{folder} has no row{_window(since, until)}")
     ordered = np.sort(np.concatenate([ts for _, ts in times]))
     cuts = [float(ordered[rows.start]) if rows.start < len(ordered) else end for rows in by_order(len(ordered), shares).values()]
+    if cuts[2] <= cuts[1]:  # a second with many rows, which would leave none to validate on
+        after = ordered[np.searchsorted(ordered, cuts[1], "right") :]
+        cuts[2] = float(after[0]) if len(after) else end
     later, edges = tuple(_parquets(folder / "conversions")), (begin, cuts[1], cuts[2], end)
     # The joiner keeps everything. What a schema.toml says of sampling was once copied with the model's schema, and is none of this log's.
     share = 1.0 if sampling is None else sampling

@@ -24,10 +24,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from demo import NETWORKS, DemoError, stage
 from features.bundle import current_path, publish, read_manifest
 from service.settings import Settings
 from training.world import DAYS, SLOTS, World, make_world
+
+from .demo import NETWORKS, DemoError, stage
+from .visits import post, tell
 
 ROUND_SECONDS = 60.0
 DAYS_A_ROUND = 2
@@ -144,33 +146,6 @@ def _request(arm: str, request_id: str, user: int, slot: int, ads: "np.ndarray[A
     context = {"slot": SLOTS[slot], "position": "1"}
     candidates = [f"a{ad}" for ad in ads]
     return {"request_id": request_id, "user": {"id": f"u{user}"}, "context": context, "candidates": candidates, "options": options}
-
-
-def post(connection: HTTPConnection, path: str, document: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer to a request.
-
-    Raises:
-        HTTPException: the service refused it.
-    """
-    connection.request("POST", path, json.dumps(document), {"Content-Type": "application/json"})
-    reply = connection.getresponse()
-    body = reply.read()
-    if reply.status not in (200, 202):
-        raise HTTPException(f"{path}: {reply.status} {body[:200]!r}")
-    answer: dict[str, Any] = json.loads(body)
-    return answer
-
-
-def tell(connection: HTTPConnection, events: Sequence[Mapping[str, Any]]) -> None:
-    """Send events that happen now, each with an id of its own.
-
-    Raises:
-        HTTPException: the service refused one.
-    """
-    stamped = [{"event_id": uuid.uuid4().hex, "ts": round(time.time(), 3), **event} for event in events]
-    refused = [entry for entry in post(connection, "/v1/events", {"events": stamped})["events"] if entry["status"] != "accepted"]
-    if refused:
-        raise HTTPException(f"an event was refused: {refused[0]}")
 
 
 def run(folder: Path, port: int, rounds: int) -> None:
