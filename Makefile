@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 K8S := build/k8s-tools/installed
 
-.PHONY: demo test lint bench k8s-test rollout-test redis-test lock images compose-test clean
+.PHONY: demo test lint bench k8s-test rollout-test redis-test reference lock images compose-test clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -27,6 +27,9 @@ k8s-test: $(INSTALLED) $(K8S)  ## the manifests: rendered, held against the sche
 
 rollout-test: $(INSTALLED) $(K8S)  ## rolls rankers behind a proxy, under load; and shows what is lost without each precaution
 	REQUIRE_TOOLS=1 $(BIN)/python -m pytest -s tests/test_rollout.py $(ARGS)
+
+reference: $(INSTALLED)  ## renews docs/reference.md from the code
+	$(BIN)/python docs/reference.py
 
 lock: $(INSTALLED)  ## renews docker/*.txt, what the images install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv

@@ -37,8 +37,11 @@ class Field:
     """
 
     name: str
+    """The name, of this side alone."""
     side: Side
+    """Whose: the user's, the context's (of the request), or the ad's."""
     kind: str
+    """`category` (one value), `list` (several) or `number`."""
     vocabulary: str = ""
     """Fields that name the same vocabulary share its ids and its embeddings. Default: the field's own name."""
     buckets: int = 0

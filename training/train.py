@@ -47,6 +47,7 @@ class TrainSettings:
     """How to train; the widths of a network are the network's own settings."""
 
     seed: int = 1
+    """Of the weights, the order of rows and what is hidden: one seed makes a run repeatable to the last bit on one machine."""
     epochs: int = 0
     """Most passes over the train split; 0: by its rows, see `for_rows`."""
     batch: int = 0
@@ -63,6 +64,7 @@ class TrainSettings:
     """How likely a row's ad, its user, a behaviour or a single value is hidden from a step, so that the unknown id is trained.
     0: none is, and what is unknown ranks at random."""
     embedding_l2: float = 0.01
+    """λ of the decay of embeddings."""
     regularise: str = "table"
     """`table`: each step decays every embedding by (λ/2)‖table‖². `batch`: only those in the mini-batch, each by its share
     λ / n of its n occurrences in the training split (DIN paper, eq. 6)."""

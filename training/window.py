@@ -37,8 +37,9 @@ class Enough:
     """What there has to be to learn from, and to be judged by."""
 
     least_rows: int = 1000
+    """Of what there is to learn from."""
     least_clicks: int = 50
-    """And as many rows without a click."""
+    """Of the same, and as many rows without a click."""
 
     def __post_init__(self) -> None:
         _refuse(self._rules())

@@ -26,25 +26,45 @@ class Settings:
     """The section [table] of a schema file. Of `missing`, `nobody` and `padding`, None is: not said."""
 
     label: str = "label"
+    """The column of clicks: 0 or 1."""
     user_id: str = "user_id"
+    """The column of users' ids; `""` where there is none. A row may lack its user."""
     ad_id: str = "ad_id"
+    """The column of ads' ids; `""` where there is none."""
     ts: str = ""
+    """The column of times; without it the rows count as in order."""
     ts_unit: str = "s"
+    """What numbers in `ts` count since 1970: `s`, `ms`, `us` or `ns`."""
     ts_format: tuple[str, ...] | None = None
+    """How times are written, as for strptime: `%y%m%d%H`; a list where there are several. Without it ISO 8601 or numbers."""
     split: str | list[float] = field(default_factory=lambda: list(SHARES))
+    """Shares by order of time, or the column that says `train`, `valid` or `test`."""
     history: str = ""
+    """The column of the ads clicked before, oldest first; without it the history is built from the clicks."""
     padding: tuple[str, ...] | None = None
+    """What fills up histories of a fixed length; dropped before the newest behaviours are kept."""
     missing: tuple[str, ...] | None = None
+    """Texts that mean missing, such as `NULL`; `[]` where none does."""
     nobody: tuple[str, ...] | None = None
+    """User ids that mean no user, such as a device id of zeros: no history, no state in Redis, no group of GAUC."""
     separator: str = ","
+    """Between the columns of a CSV."""
     list_separator: str = "|"
+    """Between the elements of a list in a CSV."""
     quote: str = '"'
+    """Around fields of a CSV that hold a separator; `""` where nothing is quoted."""
     quoted_newlines: bool = False
+    """Whether a quoted field may hold lines that look like rows; if not, such a field is refused, as a quote that swallows rows."""
     propensity: str = ""
+    """The column of the probability with which the ad was shown, for `adrank replay`."""
     position: str = ""
+    """The column of the place where the ad was shown, from 1, for `adrank replay`."""
     candidates: str = ""
+    """The column of all ads that could have been shown, for `adrank replay`."""
     columns: Mapping[str, str] = field(default_factory=dict)
+    """The column of a field where it has another name, by `side.field`."""
     negative_sampling: float | None = None
+    """The share of non-clicks that the log kept; probabilities are corrected for it."""
 
     @property
     def nobodies(self) -> tuple[str, ...]:

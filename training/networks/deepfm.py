@@ -16,8 +16,11 @@ class DeepFMSettings:
     """Widths and dropout of a DeepFM."""
 
     embedding: int = 16
+    """Width of every value's vector."""
     hidden: tuple[int, ...] = (200, 80)
+    """Widths of the MLP's layers."""
     dropout: float = 0.1
+    """Share of their activations that a training step leaves out."""
 
 
 class DeepFM(nn.Module):

@@ -12,13 +12,18 @@ from .blocks import Dice, Embeddings, Fields, Part, Tower
 
 @dataclass(frozen=True)
 class DINSettings:
-    """Widths and dropout of a DIN; `softmax` normalises the attention, which the paper does not."""
+    """Widths and dropout of a DIN."""
 
     embedding: int = 16
+    """Width of every value's vector."""
     attention: tuple[int, ...] = (80, 40)
+    """Widths of the activation unit's layers."""
     hidden: tuple[int, ...] = (200, 80)
+    """Widths of the MLP's layers."""
     dropout: float = 0.1
+    """Share of their activations that a training step leaves out."""
     softmax: bool = False
+    """Normalise the attention over the behaviours, which the paper does not."""
 
 
 class LocalActivation(nn.Module):

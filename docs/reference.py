@@ -1,0 +1,164 @@
+"""Writes docs/reference.md: every setting, option and key that adrank takes, from the code that takes them. `make reference` runs it."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from features.schema import Field
+from service.event_wire import AdTold, Click, Conversion, Impression, UserTold
+from service.settings import PREFIX, Settings
+from service.wire import Candidate, Columns, EpsilonGreedy, Greedy, Options, PlackettLuce, RankRequest, User
+from training.compare import Gate
+from training.datasets.table_settings import Settings as TableSettings
+from training.networks import NETWORKS
+from training.train import TrainSettings
+from training.window import Limits
+
+PAGE = Path(__file__).with_name("reference.md")
+HEAD = """# Reference
+
+Every setting, option and key that adrank takes. Made from the code by `make reference`; a test fails where it has fallen behind.
+[data.md](data.md) says how to write a schema, [log.md](log.md) what the log holds, and `/docs` of a running service every answer.
+"""
+
+
+class UndescribedError(ValueError):
+    """Something that can be set says nothing about itself."""
+
+
+def described(kind: type) -> dict[str, str]:
+    """The attributes of a class that a text stands below, and these texts.
+
+    Raises:
+        UndescribedError: an attribute of a dataclass has none.
+    """
+    texts: dict[str, str] = {}
+    for each in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        told = body.body if isinstance(body, ast.ClassDef) else []
+        for one, then in pairwise(told):
+            if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(then, ast.Expr):
+                texts[one.target.id] = ast.literal_eval(then.value)
+    missing = [field.name for field in dataclasses.fields(kind) if field.name not in texts]
+    if missing:
+        raise UndescribedError(f"{kind.__module__}.{kind.__name__}: say below {', '.join(missing)} what it is")
+    return texts
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [list(head), *map(list, rows)]]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(" ".join(cell.split()) for cell in line) + " |" for line in lines) + "\n"
+
+
+def shown(value: object) -> str:
+    """A default, as it is written where it is set."""
+    if value is None or value == "":
+        return "none"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, tuple):
+        return f"`{'-'.join(map(str, value))}`" if all(isinstance(part, int) for part in value) else f"`{list(value)}`"
+    return f"`{value}`"
+
+
+def allowed(schema: Mapping[str, Any]) -> str:
+    """What a JSON schema allows, in words."""
+    kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
+    if len(kinds) != 1:
+        return ""
+    kind = kinds[0]
+    if "enum" in kind:
+        return ", ".join(f"`{value}`" for value in kind["enum"])
+    if "const" in kind:
+        return f"`{kind['const']}`"
+    least, most = kind.get("minimum", kind.get("exclusiveMinimum")), kind.get("maximum", kind.get("exclusiveMaximum"))
+    bounds = [f"{'above' if 'exclusiveMinimum' in kind else 'at least'} {least:,}"] if least is not None else []
+    bounds += [f"{'below' if 'exclusiveMaximum' in kind else 'at most'} {most:,}"] if most is not None else []
+    names = {"integer": "a whole number", "number": "a number", "boolean": "`true`, `false`", "string": "a text", "array": "a list"}
+    names |= {"object": "an object"}
+    return " ".join(filter(None, [names.get(kind.get("type", ""), ""), ", ".join(bounds)]))
+
+
+def of_model(kind: type[BaseModel], prefix: str = "") -> str:
+    """The table of a pydantic model's fields; with a prefix they are variables.
+
+    Raises:
+        UndescribedError: a field has no text below it.
+    """
+    properties, rows = kind.model_json_schema()["properties"], []
+    for key, field in kind.model_fields.items():
+        if not field.description:
+            raise UndescribedError(f"{kind.__module__}.{kind.__name__}: say below {key} what it is")
+        name, default = prefix + (key.upper() if prefix else key), field.get_default(call_default_factory=True)
+        is_object = isinstance(default, BaseModel | dict)
+        rows.append(
+            (f"`{name}`", _default(field.is_required(), None if is_object else default), allowed(properties[key]), field.description)
+        )
+    return table(("name", "default", "may be", ""), rows)
+
+
+def of_dataclass(kind: type) -> str:
+    """The table of a dataclass' fields."""
+    texts, rows = described(kind), []
+    for field in dataclasses.fields(kind):
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        rows.append((f"`{field.name}`", _default(made is dataclasses.MISSING, made), texts[field.name]))
+    return table(("name", "default", ""), rows)
+
+
+def _default(required: bool, value: object) -> str:
+    return "required" if required else shown(value)
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [
+        HEAD,
+        "## The service: `adrank serve`, and what other commands take of it\n",
+        "Variables; `adrank serve --help` lists those that are flags too. A flag counts before its variable.\n",
+        of_model(Settings, PREFIX),
+        "## Training: `--set NAME=VALUE` of `adrank train` and `adrank retrain`\n",
+        of_dataclass(TrainSettings),
+    ]
+    for name, network in NETWORKS.items():
+        parts += [f"### Of the network `{name}`\n", of_dataclass(network.settings)]
+    parts += [
+        "## Retraining: `--set NAME=VALUE` of `adrank retrain`\n",
+        "What a window of the log has to keep to:\n",
+        of_dataclass(Limits),
+        "What the challenger has to come up to:\n",
+        of_dataclass(Gate),
+        "## A schema's fields: `[user.NAME]`, `[context.NAME]`, `[ad.NAME]`\n",
+        "`name` and `side` are those of the table's head. [data.md](data.md) has examples.\n",
+        of_dataclass(Field),
+        "### Where a table holds them: `[table]`, for `adrank prepare csv`\n",
+        of_dataclass(TableSettings),
+        "## `POST /rank`\n",
+        *_models({"": RankRequest, "user": User, "candidates[]": Candidate, "candidates": Columns, "options": Options}),
+        *_models({"options.explore": Greedy, "options.explore ": EpsilonGreedy, "options.explore  ": PlackettLuce}),
+        "## `POST /v1/events`\n",
+        '`{"events": [...]}`, each of one of these types:\n',
+        *_models({get_args(kind.model_fields["type"].annotation)[0]: kind for kind in (Impression, Click, Conversion, UserTold, AdTold)}),
+    ]
+    return "\n".join(parts)
+
+
+def _models(named: Mapping[str, type[BaseModel]]) -> list[str]:
+    told = []
+    for name, kind in named.items():
+        title = f"### `{name.strip()}`\n" if name else ""
+        told += [*filter(None, [title]), " ".join((inspect.getdoc(kind) or "").split()) + "\n", of_model(kind)]
+    return told
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")
