@@ -26,6 +26,7 @@ from rich.table import Table
 from sklearn.feature_extraction import FeatureHasher
 from sklearn.linear_model import LogisticRegression
 
+from adrank_bench.bench import write
 from features.encode import Encoder
 from training.datasets.encoded import Rows, encode_split, joined, learn_vocabularies
 from training.datasets.prepared import SPLITS, Prepared, by_order, column_of, open_prepared
@@ -34,8 +35,6 @@ from training.networks import NETWORKS
 from training.networks.blocks import Fields
 from training.progress import progress_bar
 from training.train import TrainSettings, deterministic, fit_network, overridden, predict
-
-from .bench import write
 
 LATER, LATER_ROWS = "later", 10_000
 MEASURED = ("valid", "test", LATER)

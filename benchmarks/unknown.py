@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from demo import NETWORKS as DEMO
+from adrank_demo.demo import NETWORKS as DEMO
 from features.encode import Block
 from training.datasets.encoded import Rows, Strangers, ad_table
 from training.datasets.prepared import Prepared, open_prepared

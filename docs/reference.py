@@ -19,7 +19,7 @@ from training.compare import Gate
 from training.datasets.table_settings import Settings as TableSettings
 from training.networks import NETWORKS
 from training.train import TrainSettings
-from training.window import Limits
+from training.window import Enough, Limits
 
 PAGE = Path(__file__).with_name("reference.md")
 HEAD = """# Reference
@@ -132,11 +132,12 @@ def page() -> str:
     for name, network in NETWORKS.items():
         parts += [f"### Of the network `{name}`\n", of_dataclass(network.settings)]
     parts += [
-        "## Retraining: `--set NAME=VALUE` of `adrank retrain`\n",
-        "What a window of the log has to keep to:\n",
-        of_dataclass(Limits),
-        "What the challenger has to come up to:\n",
+        "### What a version has to come up to, before it goes live\n",
         of_dataclass(Gate),
+        "Of the rows that it learns from and is judged by, `adrank train` asks:\n",
+        of_dataclass(Enough),
+        "and `adrank retrain` of a window of the log:\n",
+        of_dataclass(Limits),
         "## A schema's fields: `[user.NAME]`, `[context.NAME]`, `[ad.NAME]`\n",
         "`name` and `side` are those of the table's head. [data.md](data.md) has examples.\n",
         of_dataclass(Field),
