@@ -61,7 +61,7 @@ class Collector:
         """The spans of requests."""
         return [span for span in self.spans if span.kind == 2]
 
-    def wait(self, traces: int, seconds: float = 20) -> None:
+    def wait(self, traces: int, seconds: float = 90) -> None:
         """Wait until so many requests have been told of."""
         until = time.monotonic() + seconds
         while len(self.servers()) < traces and time.monotonic() < until:

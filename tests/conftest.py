@@ -186,7 +186,7 @@ async def running(settings: Settings, store: Store | None = None, ready: bool = 
         yield client
 
 
-async def until_ready(client: httpx.AsyncClient, status: str | None = None, seconds: float = 15) -> dict[str, Any]:
+async def until_ready(client: httpx.AsyncClient, status: str | None = None, seconds: float = 90) -> dict[str, Any]:
     """Wait until /readyz answers 200, and with that status."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

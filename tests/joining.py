@@ -192,12 +192,12 @@ def join_process(url: str, folder: Path, models: Path, *options: str, **more) ->
 def join_once(url: str, folder: Path, models: Path, *options: str) -> str:
     """A joiner that drains and must succeed; what it printed."""
     process = join_process(url, folder, models, *options)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err.decode()
     return out.decode()
 
 
-def eventually(true, seconds: float = 30) -> None:
+def eventually(true, seconds: float = 90) -> None:
     """Wait until something is true."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

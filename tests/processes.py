@@ -51,7 +51,7 @@ async def serving(models, redis, **settings):
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
-        process.wait(15)
+        process.wait(90)
 
 
 async def fill(url):

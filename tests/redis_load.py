@@ -60,7 +60,7 @@ class Load:
             self.acknowledged |= {event["event_id"]: time.monotonic() for event in events}
             await asyncio.sleep(SEND_SECONDS)
 
-    async def until(self, events: int = 0, rankings: int = 0, seconds: float = 20) -> None:
+    async def until(self, events: int = 0, rankings: int = 0, seconds: float = 90) -> None:
         """Wait for so many more events to be acknowledged, and rankings to be answered."""
         events, rankings = events + len(self.acknowledged), rankings + len(self.ranked)
         async with asyncio.timeout(seconds):
@@ -70,7 +70,7 @@ class Load:
     def degraded(self, since: float = 0.0) -> list[Ranked]:
         return [each for each in self.ranked if each.degraded and each.at >= since]
 
-    async def recovered(self, since: float, seconds: float = 30) -> float:
+    async def recovered(self, since: float, seconds: float = 90) -> float:
         """How long after that time rankings of all users became whole, and events were taken again; both for 100 rankings on end."""
         async with asyncio.timeout(seconds):
             while True:

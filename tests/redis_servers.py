@@ -14,7 +14,7 @@ from service.cluster import SLOTS, slot_of
 
 DOWN_AFTER_MS = 1_000
 NODE_TIMEOUT_MS = 1_000
-SECONDS = 20
+SECONDS = 90
 
 
 def eventually(what: Callable[[], object], seconds: float = SECONDS) -> object:

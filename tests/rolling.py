@@ -213,7 +213,7 @@ def far(port: int) -> Iterator[int]:
     thread = Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
     try:
-        assert started.wait(10)
+        assert started.wait(90)
         yield here
     finally:
         loop.call_soon_threadsafe(stop.set)
@@ -275,4 +275,4 @@ def cluster(folder: Path, redis: str, **options: Any) -> Iterator[Cluster]:
     finally:
         for process in [proxy.process, *(pod.process for pod in made.started)]:
             process.kill()
-            process.wait(10)
+            process.wait(90)

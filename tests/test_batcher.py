@@ -49,7 +49,7 @@ class Held(TiledScorer):
 
     def _run(self, requests):
         self.begun.set()
-        assert self.go.wait(10)
+        assert self.go.wait(90)
         return self.scorer.submit(requests).result()
 
 
@@ -124,7 +124,7 @@ def test_each_caller_gets_what_it_would_get_alone(scorers, requests, failing, sm
                 type(None): True,
             }
             assert allowed.get(type(outcome)), outcome
-        async with asyncio.timeout(10):  # a batch that all have left still ends
+        async with asyncio.timeout(90):  # a batch that all have left still ends
             while batcher._tasks:
                 await asyncio.sleep(0.001)
         assert batcher._queues == {}
@@ -136,7 +136,7 @@ def test_each_caller_gets_what_it_would_get_alone(scorers, requests, failing, sm
 
 
 async def begun(held):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(90):
         while not held.begun.is_set():
             await asyncio.sleep(0.001)
 

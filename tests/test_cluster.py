@@ -268,7 +268,7 @@ async def test_lost_nodes_with_a_replica_and_without(tmp_path, run):
             assert made.degraded() == []
             killed = kill(nodes, 1)
             recovered = killed + await made.recovered(killed)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(90):
                 while (await client.get("/readyz")).json()["status"] != "ready":
                     await asyncio.sleep(0.05)
             alone = kill(nodes, 0)

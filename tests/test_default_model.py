@@ -28,7 +28,7 @@ def soon(monkeypatch):
 
 
 async def loaded(client, *names):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(90):
         while (await client.get("/readyz")).json()["models"]["loaded"] != sorted(names):
             await asyncio.sleep(0.02)
 
@@ -127,11 +127,11 @@ async def test_a_worker_that_is_replaced_goes_on_with_the_default_of_the_others(
     bundles.publish(models, "din")
     async with serving(models, server.url, workers=2) as client:
         bundles.publish(models, "aa", bias=1.0)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while client.log.read_text().count("model aa version") < 2:
                 await asyncio.sleep(0.05)
         os.kill(workers_of(client)[0], signal.SIGKILL)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while client.log.read_text().count("model aa version") < 3:
                 await asyncio.sleep(0.05)
         await asyncio.sleep(1)

@@ -145,14 +145,14 @@ def test_a_second_log_is_refused_with_a_sentence(server, tmp_path, repository):
     with Writer(server.url) as writer:
         eventually(lambda: writer.redis.exists(OWNER))
     second = join_process(server.url, tmp_path / "other", repository)
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate(timeout=90)
     assert second.returncode == 2
     assert f"Error: the streams are joined into another log, {tmp_path / 'log'} on " in err.decode()
     assert first.poll() is None
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=30)
+    first.communicate(timeout=90)
     third = join_process(server.url, tmp_path / "other", repository, "--once")
-    out, err = third.communicate(timeout=60)
+    out, err = third.communicate(timeout=90)
     assert third.returncode == 0, err
     assert b"1 other_log" in out
 
@@ -213,7 +213,7 @@ async def test_a_new_log_on_a_full_disk_is_waited_for(streams, joining, monkeypa
     streams.add(ranking(ts=T0 - 400))
     async with joining.joiner() as joiner:
         running = asyncio.create_task(joiner.run())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(90):
             while not joining.counts.get("disk_full"):
                 await asyncio.sleep(0.01)
             full[0] = False

@@ -55,7 +55,7 @@ def joining(server, tmp_path, repository):
     return Joining(server.url, tmp_path / "log", repository, at=T0 + 10_000)
 
 
-async def until(true, seconds: float = 20) -> None:
+async def until(true, seconds: float = 90) -> None:
     async with asyncio.timeout(seconds):
         while not true():
             await asyncio.sleep(0.01)
@@ -283,7 +283,7 @@ def test_a_really_full_disk_loses_nothing(streams, server, small_disk, repositor
         eventually(lambda: streams.lengths() == (0, 0))
     finally:
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=90)
         assert process.returncode == 0, err
     moved = tmp_path / "log"
     shutil.copytree(log, moved)  # what is held fits, but the files of the log beside it may not
@@ -308,7 +308,7 @@ def test_files_that_may_not_grow_are_a_full_disk(streams, server, repository, tm
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
     process = join_process(server.url, tmp_path / "log", repository, "--drain", preexec_fn=limit)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=90)
     assert (process.returncode, err.count(b"Traceback")) == (2, 0), err
     assert b"Error: the disk is full" in err
     join_once(server.url, tmp_path / "log", repository, "--drain")
@@ -362,13 +362,13 @@ def test_a_second_joiner_of_a_log_refuses(server, tmp_path, repository):
     assert first.stderr
     assert b"joining into" in first.stderr.readline()
     second = join_process(server.url, tmp_path / "log", repository)
-    _, err = second.communicate(timeout=30)
+    _, err = second.communicate(timeout=90)
     assert (second.returncode, err.decode().splitlines()[-1]) == (
         2,
         f"Error: another joiner writes to {tmp_path / 'log'}; one log has one joiner, so stop that one first",
     )
     first.send_signal(signal.SIGTERM)
-    out, err = first.communicate(timeout=30)
+    out, err = first.communicate(timeout=90)
     assert first.returncode == 0, err
     assert out == b"nothing yet; holds no ranking and 0 events, and waits for rankings that the service logs\n"
 
@@ -380,7 +380,7 @@ def test_a_model_that_is_not_there_yet_is_waited_for(server, tmp_path):
     bundles.publish(tmp_path / "models", "m")
     assert b"joining into" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=90)
     assert process.returncode == 0
 
 
@@ -397,7 +397,7 @@ def test_a_model_that_is_not_there_yet_is_waited_for(server, tmp_path):
 )
 def test_what_a_person_can_mend_is_a_sentence(server, tmp_path, repository, options, sentence):
     process = join_process(server.url, tmp_path / "log", repository, *([] if "--models" not in options else ["--name", ""]), *options)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=90)
     assert process.returncode == 2
     assert sentence in err.decode()
     assert b"Traceback" not in err

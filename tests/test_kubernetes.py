@@ -296,7 +296,7 @@ def test_the_local_redis_takes_its_password_and_keeps_what_it_has(tmp_path: Path
         assert b"a b#c" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
     finally:
         process.terminate()
-        assert process.wait(10) == 0  # it is the server itself that has the signal
+        assert process.wait(90) == 0  # it is the server itself that has the signal
 
 
 def _answers(client: "redis.Redis") -> bool:

@@ -95,7 +95,7 @@ async def fill(store: RedisStore) -> None:
 async def change(store: RedisStore, client: Any) -> None:
     """Change an ad and take one away, and wait until the service ranks by it."""
     await store.put_ads([Ad("a2", {"genre": "comedy", "price": 77.0}), Ad("a3", small.ad_features(3), active=False)])
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(90):
         while (await client.rank("u9", ["a3"], request_id="waiting"))["ads"][0].get("known") is not False:
             await asyncio.sleep(0.01)
 

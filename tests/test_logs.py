@@ -236,7 +236,7 @@ async def test_no_line_at_the_default_level_tells_of_a_user(repository, server, 
         statuses = await odd_requests(client, now)
         assert statuses[:4] == [200, 400, 422, 422]
         assert {200, 202, 404} < set(statuses)
-        async with asyncio.timeout(20):  # until both workers have met the ad
+        async with asyncio.timeout(90):  # until both workers have met the ad
             while len(set(re.findall(r'"process":(\d+),"message":"[^"]*ad-mistyped', client.log.read_text()))) < 2:
                 await asyncio.sleep(0.05)
         await asyncio.to_thread(server.stop)

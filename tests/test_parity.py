@@ -149,7 +149,7 @@ async def test_sent_histories_are_scored_as_in_training_and_so_are_those_of_ads_
             assert off < TOLERANCE, family
 
         await store.put_ads(Ad(ad_id, features[ad_id], active=False) for ad_id in gone)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(90):
             while await client.metric("adrank_catalogue_ads") != len(features) - len(gone):
                 await asyncio.sleep(0.05)
         answer = await client.rank("nobody", [gone[0], "1"])

@@ -151,7 +151,7 @@ def test_those_who_publish_and_promote_at_once_lose_nothing(tmp_path: Path) -> N
     path = bundles.publish(tmp_path)
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(path)]
     others = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [other.communicate(timeout=60)[1] for other in others]
+    said = [other.communicate(timeout=90)[1] for other in others]
     assert [other.returncode for other in others] == [0, 0, 0], said
     assert len(versions(tmp_path, "din")) == 1 + 3 * 20
     stack = released(tmp_path / "din")

@@ -105,5 +105,5 @@ def test_alerts_fire_on_a_joiner_whose_model_is_off(server, tmp_path: Path) -> N
             assert not {name for name, _ in found} & {"AdrankPredictsTooFewClicks", "AdrankJoinerLoses", "AdrankJoinerDiskFull"}
     finally:
         joiner.send_signal(signal.SIGTERM)
-        _, err = joiner.communicate(timeout=30)
+        _, err = joiner.communicate(timeout=90)
     assert joiner.returncode == 0, err

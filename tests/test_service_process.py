@@ -56,7 +56,7 @@ async def test_two_workers_are_counted_together_and_drain(repository, filled):
             async with Client(base_url=client.base_url) as once:
                 assert (await once.rank())["degraded"] == []
         async with Client(base_url=client.base_url) as once:
-            async with asyncio.timeout(5):  # the other worker writes its own now and then
+            async with asyncio.timeout(90):  # the other worker writes its own now and then
                 while await once.metric('adrank_requests_total{model="din",outcome="ok",route="/rank"}') < 30:
                     await asyncio.sleep(0.05)
             assert await once.metric('adrank_requests_total{model="din",outcome="ok",route="/rank"}') == 30
@@ -71,7 +71,7 @@ async def test_two_workers_are_counted_together_and_drain(repository, filled):
         (folder,) = re.findall(r"PROMETHEUS_MULTIPROC_DIR=([^\0]+)", Path(f"/proc/{victim}/environ").read_text())
         assert list(Path(folder).glob(f"gauge_live*_{victim}.db"))
         os.kill(victim, signal.SIGKILL)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while len(re.findall(r"loaded and warm", client.log.read_text())) < 2 * 3:
                 await asyncio.sleep(0.1)
         async with Client(base_url=client.base_url) as once:
@@ -86,7 +86,7 @@ async def test_two_workers_are_counted_together_and_drain(repository, filled):
         await asyncio.sleep(0.02)
         client.process.terminate()
         assert len((await asking)["ads"]) == 5_000
-        client.process.wait(15)
+        client.process.wait(90)
         log = client.log.read_text()
         assert "Traceback" not in log
         assert "u1" not in log
@@ -129,7 +129,7 @@ async def test_the_store_is_stopped_paused_and_started_again_while_requests_run(
             elif phase == "resumed":
                 await until_ready(client, "ready")
         # It kept nothing, but the service still has the ads, and says so until they are loaded again.
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(90):
             while (report := await until_ready(client, "degraded"))["catalogue"]["reason"] != "store_emptied":
                 await asyncio.sleep(0.05)
         assert (report["catalogue"]["ads"], report["store"]["status"]) == (30, "up")
@@ -168,7 +168,7 @@ async def test_callers_who_hang_up_break_nothing_and_nobody_gets_anothers_answer
 
         for _ in range(4):
             await asyncio.gather(*(each(i) for i in range(40) for each in (hang_up, ask)))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(90):
             while await client.metric("adrank_inflight_requests"):
                 await asyncio.sleep(0.05)
         assert "Traceback" not in client.log.read_text()

@@ -167,7 +167,7 @@ async def test_a_catalogue_whose_hashes_are_all_of_a_wrong_type_keeps_no_service
         assert await client.metric('adrank_degraded_total{reason="key_replaced",stage="store"}') >= 4
         assert await client.metric('adrank_degraded_total{reason="ad_damaged",stage="catalogue"}') >= HASHES
         assert await client.metric('adrank_degraded_total{reason="state_replaced",stage="events"}') == 2
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(90):
             while await raw.type(SERVED) != b"stream":
                 await client.rank("u1")
                 await asyncio.sleep(0.05)

@@ -122,7 +122,7 @@ async def test_versions_are_swapped_under_load_and_no_request_fails(tmp_path, se
             await until_all_have(client, version, workers)
             before = load.answers
             await until_version(client, version)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(90):
                 while load.answers < before + 20:
                     await asyncio.sleep(0.02)
         assert load.versions == expected.keys()
@@ -136,7 +136,7 @@ async def test_versions_are_swapped_under_load_and_no_request_fails(tmp_path, se
 
 
 async def until_all_have(client, version, workers):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         while len(re.findall(f"version {version} is loaded", client.log.read_text())) < workers:
             await asyncio.sleep(0.05)
 
@@ -208,7 +208,7 @@ async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, cap
             set_current(models, "din", int(bad.name))
         else:
             spoil(bad)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(90):
             while not (report := (await client.get("/readyz")).json())["models"]["refused"]:
                 await asyncio.sleep(0.02)
         assert report["status"] == "degraded"
@@ -241,7 +241,7 @@ async def test_a_bad_version_is_tried_again_only_when_it_was_mended(tmp_path, ad
         whole = (second / bundle.MODEL).read_bytes()
         damage(second)
         set_current(models, "din", int(second.name))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(90):
             while second.name not in tries:
                 await asyncio.sleep(0.02)
         await asyncio.sleep(0.3)
@@ -258,7 +258,7 @@ async def test_what_nobody_foresaw_is_refused_too(tmp_path, ads, monkeypatch, ca
     async with running(Settings(models=models, redis="memory://"), ads) as client:
         monkeypatch.setattr(reload, "load_model", lambda *_: 1 / 0)
         publish(models)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(90):
             while "unforeseen: " not in (await client.get("/readyz")).json()["models"]["refused"].get("din", ""):
                 await asyncio.sleep(0.02)
         assert await version_of(client) == first
@@ -271,13 +271,13 @@ async def test_models_come_and_go_and_the_default_stays(tmp_path, ads, caplog):
     publish(models, "din")
     async with running(Settings(models=models, redis="memory://"), ads) as client:
         publish(models, "other", bias=1.0, words=3)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(90):
             while "other" not in (await client.get("/readyz")).json()["models"]["loaded"]:
                 await asyncio.sleep(0.02)
         assert (await client.rank(options={"model": "other"}))["model"]["name"] == "other"
         for name in ("other", "din"):
             (models / name / "current").unlink()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(90):
             while "other" in (report := (await client.get("/readyz")).json()["models"])["loaded"] or not report["refused"]:
                 await asyncio.sleep(0.02)
         assert report["loaded"] == ["din"]
@@ -317,11 +317,11 @@ async def test_changes_of_the_catalogue_during_a_swap_are_in_the_new_table(tmp_p
 
         monkeypatch.setattr(catalogue, "_fill", filling)
         version, _ = publish(models, bias=1.0, words=2)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(90):
             await began.wait()
         changed = {**bundles.ADS, "a1": {"genre": "news", "price": 5.0}}
         await ads.put_ads([Ad("a1", changed["a1"]), Ad("a2", {}, active=False)])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(90):
             while catalogue.ads != 29:
                 await asyncio.sleep(0.02)
         go_on.set()
@@ -377,7 +377,7 @@ async def test_nothing_of_an_old_version_stays(tmp_path, ads, device, monkeypatc
         del model
         version, _ = publish(models, bias=1.0, words=2)
         await until_version(client, version)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(90):
             while any(each() for each in old) or any(thread.is_alive() for thread in threads):
                 await asyncio.sleep(0.02)
 

@@ -126,7 +126,7 @@ async def test_each_worker_sends_its_own_and_what_waits_goes_out_at_the_end(repo
     with collecting() as collector:
         otel(EXPORTER_OTLP_TRACES_ENDPOINT=f"{collector.url}/mine", BSP_SCHEDULE_DELAY="3600000", EXPORTER_OTLP_COMPRESSION="gzip")
         async with serving(repository, filled.url, trace_share=1, workers=2) as client:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(90):
                 while client.log.read_text().count("Application startup complete") < 2:
                     await asyncio.sleep(0.05)
             for _ in range(8):  # a new connection each
