@@ -486,6 +486,17 @@ def promote(models: Path, name: str, version: int | None, shadow: float | None, 
         print(f"{name} {releases.promote(models, name, version)} is live")
 
 
+@cli.command("models", epilog="Example: adrank models --models models")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def models_command(models: Path, as_json: bool) -> None:
+    """List the models: versions, which is live, shadow or canary, when it was made, and how it did on its test split."""
+    from features import listing
+
+    found = listing.list_models(models)
+    print(json.dumps(found.as_dict()) if as_json else listing.table(found))
+
+
 @cli.command(epilog="Example: adrank rollback --models models --name din")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
 @click.option("--name", required=True, help="Name in the repository.")

@@ -153,7 +153,7 @@ def test_a_full_disk_while_publishing_is_a_sentence_and_leaves_the_live_version(
     refused(run("evaluate", "--bundle", live, "--data", data), r"model\.onnx is not what was published")
     refused(
         run("evaluate", "--bundle", tmp_path / "1", "--data", data),
-        r"1 cannot be read: \[Errno 2\] No such file or directory: .*manifest\.json",
+        r"1 cannot be read: there is no manifest\.json; a bundle is a version's folder",
     )
 
 
