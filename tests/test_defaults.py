@@ -20,7 +20,14 @@ from training.weights import settings_of
 
 @pytest.mark.parametrize(
     ("rows", "batch", "rate", "epochs"),
-    [(1, 32, 3e-3, 2000), (1_600, 32, 3e-3, 40), (6_470, 128, 3e-3, 40), (64_000, 1024, 1e-3, 33), (640_000, 2048, 1e-3, 30)],
+    [
+        (1, 32, 3e-3, 2000),
+        (1_600, 32, 3e-3, 40),
+        (6_470, 128, 3e-3, 40),
+        (25_600, 512, 1e-3, 40),
+        (64_000, 1024, 1e-3, 33),
+        (640_000, 2048, 1e-3, 30),
+    ],
 )
 def test_what_is_left_open_follows_the_rows(rows: int, batch: int, rate: float, epochs: int) -> None:
     settled = TrainSettings().for_rows(rows)

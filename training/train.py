@@ -31,7 +31,7 @@ EVALUATION_ROWS = 4096
 BY_DATA = ("epochs", "batch", "learning_rate")
 ROWS_A_BATCH = 50
 """Rows of train for one row of a batch."""
-BATCHES, LARGE = (32, 2048), 1024
+BATCHES, LARGE = (32, 2048), 512
 """The smallest and the largest batch that is chosen, and from where on one counts as large."""
 RATES = (1e-3, 3e-3)
 """Learning rate of large batches and of small ones."""
