@@ -138,10 +138,11 @@ class Service:
             why = of_store(catalogue.reason) if catalogue.reason else "it is being read"
             reasons.append(f"the catalogue has not been loaded yet: {why}")
         served = self.served.told()
-        shaky = store["status"] == "down" or models.refused or catalogue.reason or self.failing or served["status"] == "full"
+        troubles = [*self.failing.values(), *filter(None, [self.reload.stuck])]
+        shaky = store["status"] == "down" or models.refused or catalogue.reason or troubles or served["status"] == "full"
         return {
             "status": "unready" if reasons else "degraded" if shaky else "ready",
-            "reasons": [*reasons, *self.failing.values()],
+            "reasons": [*reasons, *troubles],
             "store": store,
             "served_log": served,
             "models": {
@@ -263,7 +264,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},  # its own would tell what callers sent
     )
-    app.include_router(state_routes(service.ranker, metrics, service.health, lambda: service.reload.default.notice))
+    app.include_router(state_routes(service.ranker, metrics, service.health, lambda: service.reload.stuck or service.reload.default.notice))
     app.take(RankEndpoint(service.ranker, service.served, metrics, settings), metrics, tracer, service.guard)
     app.take_events(EventsEndpoint(_intake(service), settings), settings.origins)
     app.prefix = settings.root_path

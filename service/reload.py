@@ -33,6 +33,8 @@ from .settings import Settings
 
 LOOK_SECONDS = 0.5
 JUDGE_SECONDS = 0.25
+STUCK_SECONDS = 30.0
+"""How long a look at the repository, or the load of a version, may take before it is told."""
 NICE = 5
 """How much lower than that of others the priority of the thread is that loads. Not much: it holds Python's lock now and then, and where
 other programs keep all processors busy, whoever wants the lock waits for as long as it waits for a processor."""
@@ -80,6 +82,8 @@ class Reload:
         self._refusals: dict[str, Refused] = {}
         self._held: set[Model] = set()
         self._freed = False
+        self.stuck: str | None = None
+        """That nothing is followed for now, since the repository does not answer."""
         self.looked = False
         """Whether it is known what the repository has."""
         self.default = DefaultModel(settings.model, shared_folder())
@@ -270,8 +274,19 @@ class Reload:
             self._said[about] = text
 
     async def _aside(self, act: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        """What it gives, done in the thread of low priority."""
-        return await asyncio.get_running_loop().run_in_executor(self._background, act, *arguments)
+        """What it gives, done in the thread of low priority; what takes long there is told, since nothing else can be done about it."""
+        timer = asyncio.get_running_loop().call_later(STUCK_SECONDS, self._is_stuck)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._background, act, *arguments)
+        finally:
+            timer.cancel()
+            self.stuck = None
+
+    def _is_stuck(self) -> None:
+        self.stuck = (
+            f"reading the model repository has taken over {STUCK_SECONDS:g} s, and what is loaded stays; see whether its volume hangs"
+        )
+        log.error("%s: %s", self.stuck, self._settings.models)
 
 
 def shared_folder() -> Path | None:

@@ -401,3 +401,24 @@ async def test_the_thread_that_loads_gives_way_and_those_that_score_do_not(tmp_p
     async with running(Settings(models=tmp_path / "models", redis="memory://"), ads):
         here = os.getpriority(os.PRIO_PROCESS, 0)
         assert seen == {"load": min(19, here + reload.NICE), "open": here}
+
+
+async def test_a_repository_that_hangs_is_told_and_followed_again(tmp_path, ads, monkeypatch, caplog):
+    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(reload, "STUCK_SECONDS", 0.2)
+    models, go_on, look = tmp_path / "models", threading.Event(), reload.look
+    first, _ = publish(models)
+    async with running(Settings(models=models, redis="memory://"), ads) as client:
+        monkeypatch.setattr(reload, "look", lambda path: (go_on.wait(20), look(path))[1])
+        try:
+            report = await until_ready(client, "degraded")
+            assert "reading the model repository has taken over 0.2 s" in report["reasons"][0]
+            assert "has taken over 0.2 s" in (await client.get("/v1/models")).json()["notice"]
+            assert await version_of(client) == first
+            assert str(models) in caplog.text
+            assert str(models) not in str(report)
+        finally:
+            go_on.set()
+        second, _ = publish(models, bias=1.0)
+        await until_version(client, second)
+        await until_ready(client, "ready")
