@@ -192,7 +192,7 @@ def join_process(url: str, folder: Path, models: Path, *options: str, **more) ->
 def join_once(url: str, folder: Path, models: Path, *options: str) -> str:
     """A joiner that drains and must succeed; what it printed."""
     process = join_process(url, folder, models, *options)
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=300)  # a slow machine has had more to join meanwhile, too
     assert process.returncode == 0, err.decode()
     return out.decode()
 
