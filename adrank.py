@@ -117,7 +117,23 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
         rows = module.prepare(source, out, schema, told, doubts.append) if schema else module.prepare(source, out, told)
     for doubt in doubts:
         click.echo(f"warning: {doubt}", err=True)
+    _print_profile(out)
     print(f"{out}: " + ", ".join(f"{split} {count:,}" for split, count in rows.items()) + " rows")
+
+
+def _print_profile(folder: Path) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from training.datasets.prepared import open_prepared
+    from training.datasets.profile import RULE, profile
+
+    table = Table("field", "kind", "missing", "values", "most frequent, or the mean")
+    for column in profile(open_prepared(folder)):
+        table.add_row(column.field.path, column.field.kind, f"{column.missing:.1%}", f"{column.distinct:,}", escape(column.usual[:40]))
+    console = _console()
+    console.print(f"The train split. {RULE}")
+    console.print(table)
 
 
 @cli.command(epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")
@@ -288,8 +304,6 @@ def doctor(as_json: bool, **flags: Any) -> None:
 @needs("train")
 def skew(folder: Path, models: Path, name: str | None, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
     """Encode and score logged rows again: exit code 0 if that comes to what was served, 3 if it does not."""
-    from rich.console import Console
-
     from training.datasets.log import open_log
     from training.skew import find_skew, show
 
@@ -297,7 +311,7 @@ def skew(folder: Path, models: Path, name: str | None, since: int | None, until:
     if as_json:
         print(json.dumps(found.as_dict()))
     else:
-        show(found, Console())
+        show(found, _console())
     sys.exit(3 if found.found else 0)
 
 
@@ -314,8 +328,6 @@ def skew(folder: Path, models: Path, name: str | None, since: int | None, until:
 @needs("train")
 def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
     """Estimate the click rate that another bundle would have had on a log whose rankings explored."""
-    from rich.console import Console
-
     from features.bundle import load_bundle
     from features.policy import parse_policy
     from training.datasets.log import is_log, open_log
@@ -330,7 +342,7 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
     if as_json:
         print(json.dumps(found.as_dict()))
     else:
-        show(found, Console())
+        show(found, _console())
 
 
 @cli.command(epilog="Example: adrank join --redis redis://127.0.0.1:6379/0 --log data/log --models models --metrics-port 9109")
@@ -430,8 +442,6 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
 @needs("train")
 def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Train on a window of the log, and publish if the new version stands up to the live one; exit code 3 if not."""
-    from rich.console import Console
-
     from training.progress import progress_bar
     from training.retrain import Order
     from training.retrain import retrain as run
@@ -444,7 +454,7 @@ def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     if as_json:
         print(json.dumps(report.as_dict()))
     else:
-        Console().print(report.tables())
+        _console().print(report.tables())
         print(report.verdict)
     sys.exit(0 if report.published else 3)
 
@@ -587,8 +597,6 @@ def redis_command(port: int, folder: Path) -> None:
 @needs("bench")
 def bench(url: str, redis: str | None, rate: str | None, token_file: TextIO | None, target: Path | None, **rest: Any) -> None:
     """Load a running service, and measure throughput and latency."""
-    from rich.console import Console
-
     from adrank_bench import bench
     from adrank_bench.load import Target
     from service.settings import load_settings
@@ -597,7 +605,7 @@ def bench(url: str, redis: str | None, rate: str | None, token_file: TextIO | No
     measured = bench.run(load_settings({"redis": redis}), load)
     bench.write(bench.as_dict(load, measured), target)
     if str(target) != "-":
-        bench.show(load, measured, Console())
+        bench.show(load, measured, _console())
     if any(m.interrupted for m in measured):
         raise click.Abort
 
@@ -620,14 +628,20 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("split", "rows", "AUC", "GAUC", "log loss", "normalised entropy", "calibration error", "p(click) / clicks")
     for split, m in metrics.items():
         rates = (m.auc, m.gauc, m.log_loss, m.normalised_entropy, m.calibration_error, m.calibration_ratio)
         table.add_row(split, f"{m.rows:,}", *(f"{value:.5f}" for value in rates))
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Any:
+    """Where tables are printed: as wide as they are, since a terminal wraps lines, and rich would cut values off."""
+    from rich.console import Console
+
+    return Console(width=max(Console().width, 200), soft_wrap=True)
 
 
 def _is_mendable(error: Exception) -> bool:
