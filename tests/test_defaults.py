@@ -13,7 +13,7 @@ from benchmarks import avazu_like
 from benchmarks.defaults import cut, plan, regression, table
 from features.bundle import load_bundle
 from training.datasets.prepared import Prepared, open_prepared
-from training.export import train_and_publish
+from training.publish import train_and_publish
 from training.train import TrainError, TrainSettings
 from training.weights import settings_of
 
