@@ -542,7 +542,8 @@ class TestService:
 
     async def test_a_ranking_whose_caller_has_left_is_counted_and_not_logged(self, run, server):
         body = json.dumps({"user": {"id": "u1"}, "candidates": ["a1"], "options": {"top_k": 1}}).encode()
-        scope = {"type": "http", "method": "POST", "path": "/rank", "headers": [], "query_string": b""}
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/rank", "headers": headers, "query_string": b""}
 
         async def ask(client, then):
             """A connection that has sent its request, and on which there is nothing more to read or, once answered, `then`."""
