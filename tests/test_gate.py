@@ -1,26 +1,27 @@
 """What a version that `adrank train` makes must come up to before it is live."""
 
-import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import small
-from test_cli import refused, run
+from test_cli import run
 
 from features.bundle import current_path, read_manifest
-from training import gate
-from training.compare import no_better
-from training.datasets.prepared import Prepared
+from training import gate, publish
+from training.compare import Gate, compare, no_better, reasons_against
+from training.datasets.prepared import Prepared, open_prepared
 from training.evaluate import measure, unmeasured
-from training.train import Epoch
+from training.export import contents
+from training.train import Epoch, Trained
 from training.window import Enough, Limits, too_little
 
-QUICK = {"epochs": "3", "batch": "64", "learning_rate": "0.02", "embedding_l2": "0.0001", "threads": "1", "embedding": "4", "hidden": "8"}
-WORDS = [word for key, value in QUICK.items() for word in ("--set", f"{key}={value}")]
+Made = tuple[Trained, dict[str, bytes], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +30,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 @pytest.fixture(scope="module")
-def live(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository whose first version has passed the gate."""
-    models = tmp_path_factory.mktemp("models")
-    code, printed, complaint = run("train", "--data", data.folder, "--model", "deepfm", "--models", models, *WORDS)
-    assert code == 0, printed + complaint
-    return models
+def made(data: Prepared) -> Made:
+    """A training that is fit to be live, and its bundle's contents: exporting takes longer than all else here."""
+    trained = small.quick(data, epochs=3)
+    return trained, *contents(data, trained, small.quiet())
+
+
+@pytest.fixture
+def train(data: Prepared, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """`adrank train` into `tmp_path / "models"`, whose trainings end at once: the exit code, and what it printed."""
+
+    def run_it(*words: object, changed: Trained | None = None) -> tuple[int, str]:
+        monkeypatch.setattr(publish, "train", lambda *_: changed or made[0])
+        monkeypatch.setattr(publish, "contents", lambda *_: made[1:])
+        code, printed, complaint = run("train", "--data", data.folder, "--model", "deepfm", "--models", tmp_path / "models", *words)
+        return code, printed + complaint
+
+    return run_it
 
 
 def relabelled(data: Prepared, folder: Path, split: str, label: int) -> Path:
@@ -51,13 +63,17 @@ def versions(models: Path) -> list[str]:
     return sorted(path.name for path in (models / "deepfm").iterdir() if path.name.isdigit())
 
 
-def test_a_first_version_that_is_fit_is_live_and_says_on_what_its_calibration_rests(live: Path) -> None:
-    path = current_path(live, "deepfm")
+def test_a_first_version_that_is_fit_is_live_and_says_on_what_its_calibration_rests(
+    train: Callable[..., tuple[int, str]], made: Made, tmp_path: Path
+) -> None:
+    code, printed = train()
+    assert code == 0, printed
+    path, calibration = current_path(tmp_path / "models", "deepfm"), made[0].calibration
+    assert f"{calibration.line()}\npublished {path}\n" in printed
     told = read_manifest(path)
     assert (told["gate"]["promote"], told["gate"]["reasons"]) == ("gate", [])
     assert told["gate"]["metrics"]["challenger"]["rows"] == 300
-    assert told["calibration"]["rows"] == 300
-    assert told["calibration"]["clicks"] == json.loads((path / "metrics.json").read_text())["valid"]["clicks"]
+    assert (told["calibration"]["rows"], told["calibration"]["clicks"]) == (300, made[0].metrics["valid"].clicks)
 
 
 @pytest.mark.parametrize(
@@ -69,48 +85,93 @@ def test_a_first_version_that_is_fit_is_live_and_says_on_what_its_calibration_re
         ("test", 1, "all 300 labels of the newest slice, which is held out, are 1"),
     ],
 )
-def test_labels_of_one_class_are_published_and_not_live(
-    data: Prepared, live: Path, tmp_path: Path, split: str, label: int, reason: str
+def test_labels_of_one_class_are_a_flaw(data: Prepared, tmp_path: Path, split: str, label: int, reason: str) -> None:
+    trained = small.quick(open_prepared(relabelled(data, tmp_path, split, label)), epochs=1)
+    assert gate.flaws(trained, Enough()) == [reason]
+    assert np.isfinite([trained.calibration.scale, trained.calibration.shift]).all()
+
+
+def test_what_is_not_fit_is_published_and_not_live_with_the_reason_and_the_cure(
+    train: Callable[..., tuple[int, str]], made: Made, tmp_path: Path
 ) -> None:
-    folder, models = relabelled(data, tmp_path / "data", split, label), tmp_path / "models"
-    code, printed, _ = run("train", "--data", folder, "--model", "deepfm", "--models", models, *WORDS, "--epochs", 1)
+    models, none = tmp_path / "models", dict.fromkeys(("train", "valid", "test"), 0)
+    code, printed = train(changed=replace(made[0], clicks=none))
     assert code == 3
     [version] = versions(models)
-    assert f"\nnot live: {reason}\n" in printed
+    assert "\nnot live: all 1,500 labels of the data set are 0\n" in printed
     cure = f"adrank promote --models {models} --name deepfm --version {version}"
-    assert printed.endswith(f"{version} is published and not live; {cure} makes it so\n")
+    assert f"{version} is published and not live; {cure} makes it so\n" in printed
     assert not (models / "deepfm" / "current").exists()
+    assert read_manifest(models / "deepfm" / version)["gate"]["reasons"] == ["all 1,500 labels of the data set are 0"]
     assert run(*cure.split()[1:])[0] == 0
     assert current_path(models, "deepfm").name == version
 
 
-def test_what_diverged_is_published_and_not_live(data: Prepared, tmp_path: Path) -> None:
-    for rate, reason in (("100", "the training diverged: its loss began at"), ("1e30", "the training diverged in epoch 1")):
-        code, printed, complaint = run(
-            "train", "--data", data.folder, "--model", "deepfm", "--models", tmp_path, *WORDS, "--set", f"learning_rate={rate}"
-        )
-        assert code == 3, complaint
-        assert f"not live: {reason}" in printed
-    assert len(versions(tmp_path)) == 2
-    assert not (tmp_path / "deepfm" / "current").exists()
+def test_what_measures_badly_is_not_live(data: Prepared, made: Made, train: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    flat = replace(made[0].metrics["valid"], normalised_entropy=1.01, auc=0.466)
+    code, printed = train(changed=replace(made[0], metrics={**made[0].metrics, "valid": flat}))
+    assert code == 3
+    assert "not live: on valid it is no better than the click rate alone: normalised entropy is 1.0100" in printed
+    code, printed = train("--set", "first_calibration=0")
+    assert code == 0  # what is off is within noise
 
 
-def test_promote_says_when_a_version_is_live(data: Prepared, live: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    first = current_path(live, "deepfm").name
-    train = ("train", "--data", data.folder, "--model", "deepfm", "--models", live, *WORDS)
-    code, printed, _ = run(*train, "--promote", "if-better")  # the same again, which is no better
-    assert (code, current_path(live, "deepfm").name) == (3, first)
+@pytest.mark.parametrize(
+    ("rate", "reason"), [(100.0, "the training diverged: its loss began at"), (1e30, "the training diverged in epoch 1,")]
+)
+def test_a_loss_that_runs_away_is_a_flaw(data: Prepared, rate: float, reason: str) -> None:
+    trained = small.quick(data, epochs=2, learning_rate=rate)
+    [told] = gate.flaws(trained, Enough())
+    assert told.startswith(reason)
+    assert np.isfinite(trained.metrics["test"].log_loss)
+
+
+def test_promote_says_when_a_version_is_live(train: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    assert train("--promote", "if-better")[0] == 0  # the first, with nothing to compare
+    first = current_path(models, "deepfm").name
+    code, printed = train("--promote", "if-better")  # the same again, which is no better
+    assert (code, current_path(models, "deepfm").name) == (3, first)
     assert re.search(r"not live: log loss (\S+) against the champion's \1, difference .*\(gate better\)", printed)
-    assert run(*train, "--promote", "if-better", "--set", "gate=not-worse")[0] == 0
-    second = current_path(live, "deepfm").name
-    code, printed, _ = run(*train, "--promote", "never")
-    assert (code, current_path(live, "deepfm").name) == (0, second)
+    assert train("--promote", "if-better", "--set", "gate=not-worse")[0] == 0
+    second = current_path(models, "deepfm").name
+    code, printed = train("--promote", "never")
+    assert (code, current_path(models, "deepfm").name) == (0, second)
     assert "is published and not live; adrank promote" in printed
-    code, printed, _ = run(*train, "--promote", "always", "--set", "least_rows=2000")
+    code, printed = train("--promote", "always", "--set", "least_rows=2000")
     assert code == 0
     assert "live all the same: the data set has 1,500 rows, too few to judge by: least_rows is 2,000" in printed
-    assert current_path(live, "deepfm").name == versions(live)[-1] != second
-    refused(run(*train, "--set", "least_rows=1"), "least_rows is 1; it must be at least 3")
+    assert current_path(models, "deepfm").name == versions(models)[-1] != second
+    code, printed = train("--set", "least_rows=1")
+    assert (code, "least_rows is 1; it must be at least 3" in printed) == (2, True)
+
+
+def test_a_live_version_that_changes_meanwhile_voids_the_comparison(
+    train: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train()[0] == 0
+    compared = gate.compared
+
+    def slow(*arguments: Any) -> Any:
+        monkeypatch.setattr(gate, "compared", compared)
+        assert train("--promote", "always")[0] == 0
+        return compared(*arguments)
+
+    monkeypatch.setattr(gate, "compared", slow)
+    code, printed = train("--promote", "if-better", "--set", "gate=not-worse")
+    assert code == 3
+    assert "so the comparison is void" in printed
+
+
+def test_a_mean_that_rests_on_few_clicks_may_be_off_by_their_noise() -> None:
+    random = np.random.default_rng(1)
+    p = np.full(5000, 0.2) + random.uniform(-0.1, 0.1, 5000)
+    labels, users = (random.random(5000) < p).astype(float), np.arange(5000)
+    found = compare(labels, users, p * 1.2, None)
+    assert found.calibration.low > 0.1
+    assert "calibration is off" in reasons_against(found, Gate(), 5000)[0]
+    assert "may be 0.1000 from 0" in reasons_against(found, Gate())[0]
+    assert reasons_against(found, Gate(), 60) == []  # of which a quarter more or less is chance
 
 
 def test_what_is_no_better_than_a_constant_or_than_chance_is_told() -> None:
@@ -118,7 +179,7 @@ def test_what_is_no_better_than_a_constant_or_than_chance_is_told() -> None:
     p = random.uniform(0.05, 0.4, 4000)
     labels, users = (random.random(4000) < p).astype(float), np.zeros(4000, np.int64)
     assert no_better(measure(labels, p, users)) is None
-    assert "no better than the click rate alone: normalised entropy is 1.0" in str(no_better(measure(labels, 0.45 - p, users)))
+    assert "no better than the click rate alone: normalised entropy is 1.1" in str(no_better(measure(labels, 0.45 - p, users)))
     assert "no better than the click rate alone" in str(no_better(unmeasured(labels)))
     assert no_better(replace(measure(labels, p, users), auc=0.466)) == "it ranks no better than chance: AUC is 0.4660"
 

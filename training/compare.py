@@ -5,7 +5,7 @@ Knows probabilities, labels and users alone.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import isfinite, log
+from math import hypot, isfinite, log, sqrt
 from typing import Any
 
 import numpy as np
@@ -187,9 +187,9 @@ def reliability(labels: Array, p_click: Array) -> list[tuple[float, float]]:
     return list(zip((np.add.reduceat(p, starts) / rows).tolist(), (np.add.reduceat(clicks, starts) / rows).tolist(), strict=True))
 
 
-def reasons_against(found: Comparison, gate: Gate) -> list[str]:
-    """Why a challenger should not go live, a sentence each; none where it may."""
-    return [reason for reason in (_calibration(found, gate), _loss(found, gate)) if reason]
+def reasons_against(found: Comparison, gate: Gate, rests_on: int = 0) -> list[str]:
+    """Why a challenger should not go live, a sentence each; none where it may. Its calibration `rests_on` so many clicks, 0: not told."""
+    return [reason for reason in (_calibration(found, gate, rests_on), _loss(found, gate)) if reason]
 
 
 def no_better(metrics: Metrics) -> str | None:
@@ -200,13 +200,15 @@ def no_better(metrics: Metrics) -> str | None:
     return None if auc > 0.5 else f"it ranks no better than chance: AUC is {auc:.4f}"
 
 
-def _calibration(found: Comparison, gate: Gate) -> str | None:
+def _calibration(found: Comparison, gate: Gate, rests_on: int) -> str | None:
     ratio, ours = found.challenger.calibration_ratio, found.calibration
     if found.champion is None:
-        if abs(ours.value) <= gate.first_calibration or ours.covers(0):
+        # Two noises: of these rows, which the interval tells, and of the fewer or more clicks that it was calibrated on.
+        noise = hypot((ours.high - ours.low) / 2, 1.96 / sqrt(rests_on)) if rests_on else 0.0
+        if abs(ours.value) <= max(gate.first_calibration, noise) or ours.covers(0):
             return None
         interval = f"its logarithm {ours.value:+.4f} (95 % interval {ours.low:+.4f} to {ours.high:+.4f})"
-        return f"calibration is off: p(click) over clicks is {ratio:.4f}, {interval} may be {gate.first_calibration:.4f} from 0"
+        return f"calibration is off: p(click) over clicks is {ratio:.4f}, {interval} may be {max(gate.first_calibration, noise):.4f} from 0"
     difference = found.differences["calibration_distance"]
     if difference.value <= gate.calibration_tolerance or difference.covers(0):
         return None

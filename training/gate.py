@@ -81,4 +81,4 @@ def reasons_against(
     if champion and (alone := compare.no_better(found.challenger)):
         reasons.append(alone)
     told = {name: value for name, value in found.as_dict().items() if name != "reliability"}
-    return [*reasons, *compare.reasons_against(found, gate)], told
+    return [*reasons, *compare.reasons_against(found, gate, trained.calibration.clicks)], told

@@ -124,7 +124,7 @@ def _challenge(order: Order, plan: Plan, data: Prepared, report: Report, progres
     trained = train(data, plan.family, plan.network, plan.loop, progress, plan.start)
     files, facts = contents(data, trained, progress)
     found = gate.compared(plan.champion, data, trained, files[MODEL], progress)
-    reasons = [*gate.diverged(trained.epochs), *compare.reasons_against(found, plan.gate)]
+    reasons = [*gate.diverged(trained.epochs), *compare.reasons_against(found, plan.gate, trained.calibration.clicks)]
     told = {**report.training, "settings": trained.settings, "epochs": [epoch.line() for epoch in trained.epochs]}
     told["calibration"] = trained.calibration.line()
     report = replace(report, reasons=reasons, training=told, comparison=found, warnings=_warnings(order, plan, data))
