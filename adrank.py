@@ -205,6 +205,7 @@ def evaluate(bundle: Path, data: Path, split: str, as_json: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Write over what events told since; says first what is lost.")
 @click.option("--replace", is_flag=True, help="The data set has the whole catalogue: ads that it lacks leave.")
 @click.option("--yes", is_flag=True, help="Do not ask; and take a whole catalogue that is less than half of what is there.")
+@needs("train")
 def load(data: Path, redis: str | None, overwrite: bool, replace: bool, yes: bool) -> None:
     """Merge a prepared data set's users, histories and ads into the store; running services follow.
 

@@ -226,7 +226,7 @@ async def test_without_the_store_it_ranks_and_says_so(ranked, reason):
 
 
 async def test_stored_features_are_not_the_callers_fault(ranked):
-    await ranked.store.put_users([("u1", UserState({"unheard_of": 1, "user_id": "u2", "age": 2.5, "income": 9.0}))])
+    await ranked.store.put_users([("u1", UserState({"unheard_of": 1, "user_id": "u2", "age": ["25"], "income": 9.0}))])
     ranking = await ranked.rank(["a1"])
     assert ranking.degraded == [Degraded("user", "stored_feature_mistyped", "missing_feature")]
     assert ranking.ads[0].p_click == pytest.approx(by_hand(Request("u1", {"income": 9.0}, {}, [], ["a1"]))["a1"], abs=1e-6)
@@ -247,7 +247,7 @@ async def test_a_catalogue_that_was_never_loaded_is_told(ranked):
         ({"user": {"interests": "news"}}, "/user/features/interests"),
         ({"context": {"slott": "feed"}}, "/context/slott"),
         ({"sent": {2: {"x": 1}}}, "/candidates/2/features/x"),
-        ({"sent": {2: {"genre": 1.5}}}, "/candidates/2/features/genre"),
+        ({"sent": {2: {"genre": ["drama"]}}}, "/candidates/2/features/genre"),
         ({"sent": {0: {"price": 1.0}, 2: {"ad_id": "a9"}}}, "/candidates/2/features/ad_id"),
     ],
 )
