@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,12 @@ def test_ctrl_c_while_training_publishes_nothing(tmp_path: Path, data: Path) -> 
     assert process.wait(20) == 130
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert not (tmp_path / "models").exists()
+
+
+def test_the_wheel_has_no_names_that_are_not_ours_alone() -> None:
+    project = tomllib.loads((Path(adrank.__file__).parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    names = {name.partition(".")[0] for name in project["packages"]} | set(project["py-modules"])
+    assert names == {"adrank", "adrank_bench", "adrank_demo", "features", "service", "training"}
 
 
 BASE = """

@@ -166,6 +166,16 @@ def test_a_network_is_trained_on_a_log(tmp_path: Path) -> None:
 # --- a window, and its splits
 
 
+def test_a_second_with_many_rows_leaves_some_to_validate_on(tmp_path: Path) -> None:
+    """A burst holds the ends of two shares: 70 of 100 rankings in a second, and 10 after it."""
+    burst = [START + min(i, 20) if i < 90 else START + 20 + (i - 89) for i in range(100)]
+    served_then = [served(["a1", "a2"], i, float(ts)) for i, ts in enumerate(burst)]
+    data = open_log(logs.write_log(tmp_path / "log", served_then, small.schema()), shares=(0.5, 0.2, 0.3))
+    found = {split: times(data, split) for split in SPLITS}
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 40, "valid": 140, "test": 20}
+    assert max(found["train"]) < min(found["valid"]) <= max(found["valid"]) < min(found["test"])
+
+
 def test_it_is_split_by_time_and_rankings_stay_together(tmp_path: Path) -> None:
     shuffled = [rankings(100)[i] for i in np.random.default_rng(1).permutation(100)]
     data = open_log(logs.write_log(tmp_path / "log", shuffled, small.schema(), files=3))
