@@ -165,11 +165,11 @@ def test_a_warm_start_on_rows_sampled_otherwise_begins_at_their_scale(data: Prep
         old, new = (NETWORKS[family](Fields.of(data.schema, live.vocabularies), small.NETWORK_SETTINGS[family]).eval() for _ in range(2))
         take_over(old, new, shift)
         assert np.abs(predict(new, rows) - predict(old, rows) - shift).max() < 1e-5
-    still = training.TrainSettings(epochs=1, learning_rate=1e-12, embedding_l2=0.0, threads=1)
+    still = training.TrainSettings(epochs=1, learning_rate=1e-12, embedding_l2=0.0, unknown_rate=0.0, threads=1)
     again = training.train(
         replace(data, negative_sampling=1.0), "deepfm", small.NETWORK_SETTINGS["deepfm"], still, small.quiet(), start
     ).network
-    assert np.abs(predict(again, rows) - predict(start.network, rows) - shift).max() < 0.1  # statistics of batches move
+    assert abs(np.median(predict(again, rows) - predict(start.network, rows)) - shift) < 0.5  # statistics of batches move
 
 
 def test_prepare_moves_the_share_from_the_schema_file_to_the_data_set(tmp_path: Path) -> None:
@@ -226,10 +226,12 @@ def test_a_log_whose_schema_was_copied_with_a_share_has_kept_everything(
 
 
 def old_print(text: str, sampling: float) -> str:
-    """A fingerprint as it was when schemas held the share."""
-    schema = small.parse_schema(text)
-    canonical = json.dumps({**asdict(schema), "negative_sampling": sampling}, sort_keys=True, separators=(",", ":"))
-    return fingerprint(schema, bundles.vocabularies(), canonical)
+    """A fingerprint as it was when schemas held the share, and could say nothing of nobody and of missing values."""
+    later = ("missing_values", "nobody", "history_padding")
+    schema = {name: value for name, value in asdict(small.parse_schema(text)).items() if name not in later}
+    fields = [{name: value for name, value in field.items() if name not in later} for field in schema["fields"]]
+    canonical = json.dumps({**schema, "fields": fields, "negative_sampling": sampling}, sort_keys=True, separators=(",", ":"))
+    return fingerprint(small.parse_schema(text), bundles.vocabularies(), canonical)
 
 
 def test_a_bundle_of_before_loads_beside_one_of_now_with_one_fingerprint(tmp_path: Path) -> None:
