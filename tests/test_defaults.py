@@ -4,17 +4,22 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import avazu_like
 from benchmarks.defaults import cut, plan, regression, table
 from features.bundle import load_bundle
+from features.encode import Encoder
+from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared, open_prepared
+from training.networks.blocks import Tower
 from training.publish import train_and_publish
-from training.train import TrainError, TrainSettings
+from training.train import TrainError, TrainSettings, fit_network
 from training.weights import settings_of
 
 
@@ -42,7 +47,9 @@ def test_what_is_given_stays_and_the_rate_follows_the_batch() -> None:
     assert TrainSettings(learning_rate=0.5).for_rows(500).learning_rate == 0.5
 
 
-@pytest.mark.parametrize("given", [{"least_steps": -1}, {"unknown_rate": 1.0}, {"unknown_rate": -0.1}, {"epochs": -1}, {"batch": 1}])
+@pytest.mark.parametrize(
+    "given", [{"least_steps": -1}, {"flat_below": -1}, {"unknown_rate": 1.0}, {"unknown_rate": -0.1}, {"epochs": -1}, {"batch": 1}]
+)
 def test_impossible_settings_are_refused(given: dict[str, float]) -> None:
     with pytest.raises(TrainError, match=next(iter(given))):
         TrainSettings(**given)  # type: ignore[arg-type]
@@ -55,10 +62,11 @@ def test_settings_are_told_and_recorded_and_chosen_anew(tmp_path: Path) -> None:
         data, "deepfm", tmp_path / "models", "m", given, Progress(console=Console(file=said, width=300), disable=True)
     )
     line = "batch 32 (for 300 rows), learning rate 0.003, at most 1 epochs, patience 2 after 1,000 steps, unknown rate 0.01"
-    assert line in said.getvalue()
+    assert f"{line}, DeepFM flat below 20,000 rows" in said.getvalue()
     recorded = json.loads((path / "manifest.json").read_text())["settings"]
     assert (recorded["batch"], recorded["learning_rate"], recorded["epochs"]) == (32, 3e-3, 1)
     assert recorded["by_data"] == ["batch", "learning_rate"]
+    assert recorded["flat_below"] == 20_000
     loop = settings_of(load_bundle(path))[1]
     assert (loop.batch, loop.learning_rate, loop.epochs) == (0, 0.0, 1)
 
@@ -67,6 +75,29 @@ def test_patience_counts_after_the_least_steps(tmp_path: Path) -> None:
     trained = small.quick(small.data_set(tmp_path), epochs=30, patience=1, learning_rate=0.2, least_steps=60)
     assert len(trained.epochs) * 5 >= 60  # 300 rows in batches of 64
     assert {epoch.learning_rate for epoch in trained.epochs[:12]} == {0.2}
+
+
+@pytest.mark.parametrize(
+    ("family", "flat_below", "warm", "flat"),
+    [
+        ("deepfm", 301, False, True),
+        ("deepfm", 300, False, False),
+        ("deepfm", 0, False, False),
+        ("deepfm", 301, True, False),
+        ("din", 301, False, False),
+    ],
+)
+def test_a_deepfm_of_few_rows_begins_with_a_flat_tower(tmp_path: Path, family: str, flat_below: int, warm: bool, flat: bool) -> None:
+    data = small.data_set(tmp_path)
+    encoder = Encoder(data.schema, learn_vocabularies(data))
+    train, valid = (encode_split(data, split, encoder) for split in ("train", "valid"))
+    network, still = small.network(family), {"epochs": 1, "learning_rate": 1e-12, "embedding_l2": 0.0, "threads": 1}
+    fit_network(network, train, valid, TrainSettings(**still, flat_below=flat_below), small.quiet(), warm=warm)  # type: ignore[arg-type]
+    (tower,) = (module for module in network.modules() if isinstance(module, Tower))
+    seen: list[torch.Tensor] = []
+    tower.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    network(*train.batch(np.arange(10)))
+    assert bool(seen[0].std() < 1e-6) == flat
 
 
 def test_a_log_like_avazus_is_heavy_tailed(tmp_path: Path) -> None:

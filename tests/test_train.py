@@ -231,7 +231,7 @@ def test_a_text_that_is_no_such_setting_is_refused(name: str, text: str, example
 def test_a_training_that_diverges_is_a_sentence(rows: tuple[Rows, Rows]) -> None:
     network = small.network("deepfm")
     before = predict(network, rows[1])
-    settings = TrainSettings(epochs=3, batch=64, learning_rate=1e30, threads=1)
+    settings = TrainSettings(epochs=3, batch=64, learning_rate=1e30, threads=1, flat_below=0, unknown_rate=0)
     epochs = fit_network(network, rows[0], rows[1], settings, small.quiet())
     [told] = diverged(epochs)
     assert told == "the training diverged in epoch 1, the weights are the best of those before it; try a learning_rate below 1e+30"

@@ -24,6 +24,7 @@ from .datasets.prepared import SPLITS, Prepared
 from .evaluate import Metrics, measure, unmeasured
 from .networks import NETWORKS
 from .networks.blocks import Embeddings, Fields
+from .networks.deepfm import DeepFM
 from .networks.grown import take_over
 from .unknown import Hiding, Unseen, occurrences, parts_of
 
@@ -60,6 +61,9 @@ class TrainSettings:
     """Epochs without gain in a row that end the training."""
     least_steps: int = 1000
     """Steps before `patience` counts and the learning rate falls: a small log's epoch is a few."""
+    flat_below: int = 20_000
+    """A DeepFM that is trained from scratch on fewer rows than this begins with the weights of its MLP's last layer at 0, so that the
+    first order learns first, as a regression would; 0: none does."""
     unknown_rate: float = 0.01
     """How likely a row's ad, its user, a behaviour or a single value is hidden from a step, so that the unknown id is trained.
     0: none is, and what is unknown ranks at random."""
@@ -84,6 +88,7 @@ class TrainSettings:
             ("drop", 0 < self.drop <= 1, "above 0, at most 1"),
             ("patience", self.patience >= 1, "at least 1"),
             ("least_steps", self.least_steps >= 0, "at least 0"),
+            ("flat_below", self.flat_below >= 0, "at least 0"),
             ("unknown_rate", 0 <= self.unknown_rate < 1, "at least 0, below 1"),
             ("embedding_l2", self.embedding_l2 >= 0, "at least 0"),
             ("regularise", self.regularise in ("table", "batch"), "table or batch"),
@@ -109,7 +114,8 @@ class TrainSettings:
         """The settled settings in a line, for people who wait."""
         return (
             f"batch {self.batch:,} (for {rows:,} rows), learning rate {self.learning_rate:g}, at most {self.epochs:,} epochs, "
-            f"patience {self.patience} after {self.least_steps:,} steps, unknown rate {self.unknown_rate:g}"
+            f"patience {self.patience} after {self.least_steps:,} steps, unknown rate {self.unknown_rate:g}, "
+            f"DeepFM flat below {self.flat_below:,} rows"
         )
 
     @property
@@ -216,6 +222,7 @@ def fit_network(
     if len(rows) < 2:
         raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {len(rows)}")
     settings = settings.for_rows(len(rows))
+    _begin(network, len(rows), settings, warm)
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, fused=True)
     order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
     decay, unseen = EmbeddingDecay(network, rows, settings), Unseen(network, rows, warm)
@@ -309,6 +316,11 @@ def _gradient(embeddings: Embeddings) -> Tensor:
     gradient = embeddings.table.weight.grad
     assert gradient is not None  # noqa: S101  # every network uses every table
     return gradient
+
+
+def _begin(network: nn.Module, rows: int, settings: TrainSettings, warm: bool) -> None:
+    if isinstance(network, DeepFM) and rows < settings.flat_below and not warm:
+        network.flatten()
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:

@@ -178,11 +178,16 @@ class Tower(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     @property
-    def bias(self) -> Tensor:
-        """What every logit has in it `(1,)`."""
+    def last(self) -> nn.Linear:
+        """The layer that gives the logit."""
         last = self.rest[-1]
         assert isinstance(last, nn.Linear)  # noqa: S101  # as it was made
-        return last.bias
+        return last
+
+    @property
+    def bias(self) -> Tensor:
+        """What every logit has in it `(1,)`."""
+        return self.last.bias
 
     def forward(self, request: Tensor, candidate: Tensor) -> Tensor:
         """Logits `(R, C)` from `request (R, request)` and `candidate (R, C, candidate)`."""
