@@ -175,7 +175,7 @@ def test_goldens_of_another_length_are_refused(tmp_path: Path, count: int) -> No
 
 
 def test_a_golden_with_a_feature_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    goldens = [{**json.loads(bundle.goldens_json(bundles.goldens()))[0], "user": {"age": 25.0}}]
+    goldens = [{**json.loads(bundle.goldens_json(bundles.goldens()))[0], "user": {"age": ["25"]}}]
     loaded = load_bundle(bundles.publish(tmp_path, files={bundle.GOLDENS: json.dumps(goldens).encode()}))
     with pytest.raises(BundleError, match=r"golden 0 cannot be encoded: user\.age"):
         loaded.check_goldens(bundles.expected)

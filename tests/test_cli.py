@@ -101,7 +101,7 @@ async def test_a_table_becomes_a_model_and_users_in_the_store(tmp_path: Path, se
     )
     assert code == 0, complaint
     path = current_path(models, "shop")
-    assert f"published {path}\nlive all the same: the data set has 150 rows, too few to judge by: least_rows is 1,000\n" in printed
+    assert f"published {path}\nlive all the same: the data set has 150 rows, too few to judge by: least_rows is 200\n" in printed
     assert "log loss" in printed
     assert "epoch  1" in complaint
     bundle = load_bundle(path)

@@ -187,8 +187,8 @@ def test_what_is_no_better_than_a_constant_or_than_chance_is_told() -> None:
 def test_too_little_is_told_with_its_numbers() -> None:
     three = {"train": 2, "valid": 1, "test": 0}
     assert list(too_little(three, {"train": 1, "valid": 0, "test": 0}, Enough(), "data set")) == [
-        "the data set has 3 rows, too few to judge by: least_rows is 1,000",
-        "the data set has 1 clicks in 3 rows, too few of one kind to judge by: least_clicks is 50",
+        "the data set has 3 rows, too few to judge by: least_rows is 200",
+        "the data set has 1 clicks in 3 rows, too few of one kind to judge by: least_clicks is 10",
         "all 1 labels of the slice for early stopping are 0",
         "there are no rows for the newest slice, which is held out",
     ]

@@ -36,9 +36,9 @@ RANKING = ("request_id", "model", "version")
 class Enough:
     """What there has to be to learn from, and to be judged by."""
 
-    least_rows: int = 1000
+    least_rows: int = 200
     """Of what there is to learn from."""
-    least_clicks: int = 50
+    least_clicks: int = 10
     """Of the same, and as many rows without a click."""
 
     def __post_init__(self) -> None:
@@ -59,8 +59,12 @@ def _refuse(rules: Iterable[tuple[str, object, bool, str]]) -> None:
 
 @dataclass(frozen=True)
 class Limits(Enough):
-    """What a window has to keep to."""
+    """What a window has to keep to: no person looks at what it comes to, so there has to be more of it."""
 
+    least_rows: int = 1000
+    """Of the window."""
+    least_clicks: int = 50
+    """Of the window, and as many rows without a click."""
     click_rate_factor: float = 3.0
     """The click rate may be at most so many times the live version's, and at least that fraction of it."""
     rows_share: float = 0.5
