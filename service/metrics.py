@@ -91,7 +91,9 @@ class Stages:
             self.outcome = "ok"
 
     def enter(self, stage: str | None) -> None:
-        """A stage begins, so the one before it ends; None: only that. Stretches of a stage add up."""
+        """A stage begins, so the one before it ends; None: only that. Stretches of a stage add up; one that goes on is one stretch."""
+        if stage is not None and stage == self.stage:
+            return
         now = time.perf_counter()
         if self.stage is not None:
             self.add(self.stage, self.since, now)

@@ -42,7 +42,7 @@ class Load:
         chance = random.Random(1)
         while True:
             user = chance.choice(self.users)
-            answer = await self.client.post("/rank", json={"user": {"id": user}, "candidates": ["a1", "a2"]})
+            answer = await self.client.post("/rank", json={"user": {"id": user}, "candidates": ["a1", "a2"], "options": {"top_k": 2}})
             missing = tuple(sorted(each["reason"] for each in answer.json().get("degraded", [])))
             self.ranked.append(Ranked(time.monotonic(), user, answer.status_code, missing))
             await asyncio.sleep(RANK_SECONDS)

@@ -143,7 +143,7 @@ def test_an_ad_that_changed_is_seen_as_it_was(tmp_path: Path) -> None:
 
 def test_an_ad_that_the_log_lacks_is_a_damage(tmp_path: Path) -> None:
     folder = logs.write_log(tmp_path / "log", [served(["a1"], history=["a1"])], small.schema())
-    (folder / "ads" / "00000000.parquet").unlink()
+    pl.read_parquet(ads := folder / "ads" / "00000000.parquet").clear().write_parquet(ads)
     with pytest.raises(DataError, match=r"ads lacks 1 versions of ads that rows name, the first is \d+ of a1"):
         encode_split(open_log(folder, shares=(1, 0, 0)), "train", small.encoder())
 
@@ -263,8 +263,8 @@ def test_a_window_without_rows_is_refused(tmp_path: Path) -> None:
     folder = logs.write_log(tmp_path / "log", rankings(3), small.schema())
     with pytest.raises(DataError, match="has no row from 2025-11-22 08:03:00 UTC before 2025-11-22 09:00:00 UTC"):
         open_log(folder, START + 180, START + 3600)
-    with pytest.raises(DataError, match=r"the valid split of .* is empty: the window has too few rows, or too many of one moment"):
-        open_log(folder).files("valid")
+    with pytest.raises(DataError, match=r"the test split of .* is empty: the window has too few rows, or too many of one moment"):
+        open_log(folder).files("test")
     (empty := tmp_path / "empty").mkdir()
     (empty / ".join").mkdir()
     (empty / "schema.toml").write_text(small.SCHEMA)
