@@ -67,7 +67,7 @@ def test_what_was_trained_is_measured_calibrated_and_described(data: Prepared) -
 def test_training_stops_drops_its_rate_and_ends_with_its_best_epoch(rows: tuple[Rows, Rows]) -> None:
     train, valid = rows
     noise = replace(train, labels=np.random.default_rng(5).integers(0, 2, len(train)).astype(np.float32))  # only to be learned by heart
-    settings = TrainSettings(epochs=40, batch=64, learning_rate=0.05, drop=0.5, patience=3, embedding_l2=0.0, least_steps=0, unknown_rate=0)
+    settings = TrainSettings(epochs=40, batch=64, learning_rate=0.05, drop=0.5, patience=3, embedding_l2=0.0, least_steps=0)
     network = small.network("deepfm")
     epochs = fit_network(network, noise, valid, settings, small.quiet())
     scores = [epoch.valid.auc for epoch in epochs]
@@ -169,7 +169,7 @@ def test_table_decay_is_the_gradient_of_half_lambda_times_the_squares(rows: tupl
 def test_batch_decay_is_for_the_rows_of_the_batch_by_their_share(rows: tuple[Rows, Rows], family: str) -> None:
     train = rows[0]
     network = small.network(family)
-    decay = EmbeddingDecay(network, train, TrainSettings(embedding_l2=0.3, regularise="batch", unknown_rate=0))
+    decay = EmbeddingDecay(network, train, TrainSettings(embedding_l2=0.3, regularise="batch"))
     batch = train.batch(np.array([4, 8]))
     network(*batch).sum().backward()
     before = [gradient.clone() for gradient in gradients(network)]
@@ -231,7 +231,7 @@ def test_a_text_that_is_no_such_setting_is_refused(name: str, text: str, example
 def test_a_training_that_diverges_is_a_sentence(rows: tuple[Rows, Rows]) -> None:
     network = small.network("deepfm")
     before = predict(network, rows[1])
-    settings = TrainSettings(epochs=3, batch=64, learning_rate=1e30, threads=1, flat_below=0, unknown_rate=0)
+    settings = TrainSettings(epochs=3, batch=64, learning_rate=1e30, threads=1, flat_below=0)
     epochs = fit_network(network, rows[0], rows[1], settings, small.quiet())
     [told] = diverged(epochs)
     assert told == "the training diverged in epoch 1, the weights are the best of those before it; try a learning_rate below 1e+30"

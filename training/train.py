@@ -268,7 +268,8 @@ def fit_network(
         for group in optimiser.param_groups:
             group["lr"] *= settings.drop
     network.load_state_dict(best)
-    hiding.settle(network)
+    if best_score > -np.inf:  # else it diverged at once, and there is nothing to place the unknown in
+        hiding.settle(network)
     unseen.fill()
     network.eval()
     return epochs
