@@ -67,7 +67,7 @@ def test_what_was_trained_is_measured_calibrated_and_described(data: Prepared) -
 def test_training_stops_drops_its_rate_and_ends_with_its_best_epoch(rows: tuple[Rows, Rows]) -> None:
     train, valid = rows
     noise = replace(train, labels=np.random.default_rng(5).integers(0, 2, len(train)).astype(np.float32))  # only to be learned by heart
-    settings = TrainSettings(epochs=40, batch=64, learning_rate=0.05, drop=0.5, patience=3, embedding_l2=0.0, least_steps=0)
+    settings = TrainSettings(epochs=40, batch=64, learning_rate=0.05, drop=0.5, patience=3, embedding_l2=0.0, least_steps=0, unknown_rate=0)
     network = small.network("deepfm")
     epochs = fit_network(network, noise, valid, settings, small.quiet())
     scores = [epoch.valid.auc for epoch in epochs]
@@ -169,7 +169,7 @@ def test_table_decay_is_the_gradient_of_half_lambda_times_the_squares(rows: tupl
 def test_batch_decay_is_for_the_rows_of_the_batch_by_their_share(rows: tuple[Rows, Rows], family: str) -> None:
     train = rows[0]
     network = small.network(family)
-    decay = EmbeddingDecay(network, train, TrainSettings(embedding_l2=0.3, regularise="batch"))
+    decay = EmbeddingDecay(network, train, TrainSettings(embedding_l2=0.3, regularise="batch", unknown_rate=0))
     batch = train.batch(np.array([4, 8]))
     network(*batch).sum().backward()
     before = [gradient.clone() for gradient in gradients(network)]

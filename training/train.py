@@ -268,11 +268,16 @@ def fit_network(
         for group in optimiser.param_groups:
             group["lr"] *= settings.drop
     network.load_state_dict(best)
-    if best_score > -np.inf:  # else it diverged at once, and there is nothing to place the unknown in
+    _end(network, unseen, hiding if best_score > -np.inf else None)
+    return epochs
+
+
+def _end(network: nn.Module, unseen: Unseen, hiding: Hiding | None) -> None:
+    """Place the unknown; None: the training diverged at once, and there is nothing to place it in."""
+    if hiding is not None:
         hiding.settle(network)
     unseen.fill()
     network.eval()
-    return epochs
 
 
 def predict(network: nn.Module, rows: Rows) -> np.ndarray[Any, np.dtype[np.float32]]:
