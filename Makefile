@@ -1,15 +1,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PROGRAMS := $(patsubst %,tests/test_bench_%.py,freshness gpu service traces yardstick)
 K8S := build/k8s-tools/installed
 
-.PHONY: demo test lint bench k8s-test rollout-test redis-test reference lock images compose-test clean
+.PHONY: demo test bench-test lint bench k8s-test rollout-test redis-test reference lock images compose-test clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
 
 test: $(INSTALLED)  ## everything that CI tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile $(PROGRAMS:%=--ignore=%) $(ARGS)
+
+bench-test: $(INSTALLED)  ## that the programs of benchmarks/ measure what they say
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile $(PROGRAMS) $(ARGS)
 
 lint: $(INSTALLED)  ## style, types and the rules between the packages
 	$(BIN)/ruff check .
