@@ -353,7 +353,9 @@ class TestWhatIsFreed:
             catalogue.gone_seconds = -10
             await until(lambda: not catalogue.view("f").features(ended))
             assert catalogue.table("f").rows(ended).sum() == 0
-            assert {ad.ad_id async for batch in store.all_ads() for ad in batch} == {"a1"}
+            async with asyncio.timeout(90):  # the store is told after the memory
+                while {ad.ad_id async for batch in store.all_ads() for ad in batch} != {"a1"}:
+                    await asyncio.sleep(0.02)
             await store.put_ads([Ad("a2", {"price": 1.0})])
             await until(lambda: catalogue.ads == 2)
 

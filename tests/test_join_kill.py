@@ -1,5 +1,6 @@
-"""A joiner that is killed at any moment: a real process, a real store, SIGKILL 50 times, and every impression once in the log."""
+"""A joiner that is killed at any moment: a real process, a real store, SIGKILL again and again, and every impression once in the log."""
 
+import os
 import random
 import signal
 import threading
@@ -8,7 +9,8 @@ from collections import Counter
 
 from joining import Writer, click, conversion, join_once, join_process, ranking, rows
 
-KILLS = 50
+KILLS = int(os.environ.get("KILLS", "15"))
+"""How often; `KILLS=50 pytest tests/test_join_kill.py` takes a few minutes."""
 OPTIONS = ("--window", "2", "--lateness", "1", "--rows-per-file", "60")
 
 

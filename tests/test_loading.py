@@ -204,10 +204,10 @@ class TestWholeCatalogue:
             await until(lambda: catalogue.ads == 15)
 
     async def test_those_that_left_long_ago_are_deleted(self, store, tmp_path):
-        long_ago = NOW - 100
+        long_ago = NOW - 100_000  # NOW is when the tests began
         gone = [Ad("gone", {"price": 1.0}, False, {ACTIVE: long_ago}), Ad("just", {}, False, {ACTIVE: NOW - 10}), Ad("unknown", {}, False)]
         await store.put_ads(gone)
-        done = await merged(store, data_set(tmp_path), whole=True, gone_seconds=50.0)
+        done = await merged(store, data_set(tmp_path), whole=True, gone_seconds=50_000.0)
         assert done.forgotten == 1
         assert {"gone", "just", "unknown"} & set(await everything(store)) == {"just", "unknown"}
 
