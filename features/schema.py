@@ -327,9 +327,9 @@ def parse_schema(text: str) -> Schema:
         mistakes.append('name = "..." is missing at the top')
     if not _is_texts(nobody):
         mistakes.append("nobody must be a list of user ids")
-    _tried(lambda: sampling_in(document), mistakes)
+    tried(lambda: sampling_in(document), mistakes)
     fields = _fields(document, mistakes)
-    history = _tried(lambda: _history(document.get("history")), mistakes) or ((), 0, ())
+    history = tried(lambda: _history(document.get("history")), mistakes) or ((), 0, ())
     if not any(field.side == "ad" for field in fields) and not document.get("ad"):
         mistakes.append('there is no ad field: add one, such as [ad.ad_id] kind = "category"')
     named = document.get("ad")
@@ -346,13 +346,14 @@ def _fields(document: Mapping[str, Any], mistakes: list[str]) -> list[Field]:
     for side in SIDES:
         tables = document.get(side, {})
         if isinstance(tables, Mapping):
-            fields += [_tried(partial(_field, side, name, entries), mistakes) for name, entries in tables.items()]
+            fields += [tried(partial(_field, side, name, entries), mistakes) for name, entries in tables.items()]
         else:
             mistakes.append(f"{side}: expected tables such as [{side}.name]")
     return [field for field in fields if field is not None]
 
 
-def _tried(make: Callable[[], T], mistakes: list[str]) -> T | None:
+def tried(make: Callable[[], T], mistakes: list[str]) -> T | None:
+    """What is made, or None where it says something impossible, which is added to the mistakes."""
     try:
         return make()
     except SchemaError as error:

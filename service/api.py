@@ -48,25 +48,24 @@ class RankEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Rank ads for a user, the likeliest click first."""
-        made: list[Made] = []
         try:
-            body = await self._answer(scope, receive, made.append)
+            body, made = await self._answer(scope, receive)
         except ServiceError as error:
             kind = errors.KINDS[type(error)]
             if kind.retry_after is not None:
                 self._metrics.shed(kind.code)
             await problem(scope, kind, error.detail, error.mistakes)(scope, receive, send)
             return
-        if has_left(scope, receive):
-            self._served.left()
-            made.clear()
+        left = has_left(scope, receive)
         headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
-        for ranked in made[-1:]:
-            self._served.put(ranked)
+        if left:
+            self._served.left()
+        else:
+            self._served.put(made)
 
-    async def _answer(self, scope: Scope, receive: Receive, on_ranked: Callable[[Made], None]) -> bytes:
+    async def _answer(self, scope: Scope, receive: Receive) -> tuple[bytes, Made]:
         settings, metrics, caller = self._settings, self._metrics, peer(scope)
         body = await self._bodies.read(scope, receive)
         # Only now: who sends slowly must not hold a place.
@@ -74,21 +73,21 @@ class RankEndpoint:
             raise errors.OverLimitError(f"{settings.max_inflight} requests are being ranked already, or too many of yours; try again")
         metrics.under_way += 1
         try:
-            return await self._rank(scope["state"], body.text(settings.max_body_bytes), on_ranked)
+            return await self._rank(scope["state"], body.text(settings.max_body_bytes))
         finally:
             self._places.give_back(caller)
             metrics.under_way -= 1
 
-    async def _rank(self, state: dict[str, Any], body: bytes, on_ranked: Callable[[Made], None]) -> bytes:
+    async def _rank(self, state: dict[str, Any], body: bytes) -> tuple[bytes, Made]:
         stages: Stages = state["observed"]
         stages.enter("parse")
         wire, query = _read(state, body, self._settings.max_candidates, self._policy)
         stages.model = self._ranker.models.label(query.model)
         try:
-            ranking = await self._ranker.rank(query, stages, on_ranked)
+            made = await self._ranker.rank(query, stages)
         except errors.InvalidError as error:
             raise errors.InvalidError(error.detail, [locate(wire, mistake) for mistake in error.mistakes]) from None
-        return answer(state["request_id"], as_sent(ranking, query), stages)
+        return answer(state["request_id"], as_sent(made.ranking, query), stages), made
 
 
 def _read(state: dict[str, Any], body: bytes, most: int, default: Policy | None) -> tuple[RankRequest, Query]:

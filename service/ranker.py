@@ -5,7 +5,7 @@ Candidates are columns from the request to the answer: nothing here makes an obj
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -143,8 +143,8 @@ class Ranker:
         """Let the scoring threads end."""
         self._scoring.close()
 
-    async def rank(self, query: Query, stages: Stages, on_ranked: Callable[[Made], None] = lambda _: None) -> Ranking:
-        """The ranking; `on_ranked` is given all that it was made of.
+    async def rank(self, query: Query, stages: Stages) -> Made:
+        """The ranking, and all that it was made of.
 
         Raises:
             ServiceError: an unknown model, no model, an invalid request, a deadline that passed, a model that failed.
@@ -158,21 +158,19 @@ class Ranker:
         stages.enter("features")
         asked = Asked(query, stages, catalogue, await self._user(query, stages))
         if challenge is None:
-            return await self._by_live(asked, model, views[model], None, on_ranked)
+            return await self._by_live(asked, model, views[model], None)
         failure: ServiceError | None = None
         if canary is not None and challenge.model is canary:  # it may have been stopped meanwhile
             try:
-                return await self._by_canary(asked, canary, views[canary], challenge, on_ranked)
+                return await self._by_canary(asked, canary, views[canary], challenge)
             except (ScoringError, InvalidError) as error:
                 failure = error
-        ranking = await self._by_live(asked, model, views[model], challenge if canary is None else None, on_ranked)
+        made = await self._by_live(asked, model, views[model], challenge if canary is None else None)
         if failure is not None:
             challenge.failed(failure)
-        return ranking
+        return made
 
-    async def _by_live(
-        self, asked: "Asked", model: Model, view: View, challenge: Challenge | None, on_ranked: Callable[[Made], None]
-    ) -> Ranking:
+    async def _by_live(self, asked: "Asked", model: Model, view: View, challenge: Challenge | None) -> Made:
         query, stages = asked.query, asked.stages
         stages.enter("features")
         encoded, degraded = asked.encoded(model, view)
@@ -187,11 +185,9 @@ class Ranker:
                 return asked.encoded(other, asked.catalogue.view(other.bundle.fingerprint))[0].feeds
 
             challenge.beside(query.user_id, stages.seconds["inference"], scores, encode)
-        return self._made(asked, model, encoded, scores, degraded, on_ranked)
+        return self._made(asked, model, encoded, scores, degraded)
 
-    async def _by_canary(
-        self, asked: "Asked", canary: Model, view: View, challenge: Challenge, on_ranked: Callable[[Made], None]
-    ) -> Ranking:
+    async def _by_canary(self, asked: "Asked", canary: Model, view: View, challenge: Challenge) -> Made:
         """By the challenger; what is waited for it in vain counts as waiting, so that the stages are those of the version that ranks."""
         query, stages = asked.query, asked.stages
         encoded, degraded = asked.encoded(canary, view)
@@ -205,17 +201,9 @@ class Ranker:
         finally:
             stages.add(stage, began, time.perf_counter())
         stages.enter("post")
-        return self._made(asked, canary, encoded, scores, degraded, on_ranked)
+        return self._made(asked, canary, encoded, scores, degraded)
 
-    def _made(
-        self,
-        asked: "Asked",
-        model: Model,
-        encoded: Encoded,
-        scores: Numbers,
-        degraded: list[Degraded],
-        on_ranked: Callable[[Made], None],
-    ) -> Ranking:
+    def _made(self, asked: "Asked", model: Model, encoded: Encoded, scores: Numbers, degraded: list[Degraded]) -> Made:
         stages, finite = asked.stages, np.isfinite(scores)
         stages.scores = scores
         if np.count_nonzero(finite) < len(finite):
@@ -223,8 +211,7 @@ class Ranker:
         stages.degraded = [(entry.stage, entry.reason) for entry in degraded]
         scored = Scored(scores, finite)
         ranking = _ranking(asked.query, model, encoded, scored, degraded, self._random)
-        on_ranked(Made(asked.query, model, encoded, scored, ranking))
-        return ranking
+        return Made(asked.query, model, encoded, scored, ranking)
 
     async def _user(self, query: Query, stages: Stages) -> UserState | StoreError:
         """The user's state, or why the store does not give it. It is asked once, whichever version ranks in the end."""

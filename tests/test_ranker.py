@@ -87,7 +87,7 @@ class Ranked:
         query, stages = Query(user_id=user_id, ad_ids=ad_ids, bids=bids, **more), self.metrics.begin("/rank")
         stages.model = self.ranker.models.label(query.model)
         try:
-            return Rows(await self.ranker.rank(query, stages))
+            return Rows((await self.ranker.rank(query, stages)).ranking)
         finally:
             self.metrics.end(stages)
 

@@ -94,7 +94,7 @@ class World:
     """A ranker on a store in memory, with ads that changed and left, and all that it made."""
 
     def __init__(self, repository, scoring=None):
-        self.metrics, self.store, self.made = Metrics(), Stored(), []
+        self.metrics, self.store = Metrics(), Stored()
         self.models = bundles.loaded(Settings(models=repository))
         self.ranker = Ranker(self.store, self.metrics, scoring or Inline(), np.random.default_rng(1))
         self.encoder = self.models.loaded["din"].bundle.encoder
@@ -118,11 +118,11 @@ class World:
         self.cursor = await self.catalogue._step(self.cursor)
 
     async def rank(self, **query):
-        """What was made of a ranking, and what was answered."""
+        """A ranking and what it was made of."""
         asked = Query(**{"user_id": "u1", "ad_ids": ["a1", "a2"], "request_id": "r1", **query})
-        ranking = await self.ranker.rank(asked, self.metrics.begin("/rank"), self.made.append)
-        assert self.made[-1].ranking is ranking
-        return self.made.pop()
+        made = await self.ranker.rank(asked, self.metrics.begin("/rank"))
+        assert made.query is asked
+        return made
 
     def check(self, made, most=100):
         """The record, packed and unpacked: it encodes to the tensors that the model was given."""

@@ -1,19 +1,18 @@
 """The section [table] of a schema file: how a table holds the fields of its schema. Knows nothing about rows."""
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tomli_w
 
-from features.schema import IDENTITY, Schema, SchemaError, parse_schema, sampling_in
+from features.schema import IDENTITY, Schema, SchemaError, parse_schema, sampling_in, tried
 
 from .prepared import SHARES, SPLITS, DataError
 from .times import UNITS, wrong_format
 
-T = TypeVar("T")
 TEXT = (
     *("label", "user_id", "ad_id", "ts", "ts_unit", "history", "separator", "list_separator", "quote"),
     *("propensity", "position", "candidates"),
@@ -85,8 +84,8 @@ def read_schema(path: Path) -> tuple[Schema, Settings]:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"{path}: {error}") from error
     section, mistakes = document.pop("table", {}), list[str]()
-    settings = _tried(lambda: _sampled(_settings(section), document), mistakes)
-    schema = _tried(lambda: parse_schema(tomli_w.dumps(document)), mistakes)
+    settings = tried(lambda: _sampled(_settings(section), document), mistakes)
+    schema = tried(lambda: parse_schema(tomli_w.dumps(document)), mistakes)
     if schema and settings:
         mistakes += _misfits(schema, settings)
     if mistakes or not schema or not settings:
@@ -106,14 +105,6 @@ def _sampled(settings: Settings, schema: Mapping[str, object]) -> Settings:
     return replace(settings, negative_sampling=said.pop() if said else None)
 
 
-def _tried(make: Callable[[], T], mistakes: list[str]) -> T | None:
-    try:
-        return make()
-    except SchemaError as error:
-        mistakes += str(error).split("\n")
-        return None
-
-
 def _settings(entries: object) -> Settings:
     if not isinstance(entries, Mapping):
         raise SchemaError("[table] must be a section")
@@ -123,7 +114,7 @@ def _settings(entries: object) -> Settings:
     mistakes += [
         f"{name} must be a text or a list of texts, not {entries[name]!r}" for name in TOKENS if not _is_texts(entries.get(name, ""))
     ]
-    sampling = _tried(lambda: sampling_in(entries), mistakes)
+    sampling = tried(lambda: sampling_in(entries), mistakes)
     if not isinstance(entries.get("quoted_newlines", False), bool):
         mistakes.append(f"quoted_newlines must be true or false, not {entries['quoted_newlines']!r}")
     if not mistakes:
