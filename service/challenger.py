@@ -133,7 +133,7 @@ class Challenge:
         """The probabilities `(C,)` of a request's candidates, within the challenger's `max_seconds`, and within `patience` seconds.
 
         Raises:
-            LateError: it was not done by then, and goes on for nobody; or others wait for it already.
+            LateError: it was not done by then, and goes on for nobody; or others wait for it already; or it was stopped meanwhile.
             ScoringError: it failed, or gave no number for a candidate.
         """
         if len(self._runs) >= QUEUED:
@@ -142,6 +142,8 @@ class Challenge:
         run, longest = self._run(model, feeds), self.facts.bounds.max_seconds
         done = asyncio.wrap_future(run.work)
         await asyncio.wait([done], timeout=longest if patience is None else max(0.0, min(longest, patience)))
+        if done.cancelled():
+            raise LateError("the challenger was stopped before it had begun")
         if done.done():
             scores, _ = done.result()
             if not np.isfinite(scores).all():

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import re
+import threading
 import time
 
 import bundles
@@ -492,6 +493,21 @@ class TestStop:
             assert (await client.rank())["model"]["version"] == live
             challenge(models, "din", Challenger(int(other), "canary", 1.0, FEW))
             await until_version(client, other)
+
+    async def test_who_waits_for_a_canary_that_is_stopped_is_ranked_by_the_live_version(self, tmp_path, ads):
+        live, other, _ = two(tmp_path / "models")
+        bounds = Bounds(min_requests=1_000, max_seconds=30.0)
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, bounds) as client:
+            challenge, go = client.app.state.service.ranker.challenges["din"], threading.Event()
+            spoil(client, lambda scores: go.wait(90) and scores)
+            asked = [asyncio.create_task(client.rank(f"u{i}", CANDIDATES)) for i in range(3)]
+            async with asyncio.timeout(90):
+                while len(challenge._runs) < 3:
+                    await asyncio.sleep(0.01)
+            challenge.stop()
+            go.set()
+            answers = await asyncio.gather(*asked)  # none of them is cancelled with what it waited for
+        assert [answer["model"]["version"] for answer in answers[1:]] == [live, live]
 
     async def test_a_repository_that_cannot_be_written_is_said(self, tmp_path, ads, monkeypatch, caplog):
         def full(*_):
