@@ -36,7 +36,7 @@ ad_id = { kind = "category" }
 price = { kind = "number" }
 """
 HEAD = "clicked,user_id,age,ad_id,price\n"
-QUICK = ["--epochs", "1", "--set", "batch=32", "--set", "embedding=4", "--set", "hidden=8", "--set", "threads=1"]
+QUICK = ["--epochs", "1", "--set", "batch=32", "--set", "embedding=4", "--set", "hidden=8", "--set", "threads=1", "--set", "unknown_rate=0"]
 
 
 def log(rows: int = 150) -> str:

@@ -40,7 +40,7 @@ from training.weights import sampling_of
 
 KEPT = 0.1
 START = 1_763_769_600
-QUICK = {"epochs": "2", "batch": "128", "learning_rate": "0.02", "embedding_l2": "0.0001", "threads": "1"}
+QUICK = {"epochs": "2", "batch": "128", "learning_rate": "0.02", "embedding_l2": "0.0001", "threads": "1", "unknown_rate": "0"}
 LENIENT = {**QUICK, "gate": "not-worse", "log_loss_tolerance": "0.1"}
 NETWORK = {"embedding": "4", "hidden": "8", "dropout": "0.0"}
 PACKED = {f"a{i}": pack_features(small.ad_features(i)) for i in range(small.ADS)}
