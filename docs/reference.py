@@ -16,7 +16,7 @@ from service.event_wire import AdTold, Click, Conversion, Impression, UserTold
 from service.settings import PREFIX, Settings
 from service.wire import Candidate, Columns, EpsilonGreedy, Greedy, Options, PlackettLuce, RankRequest, User
 from training.compare import Gate
-from training.datasets.table_settings import Settings as TableSettings
+from training.datasets.table_settings import TableSettings
 from training.networks import NETWORKS
 from training.train import TrainSettings
 from training.window import Enough, Limits

@@ -50,7 +50,7 @@ class StoreError(RuntimeError):
         self.reason = reason
 
 
-class Room(NamedTuple):
+class StoreRoom(NamedTuple):
     """What a stream takes of the store's memory, and how much of that is used: in bytes, None where the store does not say.
 
     `most` is 0 where the store has no bound of its own.
@@ -268,7 +268,7 @@ class Store(Protocol):
         Where it fails, some or all may have been appended, and are not to be appended again.
         """
 
-    async def served_room(self) -> Room:
+    async def served_room(self) -> StoreRoom:
         """What the log of what was served takes of the store's memory."""
 
     async def ping(self) -> None:
@@ -374,9 +374,9 @@ class MemoryStore:
         self.served.extend(records)
         return len(self.served)
 
-    async def served_room(self) -> Room:
+    async def served_room(self) -> StoreRoom:
         """See `Store`."""
-        return Room(sum(map(len, self.served)))
+        return StoreRoom(sum(map(len, self.served)))
 
     async def ping(self) -> None:
         """See `Store`."""

@@ -23,7 +23,7 @@ from features.encode import Feeds
 from features.vocabulary import Numbers
 
 from .errors import ScoringError, ServiceError
-from .evidence import CHALLENGING, ERRORS, LATE, LIVE, REQUESTS, Period, Window
+from .evidence import CHALLENGING, ERRORS, LATE, LIVE, REQUESTS, EvidenceWindow, Period
 from .metrics import Metrics
 from .models import Model
 
@@ -115,7 +115,7 @@ class Challenge:
         self._metrics = metrics
         key = f"{name}.{facts.version}.{facts.mark}"
         self._told = folder / f"{key}.verdict" if folder else None
-        self._window = Window(folder=folder, key=key)
+        self._window = EvidenceWindow(folder=folder, key=key)
         self._thread: Executor | None = None
         self._runs: set[Run] = set()
         self._shadow: asyncio.Task[None] | None = None

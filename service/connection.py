@@ -26,7 +26,7 @@ SPARE_FILES = 96
 """Open files of a process that are no connections."""
 
 
-class State(ServerState):
+class ConnectionState(ServerState):
     """What the connections of a server share. `surplus` of them are to end, each with its next answer."""
 
     def __init__(self, settings: Settings) -> None:
@@ -82,10 +82,14 @@ class Joined:
 class Connection(OneAtATime):
     """A connection that tells its client `Connection: close` when there are too many, so that no request meets a closed socket."""
 
-    server_state: State
+    server_state: ConnectionState
 
     def __init__(
-        self, config: uvicorn.Config, server_state: State, app_state: dict[str, Any], _loop: asyncio.AbstractEventLoop | None = None
+        self,
+        config: uvicorn.Config,
+        server_state: ConnectionState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.settings = server_state.settings

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from features.events import JOINED, pack_event
-from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, STATE_BYTES, Room, StoreError
+from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, STATE_BYTES, StoreError, StoreRoom
 from features.streams import EVENTS, FIELD
 from features.subject import REPLACED, Change, Outcome, Subject, together
 
@@ -110,10 +110,10 @@ LOOK_SECONDS = 1.0
 """How often it is asked what a stream takes of memory."""
 
 
-async def room_of(route: Route, stream: str) -> Room:
+async def room_of(route: Route, stream: str) -> StoreRoom:
     """What a stream takes of the memory of the server that has it; raises as the route does."""
     size, used, most = await route.ask(b"EVAL", ROOM, b"1", stream)
-    return Room(None if size < 0 else int(size), None if used < 0 else int(used), int(most))
+    return StoreRoom(None if size < 0 else int(size), None if used < 0 else int(used), int(most))
 
 
 UNTOLD = Bounds()

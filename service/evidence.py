@@ -65,7 +65,7 @@ def bin_of(seconds: float) -> int:
     return min(BINS - 1, max(0, math.ceil(math.log(max(seconds, FASTEST) / FASTEST, STEP))))
 
 
-class Window:
+class EvidenceWindow:
     """The last ten minutes of one challenger."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, folder: Path | None = None, key: str = "") -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from features.encode import Features
 from features.served import Served, pack_served
-from features.state import Room, Store, StoreError
+from features.state import Store, StoreError, StoreRoom
 from features.streams import SERVED
 
 from .logs import where
@@ -126,7 +126,7 @@ class ServedLog:
         self._some = asyncio.Event()
         self._full, self._why = "", ""
         """What becomes of new records while the store has no room for them, and a sentence about it; empty while it has."""
-        self._room, self._looked = Room(), -LOOK_SECONDS
+        self._room, self._looked = StoreRoom(), -LOOK_SECONDS
         self._since = self._appended = self._appended_records = 0
         """Bytes appended since it was looked, and all that were appended, in bytes and records."""
         self._closing = False

@@ -14,7 +14,7 @@ from types import FrameType
 
 import uvicorn
 
-from .connection import Connection, State
+from .connection import Connection, ConnectionState
 from .listen import unlisten
 from .settings import Settings
 
@@ -32,7 +32,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
         self._farewell = settings.farewell_seconds
-        self.server_state: State = State(settings)
+        self.server_state: ConnectionState = ConnectionState(settings)
         self._adopting: set[asyncio.Task[None]] = set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

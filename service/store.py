@@ -22,9 +22,9 @@ from features.state import (
     STATE_BYTES,
     Ad,
     ChangesLostError,
-    Room,
     StateError,
     StoreError,
+    StoreRoom,
     UserState,
     pack_ad,
     pack_user,
@@ -276,7 +276,7 @@ class RedisStore:
             raise told(error, APPEND_SECONDS) from error
         return int(replies[-1])
 
-    async def served_room(self) -> Room:
+    async def served_room(self) -> StoreRoom:
         """See `Store`."""
         async with answering(APPEND_SECONDS):
             return await room_of(self._served, SERVED)

@@ -31,7 +31,7 @@ from features.state import UserState
 from service import challenger as at_work
 from service import reload
 from service.challenger import at_least, hopeless, judge
-from service.evidence import CHALLENGING, LATE, LIVE, SLOT_SECONDS, SLOTS, Window
+from service.evidence import CHALLENGING, LATE, LIVE, SLOT_SECONDS, SLOTS, EvidenceWindow
 from service.settings import Settings
 from tests.test_cli import refused, run
 
@@ -583,7 +583,7 @@ class TestJudge:
 
     def window(self):
         self.now = 0.0
-        return Window(lambda: self.now)
+        return EvidenceWindow(lambda: self.now)
 
     def filled(self, live=(1000, 0.001, 0.1), own=(1000, 0.001, 0.1), errors=0):
         window = self.window()
@@ -687,8 +687,8 @@ class TestJudge:
 
     def test_workers_see_what_the_others_saw(self, tmp_path):
         self.now = 1000.0
-        windows = [Window(lambda: self.now, tmp_path, "din.7.x") for _ in range(3)]
-        other = Window(lambda: self.now, tmp_path, "din.7.y")
+        windows = [EvidenceWindow(lambda: self.now, tmp_path, "din.7.x") for _ in range(3)]
+        other = EvidenceWindow(lambda: self.now, tmp_path, "din.7.y")
         for window in (*windows, other):
             for _ in range(10):
                 window.scored(LIVE, 0.001, 0.2)
@@ -706,11 +706,11 @@ class TestJudge:
         assert windows[1].all().scored(LIVE) == 0
 
     def test_a_folder_that_cannot_be_written_leaves_each_to_itself(self, tmp_path):
-        window = Window(folder=tmp_path / "none", key="x")
+        window = EvidenceWindow(folder=tmp_path / "none", key="x")
         window.failed()
         assert window.all().count(CHALLENGING, at_work.ERRORS) == 1
         (tmp_path / "x.1.1.evidence").write_bytes(b"half")
-        window = Window(folder=tmp_path, key="x")
+        window = EvidenceWindow(folder=tmp_path, key="x")
         window.failed()
         assert window.all().count(CHALLENGING, at_work.ERRORS) == 1
 

@@ -61,7 +61,7 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
 def test_every_entry_of_the_documentation_is_one_and_none_is_left_out() -> None:
     text = (ROOT / "docs" / "data.md").read_text("utf-8")
     named = {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
-    assert named == set(csv_table.Settings.__dataclass_fields__)
+    assert named == set(csv_table.TableSettings.__dataclass_fields__)
     assert all(f"    {name} = " in csv_table.__doc__ for name in named)
 
 

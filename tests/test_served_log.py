@@ -16,7 +16,7 @@ from processes import fill, serving, workers_of
 from redis_servers import client_of
 
 from features.served import pack_served, unpack_served
-from features.state import Ad, MemoryStore, Room, StoreError, UserState, unpack_features
+from features.state import Ad, MemoryStore, StoreError, StoreRoom, UserState, unpack_features
 from features.streams import SERVED
 from service import served as module
 from service.catalogue import Catalogue
@@ -368,9 +368,9 @@ async def test_a_full_log_takes_no_more_until_someone_takes_from_it(log):
 @pytest.mark.parametrize(
     ("room", "result", "said"),
     [
-        (Room(2**20), "dropped_backlog", "MB wait in adrank:served"),
-        (Room(None, 900, 1000), "dropped_memory", "what is left is for events: raise maxmemory"),
-        (Room(10, 800, 1000), "dropped_memory", "(maxmemory)"),
+        (StoreRoom(2**20), "dropped_backlog", "MB wait in adrank:served"),
+        (StoreRoom(None, 900, 1000), "dropped_memory", "what is left is for events: raise maxmemory"),
+        (StoreRoom(10, 800, 1000), "dropped_memory", "(maxmemory)"),
     ],
 )
 async def test_a_log_that_takes_too_much_of_the_store_is_full(log, room, result, said, monkeypatch):
@@ -386,7 +386,7 @@ async def test_a_log_that_takes_too_much_of_the_store_is_full(log, room, result,
     assert log.counts == {"written": 1, result: 2}
     assert log.log.told()["status"] == "full"
     assert said in log.log.told()["detail"]
-    log.store.room = Room(10, 700, 1000)
+    log.store.room = StoreRoom(10, 700, 1000)
     async with asyncio.timeout(90):
         while log.log._full:
             await asyncio.sleep(0.005)
@@ -397,7 +397,7 @@ async def test_a_log_that_takes_too_much_of_the_store_is_full(log, room, result,
 async def test_what_is_appended_between_two_looks_counts_and_a_store_that_does_not_say_is_estimated(log, monkeypatch):
     monkeypatch.setattr(module, "LOOK_SECONDS", 1000.0)
     log = log(log_kept_bytes=2**20)
-    log.store.room = Room(2**20 - 100)
+    log.store.room = StoreRoom(2**20 - 100)
     log.put(1)
     await log.until(written=1)
     assert log.log.told()["status"] == "open"
@@ -407,7 +407,7 @@ async def test_what_is_appended_between_two_looks_counts_and_a_store_that_does_n
     while not log.log._full:
         await asyncio.sleep(0.005)
     blind = log.log
-    blind._room, blind._since = Room(), 0
+    blind._room, blind._since = StoreRoom(), 0
     size = blind._appended / blind._appended_records
     await blind._see_room(int(2**20 / size) - 1)
     assert not blind._full

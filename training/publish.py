@@ -23,7 +23,7 @@ PROMOTIONS = ("gate", "always", "if-better", "never")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateVerdict:
     """What came of a training, and whether its version is live."""
 
     trained: Trained
@@ -39,7 +39,7 @@ class Verdict:
 
 def train_and_publish(
     data: Prepared, family: str, models: Path, name: str, given: Mapping[str, str], progress: Progress, promote: str = "always"
-) -> tuple[Path, Verdict]:
+) -> tuple[Path, GateVerdict]:
     """Train a network with the settings `given` as texts, and publish it; the bundle's folder, and whether it is live.
 
     A version that is not fit to be live is published all the same: it can be looked at, and promoted.
@@ -66,7 +66,7 @@ def train_and_publish(
     live = promote == "always" or (promote != "never" and not reasons)
     path = publish(models, name, files, {**facts, "gate": {"promote": promote, "reasons": reasons, **told}}, make_current=live)
     progress.update(task, completed=1)
-    return path, Verdict(trained, live, reasons if promote != "never" else [])
+    return path, GateVerdict(trained, live, reasons if promote != "never" else [])
 
 
 def _live(models: Path, name: str) -> Bundle | None:

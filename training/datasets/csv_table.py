@@ -40,7 +40,7 @@ from .history import Past
 from .plausible import Doubts, look_through, silent_doubts
 from .prepared import SPLITS, Progress, by_order, silent, write_splits, write_table, write_tables, writing
 from .table_log import INSTANT, SPLIT, read_log
-from .table_settings import Settings, read_schema
+from .table_settings import TableSettings, read_schema
 
 
 def prepare(source: Path, out: Path, schema_file: Path, progress: Progress = silent, doubts: Doubts = silent_doubts) -> dict[str, int]:
@@ -79,14 +79,14 @@ def _in_order(log: pl.DataFrame) -> tuple[pl.DataFrame, Ids | None]:
     return log.drop(INSTANT)[order], instants[order]
 
 
-def _past(log: pl.DataFrame, instants: Ids | None, schema: Schema, settings: Settings) -> Past | None:
+def _past(log: pl.DataFrame, instants: Ids | None, schema: Schema, settings: TableSettings) -> Past | None:
     if not schema.history_length or settings.history:
         return None
     before = None if instants is None else np.searchsorted(instants, instants)
     return Past(log, schema.history_length, before)
 
 
-def _splits(log: pl.DataFrame, settings: Settings) -> tuple[Ids, dict[str, range]]:
+def _splits(log: pl.DataFrame, settings: TableSettings) -> tuple[Ids, dict[str, range]]:
     """The rows in the order in which they are written, and which of those belong to each split."""
     if not isinstance(settings.split, str):
         return np.arange(len(log)), by_order(len(log), settings.split)

@@ -12,7 +12,7 @@ from features.schema import Field, Schema
 from features.vocabulary import Ids
 
 from .prepared import DataError
-from .table_settings import Settings
+from .table_settings import TableSettings
 from .times import SECOND, plausible
 
 Doubts = Callable[[str], None]
@@ -41,7 +41,7 @@ def silent_doubts(_doubt: str) -> None:
     """The doubts about a table that nobody reads."""
 
 
-def look_through(log: pl.DataFrame, instants: Ids | None, schema: Schema, settings: Settings) -> Iterator[str]:
+def look_through(log: pl.DataFrame, instants: Ids | None, schema: Schema, settings: TableSettings) -> Iterator[str]:
     """Every doubt about the rows of a log, with times in microseconds.
 
     Raises:
@@ -123,7 +123,7 @@ def _padded_lists(column: pl.Series, field: Field) -> Iterator[str]:
         yield f"{told}; if that fills them up, say missing_values = {_listed([value])} in [{field.path}]"
 
 
-def _padded_histories(log: pl.DataFrame, settings: Settings) -> Iterator[str]:
+def _padded_histories(log: pl.DataFrame, settings: TableSettings) -> Iterator[str]:
     histories = log["history"].filter(log["history"].list.len() > 0)
     if histories.is_empty():
         return

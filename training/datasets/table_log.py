@@ -15,7 +15,7 @@ from features.schema import IDENTITY, Field, Schema
 from .prepared import SPLITS, DataError
 from .rows import CURE, Dialect
 from .source import RowError, Table
-from .table_settings import Settings
+from .table_settings import TableSettings
 from .tables import read_tables
 from .times import SECOND
 
@@ -24,7 +24,7 @@ INSTANT, SPLIT = "\x1finstant", "\x1fsplit"
 LARGEST_POSITION = 100_000
 
 
-def read_log(source: Path, schema: Schema, settings: Settings, read: Callable[[int], None]) -> pl.DataFrame:
+def read_log(source: Path, schema: Schema, settings: TableSettings, read: Callable[[int], None]) -> pl.DataFrame:
     """The columns of the splits, but for a history that is built from them; `read` is told how many rows there are so far.
 
     Raises:
@@ -43,13 +43,13 @@ def read_log(source: Path, schema: Schema, settings: Settings, read: Callable[[i
     return pl.concat(parts)
 
 
-def _columns(schema: Schema, settings: Settings) -> dict[str, str]:
+def _columns(schema: Schema, settings: TableSettings) -> dict[str, str]:
     """The source's column of every feature, by path."""
     features = [feature for feature in schema.fields if feature.name not in IDENTITY.values()]
     return {feature.path: settings.columns.get(feature.path, feature.name) for feature in features}
 
 
-def _log(table: Table, schema: Schema, settings: Settings) -> pl.DataFrame:
+def _log(table: Table, schema: Schema, settings: TableSettings) -> pl.DataFrame:
     columns: dict[str, Callable[[], pl.Series]] = {
         "label": lambda: table.labels(settings.label),
         "user_id": lambda: _users(table, settings),
@@ -83,7 +83,7 @@ def _all_or_mistakes(columns: Mapping[str, Callable[[], pl.Series]]) -> dict[str
     return read
 
 
-def _users(table: Table, settings: Settings) -> pl.Series:
+def _users(table: Table, settings: TableSettings) -> pl.Series:
     return without(table.text(settings.user_id), settings.nobodies).fill_null("") if settings.user_id else _nobody(table)
 
 
@@ -91,7 +91,7 @@ def _nobody(table: Table) -> pl.Series:
     return pl.repeat("", len(table), dtype=pl.String, eager=True)
 
 
-def _ads(table: Table, settings: Settings) -> pl.Series:
+def _ads(table: Table, settings: TableSettings) -> pl.Series:
     if not settings.ad_id:
         return _nobody(table)
     ads = without(table.required(settings.ad_id), settings.missing or ())
@@ -99,7 +99,7 @@ def _ads(table: Table, settings: Settings) -> pl.Series:
     return ads
 
 
-def _values(table: Table, feature: Field, column: str, settings: Settings) -> pl.Series:
+def _values(table: Table, feature: Field, column: str, settings: TableSettings) -> pl.Series:
     if feature.kind == "list":
         return without_elements(table.lists(column, settings.list_separator), feature.missing_values)
     if feature.kind == "category":
@@ -125,13 +125,13 @@ def without_elements(lists: pl.Series, tokens: tuple[str, ...]) -> pl.Series:
     return lists.list.eval(pl.element().filter(~pl.element().is_in(tokens))) if tokens else lists
 
 
-def _given_history(table: Table, schema: Schema, settings: Settings) -> pl.Series:
+def _given_history(table: Table, schema: Schema, settings: TableSettings) -> pl.Series:
     """The newest behaviours, once what fills up a history is out of it."""
     given = without_elements(table.lists(settings.history, settings.list_separator), schema.history_padding)
     return given.list.drop_nulls().list.tail(schema.history_length).to_frame("h").select(pl.col("h").fill_null([]))["h"]
 
 
-def _of_the_policy(table: Table, settings: Settings) -> dict[str, Callable[[], pl.Series]]:
+def _of_the_policy(table: Table, settings: TableSettings) -> dict[str, Callable[[], pl.Series]]:
     """What replay needs: the propensity of each row's ad, perhaps its position, and the ads that could have been shown in its place."""
     columns: dict[str, Callable[[], pl.Series]] = {"propensity": lambda: propensities(table, settings.propensity)}
     if settings.position:
@@ -148,7 +148,7 @@ def propensities(table: Table, name: str) -> pl.Series:
     return values
 
 
-def _candidates(table: Table, settings: Settings) -> pl.Series:
+def _candidates(table: Table, settings: TableSettings) -> pl.Series:
     lists = without_elements(table.lists(settings.candidates, settings.list_separator), settings.missing or ()).list.drop_nulls()
     rows = pl.DataFrame({"offered": lists, "ad": table.required(settings.ad_id)})
     wrong = rows.select(

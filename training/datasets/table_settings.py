@@ -21,7 +21,7 @@ TOKENS = ("ts_format", "missing", "nobody", "padding")
 
 
 @dataclass(frozen=True)
-class Settings:
+class TableSettings:
     """The section [table] of a schema file. Of `missing`, `nobody` and `padding`, None is: not said."""
 
     label: str = "label"
@@ -71,7 +71,7 @@ class Settings:
         return tuple(dict.fromkeys((*(self.nobody or ()), *(self.missing or ()))))
 
 
-def read_schema(path: Path) -> tuple[Schema, Settings]:
+def read_schema(path: Path) -> tuple[Schema, TableSettings]:
     """A schema file: the schema, and how the table holds it.
 
     Raises:
@@ -93,7 +93,7 @@ def read_schema(path: Path) -> tuple[Schema, Settings]:
     return _with_tokens(schema, settings), settings
 
 
-def _sampled(settings: Settings, schema: Mapping[str, object]) -> Settings:
+def _sampled(settings: TableSettings, schema: Mapping[str, object]) -> TableSettings:
     """The settings, with a `negative_sampling` that stands above all sections, as schema files had it before [table] could say it."""
     try:
         at_the_top = sampling_in(schema)
@@ -105,10 +105,10 @@ def _sampled(settings: Settings, schema: Mapping[str, object]) -> Settings:
     return replace(settings, negative_sampling=said.pop() if said else None)
 
 
-def _settings(entries: object) -> Settings:
+def _settings(entries: object) -> TableSettings:
     if not isinstance(entries, Mapping):
         raise SchemaError("[table] must be a section")
-    known = {entry.name for entry in fields(Settings)}
+    known = {entry.name for entry in fields(TableSettings)}
     mistakes = [_unknown(entries, known)] if set(entries) - known else []
     mistakes += [f"{name} must be text, not {entries[name]!r}" for name in TEXT if not isinstance(entries.get(name, ""), str)]
     mistakes += [
@@ -119,7 +119,7 @@ def _settings(entries: object) -> Settings:
         mistakes.append(f"quoted_newlines must be true or false, not {entries['quoted_newlines']!r}")
     if not mistakes:
         listed = {name: (value,) if isinstance(value := entries[name], str) else tuple(value) for name in TOKENS if name in entries}
-        settings = Settings(**{**entries, **listed, "negative_sampling": sampling})
+        settings = TableSettings(**{**entries, **listed, "negative_sampling": sampling})
         mistakes = _impossible(settings)
         if not mistakes:
             return settings
@@ -134,7 +134,7 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
 
 
-def _impossible(settings: Settings) -> list[str]:
+def _impossible(settings: TableSettings) -> list[str]:
     """What cannot be, whatever the schema is."""
     mistakes = []
     if not _is_split(settings.split):
@@ -163,7 +163,7 @@ def _is_split(split: object) -> bool:
     return split == shares and len(shares) == len(SPLITS) and abs(sum(shares) - 1) <= 1e-6
 
 
-def _misfits(schema: Schema, settings: Settings) -> list[str]:
+def _misfits(schema: Schema, settings: TableSettings) -> list[str]:
     """What does not fit the schema."""
     paths = {feature.path for feature in schema.fields}
     mistakes = _misnamed(paths, settings)
@@ -181,7 +181,7 @@ def _misfits(schema: Schema, settings: Settings) -> list[str]:
     return [f"[table]: {mistake}" for mistake in mistakes]
 
 
-def _misnamed(paths: set[str], settings: Settings) -> list[str]:
+def _misnamed(paths: set[str], settings: TableSettings) -> list[str]:
     columns = settings.columns
     if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns.values()):
         return ['columns must name columns by field, such as { "ad.genres" = "genre_list" }']
@@ -191,7 +191,7 @@ def _misnamed(paths: set[str], settings: Settings) -> list[str]:
     return mistakes + ([f"columns names {absent}, which are no fields; fields are {sorted(paths)}"] if absent else [])
 
 
-def _with_tokens(schema: Schema, settings: Settings) -> Schema:
+def _with_tokens(schema: Schema, settings: TableSettings) -> Schema:
     """The schema with what means missing, nobody and padding, so that a request is read as the table is."""
     tokens = settings.missing or ()
     told = tuple(
