@@ -64,8 +64,6 @@ class Hiding:
         if not history.ids.shape[-1]:  # a schema without a history
             return history
         assert history.rows is not None  # noqa: S101  # `Rows.batch` has them
-        if not history.ids.shape[-1]:  # the schema has no history
-            return history
         past, rows = self.rows.strangers.behaviour, history.rows.numpy()
         ids = torch.cat([history.ids, torch.from_numpy(past.ids), torch.zeros_like(history.ids[:1])])
         numbers = torch.cat([history.numbers, torch.from_numpy(past.numbers), torch.zeros_like(history.numbers[:1])])
