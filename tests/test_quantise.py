@@ -97,7 +97,9 @@ def test_int8_goldens_are_those_of_the_int8_graph(published: tuple[Prepared, Tra
 
 def test_a_graph_that_fails_its_gate_is_not_published(published: tuple[Prepared, Trained, Path], monkeypatch, tmp_path: Path) -> None:
     data, model, _ = published
-    monkeypatch.setattr(export, "quantised", lambda _graph, _requests: to_onnx(Served(model.network, Calibration(3.0), data.schema).eval()))
+    monkeypatch.setattr(
+        export, "quantised", lambda _graph, _requests: to_onnx(Served(model.network, Calibration(3.0, 3.0), data.schema).eval())
+    )
     bundle = load_bundle(export.export(data, model, tmp_path, "m", small.quiet()))
     assert INT8_MODEL not in bundle.manifest["files"]
     assert "log_loss moves by" in bundle.manifest["int8"]["refused"]
