@@ -96,10 +96,14 @@ def network(family: str, text: str = SCHEMA, seed: int = 0, **settings: Any) -> 
     """A tiny network with random weights that matter: embeddings as large as the rest, batch statistics off their start."""
     torch.manual_seed(seed)
     defaults = NETWORK_SETTINGS[family]
-    built = NETWORKS[family](Fields.of(schema(text), vocabularies(text)), type(defaults)(**{**vars(defaults), **settings}))
+    return scrambled(NETWORKS[family](Fields.of(schema(text), vocabularies(text)), type(defaults)(**{**vars(defaults), **settings})))
+
+
+def scrambled(built: torch.nn.Module, deviation: float = 0.5) -> torch.nn.Module:
+    """The network with such weights, as it is served."""
     with torch.no_grad():
         for parameter in built.parameters():
-            parameter.normal_(std=0.5)
+            parameter.normal_(std=deviation)
         for name, buffer in built.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(std=0.3)

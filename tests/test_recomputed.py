@@ -4,6 +4,7 @@ import csv
 import json
 import tomllib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ ADS: dict[str, dict[str, Any]] = {
     "a2": {"genre": "drama", "tags": [], "price": -2.5},
 }
 HISTORY = ["a2", "a5", "a2"]
+Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Naive:
-    """A DeepFM of a bundle, read from its files and worked out in float64, value by value."""
+    """The weights and fields of a bundle, read from its files and worked out in float64, value by value."""
 
     def __init__(self, bundle: Path) -> None:
         self.weights = {name: value.astype(np.float64) for name, value in np.load(bundle / "weights.npz").items()}
@@ -45,7 +47,7 @@ class Naive:
         for name in sorted(sizes):
             self.start[name], row = row, row + sizes[name] + 1  # unknown, then the values
 
-    def vector(self, table: str, name: str, field: dict[str, Any], value: Any) -> np.ndarray[Any, Any]:
+    def vector(self, table: str, name: str, field: dict[str, Any], value: Any) -> Vector:
         """Of a category or a list."""
         vocabulary = field.get("vocabulary", name)
         rows = []
@@ -56,59 +58,98 @@ class Naive:
             rows = [self.start[vocabulary]] if field.get("missing") == "unknown" else [0]
         return self.weights[f"{table}.table.weight"][rows].mean(0)
 
-    def part(self, table: str, part: str, fields: list[tuple[str, dict[str, Any]]], values: dict[str, Any], path: str) -> list[Any]:
-        """The vectors of a part's fields: the categories and lists, then the numbers."""
-        found = [self.vector(table, name, field, values.get(name)) for name, field in fields if field["kind"] != "number"]
+    def part(self, table: str, part: str, values: dict[str, Any]) -> dict[str, Vector]:
+        """The vectors of a part's fields by name: the categories and lists, then the numbers."""
+        names = self.schema["history"]["fields"] if part == "history" else None
+        sides = ("user", "context") if part == "user" else ("ad",)
+        fields = [(s, n, self.schema[s][n]) for s in sides for n in names or self.schema[s]]
+        found = {name: self.vector(table, name, field, values.get(name)) for _, name, field in fields if field["kind"] != "number"}
         scales = iter(self.weights[f"{table}.scales.{part}"])
-        for name, field in fields:
+        for side, name, field in fields:
             if field["kind"] == "number":
                 number = float(values.get(name, field.get("missing", 0)))
                 if field.get("transform") == "log":
                     number = np.sign(number) * np.log1p(abs(number))
                 elif field.get("transform") == "standard":
-                    mean, deviation = self.moments[f"{path}.{name}"][:2]
+                    mean, deviation = self.moments[f"{side}.{name}"][:2]
                     number = (number - mean) / deviation
-                found.append(next(scales) * number)
+                found[name] = next(scales) * number
         return found
 
-    def p_click(self, user: dict[str, Any], context: dict[str, Any], history: list[dict[str, Any]], ad: dict[str, Any]) -> float:
-        fields = {side: list(self.schema[side].items()) for side in ("user", "context", "ad")}
-        past = [(name, self.schema["ad"][name]) for name in self.schema["history"]["fields"]]
+    def linear(self, name: str, x: Vector) -> Vector:
+        return self.weights[f"{name}.weight"] @ x + self.weights[f"{name}.bias"]
 
-        def vectors(table: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-            request = self.part(table, "user", [*fields["user"], *fields["context"]], {**user, **context}, "user")
-            request += list(np.mean([self.part(table, "history", past, each, "ad") for each in history], 0))
-            return np.array(request), np.array(self.part(table, "ad", fields["ad"], ad, "ad"))
+    def normalised(self, name: str, x: Vector, eps: float = 1e-5) -> Vector:
+        """By the statistics of the training."""
+        return (x - self.weights[f"{name}.running_mean"]) / np.sqrt(self.weights[f"{name}.running_var"] + eps)
 
-        w, both = self.weights, np.concatenate(vectors("second"))
-        pairs = sum(both[i] @ both[j] for i in range(len(both)) for j in range(i))
-        hidden = w["tower.first.weight"] @ both.flatten() + w["tower.first.bias"]
-        norm = [w[f"tower.rest.0.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
-        hidden = np.maximum((hidden - norm[0]) / np.sqrt(norm[1] + 1e-5) * norm[2] + norm[3], 0)
-        deep = w["tower.rest.2.weight"] @ hidden + w["tower.rest.2.bias"]
-        logit = float(np.concatenate(vectors("first")).sum() + pairs + deep[0] + w["bias"][0])
+    def batch_norm(self, name: str, x: Vector) -> Vector:
+        return self.normalised(name, x) * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def dice(self, name: str, x: Vector) -> Vector:
+        """DIN, eq. 3."""
+        p, alpha = sigmoid(self.normalised(f"{name}.norm", x, 1e-8)), self.weights[f"{name}.alpha"]
+        return p * x + (1 - p) * alpha * x
+
+    def p_click(self, logit: float) -> float:
         c = self.calibration
-        return 1 / (1 + np.exp(-(c["scale"] * logit + c["shift"] + c["sampling"])))
+        return float(sigmoid(c["scale"] * logit + c["shift"] + c["sampling"]))
 
 
-def test_p_click_of_a_bundle_is_what_numpy_makes_of_its_weights(tmp_path: Path) -> None:
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + np.exp(-x))
+
+
+def deepfm(naive: Naive, user: dict[str, Any], history: list[dict[str, Any]], ad: dict[str, Any]) -> float:
+    """Its logit of one candidate, pair by pair."""
+
+    def vectors(table: str) -> Vector:
+        past = [list(naive.part(table, "history", each).values()) for each in history]
+        return np.array([*naive.part(table, "user", user).values(), *np.mean(past, 0), *naive.part(table, "ad", ad).values()])
+
+    both = vectors("second")
+    pairs = sum(both[i] @ both[j] for i in range(len(both)) for j in range(i))
+    hidden = np.maximum(naive.batch_norm("tower.rest.0", naive.linear("tower.first", both.flatten())), 0)
+    return float(vectors("first").sum() + pairs + naive.linear("tower.rest.2", hidden)[0] + naive.weights["bias"][0])
+
+
+def din(naive: Naive, user: dict[str, Any], history: list[dict[str, Any]], ad: dict[str, Any]) -> float:
+    """Its logit of one candidate, behaviour by behaviour."""
+    shown = naive.part("embed", "ad", ad)
+    interest = np.zeros(0)
+    for each in history:
+        past = naive.part("embed", "history", each)
+        q, k = (np.concatenate([side[name] for name in past]) for side in (shown, past))
+        hidden = naive.dice("attention.rest.0", naive.linear("attention.first", np.concatenate([q, k, q - k, q * k])))
+        weighed = naive.linear("attention.rest.1", hidden) * k
+        interest = interest + weighed if len(interest) else weighed
+    request = naive.batch_norm("tower.norms.0", np.concatenate(list(naive.part("embed", "user", user).values())))
+    candidate = naive.batch_norm("tower.norms.1", np.concatenate([interest, *shown.values()]))
+    hidden = naive.dice("tower.rest.0", naive.linear("tower.first", np.concatenate([request, candidate])))
+    return float(naive.linear("tower.rest.1", hidden)[0])
+
+
+@pytest.mark.parametrize(("logit", "deviation"), [(deepfm, 0.2), (din, 0.5)])
+def test_p_click_of_a_bundle_is_what_numpy_makes_of_its_weights(logit: Callable[..., float], deviation: float, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     data = small.data_set(tmp_path / "data")
     text = (data.folder / "schema.toml").read_text().replace("buckets = 50\n", "")  # whose hash would be recomputed by itself
     (data.folder / "schema.toml").write_text(text)
     data = open_prepared(data.folder)
-    bundle = load_bundle(export(data, small.quick(data, epochs=1), tmp_path / "models", "deepfm", small.quiet()))
+    trained = small.quick(data, logit.__name__, epochs=1)
+    small.scrambled(trained.network, deviation)  # hardly trained, some weights are next to nothing
+    bundle = load_bundle(export(data, trained, tmp_path / "models", "m", small.quiet()))
     table = AdTable(bundle.encoder)
     for ad_id, features in ADS.items():
         table.put([ad_id], bundle.encoder.encode_one("ad", features, ad_id))
     feeds, _ = encode_request(table, Request("u7", USER, {"slot": "feed"}, HISTORY, list(ADS)))
     served = onnxruntime.InferenceSession(str(bundle.path / "model.onnx")).run(None, feeds)[0][0]
-    naive = Naive(bundle.path)
-    named = {ad_id: {"ad_id": ad_id, **features} for ad_id, features in ADS.items()}
-    user = {"user_id": "u7", **USER}
-    for ad_id, p in zip(ADS, served.tolist(), strict=True):
-        assert p == pytest.approx(naive.p_click(user, {"slot": "feed"}, [named[each] for each in HISTORY], named[ad_id]), rel=1e-5)
-    assert len(set(served.tolist())) == 2
+    naive, named = Naive(bundle.path), {ad_id: {"ad_id": ad_id, **features} for ad_id, features in ADS.items()}
+    user = {"user_id": "u7", **USER, "slot": "feed"}
+    expected = [naive.p_click(logit(naive, user, [named[each] for each in HISTORY], named[ad_id])) for ad_id in ADS]
+    assert served.tolist() == pytest.approx(expected, rel=1e-5)
+    assert abs(expected[0] - expected[1]) > 0.01, expected
+    assert 0.01 < min(expected) < max(expected) < 0.99, expected
 
 
 def test_a_network_without_a_history_can_be_trained(tmp_path: Path) -> None:
