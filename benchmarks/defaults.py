@@ -32,7 +32,7 @@ from training.datasets.encoded import Rows, encode_split, joined, learn_vocabula
 from training.datasets.prepared import SPLITS, Prepared, by_order, column_of, open_prepared
 from training.evaluate import auc
 from training.networks import NETWORKS
-from training.networks.blocks import Fields
+from training.networks.contract import Fields
 from training.progress import progress_bar
 from training.train import TrainSettings, deterministic, fit_network, overridden, predict
 

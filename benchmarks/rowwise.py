@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from features.encode import Feeds
 from training.export import Served, exported, random_feeds
-from training.networks.blocks import BatchNorm, Dice, Embeddings, Tower
 from training.networks.deepfm import DeepFM
 from training.networks.din import DIN
+from training.networks.embeddings import Embeddings
+from training.networks.layers import BatchNorm, Dice, Tower
 
 
 class Table(nn.Module):

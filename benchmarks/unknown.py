@@ -27,7 +27,7 @@ from features.encode import Block
 from training.datasets.encoded import Rows, Strangers, ad_table
 from training.datasets.prepared import Prepared, open_prepared
 from training.networks import NETWORKS
-from training.networks.blocks import Part
+from training.networks.contract import CLICK, Part, RequestTensors
 from training.progress import progress_bar
 from training.world import make_world
 from training.world import write_log as write_world
@@ -60,12 +60,12 @@ def _scored(network: Any, test: Rows, rows: Any, others: Block) -> Any:
     made_up = test.strangers.ad.take(np.zeros((len(rows), 1), np.int64))
     ids, numbers = np.concatenate([made_up.ids, others.ids], 1), np.concatenate([made_up.numbers, others.numbers], 1)
     with torch.no_grad():
-        return network(user, history, Part(torch.from_numpy(ids), torch.from_numpy(numbers))).numpy()
+        return network(RequestTensors(user, history, Part(torch.from_numpy(ids), torch.from_numpy(numbers))))[CLICK].numpy()
 
 
 def _rowwise(network: Any, rows: Rows, chosen: Any) -> Any:
     with torch.no_grad():
-        return network(*rows.batch(chosen)).numpy()
+        return network(rows.batch(chosen))[CLICK].numpy()
 
 
 def _unknown_users(rows: Rows, strangers: Strangers) -> Rows:

@@ -22,9 +22,10 @@ from features.schema import Schema, parse_schema
 from training.calibrate import Calibration
 from training.export import Served, random_feeds, score, to_onnx
 from training.networks import NETWORKS
-from training.networks.blocks import Dice, Fields
+from training.networks.contract import Fields
 from training.networks.deepfm import DeepFMSettings
 from training.networks.din import DINSettings
+from training.networks.layers import Dice
 from training.quantise import quantised
 
 from .population import Population
@@ -168,7 +169,7 @@ def make(yardstick: Yardstick, seed: int = 1) -> Served:
     """The network with its random weights and the calibration that spreads its probabilities."""
     torch.manual_seed(seed)
     schema, sizes = yardstick.population.schema, yardstick.population.heights
-    network = NETWORKS[yardstick.family](Fields(schema.layouts, sizes), yardstick.settings)  # type: ignore[arg-type]
+    network = NETWORKS[yardstick.family](Fields(schema.layouts, sizes), yardstick.settings)
     _randomise(network)
     _settle(network, schema, sizes)
     plain = Served(network.eval(), Calibration(), schema).eval()

@@ -16,7 +16,7 @@ from features.vocabulary import Vocabularies, Vocabulary, parse_vocabularies
 from training.datasets.prepared import Prepared, open_prepared
 from training.export import random_feeds
 from training.networks import NETWORKS
-from training.networks.blocks import Fields, Part
+from training.networks.contract import CLICK, Fields, Network, Part, RequestTensors
 from training.networks.deepfm import DeepFMSettings
 from training.networks.din import DINSettings
 from training.train import Trained, TrainSettings, train
@@ -92,7 +92,7 @@ def ad_features(i: int) -> Features:
     return {} if i == 0 else features
 
 
-def network(family: str, text: str = SCHEMA, seed: int = 0, **settings: Any) -> torch.nn.Module:
+def network(family: str, text: str = SCHEMA, seed: int = 0, **settings: Any) -> Network:
     """A tiny network with random weights that matter: embeddings as large as the rest, batch statistics off their start."""
     torch.manual_seed(seed)
     defaults = NETWORK_SETTINGS[family]
@@ -113,6 +113,12 @@ def scrambled(built: torch.nn.Module, deviation: float = 0.5) -> torch.nn.Module
             if name.endswith("table.weight"):
                 parameter[0].zero_()
     return built.eval()
+
+
+def click(network: torch.nn.Module, user: Part, history: Part, ad: Part) -> torch.Tensor:
+    """Logits `(R, C)` of a click."""
+    logits: torch.Tensor = network(RequestTensors(user, history, ad))[CLICK]
+    return logits
 
 
 def data_set(folder: Path, rows: Sequence[int] = (300, 100, 100), seed: int = 0) -> Prepared:

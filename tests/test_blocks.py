@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from features.schema import parse_schema
-from training.networks.blocks import BatchNorm, Dice, Embeddings, Fields, Part, SplitLinear, Tower
+from training.networks.contract import Fields, Part
+from training.networks.embeddings import Embeddings
+from training.networks.layers import BatchNorm, Dice, SplitLinear, Tower
 
 # Vocabularies by name: b has ids 0 to 3, c has 0 to 2. Ids 0 are all row 0, so b takes rows 1 to 3 and c rows 4 and 5.
 FIELDS = Fields.of(

@@ -5,8 +5,9 @@ import small
 import torch
 from torch import Tensor
 
-from training.networks.blocks import Embeddings, Part
+from training.networks.contract import Part
 from training.networks.deepfm import DeepFM
+from training.networks.embeddings import Embeddings
 
 WITHOUT_HISTORY = small.SCHEMA.replace(small.HISTORY, "")
 ONLY_ADS = 'name = "ads"\n' + small.AD
@@ -34,7 +35,7 @@ def test_logits_are_first_order_pairs_and_tower(text: str) -> None:
     assert isinstance(network, DeepFM)
     parts = small.parts(text)
     with torch.no_grad():
-        logits = network(*parts)
+        logits = small.click(network, *parts)
         assert logits.shape == (3, 5)
         for row in range(3):
             for candidate in range(5):
@@ -57,15 +58,15 @@ def check_candidates(network: torch.nn.Module, text: str) -> None:
     """C candidates in one request are C requests of one candidate, in any order."""
     user, history, ad = small.parts(text)
     with torch.no_grad():
-        logits = network(user, history, ad)
+        logits = small.click(network, user, history, ad)
         assert logits.std() > 0.05
         for c in range(5):
-            one = network(user, history, Part(ad.ids[:, c : c + 1], ad.numbers[:, c : c + 1]))
+            one = small.click(network, user, history, Part(ad.ids[:, c : c + 1], ad.numbers[:, c : c + 1]))
             assert torch.allclose(one[:, 0], logits[:, c], **CLOSE)
         order = torch.tensor([3, 1, 4, 0, 2])
-        assert torch.allclose(network(user, history, Part(ad.ids[:, order], ad.numbers[:, order])), logits[:, order], **CLOSE)
+        assert torch.allclose(small.click(network, user, history, Part(ad.ids[:, order], ad.numbers[:, order])), logits[:, order], **CLOSE)
         for r in range(3):
-            alone = network(*(Part(part.ids[r : r + 1], part.numbers[r : r + 1]) for part in (user, history, ad)))
+            alone = small.click(network, *(Part(part.ids[r : r + 1], part.numbers[r : r + 1]) for part in (user, history, ad)))
             assert torch.allclose(alone[0], logits[r], **CLOSE)
 
 
@@ -78,14 +79,14 @@ def check_padding(network: torch.nn.Module) -> None:
     ids = torch.nn.functional.pad(history.ids, (0, 0, 0, 6))
     numbers = torch.nn.functional.pad(history.numbers, (0, 0, 0, 6))
     with torch.no_grad():
-        logits = network(user, history, ad)
-        assert torch.allclose(network(user, Part(ids, numbers), ad), logits, **CLOSE)
+        logits = small.click(network, user, history, ad)
+        assert torch.allclose(small.click(network, user, Part(ids, numbers), ad), logits, **CLOSE)
         # Whatever stands in a padded place is masked: its other columns too.
         numbers[:, -1], ids[:, -1, 1:] = 7.0, 2
-        assert torch.allclose(network(user, Part(ids, numbers), ad), logits, **CLOSE)
+        assert torch.allclose(small.click(network, user, Part(ids, numbers), ad), logits, **CLOSE)
         # But a behaviour is not.
         ids[:, -1, 0] = 2
-        assert not torch.allclose(network(user, Part(ids, numbers), ad), logits, atol=1e-2)
+        assert not torch.allclose(small.click(network, user, Part(ids, numbers), ad), logits, atol=1e-2)
 
 
 def test_an_empty_history_is_finite_and_leaves_finite_gradients() -> None:
@@ -95,7 +96,7 @@ def test_an_empty_history_is_finite_and_leaves_finite_gradients() -> None:
 def check_empty(network: torch.nn.Module) -> None:
     user, history, ad = small.parts()
     network.train()
-    logits = network(user, Part(torch.zeros_like(history.ids), torch.zeros_like(history.numbers)), ad)
+    logits = small.click(network, user, Part(torch.zeros_like(history.ids), torch.zeros_like(history.numbers)), ad)
     assert torch.isfinite(logits).all()
     logits.sum().backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters() if parameter.grad is not None)
@@ -105,5 +106,5 @@ def test_the_order_of_behaviours_does_not_matter() -> None:
     user, history, ad = small.parts()
     network = small.network("deepfm")
     with torch.no_grad():
-        turned = network(user, Part(history.ids.flip(1), history.numbers.flip(1)), ad)
-        assert torch.allclose(turned, network(user, history, ad), **CLOSE)
+        turned = small.click(network, user, Part(history.ids.flip(1), history.numbers.flip(1)), ad)
+        assert torch.allclose(turned, small.click(network, user, history, ad), **CLOSE)

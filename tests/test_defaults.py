@@ -17,7 +17,7 @@ from features.bundle import load_bundle
 from features.encode import Encoder
 from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared, open_prepared
-from training.networks.blocks import Tower
+from training.networks.layers import Tower
 from training.publish import train_and_publish
 from training.train import TrainError, TrainSettings, fit_network
 from training.weights import settings_of
@@ -96,7 +96,7 @@ def test_a_deepfm_of_few_rows_begins_with_a_flat_tower(tmp_path: Path, family: s
     (tower,) = (module for module in network.modules() if isinstance(module, Tower))
     seen: list[torch.Tensor] = []
     tower.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
-    network(*train.batch(np.arange(10)))
+    small.click(network, *train.batch(np.arange(10)))
     assert bool(seen[0].std() < 1e-6) == flat
 
 

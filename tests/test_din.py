@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.test_deepfm import CLOSE, HISTORY_AND_ADS, ONLY_ADS, check_candidates, check_empty, check_padding
-from training.networks.blocks import Part
+from training.networks.contract import Part
 from training.networks.din import DIN, LocalActivation
 
 PART_OF_AN_AD = small.SCHEMA.replace('"ad_id", "genre", "tags", "price"', '"ad_id", "price", "genre"')
@@ -69,7 +69,7 @@ def test_logits_are_the_tower_over_user_interests_and_ad(text: str, softmax: boo
         q = torch.cat([ads[:, :, names["ad"].index(name)] for name in names["history"]], dim=-1)
         interests = network.attention(q, past.flatten(2), history.ids[..., 0] > 0)
         request = network.embed("user", user).flatten(1) if "user" in network.embed else torch.zeros(3, 0)
-        logits = network(user, history, ad)
+        logits = small.click(network, user, history, ad)
         assert torch.allclose(logits, network.tower(request, torch.cat([interests, ads.flatten(2)], dim=-1)), **CLOSE)
         assert logits.shape == (3, 5)
 
@@ -93,7 +93,7 @@ def test_an_empty_history_is_finite_and_leaves_finite_gradients(softmax: bool) -
 @pytest.mark.parametrize("family", ["deepfm", "din"])
 def test_a_schema_of_ads_and_history_alone_trains(family: str) -> None:
     network = small.network(family, HISTORY_AND_ADS).train()
-    logits = network(*small.parts(HISTORY_AND_ADS))
+    logits = small.click(network, *small.parts(HISTORY_AND_ADS))
     logits.sum().backward()
     assert torch.isfinite(logits).all()
 
@@ -109,6 +109,6 @@ def test_another_history_gives_another_interest_for_each_candidate() -> None:
     other = Part(history.ids.clone(), history.numbers)
     other.ids[:, 0, 0] = 3
     with torch.no_grad():
-        change = network(user, other, ad) - network(user, history, ad)
+        change = small.click(network, user, other, ad) - small.click(network, user, history, ad)
     assert change.abs().amax() > 1e-2
     assert change.std(1).amax() > 1e-3

@@ -15,7 +15,7 @@ from tests.test_datasets import patient
 from training.datasets.encoded import Rows, ad_table, encode_split, learn_vocabularies
 from training.datasets.prepared import DataError, Prepared, open_prepared
 from training.datasets.spread import NOTHING, Spread
-from training.networks.blocks import Part
+from training.networks.contract import Part
 
 
 def values(data: Prepared, name: str) -> tuple[str, ...]:

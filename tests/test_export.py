@@ -21,7 +21,7 @@ from training.calibrate import Calibration
 from training.datasets.prepared import Prepared, open_prepared
 from training.drift import REFERENCE, make_reference, read_reference
 from training.export import Served, evaluate_bundle, random_feeds, score, to_onnx, verify
-from training.networks.blocks import Part
+from training.networks.contract import Part
 from training.train import Trained
 
 CALIBRATION = Calibration(0.7, -0.4, float(np.log(0.2)))
@@ -132,7 +132,7 @@ def test_the_calibration_is_in_the_graph(graphs: dict[str, bytes], family: str) 
     feeds = random_feeds(small.schema(), SIZES, 3, 4, 5, seed=2)
     with torch.no_grad():
         parts = [Part(*(torch.from_numpy(feeds[f"{name}_{kind}"]) for kind in ("ids", "numbers"))) for name in ("user", "history", "ad")]
-        logits = small.network(family)(*parts).numpy()
+        logits = small.click(small.network(family), *parts).numpy()
     expected = 1 / (1 + np.exp(-(0.7 * logits - 0.4 + np.log(0.2))))
     assert np.abs(session(graphs[family]).run(None, feeds)[0] - expected).max() < 1e-5
     onnx.checker.check_model(onnx.load_from_string(graphs[family]))

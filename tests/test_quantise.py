@@ -11,7 +11,7 @@ import small
 from features.bundle import INT8_MODEL, BundleError, load_bundle
 from features.encode import Feeds
 from service.scorer import Scorer
-from tests.test_folded import SINGLE, trained
+from tests.test_fuse import SINGLE, trained
 from training import export
 from training.calibrate import Calibration
 from training.datasets.prepared import Prepared

@@ -16,7 +16,8 @@ from training import export
 from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared
 from training.networks import NETWORKS
-from training.networks.blocks import Embeddings, Fields
+from training.networks.contract import Fields
+from training.networks.embeddings import Embeddings
 from training.networks.grown import take_over
 from training.train import Start, TrainError, TrainSettings, fit_network, predict, train
 from training.weights import packed, settings_of, start_of

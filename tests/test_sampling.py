@@ -30,7 +30,7 @@ from training.drift import make_reference
 from training.export import evaluate_bundle
 from training.join_log import open_log as open_joined
 from training.networks import NETWORKS
-from training.networks.blocks import Fields
+from training.networks.contract import Fields
 from training.networks.grown import take_over
 from training.publish import train_and_publish
 from training.replay import replay

@@ -12,9 +12,10 @@ from training.datasets.encoded import Rows, encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared
 from training.evaluate import auc
 from training.gate import diverged
-from training.networks.blocks import Embeddings, Part
+from training.networks.contract import Part
 from training.networks.deepfm import DeepFMSettings
 from training.networks.din import DINSettings
+from training.networks.embeddings import Embeddings
 from training.train import EmbeddingDecay, Trained, TrainSettings, fit_network, override, predict
 from training.world import make_world, write_log
 
@@ -122,7 +123,7 @@ def test_predictions_do_not_depend_on_how_rows_are_batched(rows: tuple[Rows, Row
     whole = predict(network, rows[0])
     for chosen in (np.array([5]), np.array([7, 3, 250]), np.arange(100)):
         with torch.no_grad():
-            assert np.allclose(network(*rows[0].batch(chosen)).squeeze(1).numpy(), whole[chosen], atol=2e-5, rtol=1e-4)
+            assert np.allclose(small.click(network, *rows[0].batch(chosen)).squeeze(1).numpy(), whole[chosen], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["deepfm", "din"])
@@ -151,12 +152,12 @@ def tables(network: torch.nn.Module) -> list[Embeddings]:
 def test_table_decay_is_the_gradient_of_half_lambda_times_the_squares(rows: tuple[Rows, Rows], family: str, count: int) -> None:
     settings, batch = TrainSettings(embedding_l2=0.3), rows[0].batch(np.arange(10))
     network = small.network(family)
-    network(*batch).sum().backward()
+    small.click(network, *batch).sum().backward()
     EmbeddingDecay(network, rows[0], settings).add_gradient(batch)
     added = [gradient.clone() for gradient in gradients(network)]
     assert len(added) == count  # DeepFM's first-order table decays too
     network.zero_grad()
-    (network(*batch).sum() + 0.3 / 2 * sum(e.table.weight.square().sum() for e in tables(network))).backward()
+    (small.click(network, *batch).sum() + 0.3 / 2 * sum(e.table.weight.square().sum() for e in tables(network))).backward()
     for ours, autograd, embeddings in zip(added, gradients(network), tables(network), strict=True):
         trained = torch.tensor([[times > 0] for times in counted(embeddings, rows[0])])
         for vocabulary in embeddings.sizes:
@@ -171,7 +172,7 @@ def test_batch_decay_is_for_the_rows_of_the_batch_by_their_share(rows: tuple[Row
     network = small.network(family)
     decay = EmbeddingDecay(network, train, TrainSettings(embedding_l2=0.3, regularise="batch", unknown_rate=0))
     batch = train.batch(np.array([4, 8]))
-    network(*batch).sum().backward()
+    small.click(network, *batch).sum().backward()
     before = [gradient.clone() for gradient in gradients(network)]
     decay.add_gradient(batch)
     for embeddings, gradient, old in zip(tables(network), gradients(network), before, strict=True):

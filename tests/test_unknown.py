@@ -13,7 +13,8 @@ from features.vocabulary import UNKNOWN
 from training.datasets.encoded import Rows, encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared
 from training.networks import NETWORKS
-from training.networks.blocks import Embeddings, Fields, Part
+from training.networks.contract import Fields, Part
+from training.networks.embeddings import Embeddings
 from training.train import Start, TrainSettings, fit_network, predict, train
 from training.unknown import Hiding, Unseen, occurrences
 
@@ -115,7 +116,7 @@ def place(network: torch.nn.Module, rows: Rows) -> float:
     numbers = np.concatenate([rows.strangers.ad.numbers, rows.ad.numbers[ads]])
     ad = Part(*(torch.from_numpy(block).expand(len(rows), -1, -1) for block in (ids, numbers)))
     with torch.no_grad():
-        scores = network(user, history, ad).numpy()
+        scores = small.click(network, user, history, ad).numpy()
     return float(1 + (scores[:, 1:] > scores[:, :1]).sum(1).mean())
 
 

@@ -43,9 +43,8 @@ from .drift import REFERENCE, make_reference
 from .evaluate import Metrics, measure
 from .graph import chunks, feeds_of, open_graph
 from .networks import NETWORKS
-from .networks.blocks import Part
-from .networks.din import LocalActivation
-from .networks.folded import TILE, folded
+from .networks.contract import CLICK, Part, RequestTensors
+from .networks.fuse import TILE, fused, is_tiled
 from .quantise import moved, quantised, refusal
 from .train import Trained, TrainError, TrainSettings
 from .weights import CALIBRATION, WEIGHTS, packed
@@ -87,7 +86,7 @@ class Served(nn.Module):
             if ids is None:
                 ids = torch.zeros((*numbers.shape[:-1], 0), dtype=torch.int64)
             parts.append(Part(ids, numbers))
-        return torch.sigmoid(self.network(*parts) * self.scale + self.shift)
+        return torch.sigmoid(self.network(RequestTensors(*parts))[CLICK] * self.scale + self.shift)
 
 
 def score(served: Served, feeds: Feeds) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -98,8 +97,8 @@ def score(served: Served, feeds: Feeds) -> np.ndarray[Any, np.dtype[np.float32]]
 
 
 def to_onnx(served: Served, tile: int | None = TILE) -> bytes:
-    """The graph of the folded network, through torch's dynamo exporter; `tile` as `networks.folded` takes it."""
-    served = Served(folded(served.network, tile), served.calibration, served.schema).eval()
+    """The graph of the fused network, through torch's dynamo exporter; `tile` as `networks.fuse` takes it."""
+    served = Served(fused(served.network, tile), served.calibration, served.schema).eval()
     sample = {name: torch.from_numpy(array) for name, array in random_feeds(served.schema, {}, *SAMPLE).items()}
     dimensions = {"user": ("R",), "history": ("R", "T"), "ad": ("R", "C")}
     shapes = {
@@ -249,7 +248,7 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
     encoder = trained.encoder
     served = Served(trained.network, trained.calibration, encoder.schema).eval()
     graphs = {MODEL: to_onnx(served)}
-    if any(isinstance(block, LocalActivation) for block in trained.network.modules()):
+    if is_tiled(trained.network):
         graphs[CUDA_MODEL] = to_onnx(served, tile=None)  # tiles are for a processor's cache
     sizes = {vocabulary: v.size for vocabulary, v in encoder.vocabularies.categories.items()}
     difference = max(verify(graph, served, sizes) for graph in graphs.values())

@@ -4,7 +4,7 @@ Knows nothing about ONNX or bundles (`export.py`).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,18 +13,17 @@ import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from features.encode import Encoder
 from features.vocabulary import Vocabularies
 
 from .calibrate import Calibration, fit
-from .datasets.encoded import Batch, Rows, encode_split, learn_vocabularies
+from .datasets.encoded import Rows, encode_split, learn_vocabularies
 from .datasets.prepared import SPLITS, Prepared
 from .evaluate import Metrics, measure, unmeasured
 from .networks import NETWORKS
-from .networks.blocks import Embeddings, Fields
-from .networks.deepfm import DeepFM
+from .networks.contract import CLICK, Fields, Labels, Network, RequestTensors
+from .networks.embeddings import Embeddings
 from .networks.grown import take_over
 from .unknown import Hiding, Unseen, occurrences, parts_of
 
@@ -146,7 +145,7 @@ class Trained:
     """The network of the best epoch, in evaluation mode, and what belongs to it."""
 
     family: str
-    network: nn.Module
+    network: Network
     encoder: Encoder
     calibration: Calibration
     epochs: list[Epoch]
@@ -162,7 +161,7 @@ class Trained:
 class Start:
     """A network to go on from, and the vocabularies that its embeddings are laid out by."""
 
-    network: nn.Module
+    network: Network
     vocabularies: Vocabularies
     negative_sampling: float = 1.0
     """The share of non-clicks in the rows that the network was trained on: its logits are right for those."""
@@ -207,9 +206,7 @@ def train(
     return Trained(family, network, encoder, calibration, epochs, metrics, facts, *by_split)
 
 
-def fit_network(
-    network: nn.Module, rows: Rows, valid: Rows, settings: TrainSettings, progress: Progress, warm: bool = False
-) -> list[Epoch]:
+def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettings, progress: Progress, warm: bool = False) -> list[Epoch]:
     """Train in place until valid stops gaining; the network ends with the weights of its best epoch, in evaluation mode.
 
     A training whose logits are no numbers any more ends there, with an epoch whose measures are none: `gate.diverged` tells.
@@ -222,8 +219,10 @@ def fit_network(
     if len(rows) < 2:
         raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {len(rows)}")
     settings = settings.for_rows(len(rows))
-    _begin(network, len(rows), settings, warm)
-    optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, fused=True)
+    network.begin(rows.ads)
+    if len(rows) < settings.flat_below and not warm:
+        network.flatten()
+    optimisers = network.optimisers(settings.learning_rate)
     order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
     decay, unseen = EmbeddingDecay(network, rows, settings), Unseen(network, rows, warm)
     epochs: list[Epoch] = []
@@ -236,22 +235,21 @@ def fit_network(
         batches = np.array_split(shuffled, range(settings.batch, len(rows) - 1, settings.batch))
         for chosen in progress.track(batches, description=f"epoch {number}"):
             batch, twins = hiding.batch(chosen)
-            logits, unknown, known = network(*batch).squeeze(1).split([len(chosen), len(twins), len(twins)])
-            loss = F.binary_cross_entropy_with_logits(logits, torch.from_numpy(rows.labels[chosen]))
-            if len(twins):  # least absolute deviations: the median
-                loss = loss + (unknown - known.detach()).abs().sum() / len(chosen)
-            optimiser.zero_grad()
+            loss = _loss(network, batch, rows.labels_of(chosen), len(twins))
+            network.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             decay.add_gradient(batch)
             nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
-            optimiser.step()
+            for optimiser in optimisers:
+                optimiser.step()
+            steps += 1
+            network.after_step(steps)
             losses.append(loss.item())
-        steps += len(batches)
         unseen.fill()
         valid_logits = predict(network, valid)
         whole = bool(np.isfinite(valid_logits).all())
         metrics = measure(valid.labels, Calibration().on_log(valid_logits), valid.users) if whole else unmeasured(valid.labels)
-        epochs.append(Epoch(number, optimiser.param_groups[0]["lr"], float(np.mean(losses)), metrics, losses[0]))
+        epochs.append(Epoch(number, optimisers[0].param_groups[0]["lr"], float(np.mean(losses)), metrics, losses[0]))
         progress.console.print(epochs[-1].line(), soft_wrap=True)
         if not whole:
             break
@@ -265,14 +263,30 @@ def fit_network(
         stale += 1
         if stale >= settings.patience:
             break
-        for group in optimiser.param_groups:
-            group["lr"] *= settings.drop
+        _slow_down(optimisers, settings.drop)
     network.load_state_dict(best)
     _end(network, unseen, hiding if best_score > -np.inf else None)
     return epochs
 
 
-def _end(network: nn.Module, unseen: Unseen, hiding: Hiding | None) -> None:
+def _loss(network: Network, batch: RequestTensors, labels: Labels, twins: int) -> Tensor:
+    """That of a batch whose last rows are so many twins with an unknown ad, and as many with any ad: see `Hiding.batch`."""
+    outputs, count = network(batch), len(batch.user.ids) - 2 * twins
+    loss: Tensor = network.loss({name: values[:count] for name, values in outputs.items()}, batch.first(count), labels)
+    if not twins:
+        return loss
+    unknown, known = outputs[CLICK][count:].squeeze(1).chunk(2)
+    gap: Tensor = (unknown - known.detach()).abs().sum() / count  # least absolute deviations: the median
+    return loss + gap
+
+
+def _slow_down(optimisers: Sequence[torch.optim.Optimizer], drop: float) -> None:
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] *= drop
+
+
+def _end(network: Network, unseen: Unseen, hiding: Hiding | None) -> None:
     """Place the unknown; None: the training diverged at once, and there is nothing to place it in."""
     if hiding is not None:
         hiding.settle(network)
@@ -280,12 +294,12 @@ def _end(network: nn.Module, unseen: Unseen, hiding: Hiding | None) -> None:
     network.eval()
 
 
-def predict(network: nn.Module, rows: Rows) -> np.ndarray[Any, np.dtype[np.float32]]:
+def predict(network: Network, rows: Rows) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Logits `(N,)` of a split, in evaluation mode."""
     network.eval()
     with torch.no_grad():
         chunks = np.array_split(np.arange(len(rows)), range(EVALUATION_ROWS, len(rows), EVALUATION_ROWS))
-        return np.concatenate([network(*rows.batch(chunk)).squeeze(1).numpy() for chunk in chunks])
+        return np.concatenate([network(rows.batch(chunk))[CLICK].squeeze(1).numpy() for chunk in chunks])
 
 
 class EmbeddingDecay:
@@ -307,7 +321,7 @@ class EmbeddingDecay:
                 self.counts.append(counts.clamp(min=1))
 
     @torch.no_grad()
-    def add_gradient(self, batch: Batch) -> None:
+    def add_gradient(self, batch: RequestTensors) -> None:
         """Add the decay of one step, `batch` being its rows."""
         if not self.counts:
             for embeddings, unseen in zip(self.embeddings, self.unseen, strict=True):
@@ -322,11 +336,6 @@ def _gradient(embeddings: Embeddings) -> Tensor:
     gradient = embeddings.table.weight.grad
     assert gradient is not None  # noqa: S101  # every network uses every table
     return gradient
-
-
-def _begin(network: nn.Module, rows: int, settings: TrainSettings, warm: bool) -> None:
-    if isinstance(network, DeepFM) and rows < settings.flat_below and not warm:
-        network.flatten()
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from features.encode import IDENTITIES, Block
 from features.vocabulary import PADDING, UNKNOWN
 
-from .datasets.encoded import Batch, Rows
-from .networks.blocks import Embeddings, Part
+from .datasets.encoded import Rows
+from .networks.contract import CLICK, Network, Part, RequestTensors
+from .networks.embeddings import Embeddings
 
 ROWS_AT_ONCE = 4096
 SETTLING_STEPS, SETTLING_ROWS, SETTLING_RATE = 300, 128, 0.01
@@ -36,7 +37,7 @@ class Hiding:
         self.rows, self.rate = rows, rate
         self.random = np.random.default_rng((seed, 1))
 
-    def batch(self, chosen: Chosen) -> tuple[Batch, Tensor]:
+    def batch(self, chosen: Chosen) -> tuple[RequestTensors, Tensor]:
         """The tensors of some rows, as `Rows.batch` gives them, with values hidden; after them their twins, the T with an unknown ad
         and then the T with any ad. And the `(T,)` positions of those that have twins.
         """
@@ -57,7 +58,7 @@ class Hiding:
         some = self._any_ads(len(twins))
         blocks = ((ad.ids, nothing.ids, some.ids), (ad.numbers, nothing.numbers, some.numbers))
         ad = Part(*(torch.cat([a, torch.from_numpy(b).expand(len(twins), 1, -1), torch.from_numpy(c)]) for a, b, c in blocks))
-        return (user, history._replace(rows=torch.cat([history.rows, history.rows[both]])), ad), twins
+        return RequestTensors(user, history._replace(rows=torch.cat([history.rows, history.rows[both]])), ad), twins
 
     def _history(self, history: Part, hidden: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Part:
         """Behaviours on ads that nobody knows, and no behaviour of the users that are hidden."""
@@ -72,7 +73,7 @@ class Hiding:
         rows[hidden] = len(history.ids) + 1
         return Part(ids, numbers, torch.from_numpy(rows))
 
-    def settle(self, network: nn.Module) -> None:
+    def settle(self, network: Network) -> None:
         """Put the unknown ad into the middle of the catalogue, as the network that was chosen scores them when it is served.
 
         Only the embeddings of what is unknown about such an ad move, its id's aside, which described ads share.
@@ -88,7 +89,8 @@ class Hiding:
             any_ad = self._any_ads(SETTLING_ROWS)
             one = self.rows.strangers.ad.take(np.zeros((SETTLING_ROWS, 1), np.int64))
             pairs = ((one.ids, any_ad.ids), (one.numbers, any_ad.numbers))
-            unknown, known = network(user, history, Part(*(torch.from_numpy(np.hstack(pair)) for pair in pairs))).unbind(1)
+            both = Part(*(torch.from_numpy(np.hstack(pair)) for pair in pairs))
+            unknown, known = network(RequestTensors(user, history, both))[CLICK].unbind(1)
             optimiser.zero_grad()
             (unknown - known.detach()).abs().mean().backward()
             for weight, rows in found:
@@ -152,6 +154,6 @@ def occurrences(embeddings: Embeddings, rows: Rows) -> Tensor:
     return total
 
 
-def parts_of(batch: Batch, embeddings: Embeddings) -> Iterator[tuple[str, Part]]:
+def parts_of(batch: RequestTensors, embeddings: Embeddings) -> Iterator[tuple[str, Part]]:
     """The parts of a batch that the embeddings are for, by name."""
-    return ((name, part) for name, part in zip(("user", "history", "ad"), batch, strict=True) if name in embeddings)
+    return ((name, part) for name, part in batch.parts().items() if name in embeddings)

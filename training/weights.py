@@ -13,7 +13,7 @@ from torch import nn
 from features.bundle import Bundle, BundleError
 
 from .networks import NETWORKS
-from .networks.blocks import Fields
+from .networks.contract import Fields
 from .train import Start, TrainError, TrainSettings
 
 WEIGHTS, CALIBRATION = "weights.npz", "calibration.json"

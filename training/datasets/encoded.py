@@ -15,14 +15,13 @@ import torch
 from features.encode import IDENTITIES, AdTable, Block, Encoder
 from features.schema import Field, Schema, Side
 from features.vocabulary import UNKNOWN, HashBuckets, Ids, Moments, Vocabularies, Vocabulary
-from training.networks.blocks import Part
+from training.networks.contract import CLICK, Labels, Part, RequestTensors
 
 from .fields import check_fields
 from .log import Log
 from .prepared import DataError, Prepared, column_of
 from .spread import NOTHING, Spread
 
-Batch = tuple[Part, Part, Part]
 SEPARATOR = "\x1f"
 """Between an ad's id and its revision."""
 
@@ -67,13 +66,22 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
+    @property
+    def ads(self) -> Part:
+        """All ads of the data set `(A, W)`."""
+        return _part(self.catalogue)
+
+    def labels_of(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Labels:
+        """What came of some rows."""
+        return Labels({CLICK: torch.from_numpy(self.labels[rows])})
+
+    def batch(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> RequestTensors:
         """The tensors of some rows: `user (R, W)`, `history (R, T)` cut to the longest there, `ad (R, 1, W)`."""
         history = self.history[rows]
         longest = max(1, int((history > 0).sum(1).max(initial=0)))
         distinct, at = np.unique(history[:, :longest], return_inverse=True)
         past = _part(self.behaviours.take(distinct))._replace(rows=torch.from_numpy(at.reshape(len(rows), longest)))
-        return _part(self.user.take(rows)), past, _part(self.ad.take(rows[:, None]))
+        return RequestTensors(_part(self.user.take(rows)), past, _part(self.ad.take(rows[:, None])))
 
 
 def _part(block: Block) -> Part:

@@ -1,6 +1,7 @@
-"""CTR networks, one family a file, made of `blocks.py`. A new network is a file and a line here."""
+"""CTR networks, one family a file, made of blocks. A new network is a file and a line here."""
 
+from .contract import Network
 from .deepfm import DeepFM
 from .din import DIN
 
-NETWORKS: dict[str, type[DeepFM] | type[DIN]] = {"deepfm": DeepFM, "din": DIN}
+NETWORKS: dict[str, type[Network]] = {"deepfm": DeepFM, "din": DIN}

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .blocks import Embeddings, Fields, Part, Tower
+from .contract import CLICK, Fields, Network, RequestTensors
+from .embeddings import Embeddings, FusedEmbeddings, flat, table_of
+from .layers import FusedTower, Tower
 
 
 @dataclass(frozen=True)
@@ -23,31 +25,28 @@ class DeepFMSettings:
     """Share of their activations that a training step leaves out."""
 
 
-class DeepFM(nn.Module):
-    """Logits `(R, C)` of a request's parts. What concerns the request side alone is computed once a request."""
+class DeepFM(Network):
+    """First order, pairwise products and an MLP on the same embeddings (Guo et al. 2017)."""
 
     settings = DeepFMSettings
     int8_pays = True
 
     def __init__(self, fields: Fields, settings: DeepFMSettings) -> None:
-        super().__init__()
+        super().__init__(fields, settings)
         width = settings.embedding
         self.first, self.second = Embeddings(fields, 1), Embeddings(fields, width)
-        request = fields.count("user") + fields.count("history")
-        self.tower = Tower(request * width, fields.count("ad") * width, settings.hidden, settings.dropout)
+        self.tower = Tower(fields.request * width, fields.count("ad") * width, settings.hidden, settings.dropout)
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, user: Part, history: Part, ad: Part) -> Tensor:
-        """Logits `(R, C)` of `user (R, W)`, `history (R, T, W)` and candidates `ad (R, C, W)`."""
-        linear = self._request(self.first, user, history).sum(1) + self.first("ad", ad).sum(2).squeeze(-1)
-        u, a = self._request(self.second, user, history), self.second("ad", ad)
+    def forward(self, request: RequestTensors) -> dict[str, Tensor]:
+        """Logits `(R, C)`. What concerns the request side alone is computed once a request."""
+        linear = self.first.of_request(request).sum(1) + self.first("ad", request.ad).sum(2).squeeze(-1)
+        u, a = self.second.of_request(request), self.second("ad", request.ad)
         # Eq. 2 of the paper as the square of the sum less the sum of squares, so that the request's sums are shared.
         total = u.sum(1).unsqueeze(1) + a.sum(2)
         squares = u.square().sum(1).unsqueeze(1) + a.square().sum(2)
         pairs = 0.5 * (total.square() - squares).sum(-1)
-        request = u.flatten(1) if u.shape[1] else u.squeeze(2)  # ONNX cannot flatten nothing
-        logits: Tensor = linear + pairs + self.tower(request, a.flatten(2)) + self.bias
-        return logits
+        return {CLICK: linear + pairs + self.tower(flat(u), a.flatten(2)) + self.bias}
 
     def flatten(self) -> None:
         """Let the MLP say the same of all, so that the first order learns first.
@@ -56,12 +55,36 @@ class DeepFM(nn.Module):
         """
         nn.init.zeros_(self.tower.last.weight)
 
-    def _request(self, embed: Embeddings, user: Part, history: Part) -> Tensor:
-        vectors = [embed("user", user)] if "user" in embed else []
-        if "history" in embed:
-            mask = history.behaviours()
-            count = mask.sum(1).clamp(min=1)[:, None, None]
-            vectors.append((embed("history", history) * mask[..., None, None]).sum(1) / count)
-        if not vectors:  # every field is the ad's: no vectors, (R, 0, 1), which broadcast against any width
-            return user.numbers.new_zeros((len(user.numbers), 0, 1))
-        return torch.cat(vectors, dim=1)
+    def fused(self, _tile: int | None) -> nn.Module | None:
+        """See `fuse.py`."""
+        return FusedDeepFM(self) if FusedDeepFM.fits(self) else None
+
+
+class FusedDeepFM(nn.Module):
+    """A `DeepFM` whose fields are all single categories. Of eq. 2 only the square of the sum is left:
+
+    what a field subtracts, half its vector's square, joins its first-order weight, which is the last value of its vector here.
+    """
+
+    def __init__(self, network: DeepFM) -> None:
+        super().__init__()
+        self.embed = FusedEmbeddings(network.second)
+        vectors, weights = self.embed.table.weight, FusedEmbeddings(network.first).table.weight
+        last = weights - 0.5 * vectors.double().square().sum(1, keepdim=True).float()
+        self.embed.table = table_of(torch.cat([vectors, last], 1))
+        self.tower = FusedTower(network.tower, blind=vectors.shape[1])
+        self.bias = network.bias
+
+    @staticmethod
+    def fits(network: DeepFM) -> bool:
+        """Whether it can stand for the network."""
+        layouts = network.second.layouts
+        single = all(slot.field.length == 1 for layout in layouts.values() for slot in layout.ids)
+        return single and set(layouts) == {"user", "ad"} and not any(layout.numbers for layout in layouts.values())
+
+    def forward(self, request: RequestTensors) -> dict[str, Tensor]:
+        """See `DeepFM`."""
+        u, a = self.embed("user", request.user), self.embed("ad", request.ad)
+        total = u.sum(1).unsqueeze(1) + a.sum(2)
+        deep = self.tower(u.flatten(1), a.flatten(2))
+        return {CLICK: 0.5 * total[..., :-1].square().sum(-1) + total[..., -1] + self.bias + deep}

@@ -1,13 +1,17 @@
 """Deep Interest Network: the history pooled anew for each candidate (Zhou et al. 2018, https://arxiv.org/abs/1706.06978)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 
-from .blocks import Dice, Embeddings, Fields, Part, Tower
+from .contract import CLICK, Fields, Network, RequestTensors
+from .embeddings import Embeddings
+from .layers import Activation, Dice, Layer, Linear, Tower, merged
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class DINSettings:
 
 class LocalActivation(nn.Module):
     """The activation unit of fig. 2: an MLP over [q, k, q - k, q * k] weighs each behaviour k for a candidate q."""
+
+    tiled = True
 
     def __init__(self, width: int, hidden: tuple[int, ...], softmax: bool) -> None:
         super().__init__()
@@ -53,34 +59,121 @@ class LocalActivation(nn.Module):
             weights = weights.masked_fill(~mask.unsqueeze(1), -1e9).softmax(-1)
         return torch.matmul(weights * mask.unsqueeze(1), history)
 
+    def fused(self, tile: int | None) -> nn.Module:
+        """See `fuse.py`."""
+        return FusedActivation(self, tile)
 
-class DIN(nn.Module):
-    """Logits `(R, C)` of a request's parts."""
+
+class DIN(Network):
+    """The history pooled anew for each candidate, by an attention unit (Zhou et al. 2018)."""
 
     settings = DINSettings
-    int8_pays = False  # its time goes to what lies between the products
 
     def __init__(self, fields: Fields, settings: DINSettings) -> None:
-        super().__init__()
+        super().__init__(fields, settings)
         if not fields.count("history"):
             raise ValueError("DIN weighs a user's behaviours, and this schema has no [history]; train deepfm instead")
         width = settings.embedding
         self.embed = Embeddings(fields, width)
-        names = [[slot.field.name for slot in (*fields.layouts[part].ids, *fields.layouts[part].numbers)] for part in ("ad", "history")]
-        self.shared = [names[0].index(name) for name in names[1]]
-        """Which of an ad's fields a behaviour has too, in the behaviour's order: those are compared."""
+        self.shared = fields.shared
         interest = len(self.shared) * width
         self.attention = LocalActivation(interest, settings.attention, settings.softmax)
         candidate = interest + fields.count("ad") * width
         # The paper is silent on a normalised input of the MLP; the authors' program has it.
         self.tower = Tower(fields.count("user") * width, candidate, settings.hidden, settings.dropout, dice=True)
 
-    def forward(self, user: Part, history: Part, ad: Part) -> Tensor:
-        """Logits `(R, C)` of `user (R, W)`, `history (R, T, W)` and candidates `ad (R, C, W)`."""
-        ads = self.embed("ad", ad)
-        past = self.embed("history", history).flatten(2)
-        interests = self.attention(ads[:, :, self.shared].flatten(2), past, history.behaviours())
-        request = self.embed("user", user).flatten(1) if "user" in self.embed else past.new_zeros((len(past), 0))
-        candidates = torch.cat([interests, ads.flatten(2)], dim=-1)
-        logits: Tensor = self.tower(request, candidates)
-        return logits
+    @property
+    def intercept(self) -> Tensor:
+        """See `Network`."""
+        return self.tower.bias
+
+    def forward(self, request: RequestTensors) -> dict[str, Tensor]:
+        """Logits `(R, C)`."""
+        ads = self.embed("ad", request.ad)
+        past = self.embed("history", request.history).flatten(2)
+        interests = self.attention(ads[:, :, self.shared].flatten(2), past, request.history.behaviours())
+        user = self.embed("user", request.user).flatten(1) if "user" in self.embed else past.new_zeros((len(past), 0))
+        return {CLICK: self.tower(user, torch.cat([interests, ads.flatten(2)], dim=-1))}
+
+
+class FusedActivation(nn.Module):
+    """A `LocalActivation` whose first layer is one matrix a behaviour, made once a request and shared by its candidates.
+
+    W [q; k; q - k; q * k] + b = ((Wq + Wd) + Wp diag(k)) q + ((Wk - Wd) k + b): one product, with a 1 at the end of q. Where a
+    `tile` is given, so many pairs are weighed at a time that what lies between two products stays in the processor's cache.
+    """
+
+    def __init__(self, unit: LocalActivation, tile: int | None) -> None:
+        super().__init__()
+        self.tile, self.softmax = tile, unit.softmax
+        *hidden, last = merged(unit.first, unit.rest)
+        layers = [*map(_with_one, hidden[:-1]), hidden[-1]]
+        self.matrices = Linear(*_matrix_layer(layers[0]))
+        self._activations = [Activation(layer) for layer in layers]
+        self.activations = nn.ModuleList(self._activations)
+        self.rest = nn.ModuleList(Linear(torch.cat([layer.weight, layer.bias[:, None]], 1), None) for layer in layers[1:])
+        self.last = Linear(last.weight, None)
+        self.bias = nn.Buffer(last.bias.float())
+
+    def forward(self, candidates: Tensor, history: Tensor, mask: Tensor) -> Tensor:
+        """See `LocalActivation`."""
+        history = history * mask.unsqueeze(-1)
+        q = F.pad(candidates, (0, 1), value=1.0).unsqueeze(1)
+        weights = self._weigh(q, history) if self.tile is None else self._weigh_in_tiles(q, history, self.tile)
+        weights = weights.transpose(1, 2)
+        if self.softmax:
+            return torch.matmul(weights.masked_fill(~mask.unsqueeze(1), -1e9).softmax(-1), history)
+        return torch.matmul(weights, history) + self.bias * history.sum(1, keepdim=True)
+
+    def _weigh(self, q: Tensor, history: Tensor) -> Tensor:
+        """Weights `(R, T, C)`, the last layer's bias left out, of `history (R, T, D)` for `q (R, 1, C, D + 1)`."""
+        return self._mlp(torch.matmul(q, self._matrices(q, history)), self._activations).squeeze(-1)
+
+    def _weigh_in_tiles(self, q: Tensor, history: Tensor, tile: int) -> Tensor:
+        """The same, `tile` pairs at a time: some behaviours with all candidates."""
+        requests, _, candidates, _ = q.shape
+        behaviours = history.shape[1]
+        most = torch.sym_max(1, tile // (requests * candidates))  # type: ignore[no-untyped-call]
+        count = (behaviours + most - 1) // most  # not -(-a // b): ONNX rounds a division towards zero
+        width = (behaviours + count - 1) // count
+        blocks = F.pad(history, (0, 0, 0, count * width - behaviours)).reshape(requests, count, width, -1).transpose(0, 1)
+        # ONNX Runtime adds a vector to each row much more slowly than a whole tensor, so they are spread out, once for all tiles.
+        activations = [activation.spread(requests, width, candidates) for activation in self._activations]
+
+        def weigh(nothing: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
+            return nothing.clone(), self._mlp(torch.matmul(q, matrices), activations)
+
+        _, weights = scan(weigh, q.new_zeros(()), self._matrices(q, blocks))
+        together: Tensor = weights.squeeze(-1).transpose(0, 1).flatten(1, 2)[:, :behaviours]
+        return together
+
+    def _matrices(self, q: Tensor, history: Tensor) -> Tensor:
+        """A matrix `(D + 1, H)` for each behaviour `(D,)`."""
+        rows: Tensor = self.matrices(history.reshape(-1, history.shape[-1]))  # 2-D: the bias joins the product
+        return rows.view(*history.shape[:-1], q.shape[-1], -1)
+
+    def _mlp(self, x: Tensor, activations: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+        """From what the first layer gives `(..., H)` to weights `(..., 1)`."""
+        x = activations[0](x)
+        for linear, activation in zip(self.rest, activations[1:], strict=True):
+            x = activation(linear(x))
+        weights: Tensor = self.last(x)
+        return weights
+
+
+def _matrix_layer(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the linear layer that makes of a behaviour `(D,)` its matrix `(D + 1, H)`, written as one row."""
+    wq, wk, wd, wp = layer.weight.chunk(4, dim=1)
+    width, units = wq.shape[1], len(wq)
+    weight = torch.zeros(width + 1, units, width, dtype=wq.dtype)
+    weight[range(width), :, range(width)] = wp.T
+    weight[width] = wk - wd
+    return weight.flatten(0, 1), torch.cat([(wq + wd).T, layer.bias[None]]).flatten()
+
+
+def _with_one(layer: Layer) -> Layer:
+    """The layer with one more unit, which always gives 1 and so carries the next layer's bias."""
+    assert layer.mean is not None  # noqa: S101  # the activation unit has Dice throughout
+    assert layer.beta is not None  # noqa: S101
+    mean, beta = F.pad(layer.mean, (0, 1), value=1.0), F.pad(layer.beta, (0, 1), value=0.5)
+    return Layer(F.pad(layer.weight, (0, 0, 0, 1)), F.pad(layer.bias, (0, 1)), mean, beta)

@@ -1,15 +1,16 @@
 """A network that goes on from an older one, whose vocabularies have grown meanwhile."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from features.vocabulary import UNKNOWN
 
-from .blocks import Embeddings, Tower
+from .contract import Network
+from .embeddings import Embeddings
 
 
 @torch.no_grad()
-def take_over(old: nn.Module, new: nn.Module, shift: float = 0.0) -> None:
+def take_over(old: Network, new: Network, shift: float = 0.0) -> None:
     """Give a network the weights of an older one whose vocabularies it extends: it scores every row as that one did, plus `shift`.
 
     Values that are new begin with the row of the unknown, as which they have been served until now. A shift is needed where the rows
@@ -27,8 +28,7 @@ def take_over(old: nn.Module, new: nn.Module, shift: float = 0.0) -> None:
     except RuntimeError as error:
         raise ValueError(f"the network to go on from is another one: {' '.join(str(error).split())}") from error
     if shift:
-        towers = [module for module in new.modules() if isinstance(module, Tower)]
-        towers[-1].bias.add_(shift)
+        new.intercept.add_(shift)
 
 
 def _extended(old: Embeddings, new: Embeddings) -> Tensor:

@@ -8,9 +8,11 @@ from torch import nn
 from tests.test_deepfm import HISTORY_AND_ADS, ONLY_ADS
 from training.calibrate import Calibration
 from training.export import Served, random_feeds, score, to_onnx
-from training.networks.blocks import BatchNorm, Dice, Embeddings, Tower
-from training.networks.din import LocalActivation
-from training.networks.folded import FoldedActivation, FoldedDeepFM, folded
+from training.networks.deepfm import FusedDeepFM
+from training.networks.din import FusedActivation, LocalActivation
+from training.networks.embeddings import Embeddings
+from training.networks.fuse import fused
+from training.networks.layers import BatchNorm, Dice, Tower
 
 SINGLE = 'name = "single"\n' + "".join(
     f'[{side}.{name}]\nkind = "category"\n' for side, name in (("user", "age"), ("ad", "genre"), ("ad", "ad_id"))
@@ -49,31 +51,31 @@ def trained(family: str, text: str, **settings: object) -> nn.Module:
 
 @pytest.mark.parametrize("tile", [None, 1, 7, 512])
 @pytest.mark.parametrize(("family", "text", "settings"), CASES)
-def test_a_folded_network_gives_the_same_logits(family: str, text: str, settings: dict, tile: int | None) -> None:
+def test_a_fused_network_gives_the_same_logits(family: str, text: str, settings: dict, tile: int | None) -> None:
     network = trained(family, text, **settings)
     with torch.no_grad():
-        expected = network(*small.parts(text))
-        assert torch.allclose(folded(network, tile)(*small.parts(text)), expected, atol=2e-5, rtol=1e-5)
+        expected = small.click(network, *small.parts(text))
+        assert torch.allclose(small.click(fused(network, tile), *small.parts(text)), expected, atol=2e-5, rtol=1e-5)
     assert expected.std() > 0.05
 
 
-def test_nothing_is_left_that_has_a_folded_form_and_the_network_stays_as_it_was() -> None:
+def test_nothing_is_left_that_has_a_fused_form_and_the_network_stays_as_it_was() -> None:
     for family, text, settings in CASES:
         network = trained(family, text, **settings)
         before = {name: value.clone() for name, value in network.state_dict().items()}
-        kinds = {type(module) for module in folded(network).modules()}
+        kinds = {type(module) for module in fused(network).modules()}
         assert not kinds & {Tower, LocalActivation, Dice, BatchNorm, Embeddings}
         assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_deepfm_of_single_categories_alone_loses_its_squares() -> None:
-    assert isinstance(folded(trained("deepfm", SINGLE)), FoldedDeepFM)
-    assert not isinstance(folded(trained("deepfm", small.SCHEMA)), FoldedDeepFM)
+    assert isinstance(fused(trained("deepfm", SINGLE)), FusedDeepFM)
+    assert not isinstance(fused(trained("deepfm", small.SCHEMA)), FusedDeepFM)
 
 
 def test_in_tiles_all_behaviours_are_weighed_once_whatever_the_sizes() -> None:
     unit = trained("din", small.SCHEMA, attention=(6, 5)).attention
-    whole, tiled = FoldedActivation(unit, None), FoldedActivation(unit, 20)
+    whole, tiled = FusedActivation(unit, None), FusedActivation(unit, 20)
     width = unit.first.in_features // 4
     with torch.no_grad():
         for candidates, behaviours in ((1, 1), (1, 19), (1, 20), (1, 21), (3, 13), (19, 3), (20, 3), (50, 3)):

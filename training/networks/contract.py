@@ -1,0 +1,170 @@
+"""What a network takes, gives and may say of its training: the contract between networks, the training loop and the exporter.
+
+Shapes: R requests, T behaviours, C candidates, W id columns, N number columns. A row of a log is a request with one candidate.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from features.schema import Layout, Schema
+from features.vocabulary import PADDING, Vocabularies
+
+CLICK = "click"
+"""The head that every network has."""
+Outputs = Mapping[str, Tensor]
+"""Logits `(R, C)` by head, and whatever else a network's own loss needs, with R as its first axis."""
+
+
+class Part(NamedTuple):
+    """One part of a request: `ids (..., W)` int64 and `numbers (..., N)` float32; W or N may be 0.
+
+    A batch's behaviours repeat a few ads many times. Given `rows (R, T)`, `ids (U, W)` and `numbers (U, N)` are the distinct
+    ads, and behaviour (r, t) is the one at `rows[r, t]`: the same request, several times faster to train on.
+    """
+
+    ids: Tensor
+    numbers: Tensor
+    rows: Tensor | None = None
+
+    def spread(self, values: Tensor) -> Tensor:
+        """What was worked out for `ids`, laid out as the request is: `(U, ...)` to `(R, T, ...)` where there are `rows`."""
+        if self.rows is None:
+            return values
+        return F.embedding(self.rows, values.flatten(1)).view(*self.rows.shape, *values.shape[1:])
+
+    def behaviours(self) -> Tensor:
+        """Which of a history `(R, T)` are behaviours rather than padding: a behaviour's `ad_id` is never 0."""
+        present = self.ids[..., 0] > PADDING
+        return present if self.rows is None else present[self.rows]
+
+    def first(self, requests: int) -> "Part":
+        """That of the first requests."""
+        if self.rows is not None:
+            return self._replace(rows=self.rows[:requests])
+        return Part(self.ids[:requests], self.numbers[:requests])
+
+
+class RequestTensors(NamedTuple):
+    """R requests: `user (R, W)`, behaviours `history (R, T, W)`, oldest first and padded at the end, candidates `ad (R, C, W)`."""
+
+    user: Part
+    history: Part
+    ad: Part
+
+    def parts(self) -> dict[str, Part]:
+        """The parts by name."""
+        return {"user": self.user, "history": self.history, "ad": self.ad}
+
+    def first(self, requests: int) -> "RequestTensors":
+        """The first requests."""
+        return RequestTensors(self.user.first(requests), self.history.first(requests), self.ad.first(requests))
+
+
+class Labels(NamedTuple):
+    """What came of R rows: by head `(R,)`, 0 or 1, and NaN where that is not known; and what each row weighs `(R,)`, None being 1."""
+
+    heads: Mapping[str, Tensor]
+    weight: Tensor | None = None
+
+
+class Fields(NamedTuple):
+    """What a network has to know of the data: the layouts of `user`, `history` and `ad`, and the size of each vocabulary."""
+
+    layouts: Mapping[str, Layout]
+    sizes: Mapping[str, int]
+    heads: tuple[str, ...] = (CLICK,)
+    """The outcomes that the rows have labels for."""
+
+    @classmethod
+    def of(cls, schema: Schema, vocabularies: Vocabularies, heads: tuple[str, ...] = (CLICK,)) -> "Fields":
+        """The fields of a schema whose vocabularies have been learned."""
+        return cls(schema.layouts, {name: v.size for name, v in vocabularies.categories.items()}, heads)
+
+    def count(self, part: str) -> int:
+        """F of a part."""
+        return len(self.layouts[part].ids) + len(self.layouts[part].numbers)
+
+    @property
+    def request(self) -> int:
+        """F of the request side, where each field of the history is one more, pooled over the behaviours."""
+        return self.count("user") + self.count("history")
+
+    @property
+    def all(self) -> int:
+        """F of the request side and the candidate."""
+        return self.request + self.count("ad")
+
+    @property
+    def shared(self) -> list[int]:
+        """Which of an ad's fields a behaviour has too, in the behaviour's order: those can be compared."""
+        names = self.names("ad")
+        return [names.index(name) for name in self.names("history")]
+
+    def names(self, part: str) -> list[str]:
+        """The fields of a part in the order of their vectors, such as `genre`."""
+        return [slot.field.name for slot in (*self.layouts[part].ids, *self.layouts[part].numbers)]
+
+
+class Network(nn.Module):
+    """A CTR network: blocks, and `forward(request) -> {head: logits (R, C)}`. The first line of its docstring is its line in `--help`.
+
+    `forward` is all that it has to have. What is below has a default, for most networks the right one.
+    """
+
+    settings: ClassVar[Any]
+    """The dataclass of its settings."""
+    int8_pays: ClassVar[bool] = False
+    """Whether an int8 graph of it is faster and as good."""
+
+    def __init__(self, fields: Fields, _settings: Any) -> None:
+        """Build it for the fields of a schema.
+
+        Raises:
+            ValueError: it cannot be built for these fields or settings; the message says why, and what to do.
+        """
+        super().__init__()
+        self.fields = fields
+        self.heads: tuple[str, ...] = (CLICK,)
+
+    def forward(self, request: RequestTensors) -> dict[str, Tensor]:
+        """Logits `(R, C)` by head."""
+        raise NotImplementedError
+
+    @property
+    def intercept(self) -> Tensor:
+        """What every logit of a click has in it `(1,)`: where the logits are moved when rows are sampled otherwise."""
+        bias = self.bias
+        assert isinstance(bias, Tensor)  # noqa: S101  # most have one by this name
+        return bias
+
+    def loss(self, outputs: Outputs, _request: RequestTensors, labels: Labels) -> Tensor:
+        """What a step lessens, of rows with one candidate: the sum of the heads' cross-entropies."""
+        losses = [cross_entropy(outputs[head].squeeze(1), labels.heads[head], labels.weight) for head in self.heads]
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+    def begin(self, ads: Part) -> None:
+        """Called before the first step, with all ads of the data set `(A, W)`."""
+
+    def flatten(self) -> None:
+        """Called before the first step where there are few rows: let what overfits them begin without a say."""
+
+    def optimisers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
+        """What trains the weights."""
+        return [torch.optim.Adam(self.parameters(), lr=learning_rate, fused=True)]
+
+    def after_step(self, steps: int) -> None:
+        """Called after each step, with how many there have been."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy in nats of `logits (R,)`, over the rows whose `labels (R,)` are known, each by its weight `(R,)`."""
+    known = ~torch.isnan(labels)
+    if weight is None and bool(known.all()):
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    share = known.to(logits.dtype) if weight is None else torch.where(known, weight, 0.0)
+    each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
+    return (each * share).sum() / share.sum().clamp(min=1e-12)

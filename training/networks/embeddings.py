@@ -1,0 +1,134 @@
+"""The vectors of a request's fields, from one table for all vocabularies."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from features.schema import Layout
+from features.vocabulary import PADDING
+
+from .contract import Fields, Part, RequestTensors
+
+
+class Embeddings(nn.Module):
+    """Vectors of every field of a request, from one table for all vocabularies, so that a part is one gather.
+
+    Row 0 of the table is zero: padding, whatever the field.
+    """
+
+    def __init__(self, fields: Fields, width: int) -> None:
+        super().__init__()
+        self.layouts = {name: layout for name, layout in fields.layouts.items() if fields.count(name)}
+        self.sizes, starts, rows = dict(sorted(fields.sizes.items())), {}, 1
+        for vocabulary, size in self.sizes.items():
+            starts[vocabulary] = rows - 1  # id 1 is the vocabulary's first row
+            rows += size - 1
+        self.table = nn.Embedding(rows, width, padding_idx=PADDING)
+        nn.init.normal_(self.table.weight, std=1e-4)
+        with torch.no_grad():
+            self.table.weight[PADDING].zero_()
+        self.scales = nn.ParameterDict()
+        for name, layout in self.layouts.items():
+            self.register_buffer(f"{name}_offsets", offsets_of(layout, starts), persistent=False)
+            self.scales[name] = nn.Parameter(torch.empty(layout.number_width, width).normal_(std=1e-2))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.layouts
+
+    def rows_of(self, vocabulary: str) -> slice:
+        """The rows of the table that a vocabulary has, for its ids from 1 on."""
+        before = sum(size - 1 for name, size in self.sizes.items() if name < vocabulary)
+        return slice(before + 1, before + self.sizes[vocabulary])
+
+    def table_rows(self, name: str, ids: Tensor) -> Tensor:
+        """Ids of a part `(..., W)` to rows of the table `(..., W)`."""
+        return torch.where(ids > PADDING, ids + self.get_buffer(f"{name}_offsets"), PADDING)
+
+    def forward(self, name: str, part: Part) -> Tensor:
+        """Vectors `(..., F, D)` of a part: categories looked up, lists averaged over their values, numbers scaling a vector."""
+        vectors = []
+        if self.layouts[name].width:
+            vectors.append(self._pool(self.layouts[name], part.ids, self.table(self.table_rows(name, part.ids))))
+        if self.layouts[name].number_width:
+            vectors.append(part.numbers.unsqueeze(-1) * self.scales[name])
+        return part.spread(torch.cat(vectors, dim=-2) if len(vectors) > 1 else vectors[0])
+
+    def of_request(self, request: RequestTensors) -> Tensor:
+        """Vectors `(R, F, D)` of what the candidates share: the user's fields, then the history's, each the mean over the behaviours.
+
+        Where every field is the ad's there are none: `(R, 0, 1)`, which broadcasts against any width.
+        """
+        vectors: list[Tensor] = [self("user", request.user)] if "user" in self else []
+        if "history" in self:
+            mask = request.history.behaviours()
+            count = mask.sum(1).clamp(min=1)[:, None, None]
+            vectors.append((self("history", request.history) * mask[..., None, None]).sum(1) / count)
+        if not vectors:
+            return request.user.numbers.new_zeros((len(request.user.numbers), 0, 1))
+        return torch.cat(vectors, dim=1)
+
+    def of_all(self, request: RequestTensors) -> Tensor:
+        """Vectors `(R, C, F, D)` of all fields beside each candidate, those of the request first, repeated for each."""
+        shared: Tensor = self.of_request(request)
+        ads: Tensor = self("ad", request.ad)
+        if not shared.shape[1]:
+            return ads
+        return torch.cat([shared.unsqueeze(1).expand(-1, ads.shape[1], -1, -1), ads], dim=2)
+
+    @staticmethod
+    def _pool(layout: Layout, ids: Tensor, values: Tensor) -> Tensor:
+        if all(slot.field.length == 1 for slot in layout.ids):
+            return values
+        pooled = []
+        for slot in layout.ids:
+            vectors = values[..., slot.columns, :]
+            if slot.field.length > 1:
+                counts = (ids[..., slot.columns] > PADDING).sum(-1, keepdim=True).clamp(min=1)
+                vectors = vectors.sum(-2, keepdim=True) / counts.unsqueeze(-1).to(values.dtype)
+            pooled.append(vectors)
+        return torch.cat(pooled, dim=-2)
+
+    def fused(self, _tile: int | None) -> nn.Module:
+        """See `fuse.py`."""
+        return FusedEmbeddings(self)
+
+
+def offsets_of(layout: Layout, starts: Mapping[str, int]) -> Tensor:
+    """What to add to the ids of a part `(..., W)` to have rows of a table, where each vocabulary `starts` (W,)."""
+    return torch.tensor([starts[slot.field.vocabulary] for slot in layout.ids for _ in range(slot.field.length)], dtype=torch.int64)
+
+
+def flat(vectors: Tensor) -> Tensor:
+    """`(R, F, D)` to `(R, F * D)`; F may be 0, which ONNX cannot flatten."""
+    return vectors.flatten(1) if vectors.shape[1] else vectors.squeeze(2)
+
+
+def table_of(rows: Tensor) -> nn.Embedding:
+    """A table of given rows."""
+    table: nn.Embedding = nn.Embedding.from_pretrained(rows)  # type: ignore[no-untyped-call]
+    return table
+
+
+class FusedEmbeddings(Embeddings):
+    """`Embeddings` whose table has a row of zeros for each vocabulary, so that an id needs an addition to be a row and no choice."""
+
+    def __init__(self, embed: Embeddings) -> None:
+        nn.Module.__init__(self)
+        self.layouts, self.sizes, self.scales = embed.layouts, embed.sizes, embed.scales
+        starts, pieces, row, old = {}, [], 0, 1
+        for vocabulary, size in embed.sizes.items():
+            starts[vocabulary] = row
+            pieces += [torch.zeros(1, embed.table.embedding_dim), embed.table.weight[old : old + size - 1].detach()]
+            row, old = row + size, old + size - 1
+        self.table = table_of(torch.cat(pieces) if pieces else embed.table.weight)
+        for name, layout in self.layouts.items():
+            self.register_buffer(f"{name}_offsets", offsets_of(layout, starts))
+
+    def table_rows(self, name: str, ids: Tensor) -> Tensor:
+        """See `Embeddings`."""
+        return ids + self.get_buffer(f"{name}_offsets")
+
+    def fused(self, _tile: int | None) -> nn.Module:
+        """It is."""
+        return self

@@ -1,0 +1,208 @@
+"""The layers that networks are made of, and what they become for serving. They take tensors; none knows of a field, a loss or a file.
+
+Batch normalisation melts into the linear layer before it. So does most of Dice: where z = (x - μ) / s is what the layer then gives,
+
+    x (α + (1 - α) σ(z)) = s (1 - α) · (z + m) (β + σ(z)),   m = μ / s,   β = α / (1 - α),
+
+and the factor in front melts into the layer after it.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NEAREST_ALPHA = 2.0**-22
+"""How near α may come to 1, where β is infinite; that far off, the result moves by less than a rounding error."""
+
+
+class SplitLinear(nn.Linear):
+    """A linear layer over [request side, candidate], its request half computed once a request, not once a candidate.
+
+    W [u; a] + b = (W_u u + b) + W_a a, exactly.
+    """
+
+    def __init__(self, request: int, candidate: int, out: int) -> None:
+        super().__init__(request + candidate, out)
+        self.request = request
+
+    def forward(self, request: Tensor, candidate: Tensor) -> Tensor:  # type: ignore[override]
+        """`(R, C, out)` from `request (R, request)` and `candidate (R, C, candidate)`."""
+        once = F.linear(request, self.weight[:, : self.request], self.bias)
+        return once.unsqueeze(1) + F.linear(candidate, self.weight[:, self.request :])
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over every axis but the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of `(..., features)`, that shape."""
+        if not self.num_features:  # torch's fails on none, such as those of a user side without fields
+            return x
+        return super().forward(x.flatten(0, -2)).view(x.shape)
+
+
+class Dice(nn.Module):
+    """DIN eq. 3: x (p + (1 - p) α), p = sigmoid of x normalised over the batch; α is learned."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.norm = BatchNorm(features, affine=False, eps=1e-8)
+        self.alpha = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of `(..., features)`, that shape."""
+        p = torch.sigmoid(self.norm(x))
+        return x * (self.alpha + p * (1 - self.alpha))
+
+
+class Tower(nn.Module):
+    """The MLP of a network, from [request side, candidate] to one logit a candidate; its first layer is split.
+
+    With `dice` its activations are Dice instead of batch norm and ReLU, and its input is normalised: decayed embeddings are tiny,
+    and Dice, unlike batch norm before ReLU, would let them stay so.
+    """
+
+    def __init__(self, request: int, candidate: int, hidden: tuple[int, ...], dropout: float, dice: bool = False) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([BatchNorm(request), BatchNorm(candidate)] if dice else [])
+        self.first = SplitLinear(request, candidate, hidden[0])
+        rest: list[nn.Module] = []
+        for i, width in enumerate(hidden):
+            rest += [nn.Linear(hidden[i - 1], width)] if i else []
+            rest += [Dice(width)] if dice else [BatchNorm(width), nn.ReLU()]
+            rest += [nn.Dropout(dropout)] if dropout else []
+        self.rest = nn.Sequential(*rest, nn.Linear(hidden[-1], 1))
+        for layer in (self.first, *self.rest):
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the logit."""
+        last = self.rest[-1]
+        assert isinstance(last, nn.Linear)  # noqa: S101  # as it was made
+        return last
+
+    @property
+    def bias(self) -> Tensor:
+        """What every logit has in it `(1,)`."""
+        return self.last.bias
+
+    def forward(self, request: Tensor, candidate: Tensor) -> Tensor:
+        """Logits `(R, C)` from `request (R, request)` and `candidate (R, C, candidate)`."""
+        if self.norms:
+            request, candidate = self.norms[0](request), self.norms[1](candidate)
+        logits: Tensor = self.rest(self.first(request, candidate))
+        return logits.squeeze(-1)
+
+    def fused(self, _tile: int | None) -> nn.Module:
+        """See `fuse.py`."""
+        return FusedTower(self)
+
+
+class Layer(NamedTuple):
+    """A linear layer and what is left of the activation after it: nothing (`mean` is None) or Dice's m and β."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor | None
+    beta: Tensor | None
+
+
+def merged(first: nn.Linear, rest: Iterable[nn.Module]) -> list[Layer]:
+    """The layers of an MLP, in float64; after all but the last comes Dice, or ReLU where there is no `mean`."""
+    layers = []
+    weight, bias, mean, beta = first.weight.double(), first.bias.double(), None, None
+    scale = torch.ones(len(bias), dtype=torch.float64)
+    for module in rest:
+        if isinstance(module, BatchNorm | Dice):
+            norm = module.norm if isinstance(module, Dice) else module
+            gain, shift = affine(norm)
+            weight, bias, scale = weight * gain[:, None], bias * gain + shift, torch.ones_like(gain)
+            if isinstance(module, Dice):
+                left = 1 - module.alpha.double()
+                left = torch.where(left.abs() < NEAREST_ALPHA, NEAREST_ALPHA, left)
+                mean, beta, scale = -shift, (1 - left) / left, left / gain
+        elif isinstance(module, nn.Linear):
+            layers.append(Layer(weight, bias, mean, beta))
+            weight, bias, mean, beta = module.weight.double() * scale, module.bias.double(), None, None
+    return [*layers, Layer(weight, bias, None, None)]
+
+
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Batch normalisation in evaluation as `gain` and `shift` of x, in float64."""
+    assert isinstance(norm, BatchNorm)  # noqa: S101
+    assert norm.running_mean is not None  # noqa: S101  # ours all keep their statistics
+    assert norm.running_var is not None  # noqa: S101
+    gain = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = -norm.running_mean.double() * gain
+    if norm.affine:
+        gain, shift = gain * norm.weight.double(), shift * norm.weight.double() + norm.bias.double()
+    return gain, shift
+
+
+class Linear(nn.Module):
+    """A linear layer of given weights, of which there may be none."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Buffer(weight.float()), None if bias is None else nn.Buffer(bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., out)` of `x (..., in)`."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class Activation(nn.Module):
+    """ReLU, or what is left of Dice."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.mean, self.beta = (None if value is None else nn.Buffer(value.float()) for value in (layer.mean, layer.beta))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Of the layer's outputs, `(..., width)`."""
+        if self.mean is None or self.beta is None:
+            return F.relu(z)
+        return (z + self.mean) * (torch.sigmoid(z) + self.beta)
+
+    def spread(self, *shape: int) -> Callable[[Tensor], Tensor]:
+        """The same for outputs of just `(*shape, width)`."""
+        if self.mean is None or self.beta is None:
+            return F.relu
+        mean, beta = self.mean.expand(*shape, -1), self.beta.expand(*shape, -1)
+        return lambda z: (z + mean) * (torch.sigmoid(z) + beta)
+
+
+class FusedTower(nn.Module):
+    """A `Tower` of linear layers and activations alone, its first layer still split.
+
+    With `blind` above 0, every vector of that many values has one more, which the tower does not look at.
+    """
+
+    def __init__(self, tower: Tower, blind: int = 0) -> None:
+        super().__init__()
+        first, *rest = merged(tower.first, tower.rest)
+        weight, bias = first.weight, first.bias
+        if tower.norms:
+            gain, shift = (torch.cat(values) for values in zip(*(affine(norm) for norm in tower.norms), strict=True))
+            weight, bias = weight * gain, bias + weight @ shift
+        request, candidate = weight[:, : tower.first.request], weight[:, tower.first.request :]
+        if blind:
+            request, candidate = (F.pad(half.reshape(len(half), -1, blind), (0, 1)).flatten(1) for half in (request, candidate))
+        self.request = Linear(request, bias)
+        self.candidate = Linear(candidate, None)
+        self.activations = nn.ModuleList(map(Activation, (first, *rest[:-1])))
+        self.rest = nn.ModuleList(Linear(layer.weight, layer.bias) for layer in rest)
+
+    def forward(self, request: Tensor, candidate: Tensor) -> Tensor:
+        """Logits `(R, C)` from `request (R, request)` and `candidate (R, C, candidate)`."""
+        x = (self.request(request).unsqueeze(1) + self.candidate(candidate)).flatten(0, 1)  # 2-D: bias and ReLU join the product
+        for activation, linear in zip(self.activations, self.rest, strict=True):
+            x = linear(activation(x))
+        logits: Tensor = x.view(candidate.shape[:2])
+        return logits
