@@ -1,6 +1,7 @@
 """A small prepared data set with a field of every kind, and a quick training on it. For tests of the offline road."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ from training.datasets.prepared import Prepared, open_prepared
 from training.export import random_feeds
 from training.networks import NETWORKS
 from training.networks.contract import CLICK, Fields, Network, Part, RequestTensors
-from training.networks.deepfm import DeepFMSettings
-from training.networks.din import DINSettings
 from training.train import Trained, TrainSettings, train
 
 torch.set_num_threads(1)
@@ -59,10 +58,17 @@ HISTORY = 'history = { length = 4, fields = ["ad_id", "genre", "tags", "price"] 
 SCHEMA = 'name = "small"\n' + HISTORY + USER + AD
 GENRES, AGES, SLOTS, TAGS = ("drama", "comedy", "news"), ("25", "35", "45"), ("feed", "side"), ("x", "y", "z")
 ADS = 12
-NETWORK_SETTINGS = {
-    "deepfm": DeepFMSettings(embedding=4, hidden=(8,), dropout=0.0),
-    "din": DINSettings(embedding=4, attention=(6,), hidden=(8,), dropout=0.0),
-}
+TINY = {"embedding": 4, "hidden": (8,), "attention": (6,), "dropout": 0.0}
+"""Widths of the networks of tests, where a network has such a setting."""
+
+
+def tiny(family: str) -> Any:
+    """The settings of a network that is small and quick."""
+    usual = NETWORKS[family].settings()
+    return replace(usual, **{name: value for name, value in TINY.items() if hasattr(usual, name)})
+
+
+NETWORK_SETTINGS = {family: tiny(family) for family in NETWORKS}
 
 
 def quiet() -> Progress:

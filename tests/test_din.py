@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.test_deepfm import CLOSE, HISTORY_AND_ADS, ONLY_ADS, check_candidates, check_empty, check_padding
+from tests.test_networks import CLOSE, HISTORY_AND_ADS, ONLY_ADS
 from training.networks.contract import Part
 from training.networks.din import DIN, LocalActivation
 
@@ -72,22 +72,6 @@ def test_logits_are_the_tower_over_user_interests_and_ad(text: str, softmax: boo
         logits = small.click(network, user, history, ad)
         assert torch.allclose(logits, network.tower(request, torch.cat([interests, ads.flatten(2)], dim=-1)), **CLOSE)
         assert logits.shape == (3, 5)
-
-
-@pytest.mark.parametrize("softmax", [False, True])
-@pytest.mark.parametrize("text", SCHEMAS)
-def test_candidates_are_scored_each_by_itself(text: str, softmax: bool) -> None:
-    check_candidates(small.network("din", text, softmax=softmax), text)
-
-
-@pytest.mark.parametrize("softmax", [False, True])
-def test_padding_changes_nothing(softmax: bool) -> None:
-    check_padding(small.network("din", softmax=softmax))
-
-
-@pytest.mark.parametrize("softmax", [False, True])
-def test_an_empty_history_is_finite_and_leaves_finite_gradients(softmax: bool) -> None:
-    check_empty(small.network("din", softmax=softmax))
 
 
 @pytest.mark.parametrize("family", ["deepfm", "din"])

@@ -5,7 +5,7 @@ import small
 import torch
 from torch import nn
 
-from tests.test_deepfm import HISTORY_AND_ADS, ONLY_ADS
+from tests.test_networks import HISTORY_AND_ADS, ONLY_ADS
 from training.calibrate import Calibration
 from training.export import Served, random_feeds, score, to_onnx
 from training.networks.deepfm import FusedDeepFM

@@ -1,0 +1,134 @@
+"""What holds for every network: each is scored candidate by candidate, whatever lies beside it, and is served as it was trained."""
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import small
+import torch
+from torch import Tensor
+
+from training.calibrate import Calibration
+from training.export import Served, random_feeds, score, to_onnx
+from training.networks import NETWORKS
+from training.networks.contract import Labels, Network, Part, RequestTensors
+from training.networks.embeddings import Embeddings
+from training.networks.fuse import fused
+
+WITHOUT_HISTORY = small.SCHEMA.replace(small.HISTORY, "")
+ONLY_ADS = 'name = "ads"\n' + small.AD
+ONLY_NUMBERS = 'name = "numbers"\n[user.income]\nkind = "number"\n[ad.price]\nkind = "number"\n'
+ONLY_AD_NUMBER = 'name = "number"\n[ad.price]\nkind = "number"\n'
+HISTORY_AND_ADS = 'name = "history"\n' + small.HISTORY + small.AD
+SCHEMAS = [small.SCHEMA, WITHOUT_HISTORY, ONLY_ADS, ONLY_NUMBERS, ONLY_AD_NUMBER, HISTORY_AND_ADS]
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}  # float32 sums in another order
+VARIANTS: list[tuple[str, dict[str, Any]]] = [("din", {"softmax": True})]
+"""Settings that make another network of a family. What is a setting's alone is tested with the network."""
+CASES = [*((family, {}) for family in NETWORKS), *VARIANTS]
+SHAPES = ((1, 1, 1), (1, 4, 5), (2, 1, 64), (7, 9, 2))
+"""Requests, behaviours and candidates that an exported graph is tried with; `adrank train` tries 80 of them."""
+
+
+def fits(family: str, settings: dict[str, Any], text: str) -> bool:
+    """Whether a network can be built for a schema; what it says where it cannot is tested where the network is."""
+    try:
+        return isinstance(small.network(family, text, **settings), Network)
+    except ValueError:
+        return False
+
+
+every = pytest.mark.parametrize(("family", "settings"), CASES)
+
+
+@pytest.mark.parametrize(("family", "settings", "text"), [(*case, text) for case in CASES for text in SCHEMAS if fits(*case, text)])
+def test_candidates_are_scored_each_by_itself_in_any_order_and_so_are_requests(family: str, settings: dict[str, Any], text: str) -> None:
+    network, (user, history, ad) = small.network(family, text, **settings), small.parts(text)
+    with torch.no_grad():
+        logits = small.click(network, user, history, ad)
+        assert logits.shape == (3, 5)
+        assert logits.std() > 0.02
+        for c in range(5):
+            one = small.click(network, user, history, Part(ad.ids[:, c : c + 1], ad.numbers[:, c : c + 1]))
+            assert torch.allclose(one[:, 0], logits[:, c], **CLOSE)
+        order = torch.tensor([3, 1, 4, 0, 2])
+        assert torch.allclose(small.click(network, user, history, Part(ad.ids[:, order], ad.numbers[:, order])), logits[:, order], **CLOSE)
+        for r in range(3):
+            alone = small.click(network, *(Part(part.ids[r : r + 1], part.numbers[r : r + 1]) for part in (user, history, ad)))
+            assert torch.allclose(alone[0], logits[r], **CLOSE)
+
+
+@every
+def test_padding_changes_nothing(family: str, settings: dict[str, Any]) -> None:
+    network, (user, history, ad) = small.network(family, **settings), small.parts()
+    ids, numbers = (torch.nn.functional.pad(values, (0, 0, 0, 6)) for values in (history.ids, history.numbers))
+    with torch.no_grad():
+        logits = small.click(network, user, history, ad)
+        assert torch.allclose(small.click(network, user, Part(ids, numbers), ad), logits, **CLOSE)
+        # Whatever stands in a padded place is masked: its other columns too.
+        numbers[:, -1], ids[:, -1, 1:] = 7.0, 2
+        assert torch.allclose(small.click(network, user, Part(ids, numbers), ad), logits, **CLOSE)
+
+
+@every
+def test_an_empty_history_is_finite_and_leaves_finite_gradients(family: str, settings: dict[str, Any]) -> None:
+    network, (user, history, ad) = small.network(family, **settings).train(), small.parts()
+    request = RequestTensors(user, Part(torch.zeros_like(history.ids), torch.zeros_like(history.numbers)), ad)
+    outputs = network(request)
+    assert all(torch.isfinite(logits).all() for logits in outputs.values())
+    sum(logits.sum() for logits in outputs.values()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters() if parameter.grad is not None)
+
+
+def rows_of_training(text: str, rows: int = 24) -> tuple[RequestTensors, Labels]:
+    """Rows with one candidate, and labels that follow the ad."""
+    user, history, ad = small.parts(text, requests=rows, candidates=1)
+    return RequestTensors(user, history, ad), Labels({"click": (ad.ids[:, 0, 0] % 2).float()})
+
+
+@every
+def test_every_weight_is_trained_and_the_loss_falls(family: str, settings: dict[str, Any]) -> None:
+    network, (request, labels) = small.network(family, **settings).train(), rows_of_training(small.SCHEMA)
+    network.begin(Part(request.ad.ids[:, 0], request.ad.numbers[:, 0]))
+    optimisers, losses = network.optimisers(0.02), []
+    reached: dict[str, Tensor] = {}
+    for step in range(30):
+        network.zero_grad()
+        loss = network.loss(network(request), request, labels)
+        loss.backward()
+        for name, parameter in network.named_parameters():
+            if parameter.grad is not None:
+                reached[name] = reached.get(name, torch.zeros(1)) + parameter.grad.abs().sum()
+        for optimiser in optimisers:
+            optimiser.step()
+        network.after_step(step + 1)
+        losses.append(loss.item())
+    silent = [name for name, parameter in network.named_parameters() if parameter.numel() and not reached.get(name, torch.zeros(1)).any()]
+    assert not silent
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert all(not embed.table.weight[0].any() for embed in network.modules() if isinstance(embed, Embeddings))  # padding stays nothing
+
+
+@every
+def test_a_fused_network_gives_the_same_logits(family: str, settings: dict[str, Any]) -> None:
+    network, parts = small.network(family, **settings), small.parts()
+    with torch.no_grad():
+        assert torch.allclose(small.click(fused(network), *parts), small.click(network, *parts), **CLOSE)
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_an_exported_network_gives_what_torch_gives(family: str) -> None:
+    served = Served(small.network(family), Calibration(0.3, -0.2), small.schema()).eval()
+    session = onnxruntime.InferenceSession(to_onnx(served), providers=["CPUExecutionProvider"])
+    for requests, behaviours, candidates in SHAPES:
+        feeds = random_feeds(small.schema(), {}, requests, behaviours, candidates, seed=behaviours)
+        assert np.abs(session.run(["p_click"], feeds)[0] - score(served, feeds)).max() < 1e-5
+
+
+def test_a_shift_of_the_intercept_moves_every_logit_alike() -> None:
+    for family in NETWORKS:
+        network, parts = small.network(family), small.parts()
+        with torch.no_grad():
+            before = small.click(network, *parts)
+            network.intercept.add_(0.7)
+            assert torch.allclose(small.click(network, *parts) - before, torch.full_like(before, 0.7), atol=1e-4)
