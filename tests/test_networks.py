@@ -23,7 +23,12 @@ ONLY_AD_NUMBER = 'name = "number"\n[ad.price]\nkind = "number"\n'
 HISTORY_AND_ADS = 'name = "history"\n' + small.HISTORY + small.AD
 SCHEMAS = [small.SCHEMA, WITHOUT_HISTORY, ONLY_ADS, ONLY_NUMBERS, ONLY_AD_NUMBER, HISTORY_AND_ADS]
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}  # float32 sums in another order
-VARIANTS: list[tuple[str, dict[str, Any]]] = [("din", {"softmax": True})]
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("dcn_v2", {"structure": "stacked"}),
+    ("dcn_v2", {"low_rank": 3}),
+    ("dcn_v2", {"low_rank": 3, "experts": 2}),
+    ("din", {"softmax": True}),
+]
 """Settings that make another network of a family. What is a setting's alone is tested with the network."""
 CASES = [*((family, {}) for family in NETWORKS), *VARIANTS]
 SHAPES = ((1, 1, 1), (1, 4, 5), (2, 1, 64), (7, 9, 2))

@@ -1,7 +1,9 @@
 """CTR networks, one family a file, made of blocks. A new network is a file and a line here."""
 
 from .contract import Network
+from .dcn import DCN
+from .dcn_v2 import DCNV2
 from .deepfm import DeepFM
 from .din import DIN
 
-NETWORKS: dict[str, type[Network]] = {"deepfm": DeepFM, "din": DIN}
+NETWORKS: dict[str, type[Network]] = {"deepfm": DeepFM, "dcn": DCN, "dcn_v2": DCNV2, "din": DIN}

@@ -104,6 +104,13 @@ def flat(vectors: Tensor) -> Tensor:
     return vectors.flatten(1) if vectors.shape[1] else vectors.squeeze(2)
 
 
+def beside(request: Tensor, candidate: Tensor) -> Tensor:
+    """`(R, C, A + B)` of `request (R, A)`, repeated for each candidate, and `candidate (R, C, B)`; A may be 0."""
+    if not request.shape[1]:
+        return candidate
+    return torch.cat([request.unsqueeze(1).expand(-1, candidate.shape[1], -1), candidate], dim=-1)
+
+
 def table_of(rows: Tensor) -> nn.Embedding:
     """A table of given rows."""
     table: nn.Embedding = nn.Embedding.from_pretrained(rows)  # type: ignore[no-untyped-call]

@@ -75,10 +75,7 @@ class Tower(nn.Module):
             rest += [Dice(width)] if dice else [BatchNorm(width), nn.ReLU()]
             rest += [nn.Dropout(dropout)] if dropout else []
         self.rest = nn.Sequential(*rest, nn.Linear(hidden[-1], 1))
-        for layer in (self.first, *self.rest):
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        begin_linear(self.first, *self.rest)
 
     @property
     def last(self) -> nn.Linear:
@@ -102,6 +99,51 @@ class Tower(nn.Module):
     def fused(self, _tile: int | None) -> nn.Module:
         """See `fuse.py`."""
         return FusedTower(self)
+
+
+class MLP(nn.Module):
+    """Linear layers, after each of them batch norm, ReLU and dropout: what a network has below its last layer."""
+
+    def __init__(self, width: int, hidden: tuple[int, ...], dropout: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, hidden[0])
+        rest: list[nn.Module] = []
+        for i, units in enumerate(hidden):
+            rest += [nn.Linear(hidden[i - 1], units)] if i else []
+            rest += [BatchNorm(units), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
+        self.rest = nn.Sequential(*rest)
+        begin_linear(self.first, *self.rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., hidden[-1])` of `x (..., width)`."""
+        values: Tensor = self.rest(self.first(x))
+        return values
+
+    def fused(self, _tile: int | None) -> nn.Module:
+        """See `fuse.py`."""
+        return FusedMLP(self)
+
+
+class SplitMLP(MLP):
+    """An `MLP` over [request side, candidate] whose first layer is split."""
+
+    def __init__(self, request: int, candidate: int, hidden: tuple[int, ...], dropout: float) -> None:
+        super().__init__(request + candidate, hidden, dropout)
+        self.first = SplitLinear(request, candidate, hidden[0])
+        begin_linear(self.first)
+
+    def forward(self, request: Tensor, candidate: Tensor) -> Tensor:  # type: ignore[override]
+        """`(R, C, hidden[-1])` from `request (R, request)` and `candidate (R, C, candidate)`."""
+        values: Tensor = self.rest(self.first(request, candidate))
+        return values
+
+
+def begin_linear(*blocks: nn.Module) -> None:
+    """Fresh weights for the linear layers among some blocks."""
+    for layer in blocks:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 class Layer(NamedTuple):
@@ -206,3 +248,22 @@ class FusedTower(nn.Module):
             x = linear(activation(x))
         logits: Tensor = x.view(candidate.shape[:2])
         return logits
+
+
+class FusedMLP(nn.Module):
+    """An `MLP`, split or not, of linear layers and ReLU alone."""
+
+    def __init__(self, mlp: MLP) -> None:
+        super().__init__()
+        first, *rest = merged(mlp.first, mlp.rest)
+        self.first = mlp.first
+        self.first.weight, self.first.bias = (nn.Parameter(values.float()) for values in (first.weight, first.bias))
+        self.rest = nn.ModuleList(Linear(layer.weight, layer.bias) for layer in rest)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """See `MLP` and `SplitMLP`."""
+        once: Tensor = self.first(*inputs)
+        x = F.relu(once.flatten(0, -2))  # 2-D: bias and ReLU join the product
+        for linear in self.rest:
+            x = F.relu(linear(x))
+        return x.view(*once.shape[:-1], x.shape[-1])
