@@ -82,6 +82,19 @@ class Server:
         self._process.wait()
 
 
+@pytest.fixture(scope="module")
+def traced_export() -> Iterator[None]:
+    """For tests that need a trained bundle and are not about its graph: `pytestmark = pytest.mark.usefixtures("traced_export")`.
+
+    torch's exporter takes seconds a graph, and its older tracer a fraction of one. Each graph is compared with torch as ever.
+    """
+    import small  # noqa: PLC0415  # tests of the service know nothing of torch
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("training.export.to_onnx", small.traced)
+        yield
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"

@@ -22,6 +22,8 @@ from training.publish import train_and_publish
 from training.train import TrainError, TrainSettings, fit_network
 from training.weights import settings_of
 
+pytestmark = pytest.mark.usefixtures("traced_export")
+
 
 @pytest.mark.parametrize(
     ("rows", "batch", "rate", "epochs"),

@@ -106,7 +106,7 @@ def test_a_network_that_minds_padding_or_order_is_found(network: nn.Module, case
     )
     ours = Served(network, Calibration(), small.schema(text)).eval()
     with pytest.raises(BundleError, match=f"for {case}"):
-        verify(to_onnx(ours), ours, {})
+        verify(small.traced(ours), ours, {})
 
 
 @pytest.mark.parametrize("family", ["deepfm", "din"])
@@ -148,7 +148,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 @pytest.fixture(scope="module")
-def published(sampled: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
+def published(sampled: Prepared, traced_export: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
     trained = small.quick(sampled, "din")
     return trained, export.export(sampled, trained, tmp_path_factory.mktemp("models"), "m", small.quiet())
 

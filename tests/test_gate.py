@@ -21,6 +21,7 @@ from training.export import contents
 from training.train import Epoch, Trained
 from training.window import Enough, Limits, too_little
 
+pytestmark = pytest.mark.usefixtures("traced_export")
 Made = tuple[Trained, dict[str, bytes], dict[str, Any]]
 
 

@@ -26,7 +26,7 @@ from features.state import Ad, UserState
 from service.store import RedisStore
 from training.calibrate import Calibration
 from training.datasets.log import open_log
-from training.export import Served, score, to_onnx
+from training.export import Served, score
 from training.replay import replay as replayed
 from training.skew import find_skew
 
@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     goldens = [bundle.Golden("u1", {"age": "25"}, {"slot": "feed"}, ["a1", "gone"], ["a2", "a3"], {"a2": small.ad_features(2)}, [])]
     goldens = [replace(each, p_click=score(served, each.feeds(small.encoder()))[0].tolist()) for each in goldens]
     files = {
-        bundle.MODEL: to_onnx(served),
+        bundle.MODEL: small.traced(served),
         bundle.SCHEMA: small.schema().to_toml().encode(),
         bundle.VOCABULARIES: vocabularies.to_json().encode(),
         bundle.GOLDENS: bundle.goldens_json(goldens),

@@ -95,11 +95,11 @@ def test_int8_goldens_are_those_of_the_int8_graph(published: tuple[Prepared, Tra
         bundle.check_goldens(lambda feeds: scorer.score(feeds) + np.float32(0.01), INT8_MODEL)
 
 
-def test_a_graph_that_fails_its_gate_is_not_published(published: tuple[Prepared, Trained, Path], monkeypatch, tmp_path: Path) -> None:
+def test_a_graph_that_fails_its_gate_is_not_published(
+    published: tuple[Prepared, Trained, Path], traced_export: None, monkeypatch, tmp_path: Path
+) -> None:
     data, model, _ = published
-    monkeypatch.setattr(
-        export, "quantised", lambda _graph, _requests: to_onnx(Served(model.network, Calibration(3.0, 3.0), data.schema).eval())
-    )
+    monkeypatch.setattr(export, "quantised", lambda *_: small.traced(Served(model.network, Calibration(3.0, 3.0), data.schema).eval()))
     bundle = load_bundle(export.export(data, model, tmp_path, "m", small.quiet()))
     assert INT8_MODEL not in bundle.manifest["files"]
     assert "log_loss moves by" in bundle.manifest["int8"]["refused"]
@@ -107,7 +107,7 @@ def test_a_graph_that_fails_its_gate_is_not_published(published: tuple[Prepared,
     assert json.loads((bundle.path / "manifest.json").read_text())["int8"]["moved"].keys() == {"auc", "log_loss", "calibration_ratio"}
 
 
-def test_int8_is_not_made_unasked(published: tuple[Prepared, Trained, Path], tmp_path: Path) -> None:
+def test_int8_is_not_made_unasked(published: tuple[Prepared, Trained, Path], traced_export: None, tmp_path: Path) -> None:
     data, model, _ = published
     plain = replace(model, settings={**model.settings, "int8": False})
     assert "int8" not in load_bundle(export.export(data, plain, tmp_path, "m", small.quiet())).manifest

@@ -21,6 +21,7 @@ from training.datasets.encoded import learn_vocabularies
 from training.datasets.prepared import open_prepared
 from training.export import export
 
+pytestmark = pytest.mark.usefixtures("traced_export")
 USER = {"age": "35", "interests": ["news", "drama", "opera"], "income": 7.0}
 ADS: dict[str, dict[str, Any]] = {
     "a5": {"genre": "news", "tags": ["x", "y"], "price": 5.0},

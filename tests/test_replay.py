@@ -27,6 +27,7 @@ from training.offpolicy import Estimate, Trail, estimate
 from training.publish import train_and_publish
 from training.replay import replay
 
+pytestmark = pytest.mark.usefixtures("traced_export")
 START = 1_763_798_400
 SOURCE = Path(__file__).parent.parent.parent / "shared" / "data" / "open_bandit"
 

@@ -35,6 +35,7 @@ from training.retrain import Order, RetrainError, open_window, retrain
 from training.train import Trained
 from training.weights import WEIGHTS, start_of
 
+pytestmark = pytest.mark.usefixtures("traced_export")
 SETTINGS = {**small_log.QUICK, "epochs": "3"}
 
 
@@ -387,6 +388,9 @@ KILL = """
 import os, signal, sys
 from features import bundle
 import adrank
+import small
+from training import export
+export.to_onnx = small.traced
 write = bundle._write
 def dying(path, data):
     if path.name.startswith(".current"):
@@ -402,7 +406,9 @@ def test_a_run_that_is_killed_while_publishing_leaves_the_live_version(log: Path
     before, live = versions(models), current_path(models, "shop")
     words_ = ["retrain", "--log", log, "--models", models, "--name", "shop", "--since", small_log.START, "--holdout", 0.3, *words(SETTINGS)]
     command = [sys.executable, "-c", KILL, *map(str, words_)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [name.split("-")[0] for name in left(models)] == [".current", ".publishing"]
     assert current_path(models, "shop") == live

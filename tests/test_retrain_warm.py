@@ -22,6 +22,8 @@ from training.networks.grown import take_over
 from training.train import Start, TrainError, TrainSettings, fit_network, predict, train
 from training.weights import packed, settings_of, start_of
 
+pytestmark = pytest.mark.usefixtures("traced_export")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:

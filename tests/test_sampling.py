@@ -38,6 +38,7 @@ from training.retrain import Order, retrain
 from training.train import predict
 from training.weights import sampling_of
 
+pytestmark = pytest.mark.usefixtures("traced_export")
 KEPT = 0.1
 START = 1_763_769_600
 QUICK = {"epochs": "2", "batch": "128", "learning_rate": "0.02", "embedding_l2": "0.0001", "threads": "1", "unknown_rate": "0"}
