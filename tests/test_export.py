@@ -21,7 +21,7 @@ from training.calibrate import Calibration
 from training.datasets.prepared import Prepared, open_prepared
 from training.drift import REFERENCE, make_reference, read_reference
 from training.export import Served, evaluate_bundle, random_feeds, score, to_onnx, verify
-from training.networks.contract import Part
+from training.networks.contract import CLICK, Part, RequestTensors
 from training.train import Trained
 
 CALIBRATION = Calibration(0.7, -0.4, float(np.log(0.2)))
@@ -88,15 +88,15 @@ def test_a_calibration_that_was_changed_is_found(graphs: dict[str, bytes], famil
 class Unmasked(nn.Module):
     """Takes padding for behaviours."""
 
-    def forward(self, user: Part, history: Part, ad: Part) -> Tensor:
-        return history.ids.float().mean((1, 2))[:, None] + ad.ids.float().sum(2) * 0.1
+    def forward(self, request: RequestTensors) -> dict[str, Tensor]:
+        return {CLICK: request.history.ids.float().mean((1, 2))[:, None] + request.ad.ids.float().sum(2) * 0.1}
 
 
 class Ordered(nn.Module):
     """Scores a candidate by those before it."""
 
-    def forward(self, user: Part, history: Part, ad: Part) -> Tensor:
-        return ad.ids.float().sum(2).cumsum(1) * 0.01 + history.ids.sum((1, 2))[:, None] * 0
+    def forward(self, request: RequestTensors) -> dict[str, Tensor]:
+        return {CLICK: request.ad.ids.float().sum(2).cumsum(1) * 0.01 + request.history.ids.sum((1, 2))[:, None] * 0}
 
 
 @pytest.mark.parametrize(("network", "case"), [(Unmasked(), "padding added"), (Ordered(), "candidates permuted")])
