@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from features.schema import parse_schema
 from training.networks.contract import Fields, Part
 from training.networks.embeddings import Embeddings
-from training.networks.layers import BatchNorm, Dice, SplitLinear, Tower
+from training.networks.layers import BatchNorm, Dice, SplitLinear, Tower, VarianceNorm
 
 # Vocabularies by name: b has ids 0 to 3, c has 0 to 2. Ids 0 are all row 0, so b takes rows 1 to 3 and c rows 4 and 5.
 FIELDS = Fields.of(
@@ -142,11 +142,20 @@ def mlp(tower: Tower, x: Tensor) -> Tensor:
     return x.squeeze(-1)
 
 
-@pytest.mark.parametrize("with_dice", [False, True])
-def test_a_tower_is_an_mlp_over_the_concatenation(with_dice: bool) -> None:
-    tower = Tower(3, 2, (5, 4), 0.3, with_dice).eval()
+NORMALISED = {
+    "dice": [Dice],
+    "none": [nn.ReLU],
+    "batch": [BatchNorm, nn.ReLU],
+    "layer": [nn.LayerNorm, nn.ReLU],
+    "variance": [VarianceNorm, nn.ReLU],
+}
+
+
+@pytest.mark.parametrize("norm", NORMALISED)
+def test_a_tower_is_an_mlp_over_the_concatenation(norm: str) -> None:
+    tower = Tower(3, 2, (5, 4), 0.3, norm).eval()
     kinds = [type(layer) for layer in tower.rest]
-    activation = [Dice] if with_dice else [BatchNorm, nn.ReLU]
+    activation = NORMALISED[norm]
     assert kinds == [*activation, nn.Dropout, nn.Linear, *activation, nn.Dropout, nn.Linear]
     request, candidate = torch.randn(6, 3), torch.randn(6, 7, 2)
     whole = torch.cat([request.unsqueeze(1).expand(6, 7, 3), candidate], dim=-1)
@@ -154,6 +163,17 @@ def test_a_tower_is_an_mlp_over_the_concatenation(with_dice: bool) -> None:
     assert logits.shape == (6, 7)
     assert torch.allclose(logits, mlp(tower, whole), atol=1e-5)
     assert logits.std() > 0.01
+
+
+def test_variance_norm_divides_by_the_deviation_of_a_row_and_moves_nothing() -> None:
+    rows = torch.tensor([[1.0, 3.0], [-20.0, 20.0], [5.0, 5.0]])
+    expected = torch.tensor([[1.0, 3.0], [-1.0, 1.0], [5.0 / math.sqrt(1e-5)] * 2])
+    assert torch.allclose(VarianceNorm()(rows), expected, rtol=1e-4)
+
+
+def test_a_tower_with_a_norm_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^there is no norm 'group'; choose one of none, batch, layer, variance$"):
+        Tower(3, 2, (5,), 0.0, "group")
 
 
 def test_a_tower_s_weights_start_as_xavier_s() -> None:

@@ -106,7 +106,7 @@ def test_a_data_set_that_is_none_is_a_sentence(tmp_path: Path, data: Path, split
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "wide"], "there is no network 'wide'; there are deepfm, din$"),
+        (["--model", "wide"], "there is no network 'wide'; there are .*deepfm, .*din"),
         (["--model", "deepfm", "--name", "../x"], "'../x' is not a model name"),
         (["--model", "deepfm", "--set", "colour=red"], "--set colour: no such setting; there are embedding, hidden"),
         (["--model", "deepfm", "--set", "softmax=true"], "--set softmax: no such setting"),

@@ -1,6 +1,8 @@
 """DeepFM: first order + factorisation machine + MLP over shared embeddings (Guo et al. 2017, https://arxiv.org/abs/1703.04247).
 
-The history, where there is one, joins as one more field for each of its own: the mean over the behaviours.
+The history, where there is one, joins as one more field for each of its own: the mean over the behaviours. Beside the paper's network
+there are the norms of Wang et al. 2020 (https://arxiv.org/abs/2006.12753), NormDNN of the MLP's layers, before ReLU, and NormEmb of
+the vectors, for FM and MLP alike; `batch` stays the default.
 """
 
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 
 from .contract import CLICK, Fields, Network, RequestTensors
 from .embeddings import Embeddings, FusedEmbeddings, flat, table_of
-from .layers import FusedTower, Tower
+from .interactions import first_order, inner_products
+from .layers import FusedTower, Tower, norms_named
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class DeepFMSettings:
     """Widths of the MLP's layers."""
     dropout: float = 0.1
     """Share of their activations that a training step leaves out."""
+    norm: str = "batch"
+    """What normalises the MLP's layers (NormDNN): `none`, `batch`, `layer`, or `variance`, layer norm's division alone."""
+    norm_embedding: str = "none"
+    """What normalises each vector (NormEmb): the same choice."""
 
 
 class DeepFM(Network):
@@ -35,18 +42,16 @@ class DeepFM(Network):
         super().__init__(fields, settings)
         width = settings.embedding
         self.first, self.second = Embeddings(fields, 1), Embeddings(fields, width)
-        self.tower = Tower(fields.request * width, fields.count("ad") * width, settings.hidden, settings.dropout)
+        self.tower = Tower(fields.request * width, fields.count("ad") * width, settings.hidden, settings.dropout, settings.norm)
+        self.norm = nn.Sequential(*norms_named(settings.norm_embedding)(width))
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`. What concerns the request side alone is computed once a request."""
-        linear = self.first.of_request(request).sum(1) + self.first("ad", request.ad).sum(2).squeeze(-1)
         u, a = self.second.of_request(request), self.second("ad", request.ad)
-        # Eq. 2 of the paper as the square of the sum less the sum of squares, so that the request's sums are shared.
-        total = u.sum(1).unsqueeze(1) + a.sum(2)
-        squares = u.square().sum(1).unsqueeze(1) + a.square().sum(2)
-        pairs = 0.5 * (total.square() - squares).sum(-1)
-        return {CLICK: linear + pairs + self.tower(flat(u), a.flatten(2)) + self.bias}
+        if len(self.norm):
+            u, a = self.norm(u) if u.shape[1] else u, self.norm(a)
+        return {CLICK: first_order(self.first, request) + inner_products(u, a) + self.tower(flat(u), a.flatten(2)) + self.bias}
 
     def flatten(self) -> None:
         """Let the MLP say the same of all, so that the first order learns first.
@@ -80,7 +85,8 @@ class FusedDeepFM(nn.Module):
         """Whether it can stand for the network."""
         layouts = network.second.layouts
         single = all(slot.field.length == 1 for layout in layouts.values() for slot in layout.ids)
-        return single and set(layouts) == {"user", "ad"} and not any(layout.numbers for layout in layouts.values())
+        plain = network.tower.melts and not len(network.norm)
+        return plain and single and set(layouts) == {"user", "ad"} and not any(layout.numbers for layout in layouts.values())
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """See `DeepFM`."""

@@ -80,7 +80,7 @@ class DIN(Network):
         self.attention = LocalActivation(interest, settings.attention, settings.softmax)
         candidate = interest + fields.count("ad") * width
         # The paper is silent on a normalised input of the MLP; the authors' program has it.
-        self.tower = Tower(fields.count("user") * width, candidate, settings.hidden, settings.dropout, dice=True)
+        self.tower = Tower(fields.count("user") * width, candidate, settings.hidden, settings.dropout, norm="dice")
 
     @property
     def intercept(self) -> Tensor:

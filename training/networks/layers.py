@@ -17,6 +17,8 @@ from torch.nn import functional as F
 NEAREST_ALPHA = 2.0**-22
 """How near α may come to 1, where β is infinite; that far off, the result moves by less than a rounding error."""
 
+VARIANCE_EPS = 1e-5
+
 
 class SplitLinear(nn.Linear):
     """A linear layer over [request side, candidate], its request half computed once a request, not once a candidate.
@@ -44,6 +46,37 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, -2)).view(x.shape)
 
 
+class VarianceNorm(nn.Module):
+    """Variance-only layer norm (Wang et al. 2020, https://arxiv.org/abs/2006.12753): x / σ, σ over a row's features.
+
+    Layer norm without its mean, its gain and its bias, which the paper finds to matter little in CTR models.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of `(..., features)`, that shape."""
+        return x * (x.var(-1, correction=0, keepdim=True) + VARIANCE_EPS).rsqrt()
+
+
+NORMS: dict[str, Callable[[int], list[nn.Module]]] = {
+    "none": lambda _: [],
+    "batch": lambda features: [BatchNorm(features)],
+    "layer": lambda features: [nn.LayerNorm(features)],
+    "variance": lambda _: [VarianceNorm()],
+}
+"""What normalises so many features, by name."""
+
+
+def norms_named(name: str) -> Callable[[int], list[nn.Module]]:
+    """One of `NORMS`.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in NORMS:
+        raise ValueError(f"there is no norm {name!r}; choose one of {', '.join(NORMS)}")
+    return NORMS[name]
+
+
 class Dice(nn.Module):
     """DIN eq. 3: x (p + (1 - p) α), p = sigmoid of x normalised over the batch; α is learned."""
 
@@ -61,18 +94,18 @@ class Dice(nn.Module):
 class Tower(nn.Module):
     """The MLP of a network, from [request side, candidate] to one logit a candidate; its first layer is split.
 
-    With `dice` its activations are Dice instead of batch norm and ReLU, and its input is normalised: decayed embeddings are tiny,
-    and Dice, unlike batch norm before ReLU, would let them stay so.
+    `norm` is one of `NORMS`, before each ReLU, or `dice`: Dice instead of both, and a normalised input. Decayed embeddings are
+    tiny, and Dice, unlike a norm before ReLU, would let them stay so.
     """
 
-    def __init__(self, request: int, candidate: int, hidden: tuple[int, ...], dropout: float, dice: bool = False) -> None:
+    def __init__(self, request: int, candidate: int, hidden: tuple[int, ...], dropout: float, norm: str = "batch") -> None:
         super().__init__()
-        self.norms = nn.ModuleList([BatchNorm(request), BatchNorm(candidate)] if dice else [])
+        self.norms = nn.ModuleList([BatchNorm(request), BatchNorm(candidate)] if norm == "dice" else [])
         self.first = SplitLinear(request, candidate, hidden[0])
         rest: list[nn.Module] = []
         for i, width in enumerate(hidden):
             rest += [nn.Linear(hidden[i - 1], width)] if i else []
-            rest += [Dice(width)] if dice else [BatchNorm(width), nn.ReLU()]
+            rest += [Dice(width)] if norm == "dice" else [*norms_named(norm)(width), nn.ReLU()]
             rest += [nn.Dropout(dropout)] if dropout else []
         self.rest = nn.Sequential(*rest, nn.Linear(hidden[-1], 1))
         begin_linear(self.first, *self.rest)
@@ -96,9 +129,14 @@ class Tower(nn.Module):
         logits: Tensor = self.rest(self.first(request, candidate))
         return logits.squeeze(-1)
 
-    def fused(self, _tile: int | None) -> nn.Module:
+    @property
+    def melts(self) -> bool:
+        """Whether all its norms melt into linear layers: those over a batch do, those over a row's features do not."""
+        return not any(isinstance(module, nn.LayerNorm | VarianceNorm) for module in self.rest)
+
+    def fused(self, _tile: int | None) -> nn.Module | None:
         """See `fuse.py`."""
-        return FusedTower(self)
+        return FusedTower(self) if self.melts else None
 
 
 class MLP(nn.Module):

@@ -1,0 +1,63 @@
+"""What fields have to say together: sums over single fields and over pairs of them, each half computed where it is known.
+
+Shapes: R requests, C candidates; `u (R, Fu, D)` are the vectors of the request's fields, `a (R, C, Fa, D)` those of the candidates'.
+"""
+
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from .contract import RequestTensors
+from .embeddings import Embeddings
+
+
+def first_order(weights: Embeddings, request: RequestTensors) -> Tensor:
+    """The sum of the fields' weights `(R, C)`, of embeddings that are one number wide."""
+    linear: Tensor = weights.of_request(request).sum(1) + weights("ad", request.ad).sum(2).squeeze(-1)
+    return linear
+
+
+def inner_products(u: Tensor, a: Tensor) -> Tensor:
+    """The sum over all pairs of fields of their vectors' inner product `(R, C)`.
+
+    As half the square of the sum less the sum of squares (Rendle 2010, lemma 3.1), so that the request's sums are shared.
+    """
+    total = u.sum(1).unsqueeze(1) + a.sum(2)
+    squares = u.square().sum(1).unsqueeze(1) + a.square().sum(2)
+    return 0.5 * (total.square() - squares).sum(-1)
+
+
+class WeightedProducts(nn.Module):
+    """The sum over all pairs i < j of fields of r_ij ⟨v_i, v_j⟩, with a weight r_ij `(P,)` for each (FwFM, eq. 3)."""
+
+    place: Tensor
+
+    def __init__(self, request: int, candidate: int) -> None:
+        super().__init__()
+        count = request + candidate
+        pairs = list(combinations(range(count), 2))
+        self.request = request
+        self.weight = nn.Parameter(torch.ones(len(pairs)))
+        place = torch.full((count, count), len(pairs))  # the diagonal: a 0 behind the weights
+        for number, (i, j) in enumerate(pairs):
+            place[i, j] = place[j, i] = number
+        self.register_buffer("place", place, persistent=False)
+
+    def matrix(self) -> Tensor:
+        """The weights as a symmetric matrix `(F, F)` with zeros on its diagonal."""
+        return torch.cat([self.weight, self.weight.new_zeros(1)])[self.place]
+
+    def forward(self, u: Tensor, a: Tensor) -> Tensor:
+        """The sums `(R, C)`."""
+        return weighted_products(u, a, self.matrix(), self.request)
+
+
+def weighted_products(u: Tensor, a: Tensor, weights: Tensor, request: int) -> Tensor:
+    """Half of Σ_i ⟨v_i, Σ_j r_ij v_j⟩ `(R, C)`, of symmetric weights `(F, F)` whose first fields are the request's."""
+    among_ads = (a * (weights[request:, request:] @ a)).sum((2, 3))
+    if not request:  # products over no field are not for every version of ONNX Runtime
+        return 0.5 * among_ads
+    within = (u * (weights[:request, :request] @ u)).sum((1, 2))
+    across = a.flatten(2) @ (weights[request:, :request] @ u).flatten(1).unsqueeze(2)
+    return 0.5 * (within.unsqueeze(1) + among_ads) + across.squeeze(-1)
