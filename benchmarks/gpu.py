@@ -88,7 +88,7 @@ def in_torch(served: Served, device: str, compiled: bool) -> Together:
     def score(together: Sequence[Feeds]) -> Sequence[Numbers]:
         stacked = {name: torch.from_numpy(np.concatenate([feeds[name] for feeds in together])) for name in together[0]}
         with torch.no_grad(), torch.device(device):
-            return list(network({name: tensor.to(device) for name, tensor in stacked.items()}).cpu().numpy())
+            return list(network({name: tensor.to(device) for name, tensor in stacked.items()})[0].cpu().numpy())
 
     return score
 

@@ -18,7 +18,7 @@ from features.schema import Schema, parse_schema
 from features.vocabulary import Vocabularies, Vocabulary, parse_vocabularies
 from training.datasets.prepared import Prepared, open_prepared
 from training.export import OPSET, SAMPLE, Served, random_feeds
-from training.networks import NETWORKS
+from training.networks import NETWORKS, build
 from training.networks.contract import CLICK, Fields, Network, Part, RequestTensors
 from training.networks.fuse import fused
 from training.train import Trained, TrainSettings, train
@@ -101,11 +101,16 @@ def ad_features(i: int) -> Features:
     return {} if i == 0 else features
 
 
+def fields_of(family: str, text: str = SCHEMA) -> Fields:
+    """The fields of a schema, with the heads that the network has by itself."""
+    return Fields.of(schema(text), vocabularies(text), NETWORKS[family].own_heads)
+
+
 def network(family: str, text: str = SCHEMA, seed: int = 0, **settings: Any) -> Network:
     """A tiny network with random weights that matter: embeddings as large as the rest, batch statistics off their start."""
     torch.manual_seed(seed)
     defaults = NETWORK_SETTINGS[family]
-    return scrambled(NETWORKS[family](Fields.of(schema(text), vocabularies(text)), type(defaults)(**{**vars(defaults), **settings})))
+    return scrambled(build(family, fields_of(family, text), type(defaults)(**{**vars(defaults), **settings})))
 
 
 def scrambled(built: torch.nn.Module, deviation: float = 0.5) -> torch.nn.Module:
@@ -176,13 +181,13 @@ class ByPosition(torch.nn.Module):
         super().__init__()
         self.served = served
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.served(dict(zip(self.served.schema.tensors, tensors, strict=True)))
 
 
 def traced(served: Served, tile: int | None = None) -> bytes:
     """A graph as `export.to_onnx` makes it, by torch's tracer, which takes a thirtieth of the time: see `conftest.traced_export`."""
-    served = Served(fused(served.network, None), served.calibration, served.schema).eval()
+    served = Served(fused(served.network, None), served.calibration, served.schema, served.others).eval()
     sample, out, axes = random_feeds(served.schema, {}, *SAMPLE), io.BytesIO(), {"user": "R", "history": "RT", "ad": "RC"}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # that it is old, and of each size that it takes for a constant
@@ -193,7 +198,7 @@ def traced(served: Served, tile: int | None = None) -> bytes:
             dynamo=False,
             opset_version=OPSET,
             input_names=list(sample),
-            output_names=["p_click"],
+            output_names=served.names,
             dynamic_axes={name: dict(enumerate(axes[part])) for name, (part, _) in served.schema.tensors.items()},
         )
     return out.getvalue()

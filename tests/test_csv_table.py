@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.test_datasets import ROOT, patient, refuses, rows
 from training.datasets import csv_table
-from training.datasets.prepared import SPLITS, open_prepared
+from training.datasets.prepared import SPLITS, DataError, open_prepared
 from training.datasets.states import ads, user_states
 
 SCHEMA = """
@@ -128,6 +128,32 @@ def test_times_of_parquet_are_read(tmp_path: Path) -> None:
     frame = pl.read_csv((LOG + log_line() * 3).encode()).with_columns(ts=times)
     out = prepare_csv(tmp_path, frame, SCHEMA + '\n[table]\nts = "ts"\nsplit = [0.34, 0.33, 0.33]\n')
     assert rows(out)["ts"].to_list() == [1, 2, 3]
+
+
+def test_further_outcomes_and_weights_are_columns_of_the_rows(tmp_path: Path) -> None:
+    table = "user_id,ad_id,label,age,price,topics,bought,w\n" + "".join(
+        f"u{i},a{i % 3},{i % 2},25,1,x,{'' if i == 4 else i % 2},{i / 2}\n" for i in range(20)
+    )
+    said = '[table]\noutcomes = { conversion = "bought" }\nweight = "w"\n'
+    data = rows(prepare_csv(tmp_path, table, SCHEMA + said))
+    assert data["conversion"].dtype == pl.Int8
+    assert data["conversion"].to_list() == [None if i == 4 else i % 2 for i in range(20)]
+    assert data["weight"].to_list() == [i / 2 for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ('outcomes = { label = "bought" }', "'label' cannot be the name of a head"),
+        ("outcomes = { conversion = 3 }", "outcomes must name columns by head"),
+        ('outcomes = { conversion = "age" }', "0, 1 or nothing"),
+        ('weight = "w"', "a weight of at least 0"),
+    ],
+)
+def test_outcomes_and_weights_that_are_none_are_refused(said: str, message: str, tmp_path: Path) -> None:
+    table = "user_id,ad_id,label,age,price,topics,bought,w\n" + "u,a,0,25,1,x,1,-1\n" * 20
+    with pytest.raises(DataError, match=message):
+        prepare_csv(tmp_path, table, f"{SCHEMA}[table]\n{said}\n")
 
 
 def test_a_column_may_name_the_splits(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_a_graph_that_disagrees_is_not_published(
     published: tuple[Trained, Path], sampled: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained, path = published
-    other = replace(trained, calibration=replace(trained.calibration, shift=trained.calibration.shift + 0.01))
+    other = replace(trained, calibrations={CLICK: replace(trained.calibration, shift=trained.calibration.shift + 0.01)})
     monkeypatch.setattr(export, "to_onnx", lambda *_, **__: (path / "model.onnx").read_bytes())
     with pytest.raises(BundleError, match=r"differ by .* nothing was published"):
         export.export(sampled, other, tmp_path / "models", "m", small.quiet())

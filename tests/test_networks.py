@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from training.calibrate import Calibration
-from training.export import Served, random_feeds, score, to_onnx
+from training.export import Served, all_scores, random_feeds, to_onnx
 from training.networks import NETWORKS
-from training.networks.contract import Labels, Network, Part, RequestTensors
+from training.networks.contract import CLICK, Labels, Network, Part, RequestTensors
 from training.networks.embeddings import Embeddings
 from training.networks.fuse import fused
 
@@ -90,7 +90,8 @@ def test_an_empty_history_is_finite_and_leaves_finite_gradients(family: str, set
 def rows_of_training(text: str, rows: int = 24) -> tuple[RequestTensors, Labels]:
     """Rows with one candidate, and labels that follow the ad."""
     user, history, ad = small.parts(text, requests=rows, candidates=1)
-    return RequestTensors(user, history, ad), Labels({"click": (ad.ids[:, 0, 0] % 2).float()})
+    clicks = (ad.ids[:, 0, 0] % 2).float()
+    return RequestTensors(user, history, ad), Labels({"click": clicks, "conversion": clicks * (user.ids[:, 0] % 2)})
 
 
 @every
@@ -125,11 +126,14 @@ def test_a_fused_network_gives_the_same_logits(family: str, settings: dict[str, 
 
 @pytest.mark.parametrize("family", NETWORKS)
 def test_an_exported_network_gives_what_torch_gives(family: str) -> None:
-    served = Served(small.network(family), Calibration(0.3, -0.2), small.schema()).eval()
+    network = small.network(family)
+    others = {head: Calibration(0.5, 0.1) for head in network.heads if head != CLICK}
+    served = Served(network, Calibration(0.3, -0.2, -0.7), small.schema(), others).eval()
     session = onnxruntime.InferenceSession(to_onnx(served), providers=["CPUExecutionProvider"])
     for requests, behaviours, candidates in SHAPES:
         feeds = random_feeds(small.schema(), {}, requests, behaviours, candidates, seed=behaviours)
-        assert np.abs(session.run(["p_click"], feeds)[0] - score(served, feeds)).max() < 1e-5
+        for ours, theirs in zip(session.run(served.names, feeds), all_scores(served, feeds), strict=True):
+            assert np.abs(ours - theirs).max() < 1e-5
 
 
 def test_a_shift_of_the_intercept_moves_every_logit_alike() -> None:

@@ -151,7 +151,7 @@ def trained_of(models: Path) -> tuple[Trained, dict[str, bytes]]:
     """The live version as if it had just been trained."""
     bundle = load_bundle(current_path(models, "shop"))
     calibration = Calibration(**json.loads((bundle.path / CALIBRATION).read_text()))
-    trained = Trained("deepfm", start_of(bundle).network, bundle.encoder, calibration, [], {}, {"int8": False})
+    trained = Trained("deepfm", start_of(bundle).network, bundle.encoder, {"click": calibration}, [], {}, {"int8": False})
     return trained, {file: (bundle.path / file).read_bytes() for file in bundle.files}
 
 
@@ -244,7 +244,7 @@ def test_the_first_version_needs_no_champion(log: Path, tmp_path: Path, trained:
 
 def test_a_first_version_that_knows_nothing_is_refused(log: Path, poor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, files = trained_of(poor)
-    off = replace(made, calibration=replace(made.calibration, shift=-3.0))
+    off = replace(made, calibrations={"click": replace(made.calibration, shift=-3.0)})
     monkeypatch.setattr(retraining, "train", lambda *_: off)
     monkeypatch.setattr(retraining, "contents", lambda *_: (files, {}))
     monkeypatch.setattr(gate, "scores", lambda *_: np.full(540, 0.05))

@@ -6,7 +6,7 @@ The graph takes the tensors of `Schema.tensors` and gives `p_click (R, C)`, cali
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +49,7 @@ from .quantise import moved, quantised, refusal
 from .train import Trained, TrainError, TrainSettings
 from .weights import CALIBRATION, WEIGHTS, packed
 
+Scores = tuple[np.ndarray[Any, np.dtype[np.float32]], ...]
 TOLERANCE = 1e-5
 """Largest difference of a probability between ONNX Runtime and torch. Both compute in float32, 6e-8 a rounding, but sum in
 another order: over sums of a few hundred terms that comes to about 1e-6, while a wrong operator is off by far more."""
@@ -67,16 +68,29 @@ METRICS = "metrics.json"
 class Served(nn.Module):
     """A network as it is served: logits to calibrated, sampling-corrected probabilities."""
 
-    def __init__(self, network: nn.Module, calibration: Calibration, schema: Schema) -> None:
+    def __init__(
+        self, network: nn.Module, calibration: Calibration, schema: Schema, others: Mapping[str, Calibration] | None = None
+    ) -> None:
+        """`calibration` is the click's, `others` those of the further heads."""
         super().__init__()
         self.network = network
         self.calibration = calibration
+        self.others = dict(others or {})
         self.scale = calibration.scale
         self.shift = calibration.shift + calibration.sampling
         self.schema = schema
 
-    def forward(self, tensors: dict[str, Tensor]) -> Tensor:
-        """p(click) `(R, C)` of the tensors of `Schema.tensors`."""
+    @property
+    def names(self) -> list[str]:
+        """The outputs of the graph, `p_click` first."""
+        return [f"p_{head}" for head in (CLICK, *self.others)]
+
+    def forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The probabilities `(R, C)` of each head, the click first, of the tensors of `Schema.tensors`.
+
+        Of what comes after a click a sampled log keeps all, so p(head given click) is the same there: p(head) is as far from
+        what the log says as p(click) is.
+        """
         some = tensors["ad_ids" if "ad_ids" in tensors else "ad_numbers"]
         parts = []
         for part, shape in (("user", some.shape[:1]), ("history", (*some.shape[:1], 1)), ("ad", some.shape[:2])):
@@ -86,28 +100,36 @@ class Served(nn.Module):
             if ids is None:
                 ids = torch.zeros((*numbers.shape[:-1], 0), dtype=torch.int64)
             parts.append(Part(ids, numbers))
-        return torch.sigmoid(self.network(RequestTensors(*parts))[CLICK] * self.scale + self.shift)
+        logits = self.network(RequestTensors(*parts))
+        p_click = torch.sigmoid(logits[CLICK] * self.scale + self.shift)
+        found = [torch.sigmoid(logits[head] * c.scale + c.shift) for head, c in self.others.items()]
+        if found and self.calibration.sampling:
+            on_log = torch.sigmoid(logits[CLICK] * self.scale + self.calibration.shift)
+            found = [p * (p_click / on_log) for p in found]
+        return p_click, *found
 
 
 def score(served: Served, feeds: Feeds) -> np.ndarray[Any, np.dtype[np.float32]]:
     """What torch says to a request's tensors: p(click) `(R, C)`."""
     with torch.no_grad():
-        result: np.ndarray[Any, np.dtype[np.float32]] = served({name: torch.from_numpy(a) for name, a in feeds.items()}).numpy()
+        result: np.ndarray[Any, np.dtype[np.float32]] = served({name: torch.from_numpy(a) for name, a in feeds.items()})[0].numpy()
         return result
 
 
 def to_onnx(served: Served, tile: int | None = TILE) -> bytes:
     """The graph of the fused network, through torch's dynamo exporter; `tile` as `networks.fuse` takes it."""
-    served = Served(fused(served.network, tile), served.calibration, served.schema).eval()
+    served = Served(fused(served.network, tile), served.calibration, served.schema, served.others).eval()
     sample = {name: torch.from_numpy(array) for name, array in random_feeds(served.schema, {}, *SAMPLE).items()}
     dimensions = {"user": ("R",), "history": ("R", "T"), "ad": ("R", "C")}
     shapes = {
         name: dict.fromkeys(range(len(dimensions[part])), torch.export.Dim.DYNAMIC) for name, (part, _) in served.schema.tensors.items()
     }
-    return exported(served, {"tensors": sample}, {"tensors": shapes}, list(sample))
+    return exported(served, {"tensors": sample}, {"tensors": shapes}, list(sample), served.names)
 
 
-def exported(module: nn.Module, arguments: dict[str, Any], shapes: dict[str, Any], inputs: list[str]) -> bytes:
+def exported(
+    module: nn.Module, arguments: dict[str, Any], shapes: dict[str, Any], inputs: list[str], outputs: Sequence[str] = ("p_click",)
+) -> bytes:
     """The ONNX graph of a module called with `arguments` by name; `shapes` says which of their axes are of any size."""
     for chatty in ("torch.onnx", "onnxscript"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -121,7 +143,7 @@ def exported(module: nn.Module, arguments: dict[str, Any], shapes: dict[str, Any
             dynamic_shapes=shapes,
             opset_version=OPSET,
             input_names=inputs,
-            output_names=["p_click"],
+            output_names=list(outputs),
             verbose=False,
         )
     assert program is not None  # noqa: S101  # it is only without dynamo
@@ -158,30 +180,36 @@ def verify(graph: bytes, served: Served, sizes: dict[str, int]) -> float:
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     worst = 0.0
     for case, feeds, expected in _cases(served, sizes):
-        off = float(np.abs(session.run(None, feeds)[0] - expected).max())
+        off = max(float(np.abs(ours - theirs).max()) for ours, theirs in zip(session.run(served.names, feeds), expected, strict=True))
         worst = max(worst, off)
         if not off <= TOLERANCE:
             raise BundleError(f"ONNX Runtime and torch differ by {off:.2g} for {case}, {TOLERANCE} is allowed; nothing was published")
     return worst
 
 
-def _cases(served: Served, sizes: dict[str, int]) -> Iterator[tuple[str, Feeds, np.ndarray[Any, Any]]]:
+def all_scores(served: Served, feeds: Feeds) -> Scores:
+    """What torch says to a request's tensors: the probabilities `(R, C)` of each head."""
+    with torch.no_grad():
+        return tuple(p.numpy() for p in served({name: torch.from_numpy(a) for name, a in feeds.items()}))
+
+
+def _cases(served: Served, sizes: dict[str, int]) -> Iterator[tuple[str, Feeds, Scores]]:
     schema = served.schema
     full = max(schema.history_length, 1)
     for requests in SIZES:
         for candidates in SIZES:
             for behaviours in (*SIZES, full) if schema.history else (1,):
                 feeds = random_feeds(schema, sizes, requests, behaviours, candidates, seed=candidates)
-                yield f"R={requests}, C={candidates}, T={behaviours}", feeds, score(served, feeds)
+                yield f"R={requests}, C={candidates}, T={behaviours}", feeds, all_scores(served, feeds)
     feeds = random_feeds(schema, sizes, 3, full, 33)
-    expected = score(served, feeds)
+    expected = all_scores(served, feeds)
     order = np.random.default_rng(1).permutation(33)
     permuted = {name: array[:, order] if name.startswith("ad_") else array for name, array in feeds.items()}
-    yield "candidates permuted", permuted, expected[:, order]
+    yield "candidates permuted", permuted, tuple(p[:, order] for p in expected)
     padded = {name: np.pad(array, ((0, 0), (0, 9), (0, 0))) if name.startswith("history_") else array for name, array in feeds.items()}
     yield "padding added", padded, expected
     empty = {name: np.zeros_like(array) if name.startswith("history_") else array for name, array in feeds.items()}
-    yield "an empty history", empty, score(served, empty)
+    yield "an empty history", empty, all_scores(served, empty)
 
 
 def make_goldens(data: Prepared, served: Served, encoder: Encoder) -> list[Golden]:
@@ -246,7 +274,8 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
         BundleError: ONNX Runtime disagrees with torch.
     """
     encoder = trained.encoder
-    served = Served(trained.network, trained.calibration, encoder.schema).eval()
+    others = {head: calibration for head, calibration in trained.calibrations.items() if head != CLICK}
+    served = Served(trained.network, trained.calibration, encoder.schema, others).eval()
     graphs = {MODEL: to_onnx(served)}
     if is_tiled(trained.network):
         graphs[CUDA_MODEL] = to_onnx(served, tile=None)  # tiles are for a processor's cache
@@ -260,8 +289,11 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
         if facts["int8"]["refused"] is None:
             graphs[INT8_MODEL] = coarse
             session = onnxruntime.InferenceSession(coarse, providers=["CPUExecutionProvider"])
-            goldens = [replace(golden, p_click_int8=session.run(None, golden.feeds(encoder))[0][0].tolist()) for golden in goldens]
-    metrics = {split: m.as_dict() for split, m in trained.metrics.items()}
+            goldens = [replace(golden, p_click_int8=session.run(["p_click"], golden.feeds(encoder))[0][0].tolist()) for golden in goldens]
+    metrics: dict[str, Any] = {split: m.as_dict() for split, m in trained.metrics.items()}
+    if others:
+        metrics["heads"] = {head: {split: m.as_dict() for split, m in found.items()} for head, found in trained.head_metrics.items()}
+        facts["heads"] = {head: asdict(calibration) for head, calibration in others.items()}
     files = {
         **graphs,
         SCHEMA: encoder.schema.to_toml().encode(),
@@ -319,4 +351,6 @@ def scores(graph: bytes, schema: Schema, negative_sampling: float, rows: Rows, p
     """
     session = open_graph(graph)
     some = progress.track(chunks(np.arange(len(rows))), description="scoring")
-    return as_sampled(np.concatenate([session.run(None, feeds_of(schema, rows, chunk))[0][:, 0] for chunk in some]), negative_sampling)
+    return as_sampled(
+        np.concatenate([session.run(["p_click"], feeds_of(schema, rows, chunk))[0][:, 0] for chunk in some]), negative_sampling
+    )

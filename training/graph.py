@@ -57,7 +57,7 @@ class Graph:
         """The probabilities `(N,)` float32 of the rows' own ads, or those `(N, C)` of `ads (N, C, ...)` for each of the rows."""
         step = REQUESTS if ads is None else max(1, min(REQUESTS, PAIRS // ads.ids.shape[1]))
         scores: Array = np.concatenate(
-            [self._session.run(None, feeds_of(self.schema, rows, some, ads))[0] for some in chunks(np.arange(len(rows)), step)]
+            [self._session.run(["p_click"], feeds_of(self.schema, rows, some, ads))[0] for some in chunks(np.arange(len(rows)), step)]
         )
         return scores[:, 0] if ads is None else scores
 

@@ -19,14 +19,15 @@ from features.vocabulary import Vocabularies
 
 from .calibrate import Calibration, fit
 from .datasets.encoded import Rows, encode_split, learn_vocabularies
-from .datasets.prepared import SPLITS, Prepared
+from .datasets.prepared import SPLITS, Prepared, wrong_head
 from .evaluate import Metrics, measure, unmeasured
-from .networks import NETWORKS
+from .networks import NETWORKS, build
 from .networks.contract import CLICK, Fields, Labels, Network, RequestTensors
 from .networks.embeddings import Embeddings
 from .networks.grown import take_over
 from .unknown import Hiding, Unseen, occurrences, parts_of
 
+Logits = np.ndarray[Any, np.dtype[np.float32]]
 EVALUATION_ROWS = 4096
 BY_DATA = ("epochs", "batch", "learning_rate")
 ROWS_A_BATCH = 50
@@ -75,6 +76,9 @@ class TrainSettings:
     """Largest norm of a step's gradient."""
     threads: int = 0
     """Threads of torch; 0 is as many as the machine allows. Another number may give other last bits."""
+    heads: str = ""
+    """What is predicted, such as `click-conversion`: the click first, then columns of the data set. Default: the network's own, for
+    most the click alone."""
     int8: bool = False
     """Publish an int8 graph too, which processors with VNNI or AMX score 2 to 3 times faster, if its scores are as good."""
 
@@ -147,7 +151,8 @@ class Trained:
     family: str
     network: Network
     encoder: Encoder
-    calibration: Calibration
+    calibrations: dict[str, Calibration]
+    """By head."""
     epochs: list[Epoch]
     metrics: dict[str, Metrics]
     """By split, of calibrated probabilities."""
@@ -155,6 +160,13 @@ class Trained:
     rows: dict[str, int] = field(default_factory=dict)
     clicks: dict[str, int] = field(default_factory=dict)
     """By split."""
+    head_metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
+    """Of the heads other than the click, by head and split."""
+
+    @property
+    def calibration(self) -> Calibration:
+        """That of the click."""
+        return self.calibrations[CLICK]
 
 
 @dataclass(frozen=True)
@@ -178,15 +190,16 @@ def train(
     """
     for split in SPLITS:
         data.files(split)  # an absent test split would be found after hours
+    heads = heads_of(family, settings.heads)
     with deterministic(settings):
         with _step(progress, "learning vocabularies"):
             encoder = Encoder(data.schema, learn_vocabularies(data, start.vocabularies if start else None))
         with _step(progress, "encoding"):
-            rows, valid = encode_split(data, "train", encoder), encode_split(data, "valid", encoder)
+            rows, valid = (encode_split(data, split, encoder, heads) for split in ("train", "valid"))
         left, settings = settings.open, settings.for_rows(len(rows))
         progress.console.print(settings.told(len(rows)), soft_wrap=True)
         try:
-            network = NETWORKS[family](Fields.of(data.schema, encoder.vocabularies), network_settings)
+            network = build(family, Fields.of(data.schema, encoder.vocabularies, heads), network_settings)
             if start:
                 take_over(start.network, network, math.log(start.negative_sampling / data.negative_sampling))
         except ValueError as error:
@@ -194,16 +207,19 @@ def train(
         epochs = fit_network(network, rows, valid, settings, progress, warm=start is not None)
         counted = {"train": (len(rows), int(rows.labels.sum()))}
         del rows
-        logits = predict(network, valid)
-        calibration = fit(logits, valid.labels, data.negative_sampling)
-        metrics = {"valid": measure(valid.labels, calibration.on_log(logits), valid.users)}
+        logits = predict_heads(network, valid)
+        calibrations = {head: calibrated(valid, head, logits[head], data.negative_sampling) for head in heads}
+        measured = {"valid": measured_heads(valid, logits, calibrations)}
         with _step(progress, "measuring on test"):
-            test = encode_split(data, "test", encoder)
-            metrics["test"] = measure(test.labels, calibration.on_log(predict(network, test)), test.users)
+            test = encode_split(data, "test", encoder, heads)
+            measured["test"] = measured_heads(test, predict_heads(network, test), calibrations)
+        metrics = {split: found[CLICK] for split, found in measured.items()}
         facts = {**vars(network_settings), **vars(settings), "threads": torch.get_num_threads(), "by_data": left}
     counted |= {split: (m.rows, m.clicks) for split, m in metrics.items()}
     by_split = ({split: counts[i] for split, counts in counted.items()} for i in range(2))
-    return Trained(family, network, encoder, calibration, epochs, metrics, facts, *by_split)
+    others = {head: {split: found[head] for split, found in measured.items()} for head in heads if head != CLICK}
+    rows_by_split, clicks_by_split = by_split
+    return Trained(family, network, encoder, calibrations, epochs, metrics, facts, rows_by_split, clicks_by_split, others)
 
 
 def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettings, progress: Progress, warm: bool = False) -> list[Epoch]:
@@ -294,12 +310,47 @@ def _end(network: Network, unseen: Unseen, hiding: Hiding | None) -> None:
     network.eval()
 
 
-def predict(network: Network, rows: Rows) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Logits `(N,)` of a split, in evaluation mode."""
+def heads_of(family: str, asked: str = "") -> tuple[str, ...]:
+    """The heads that a network is trained with: those asked for, such as "click-conversion", or else its own.
+
+    Raises:
+        TrainError: what is asked for is not the click and names of columns.
+    """
+    heads = tuple(asked.split("-")) if asked else NETWORKS[family].own_heads
+    wrong = [mistake for head in heads[1:] if (mistake := wrong_head(head))]
+    if heads[:1] != (CLICK,) or len(set(heads)) < len(heads) or wrong:
+        told = "; ".join(wrong) or "the click comes first, and each head once"
+        raise TrainError(f"heads is {asked!r}; expected a value such as click-conversion: {told}")
+    return heads
+
+
+def calibrated(rows: Rows, head: str, logits: Logits, negative_sampling: float) -> Calibration:
+    """The calibration of a head's logits `(N,)`, on the rows whose label is known."""
+    labels, known = rows.known(head)
+    return fit(logits[known], labels[known], negative_sampling if head == CLICK else 1.0)
+
+
+def measured_heads(rows: Rows, logits: Mapping[str, Logits], calibrations: Mapping[str, Calibration]) -> dict[str, Metrics]:
+    """By head, what its calibrated probabilities come to on the rows whose label is known."""
+    found = {}
+    for head, calibration in calibrations.items():
+        labels, known = rows.known(head)
+        found[head] = measure(labels[known], calibration.on_log(logits[head][known]), rows.users[known])
+    return found
+
+
+def predict(network: Network, rows: Rows) -> Logits:
+    """Logits `(N,)` of a click for a split, in evaluation mode."""
+    return predict_heads(network, rows)[CLICK]
+
+
+def predict_heads(network: Network, rows: Rows) -> dict[str, Logits]:
+    """Logits `(N,)` by head for a split, in evaluation mode."""
     network.eval()
     with torch.no_grad():
         chunks = np.array_split(np.arange(len(rows)), range(EVALUATION_ROWS, len(rows), EVALUATION_ROWS))
-        return np.concatenate([network(rows.batch(chunk))[CLICK].squeeze(1).numpy() for chunk in chunks])
+        found = [network(rows.batch(chunk)) for chunk in chunks]
+        return {head: np.concatenate([outputs[head].squeeze(1).numpy() for outputs in found]) for head in network.heads}
 
 
 class EmbeddingDecay:

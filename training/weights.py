@@ -12,9 +12,9 @@ from torch import nn
 
 from features.bundle import Bundle, BundleError
 
-from .networks import NETWORKS
+from .networks import NETWORKS, build
 from .networks.contract import Fields
-from .train import Start, TrainError, TrainSettings
+from .train import Start, TrainError, TrainSettings, heads_of
 
 WEIGHTS, CALIBRATION = "weights.npz", "calibration.json"
 
@@ -35,7 +35,8 @@ def start_of(bundle: Bundle) -> Start:
     if WEIGHTS not in bundle.files:
         raise BundleError(f"bundle {bundle.path} was published without {WEIGHTS}, so no training can go on from it; use --start scratch")
     try:
-        network = NETWORKS[bundle.manifest["network"]](Fields.of(bundle.schema, bundle.vocabularies), settings_of(bundle)[0])
+        family, (settings, loop) = bundle.manifest["network"], settings_of(bundle)
+        network = build(family, Fields.of(bundle.schema, bundle.vocabularies, heads_of(family, loop.heads)), settings)
         with (bundle.path / WEIGHTS).open("rb") as file, np.load(file, allow_pickle=False) as weights:
             network.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights.files})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, BadZipFile) as error:

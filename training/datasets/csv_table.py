@@ -18,6 +18,8 @@ The schema file is a `schema.toml` (`features/schema.py`) with one more section,
     quote = '"'                      around fields of a CSV that hold separators; "" where quotes are text like any other
     quoted_newlines = false          whether quoted fields may hold lines that look like rows
     list_separator = "|"             between the elements of a list that is a text
+    outcomes = { conversion = "bought" }  columns of what else came of a row, 0, 1 or empty, for networks with that head
+    weight = "w"                     column of what a row weighs in training, at least 0
     propensity = "pscore"            column of the probability with which the ad was shown: such a log can be replayed
     position = "slot"                column of the place where the ad was shown, from 1; beside propensity
     candidates = "offered"           column of the ads that could have been shown there; left out, any ad of the table

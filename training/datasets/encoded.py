@@ -4,6 +4,7 @@ A log is encoded as it was served: an ad is keyed by its id and the revision of 
 encoded as unknown but for what was sent with it.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from .log import Log
 from .prepared import DataError, Prepared, column_of
 from .spread import NOTHING, Spread
 
+Outcome = np.ndarray[Any, np.dtype[np.float32]]
 SEPARATOR = "\x1f"
 """Between an ad's id and its revision."""
 
@@ -62,6 +64,10 @@ class Rows:
     strangers: Strangers
     catalogue: Block
     """The ads of the data set, one row each; of one that keeps no table of them, those of the rows."""
+    outcomes: Mapping[str, Outcome] = dataclasses.field(default_factory=dict)
+    """What else came of the rows `(N,)`, by head: 0, 1, or NaN where that is not known."""
+    weight: Outcome | None = None
+    """How much each row weighs in training `(N,)`; None: 1."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,9 +77,23 @@ class Rows:
         """All ads of the data set `(A, W)`."""
         return _part(self.catalogue)
 
+    def known(self, head: str) -> tuple[Outcome, np.ndarray[Any, np.dtype[np.bool_]]]:
+        """The labels `(N,)` of a head, and which of them are known.
+
+        Raises:
+            DataError: none is.
+        """
+        labels = self.labels if head == CLICK else self.outcomes[head]
+        known = ~np.isnan(labels)
+        if not known.any():
+            raise DataError(f"no row of the split has a label of {head}; leave it out of heads, or split the data set otherwise")
+        return labels, known
+
     def labels_of(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Labels:
         """What came of some rows."""
-        return Labels({CLICK: torch.from_numpy(self.labels[rows])})
+        heads = {CLICK: self.labels, **self.outcomes}
+        weight = None if self.weight is None else torch.from_numpy(self.weight[rows])
+        return Labels({head: torch.from_numpy(labels[rows]) for head, labels in heads.items()}, weight)
 
     def batch(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> RequestTensors:
         """The tensors of some rows: `user (R, W)`, `history (R, T)` cut to the longest there, `ad (R, 1, W)`."""
@@ -180,21 +200,22 @@ def versions_of(ad_ids: pl.Series, revisions: pl.Series) -> pl.Series:
     return ad_ids + SEPARATOR + revisions.cast(pl.String)
 
 
-def encode_split(data: Prepared, split: str, encoder: Encoder) -> Rows:
-    """Encode a split.
+def encode_split(data: Prepared, split: str, encoder: Encoder, heads: Sequence[str] = (CLICK,)) -> Rows:
+    """Encode a split; `heads` are the outcomes whose labels are wanted, each but the click in a column of its name.
 
     Raises:
         DataError: the split is absent or empty, or a column does not fit the schema or is not there.
     """
     check_fields(data, encoder.schema, data.files(split))
-    rows = encode_frames(data, data.frames(split), encoder, ad_table(data, encoder))
+    more = [head for head in heads if head != CLICK]
+    rows = encode_frames(data, data.frames(split, more), encoder, ad_table(data, encoder), more)
     if not len(rows):
         raise DataError(f"the {split} split of {data.folder} has no row")
     return rows
 
 
-def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encoder, table: AdTable) -> Rows:
-    """Encode frames of a data set, with `ad_table` of it.
+def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encoder, table: AdTable, heads: Sequence[str] = ()) -> Rows:
+    """Encode frames of a data set, with `ad_table` of it, and the labels of further `heads`.
 
     Raises:
         DataError: a column does not fit the schema, or a log lacks an ad.
@@ -205,8 +226,12 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
     parts: dict[str, list[Block]] = {"user": [encoder.encode("user", {}, 0).beside(encoder.encode("context", {}, 0))], "ad": []}
     parts["ad"].append(encoder.encode("ad", {}, 0))
     history = [np.zeros((0, max(schema.history_length, 1)), np.int32)]
+    outcomes, weights = {head: list[Outcome]() for head in heads}, list[pl.Series]()
     for frame in frames:
         labels.append(frame["label"].to_numpy().astype(np.float32))
+        weights.append(frame["weight"] if "weight" in frame.columns else pl.Series([1.0]).new_from_index(0, len(frame)))
+        for head, found in outcomes.items():
+            found.append(outcome_of(frame, head, data))
         names.append(frame["user_id"])
         whole = joined(frame, schema, {"user": users})
         user, context = (encoder.encode(side, _columns(whole, schema.side(side)), len(frame)) for side in sides)
@@ -218,7 +243,32 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
     past = encoder.history_of(table.block)
     known = np.flatnonzero(table.active(np.arange(len(table.block))))
     catalogue = table.block.take(known) if len(known) else ad.take(np.unique(ad.ids, axis=0, return_index=True)[1])
-    return Rows(np.concatenate(labels), numbers, user, ad, np.concatenate(history), past, Strangers.of(encoder), catalogue)
+    whole_labels, known_outcomes = np.concatenate(labels), {head: np.concatenate(found) for head, found in outcomes.items()}
+    return Rows(
+        whole_labels, numbers, user, ad, np.concatenate(history), past, Strangers.of(encoder), catalogue, known_outcomes, _weight(weights)
+    )
+
+
+def outcome_of(frame: pl.DataFrame, head: str, data: Prepared) -> Outcome:
+    """The labels `(N,)` of a head other than the click, NaN where a row has none.
+
+    Raises:
+        DataError: the rows have no such column, or it holds something else than 0, 1 and nothing.
+    """
+    if head not in frame.columns:
+        raise DataError(
+            f"{data.folder} has no column {head}: the head {head} needs a label for each row, 0, 1 or null; leave it out of heads"
+        )
+    column = frame[head]
+    if not column.dtype.is_integer() or not column.drop_nulls().is_in([0, 1]).all():
+        raise DataError(f"{data.folder}: the column {head}, the labels of a head, must be of whole numbers, 0, 1 or null")
+    return column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+
+
+def _weight(weights: Sequence[pl.Series]) -> Outcome | None:
+    """What rows weigh, None where all weigh the same."""
+    whole = pl.concat(weights) if weights else pl.Series([1.0])
+    return None if (whole == 1.0).all() else whole.cast(pl.Float32).to_numpy()
 
 
 def _user_numbers(names: pl.Series) -> np.ndarray[Any, np.dtype[np.uint32]]:

@@ -76,10 +76,10 @@ class Log(Prepared):
             raise DataError(f"the {split} split of {self.folder} is empty: the window has too few rows, or too many of one moment")
         return files
 
-    def frames(self, split: str) -> Iterator[pl.DataFrame]:
-        """See `Prepared`; what training has no use for is left out."""
+    def frames(self, split: str, more: Sequence[str] = ()) -> Iterator[pl.DataFrame]:
+        """See `Prepared`; what training has no use for is left out, but for `more`."""
         self.files(split)
-        return self.between(*self._between(split))
+        return self.between(*self._between(split), more)
 
     def table(self, side: str) -> pl.DataFrame | None:
         """The newest version of every ad for "ad"; None for "user", whose features are the rows' own."""

@@ -2,7 +2,8 @@
 
 The protocol: rows sorted by (time, file order); a rating of 4 or more is a click; a row's history is the same user's earlier
 clicked movies, at most 50; the first 80 % of the rows train, the next 10 % validate, the last 10 % test. A rating of a movie or
-by a user that the tables do not list is a row like any other; the ad or the user then has no features.
+by a user that the tables do not list is a row like any other; the ad or the user then has no features. A rating of 5 is a conversion too,
+for networks with that head.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ from .tables import read_lines
 from .times import LATEST
 
 SEPARATOR = "::"
-CLICK = 4
+CLICK, CONVERSION = 4, 5
 LARGEST_ID = 2**53
 SCHEMA = parse_schema("""
 name = "movielens"
@@ -58,10 +59,12 @@ def prepare(source: Path, out: Path, progress: Progress = silent) -> dict[str, i
 
 
 def _log(path: Path) -> pl.DataFrame:
-    """The ratings as label, user_id, ad_id and ts, in order of time."""
+    """The ratings as label, conversion, user_id, ad_id and ts, in order of time."""
     table = read_lines(path, SEPARATOR, ("user_id", "ad_id", "rating", "ts"))
+    ratings = table.whole("rating", 1, 5)
     columns = {
-        "label": (table.whole("rating", 1, 5) >= CLICK).cast(pl.Int8),
+        "label": (ratings >= CLICK).cast(pl.Int8),
+        "conversion": (ratings >= CONVERSION).cast(pl.Int8),
         "user_id": _ids(table, "user_id"),
         "ad_id": _ids(table, "ad_id"),
         "ts": table.whole("ts", 0, LATEST),

@@ -8,6 +8,8 @@ Columns of a split, values raw (encoding happens in `features/` when a model is 
     user_id   String        ad_id String
     ts        Int64         seconds since 1970; optional
     history   List(String)  ad ids of the behaviours before the row, oldest first; where the schema has a history
+    weight    Float64       what the row weighs in training, at least 0; optional
+    conversion, or another name: Int8  0, 1 or null, the labels of a further head, where one is trained (`--set heads=click-conversion`)
     user.X, context.X, ad.X: String (category), List(String) (list) or Float64 (number); null is missing
 
 A `user.X` or `ad.X` that a split lacks is looked up in `users.parquet` (user_id, user.X …) or `ads.parquet` (ad_id, ad.X …).
@@ -17,6 +19,7 @@ Behaviours take their features from `ads.parquet`. A split may have further colu
 log, oldest first, with their times. `states.py` reads it.
 """
 
+import re
 import shutil
 import tempfile
 import tomllib
@@ -40,12 +43,23 @@ SHARES = (0.8, 0.1, 0.1)
 ROWS_PER_FILE = 100_000
 DTYPES: dict[str, pl.DataType] = {"category": pl.String(), "list": pl.List(pl.String()), "number": pl.Float64()}
 
+COLUMNS = ("label", "user_id", "ad_id", "ts", "history", "weight", "click")
+"""Names that no further head of a network can have: its labels are in a column of its name."""
+HEAD = re.compile(r"[a-z][a-z0-9_]{0,40}")
+
 Progress = Callable[[int, int], None]
 """Told how many rows of a preparation are written, and how many there are."""
 
 
 class DataError(RuntimeError):
     """A data set cannot be read or prepared; the message says where and what was wrong."""
+
+
+def wrong_head(head: str) -> str:
+    """Why there can be no head of this name beside the click, "" where there can."""
+    if head in COLUMNS or not HEAD.fullmatch(head):
+        return f"{head!r} cannot be the name of a head: small letters, digits and _, a letter first, and none of {', '.join(COLUMNS)}"
+    return ""
 
 
 def silent(_done: int, _total: int) -> None:
@@ -72,8 +86,8 @@ class Prepared:
             raise DataError(f"{self.folder / split} has no .parquet file; prepare the data set again, or choose another split")
         return files
 
-    def frames(self, split: str) -> Iterator[pl.DataFrame]:
-        """The rows of a split, file by file, checked.
+    def frames(self, split: str, _more: Sequence[str] = ()) -> Iterator[pl.DataFrame]:
+        """The rows of a split, file by file, checked, with all of their columns.
 
         Raises:
             DataError: a file cannot be read, lacks a column, or holds a label that is not 0 or 1.
@@ -232,6 +246,10 @@ def check_rows(frame: pl.DataFrame, schema: Schema, path: Path) -> None:
     for f in schema.fields:
         if f.kind == "number" and f.path in frame.columns and (frame[f.path].fill_nan(None).abs() > FLOAT32_MAX).any():
             raise DataError(f"{path}: column {f.path} holds a number that is not finite, or too large for float32")
+    if "weight" in frame.columns:
+        check_columns(frame, {"weight": pl.Float64()}, path)
+        if not frame["weight"].is_between(0, FLOAT32_MAX).fill_null(False).all():
+            raise DataError(f"{path}: column weight, what a row weighs in training, holds something that is no number of at least 0")
     bad = frame.filter(pl.col("label").is_null() | ~pl.col("label").is_in([0, 1]))
     if len(bad):
         raise DataError(f"{path}: {len(bad)} labels are not 0 or 1, the first is {bad['label'][0]}")

@@ -77,6 +77,12 @@ class Table:
         self.refuse(name, ~values.is_in([0.0, 1.0]), "0 or 1")
         return values.cast(pl.Int8).alias("label")
 
+    def outcomes(self, name: str) -> pl.Series:
+        """A column of what else came of the rows, as Int8; empty is null: not known."""
+        values = self.numbers(name)
+        self.refuse(name, ~values.fill_null(0.0).is_in([0.0, 1.0]), "0, 1 or nothing")
+        return values.cast(pl.Int8)
+
     def numbers(self, name: str) -> pl.Series:
         """A column of numbers, as Float64; empty and NaN are null."""
         values = self._floats(name)

@@ -32,7 +32,7 @@ def read_log(source: Path, schema: Schema, settings: TableSettings, read: Callab
     """
     split = settings.split if isinstance(settings.split, str) else ""
     named = (settings.label, settings.user_id, settings.ad_id, settings.ts, settings.history, split)
-    more = (settings.propensity, settings.position, settings.candidates)
+    more = (settings.propensity, settings.position, settings.candidates, settings.weight, *settings.outcomes.values())
     needed = [name for name in dict.fromkeys((*named, *more, *_columns(schema, settings).values())) if name]
     dialect = Dialect(settings.separator, settings.quote, settings.quoted_newlines, CURE)
     parts, rows = list[pl.DataFrame](), 0
@@ -64,6 +64,10 @@ def _log(table: Table, schema: Schema, settings: TableSettings) -> pl.DataFrame:
             columns[feature.path] = partial(_values, table, feature, _columns(schema, settings)[feature.path], settings)
     if settings.propensity:
         columns |= _of_the_policy(table, settings)
+    for head, name in settings.outcomes.items():
+        columns[head] = partial(table.outcomes, name)
+    if settings.weight:
+        columns["weight"] = lambda: _weights(table, settings.weight)
     if isinstance(settings.split, str):
         columns[SPLIT] = partial(_split_numbers, table, settings.split)
     log = pl.DataFrame([column.alias(name) for name, column in _all_or_mistakes(columns).items()])
@@ -145,6 +149,13 @@ def propensities(table: Table, name: str) -> pl.Series:
     """A column of probabilities above 0, as Float64."""
     values = table.numbers(name)
     table.refuse(name, ~((values > 0) & (values <= 1)), "a probability above 0, at most 1")
+    return values
+
+
+def _weights(table: Table, name: str) -> pl.Series:
+    """A column of what rows weigh, as Float64."""
+    values = table.numbers(name)
+    table.refuse(name, ~(values >= 0).fill_null(value=False), "a weight of at least 0")
     return values
 
 

@@ -10,12 +10,12 @@ import tomli_w
 
 from features.schema import IDENTITY, Schema, SchemaError, parse_schema, sampling_in, tried
 
-from .prepared import SHARES, SPLITS, DataError
+from .prepared import SHARES, SPLITS, DataError, wrong_head
 from .times import UNITS, wrong_format
 
 TEXT = (
     *("label", "user_id", "ad_id", "ts", "ts_unit", "history", "separator", "list_separator", "quote"),
-    *("propensity", "position", "candidates"),
+    *("propensity", "position", "candidates", "weight"),
 )
 TOKENS = ("ts_format", "missing", "nobody", "padding")
 
@@ -54,6 +54,10 @@ class TableSettings:
     """Around fields of a CSV that hold a separator; `""` where nothing is quoted."""
     quoted_newlines: bool = False
     """Whether a quoted field may hold lines that look like rows; if not, such a field is refused, as a quote that swallows rows."""
+    outcomes: Mapping[str, str] = field(default_factory=dict)
+    """The columns of what else came of a row, by head, such as `{ conversion = "bought" }`: 0, 1 or nothing. See `--set heads`."""
+    weight: str = ""
+    """The column of what a row weighs in training, at least 0."""
     propensity: str = ""
     """The column of the probability with which the ad was shown, for `adrank replay`."""
     position: str = ""
@@ -148,12 +152,19 @@ def _impossible(settings: TableSettings) -> list[str]:
         mistakes.append("separator must be one character, no quote or end of line, and list_separator at least one")
     if len(settings.quote) > 1 or settings.quote in ("\r", "\n", settings.separator):
         mistakes.append('quote must be one character, neither the separator nor an end of line, or "" where quotes are plain text')
+    mistakes += _misnamed_outcomes(settings.outcomes)
     mistakes += [
         f'{name} is the column that tells more of a propensity: name that too, propensity = "column"'
         for name in ("position", "candidates")
         if getattr(settings, name) and not settings.propensity
     ]
     return mistakes
+
+
+def _misnamed_outcomes(outcomes: object) -> list[str]:
+    if not isinstance(outcomes, Mapping) or not all(isinstance(name, str) and name for name in outcomes.values()):
+        return ['outcomes must name columns by head, such as { conversion = "bought" }']
+    return [f"outcomes: {mistake}" for head in outcomes if (mistake := wrong_head(head))]
 
 
 def _is_split(split: object) -> bool:

@@ -1,14 +1,19 @@
 """CTR networks, one family a file, made of blocks. A new network is a file and a line here."""
 
-from .contract import Network
+from typing import Any
+
+from .contract import Fields, Network
 from .dcn import DCN
 from .dcn_v2 import DCNV2
 from .deepfm import DeepFM
 from .din import DIN
+from .esmm import ESMM
 from .ffm import FFM
 from .fm import FM
 from .fwfm import FwFM
+from .heads import SharedEmbeddings
 from .lr import LR
+from .mmoe import MMoE
 
 NETWORKS: dict[str, type[Network]] = {
     "lr": LR,
@@ -19,4 +24,16 @@ NETWORKS: dict[str, type[Network]] = {
     "dcn": DCN,
     "dcn_v2": DCNV2,
     "din": DIN,
+    "esmm": ESMM,
+    "mmoe": MMoE,
 }
+
+
+def build(family: str, fields: Fields, settings: Any) -> Network:
+    """A network for the fields and heads of a data set.
+
+    Raises:
+        ValueError: it cannot be built for them; the message says why.
+    """
+    kind = NETWORKS[family]
+    return kind(fields, settings) if kind.many_heads or len(fields.heads) == 1 else SharedEmbeddings(kind, fields, settings)

@@ -117,6 +117,10 @@ class Network(nn.Module):
 
     settings: ClassVar[Any]
     """The dataclass of its settings."""
+    own_heads: ClassVar[tuple[str, ...]] = (CLICK,)
+    """What it predicts where no other heads are asked for."""
+    many_heads: ClassVar[bool] = False
+    """Whether it has all of `fields.heads` itself; others are trained once for each head, on the same embeddings (`heads.py`)."""
     int8_pays: ClassVar[bool] = False
     """Whether an int8 graph of it is faster and as good."""
 
@@ -128,7 +132,7 @@ class Network(nn.Module):
         """
         super().__init__()
         self.fields = fields
-        self.heads: tuple[str, ...] = (CLICK,)
+        self.heads: tuple[str, ...] = fields.heads if self.many_heads else (CLICK,)
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)` by head."""

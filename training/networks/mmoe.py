@@ -1,0 +1,67 @@
+"""MMoE: experts shared by the heads, mixed anew for each by a gate (Ma et al. 2018, KDD, https://doi.org/10.1145/3219819.3220007)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .contract import CLICK, Fields, Network, RequestTensors
+from .embeddings import Embeddings, flat
+from .layers import BatchNorm, SplitLinear
+
+
+@dataclass(frozen=True)
+class MMoESettings:
+    """Widths of an MMoE."""
+
+    embedding: int = 16
+    """Width of every value's vector."""
+    experts: int = 4
+    """How many there are."""
+    expert: int = 128
+    """Width of each: one layer, as in the paper."""
+    hidden: tuple[int, ...] = (80,)
+    """Widths of the layers of each head's tower."""
+    dropout: float = 0.1
+    """Share of the activations of experts and towers that a training step leaves out."""
+
+
+class MMoE(Network):
+    """Heads that share experts and mix them each by a gate of its own (Ma et al. 2018)."""
+
+    settings = MMoESettings
+    own_heads = (CLICK, "conversion")
+    many_heads = True
+
+    def __init__(self, fields: Fields, settings: MMoESettings) -> None:
+        super().__init__(fields, settings)
+        if settings.experts < 1 or settings.expert < 1:
+            raise ValueError("mmoe needs at least one expert of at least one unit: experts and expert must be 1 or more")
+        self.embed = Embeddings(fields, settings.embedding)
+        sizes = fields.request * settings.embedding, fields.count("ad") * settings.embedding
+        self.shape = settings.experts, settings.expert
+        self.experts = SplitLinear(*sizes, settings.experts * settings.expert)
+        self.activation = nn.Sequential(BatchNorm(settings.experts * settings.expert), nn.ReLU(), nn.Dropout(settings.dropout))
+        self.gates = nn.ModuleDict({head: SplitLinear(*sizes, settings.experts) for head in self.heads})
+        self.towers = nn.ModuleDict({head: tower(settings.expert, settings.hidden, settings.dropout) for head in self.heads})
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, request: RequestTensors) -> dict[str, Tensor]:
+        """Logits `(R, C)` by head."""
+        u, a = flat(self.embed.of_request(request)), self.embed("ad", request.ad).flatten(2)
+        experts = self.activation(self.experts(u, a)).unflatten(-1, self.shape)  # (R, C, E, H)
+        outputs = {}
+        for head in self.heads:
+            gate = self.gates[head](u, a).softmax(-1)  # (R, C, E), eq. 7
+            mixed = (gate.unsqueeze(-1) * experts).sum(2)  # eq. 6
+            outputs[head] = self.towers[head](mixed).squeeze(-1)
+        return {**outputs, CLICK: outputs[CLICK] + self.bias}
+
+
+def tower(width: int, hidden: tuple[int, ...], dropout: float) -> nn.Sequential:
+    """The MLP of a head, from an expert's width to its logit `(..., 1)`."""
+    layers: list[nn.Module] = []
+    for after in hidden:
+        layers += [nn.Linear(width, after), nn.ReLU(), nn.Dropout(dropout)]
+        width = after
+    return nn.Sequential(*layers, nn.Linear(width, 1))
