@@ -61,7 +61,7 @@ HISTORY = 'history = { length = 4, fields = ["ad_id", "genre", "tags", "price"] 
 SCHEMA = 'name = "small"\n' + HISTORY + USER + AD
 GENRES, AGES, SLOTS, TAGS = ("drama", "comedy", "news"), ("25", "35", "45"), ("feed", "side"), ("x", "y", "z")
 ADS = 12
-TINY = {"embedding": 4, "hidden": (8,), "attention": (6,), "dropout": 0.0}
+TINY = {"embedding": 4, "hidden": (8,), "hidden_second": (8,), "attention": (6,), "dropout": 0.0}
 """Widths of the networks of tests, where a network has such a setting."""
 
 

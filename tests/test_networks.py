@@ -29,6 +29,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dcn_v2", {"structure": "stacked"}),
     ("dcn_v2", {"low_rank": 3}),
     ("dcn_v2", {"low_rank": 3, "experts": 2}),
+    ("finalmlp", {"gates": False}),
     ("din", {"softmax": True}),
 ]
 """Settings that make another network of a family. What is a setting's alone is tested with the network."""

@@ -5,10 +5,12 @@ from typing import Any
 from .contract import Fields, Network
 from .dcn import DCN
 from .dcn_v2 import DCNV2
+from .deep_crossing import DeepCrossing
 from .deepfm import DeepFM
 from .din import DIN
 from .esmm import ESMM
 from .ffm import FFM
+from .finalmlp import FinalMLP
 from .fm import FM
 from .fwfm import FwFM
 from .heads import SharedEmbeddings
@@ -21,8 +23,10 @@ NETWORKS: dict[str, type[Network]] = {
     "ffm": FFM,
     "fwfm": FwFM,
     "deepfm": DeepFM,
+    "deep_crossing": DeepCrossing,
     "dcn": DCN,
     "dcn_v2": DCNV2,
+    "finalmlp": FinalMLP,
     "din": DIN,
     "esmm": ESMM,
     "mmoe": MMoE,
