@@ -25,6 +25,7 @@ SCHEMAS = [small.SCHEMA, WITHOUT_HISTORY, ONLY_ADS, ONLY_NUMBERS, ONLY_AD_NUMBER
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}  # float32 sums in another order
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("fwfm", {"linear": "value"}),
+    ("wide_deep", {"crosses": "user_id*ad_id,history.genre*genre,interests*tags,age*slot", "cross_rows": 50}),
     ("deepfm", {"norm": "variance", "norm_embedding": "layer"}),
     ("dcn_v2", {"structure": "stacked"}),
     ("dcn_v2", {"low_rank": 3}),

@@ -67,8 +67,8 @@ class TrainSettings:
     unknown_rate: float = 0.01
     """How likely a row's ad, its user, a behaviour or a single value is hidden from a step, so that the unknown id is trained.
     0: none is, and what is unknown ranks at random."""
-    embedding_l2: float = 0.01
-    """λ of the decay of embeddings."""
+    embedding_l2: float = -1.0
+    """λ of the decay of embeddings; -1: the network's own, 0.01 or, of networks without an MLP, 0.00001."""
     regularise: str = "table"
     """`table`: each step decays every embedding by (λ/2)‖table‖². `batch`: only those in the mini-batch, each by its share
     λ / n of its n occurrences in the training split (DIN paper, eq. 6)."""
@@ -93,7 +93,7 @@ class TrainSettings:
             ("least_steps", self.least_steps >= 0, "at least 0"),
             ("flat_below", self.flat_below >= 0, "at least 0"),
             ("unknown_rate", 0 <= self.unknown_rate < 1, "at least 0, below 1"),
-            ("embedding_l2", self.embedding_l2 >= 0, "at least 0"),
+            ("embedding_l2", self.embedding_l2 >= 0 or self.embedding_l2 == -1, "at least 0, or -1: the network's own"),
             ("regularise", self.regularise in ("table", "batch"), "table or batch"),
             ("clip", self.clip > 0, "above 0"),
             ("threads", self.threads >= 0, "at least 0"),
@@ -359,8 +359,8 @@ class EmbeddingDecay:
     Rows that no step can use are left as they are: a warm start must not forget what its window does not show.
     """
 
-    def __init__(self, network: nn.Module, rows: Rows, settings: TrainSettings) -> None:
-        self.l2 = settings.embedding_l2
+    def __init__(self, network: Network, rows: Rows, settings: TrainSettings) -> None:
+        self.l2 = network.embedding_l2 if settings.embedding_l2 == -1 else settings.embedding_l2
         self.embeddings = [module for module in network.modules() if isinstance(module, Embeddings)]
         self.counts, self.unseen = [], []
         for embeddings in self.embeddings:

@@ -16,12 +16,17 @@ from .fwfm import FwFM
 from .heads import SharedEmbeddings
 from .lr import LR
 from .mmoe import MMoE
+from .pnn import IPNN, OPNN
+from .wide_deep import WideDeep
 
 NETWORKS: dict[str, type[Network]] = {
     "lr": LR,
     "fm": FM,
     "ffm": FFM,
     "fwfm": FwFM,
+    "ipnn": IPNN,
+    "opnn": OPNN,
+    "wide_deep": WideDeep,
     "deepfm": DeepFM,
     "deep_crossing": DeepCrossing,
     "dcn": DCN,

@@ -123,6 +123,8 @@ class Network(nn.Module):
     """Whether it has all of `fields.heads` itself; others are trained once for each head, on the same embeddings (`heads.py`)."""
     int8_pays: ClassVar[bool] = False
     """Whether an int8 graph of it is faster and as good."""
+    embedding_l2: ClassVar[float] = 0.01
+    """λ of the decay of its embeddings where nobody says otherwise. Products of vectors alone stay at 0 with as much."""
 
     def __init__(self, fields: Fields, _settings: Any) -> None:
         """Build it for the fields of a schema.

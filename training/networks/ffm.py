@@ -33,6 +33,7 @@ class FFM(Network):
     """The inner product of every pair, of vectors that each value has for the other's field (Juan et al. 2016)."""
 
     settings = FFMSettings
+    embedding_l2 = 1e-5
     within: Tensor
     across: Tensor
 

@@ -26,6 +26,7 @@ class FM(Network):
     """A weight for every value and the inner product of every pair: factorisation machine (Rendle 2010)."""
 
     settings = FMSettings
+    embedding_l2 = 1e-5
 
     def __init__(self, fields: Fields, settings: FMSettings) -> None:
         super().__init__(fields, settings)

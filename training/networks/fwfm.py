@@ -45,6 +45,7 @@ class FwFM(Network):
     """The inner product of every pair, weighted by its two fields (Pan et al. 2018)."""
 
     settings = FwFMSettings
+    embedding_l2 = 1e-5
 
     def __init__(self, fields: Fields, settings: FwFMSettings) -> None:
         super().__init__(fields, settings)

@@ -28,6 +28,27 @@ def inner_products(u: Tensor, a: Tensor) -> Tensor:
     return 0.5 * (total.square() - squares).sum(-1)
 
 
+class PairwiseProducts(nn.Module):
+    """The inner product of every pair of fields, each by itself: those within the request once a request."""
+
+    def __init__(self, request: int, candidate: int) -> None:
+        super().__init__()
+        self.within = tuple(zip(*combinations(range(request), 2), strict=True)) or ((), ())
+        self.among = tuple(zip(*combinations(range(candidate), 2), strict=True)) or ((), ())
+        self.request = request * (request - 1) // 2
+        self.candidate = request * candidate + candidate * (candidate - 1) // 2
+
+    def forward(self, u: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """`(R, request)` of the request's own pairs, and `(R, C, candidate)` of each candidate field's with them, then of its own."""
+        left, right = self.among
+        found = [(a[:, :, left] * a[:, :, right]).sum(-1)]
+        if not u.shape[1]:
+            return u.new_zeros((len(u), 0)), found[0]
+        found.insert(0, (a @ u.transpose(1, 2).unsqueeze(1)).flatten(2))
+        left, right = self.within
+        return (u[:, left] * u[:, right]).sum(-1), torch.cat(found, dim=2)
+
+
 class WeightedProducts(nn.Module):
     """The sum over all pairs i < j of fields of r_ij ⟨v_i, v_j⟩, with a weight r_ij `(P,)` for each (FwFM, eq. 3)."""
 

@@ -24,6 +24,7 @@ class LR(Network):
     """A weight for every value: logistic regression (Richardson et al. 2007)."""
 
     settings = LRSettings
+    embedding_l2 = 1e-5
 
     def __init__(self, fields: Fields, settings: LRSettings) -> None:
         super().__init__(fields, settings)
