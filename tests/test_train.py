@@ -166,6 +166,13 @@ def test_table_decay_is_the_gradient_of_half_lambda_times_the_squares(rows: tupl
         assert torch.allclose(ours, autograd * trained, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("regularise", ["table", "batch"])
+def test_a_schema_of_numbers_alone_has_no_embeddings_to_decay(tmp_path: Path, regularise: str) -> None:
+    schema = small.schema('name = "numbers"\n[user.income]\nkind = "number"\n[ad.price]\nkind = "number"\n')
+    trained = small.quick(replace(small.data_set(tmp_path), schema=schema), regularise=regularise, epochs=1)
+    assert np.isfinite(trained.epochs[0].train_loss)
+
+
 @pytest.mark.parametrize("family", ["deepfm", "din"])
 def test_batch_decay_is_for_the_rows_of_the_batch_by_their_share(rows: tuple[Rows, Rows], family: str) -> None:
     train = rows[0]

@@ -361,7 +361,7 @@ class EmbeddingDecay:
 
     def __init__(self, network: Network, rows: Rows, settings: TrainSettings) -> None:
         self.l2 = network.embedding_l2 if settings.embedding_l2 == -1 else settings.embedding_l2
-        self.embeddings = [module for module in network.modules() if isinstance(module, Embeddings)]
+        self.embeddings = [module for module in network.modules() if isinstance(module, Embeddings) and module.sizes]
         self.counts, self.unseen = [], []
         for embeddings in self.embeddings:
             counts = occurrences(embeddings, rows)
