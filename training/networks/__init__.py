@@ -8,6 +8,7 @@ from .dcn_v2 import DCNV2
 from .deep_crossing import DeepCrossing
 from .deepfm import DeepFM
 from .din import DIN
+from .dlrm import DLRM
 from .esmm import ESMM
 from .ffm import FFM
 from .finalmlp import FinalMLP
@@ -17,6 +18,7 @@ from .heads import SharedEmbeddings
 from .lr import LR
 from .mmoe import MMoE
 from .pnn import IPNN, OPNN
+from .tab_transformer import TabTransformer
 from .wide_deep import WideDeep
 
 NETWORKS: dict[str, type[Network]] = {
@@ -31,6 +33,8 @@ NETWORKS: dict[str, type[Network]] = {
     "deep_crossing": DeepCrossing,
     "dcn": DCN,
     "dcn_v2": DCNV2,
+    "dlrm": DLRM,
+    "tab_transformer": TabTransformer,
     "finalmlp": FinalMLP,
     "din": DIN,
     "esmm": ESMM,

@@ -89,6 +89,11 @@ class Fields(NamedTuple):
         return len(self.layouts[part].ids) + len(self.layouts[part].numbers)
 
     @property
+    def categories(self) -> "Fields":
+        """These without the numbers."""
+        return self._replace(layouts={part: Layout(layout.ids, ()) for part, layout in self.layouts.items()})
+
+    @property
     def request(self) -> int:
         """F of the request side, where each field of the history is one more, pooled over the behaviours."""
         return self.count("user") + self.count("history")

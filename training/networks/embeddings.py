@@ -71,6 +71,8 @@ class Embeddings(nn.Module):
     def of_all(self, request: RequestTensors) -> Tensor:
         """Vectors `(R, C, F, D)` of all fields beside each candidate, those of the request first, repeated for each."""
         shared: Tensor = self.of_request(request)
+        if "ad" not in self:
+            return shared.unsqueeze(1).expand(-1, request.ad.numbers.shape[1], -1, -1)
         ads: Tensor = self("ad", request.ad)
         if not shared.shape[1]:
             return ads
@@ -102,6 +104,16 @@ def offsets_of(layout: Layout, starts: Mapping[str, int]) -> Tensor:
 def flat(vectors: Tensor) -> Tensor:
     """`(R, F, D)` to `(R, F * D)`; F may be 0, which ONNX cannot flatten."""
     return vectors.flatten(1) if vectors.shape[1] else vectors.squeeze(2)
+
+
+def numbers_of(request: RequestTensors) -> Tensor:
+    """All numbers beside each candidate as they are `(R, C, N)`: the user's, the means of the behaviours', the ad's."""
+    shared, past = request.user.numbers, request.history
+    if past.numbers.shape[-1]:
+        mask = past.behaviours().unsqueeze(-1)
+        mean = (past.spread(past.numbers) * mask).sum(1) / mask.sum(1).clamp(min=1)
+        shared = torch.cat([shared, mean], dim=1)
+    return beside(shared, request.ad.numbers)
 
 
 def beside(request: Tensor, candidate: Tensor) -> Tensor:
