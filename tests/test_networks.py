@@ -32,6 +32,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dcn_v2", {"low_rank": 3, "experts": 2}),
     ("finalmlp", {"gates": False}),
     ("din", {"softmax": True}),
+    ("bst", {"layers": 2, "attention_heads": 1}),
 ]
 """Settings that make another network of a family. What is a setting's alone is tested with the network."""
 CASES = [*((family, {}) for family in NETWORKS), *VARIANTS]

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from .bst import BST
 from .contract import Fields, Network
 from .dcn import DCN
 from .dcn_v2 import DCNV2
 from .deep_crossing import DeepCrossing
 from .deepfm import DeepFM
+from .dien import DIEN
 from .din import DIN
+from .dkt import DKT
 from .dlrm import DLRM
 from .esmm import ESMM
 from .ffm import FFM
@@ -20,6 +23,7 @@ from .mmoe import MMoE
 from .pnn import IPNN, OPNN
 from .tab_transformer import TabTransformer
 from .wide_deep import WideDeep
+from .youtube_dnn import YoutubeDNN
 
 NETWORKS: dict[str, type[Network]] = {
     "lr": LR,
@@ -36,7 +40,11 @@ NETWORKS: dict[str, type[Network]] = {
     "dlrm": DLRM,
     "tab_transformer": TabTransformer,
     "finalmlp": FinalMLP,
+    "youtube_dnn": YoutubeDNN,
     "din": DIN,
+    "dien": DIEN,
+    "bst": BST,
+    "dkt": DKT,
     "esmm": ESMM,
     "mmoe": MMoE,
 }

@@ -3,14 +3,14 @@
 Shapes: R requests, T behaviours, C candidates, W id columns, N number columns. A row of a log is a request with one candidate.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from features.schema import Layout, Schema
+from features.schema import Layout, Schema, Slot
 from features.vocabulary import PADDING, Vocabularies
 
 CLICK = "click"
@@ -38,8 +38,11 @@ class Part(NamedTuple):
 
     def behaviours(self) -> Tensor:
         """Which of a history `(R, T)` are behaviours rather than padding: a behaviour's `ad_id` is never 0."""
-        present = self.ids[..., 0] > PADDING
-        return present if self.rows is None else present[self.rows]
+        return self.ad_ids() > PADDING
+
+    def ad_ids(self) -> Tensor:
+        """The `ad_id` of each behaviour of a history `(R, T)`."""
+        return self.ids[..., 0] if self.rows is None else self.ids[:, 0][self.rows]
 
     def first(self, requests: int) -> "Part":
         """That of the first requests."""
@@ -109,9 +112,30 @@ class Fields(NamedTuple):
         names = self.names("ad")
         return [names.index(name) for name in self.names("history")]
 
+    def require_history(self, what: str) -> None:
+        """Let no network be built that needs a history where there is none; `what` says what it does with it.
+
+        Raises:
+            ValueError: the schema has no history.
+        """
+        if not self.count("history"):
+            raise ValueError(f"{what}, and this schema has no [history]; train deepfm instead")
+
+    def behaviours_of(self, ads: Part) -> Part:
+        """Ads `(..., W)` as the behaviours on them: the columns that a history has too, in its order."""
+        ad, history = self.layouts["ad"], self.layouts["history"]
+        pairs = ((ads.ids, ad.ids, history.ids), (ads.numbers, ad.numbers, history.numbers))
+        return Part(*(block[..., _columns_of(slots, wanted)] for block, slots, wanted in pairs))
+
     def names(self, part: str) -> list[str]:
         """The fields of a part in the order of their vectors, such as `genre`."""
         return [slot.field.name for slot in (*self.layouts[part].ids, *self.layouts[part].numbers)]
+
+
+def _columns_of(slots: Sequence[Slot], wanted: Sequence[Slot]) -> list[int]:
+    """The columns that the fields of some slots have in others."""
+    own = {slot.field.name: slot for slot in slots}
+    return [column for slot in wanted for column in range(own[slot.field.name].start, own[slot.field.name].stop)]
 
 
 class Network(nn.Module):

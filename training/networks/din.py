@@ -71,8 +71,7 @@ class DIN(Network):
 
     def __init__(self, fields: Fields, settings: DINSettings) -> None:
         super().__init__(fields, settings)
-        if not fields.count("history"):
-            raise ValueError("DIN weighs a user's behaviours, and this schema has no [history]; train deepfm instead")
+        fields.require_history("DIN weighs a user's behaviours")
         width = settings.embedding
         self.embed = Embeddings(fields, width)
         self.shared = fields.shared
