@@ -310,7 +310,7 @@ def test_a_position_may_be_a_feature(log: Path) -> None:
         (["--set", "mystery=1"], "^Error: --set mystery: no such setting; there are embedding, .*, seed, .*, least_rows, .*, gate"),
         (["--set", "hidden=9"], "--set hidden: a warm start goes on with the live version's network as it is; leave it out, or"),
         (["--model", "din"], "--model din: a warm start goes on with the live version's network"),
-        (["--model", "mlp", "--start", "scratch"], "there is no network 'mlp'; name one with --model: deepfm, din"),
+        (["--model", "mlp", "--start", "scratch"], "there is no network 'mlp'; name one with --model: lr, "),
         (["--days", "3", "--since", "5"], "--days and --since both say where the window begins; leave one out"),
         (["--since", "2025-13-01"], "2025-13-01: expected a time such as 2026-11-22"),
         (["--since", "20", "--until", "10"], "the window is empty: --since 20 is not before --until 10"),
@@ -318,7 +318,7 @@ def test_a_position_may_be_a_feature(log: Path) -> None:
         (["--holdout", "0.6", "--valid", "0.5"], "--holdout 0.6 and --valid 0.5 are shares of the rows: above 0, together below 1"),
         (["--set", "click_rate_factor=0"], "click_rate_factor is 0.0; it must be at least 1"),
         (["--position-as", "context.page"], "context.page cannot take the position"),
-        (["--name", "other"], "there is no network 'other'; name one with --model: deepfm, din"),
+        (["--name", "other"], "there is no network 'other'; name one with --model: lr, "),
     ],
 )
 def test_mistakes_are_a_sentence_and_exit_code_2(log: Path, models: Path, extra: list[str], message: str) -> None:
