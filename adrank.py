@@ -43,6 +43,7 @@ MENDABLE = (
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 SHARE = click.FloatRange(0, 1, min_open=True)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
 PLACE = click.Path(readable=False, path_type=Path)
 """What a service is pointed at is for the service to judge: it may wait for it."""
 
@@ -136,14 +137,28 @@ def _print_profile(folder: Path) -> None:
     console.print(table)
 
 
-@cli.command(epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")
+class WithNetworks(click.Command):
+    """A command whose help lists the networks."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options, and then the networks, a line each."""
+        super().format_options(ctx, formatter)
+        with contextlib.suppress(ModuleNotFoundError):  # the base installation trains none
+            from training.networks import NETWORKS
+
+            with formatter.section("Networks"):
+                formatter.write_dl([(name, str(network.__doc__).partition("\n")[0]) for name, network in NETWORKS.items()])
+
+
+@cli.command(cls=WithNetworks, epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")
 @click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
-@click.option("--model", required=True, help="The network: deepfm or din.")
+@click.option("--model", required=True, help="The network, one of those below.")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
 @click.option("--name", help="Name in the repository; default: the network's.")
 @click.option("--seed", type=int, help="One seed makes a run repeatable to the last bit on one machine.")
 @click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the train split.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the network or of the gate.")
+@click.option("--settings", "file", type=FILE, help="Settings in a TOML file; --set goes before. Default: those known for the data set.")
 @click.option(
     "--promote",
     type=click.Choice(["gate", "always", "if-better", "never"]),
@@ -152,7 +167,7 @@ def _print_profile(folder: Path) -> None:
     help="When it is the new live version: if it is fit by itself, always, if it is better than the live one too, never.",
 )
 @needs("train")
-def train(data: Path, model: str, models: Path, name: str | None, settings: tuple[str, ...], promote: str, **flags: Any) -> None:
+def train(data: Path, model: str, models: Path, name: str | None, settings: tuple[str, ...], file: Path | None, **flags: Any) -> None:
     """Train a network and publish it as a bundle, the new live version if it is fit to be; exit code 3 if not."""
     from features.bundle import check_name, read_manifest
     from training.datasets.log import open_data
@@ -160,10 +175,11 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
     from training.publish import train_and_publish
 
     check_name(name or model)
-    given = dict(_pair(text) for text in settings)
+    promote, opened = flags.pop("promote"), open_data(data)
+    given = _settings(opened.schema.name, model, file, settings)
     given |= {key: str(value) for key, value in flags.items() if value is not None}
     with progress_bar() as progress:
-        path, verdict = train_and_publish(open_data(data), model, models, name or model, given, progress, promote)
+        path, verdict = train_and_publish(opened, model, models, name or model, given, progress, promote)
     _print_metrics(verdict.trained.metrics)
     print(verdict.trained.calibration.line())
     print(f"published {path}")
@@ -611,6 +627,46 @@ def bench(url: str, redis: str | None, rate: str | None, token_file: TextIO | No
         raise click.Abort
 
 
+@cli.group()
+def benchmark() -> None:
+    """Measure what this machine makes of adrank's own parts."""
+
+
+@benchmark.command(
+    "models", cls=WithNetworks, epilog="Example: adrank benchmark models --data data/frappe --model lr --model deepfm --seeds 3"
+)
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
+@click.option("--model", "families", multiple=True, help="A network; several may be given. Default: all.")
+@click.option("--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="Trainings of each.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting for all of them, where they have it.")
+@click.option("--settings", "file", type=FILE, help="Settings in a TOML file. Default: those known for the data set.")
+@click.option(
+    "--json", "target", type=FILE, help="What is measured stays there, and is not measured again; default data/bench/models-NAME.json."
+)
+@click.option("--picture", type=FILE, help="Draw AUC against what serving costs, an .svg or a .png.")
+@needs("bench")
+def benchmark_models(data: Path, families: tuple[str, ...], seeds: int, target: Path | None, picture: Path | None, **given: Any) -> None:
+    """Train every network on one data set, and measure what it learns and what it costs to serve. Goes on where it was stopped."""
+    from adrank_bench import models
+    from training.datasets.prepared import open_prepared
+    from training.networks import NETWORKS
+    from training.progress import progress_bar
+    from training.tuned import names_of
+
+    opened = open_prepared(data)
+    path = target or Path("data/bench") / f"models-{opened.schema.name}.json"
+
+    def said(family: str) -> dict[str, str]:
+        found = _settings(opened.schema.name, family, given["file"], given["settings"])
+        return {key: value for key, value in found.items() if key in names_of(family)}
+
+    with progress_bar() as progress:
+        runs = models.measure(opened, families or tuple(NETWORKS), seeds, said, path, progress)
+    models.show(runs, _console())
+    if picture:
+        models.draw(runs, picture)
+
+
 def _rate(text: str | None) -> Any:
     try:
         rate = text if text in (None, "half") else float(text)
@@ -619,6 +675,18 @@ def _rate(text: str | None) -> Any:
     if isinstance(rate, float) and not 0 < rate <= 1e6:
         raise Refusal(f"--rate {text}: expected requests a second, above 0 and at most 1,000,000, or half")
     return rate
+
+
+def _settings(data_set: str, family: str, file: Path | None, told: Sequence[str]) -> dict[str, str]:
+    """The settings of a training as texts: those of the command, before those of a file, or else those known for the data set."""
+    from training.networks import NETWORKS
+    from training.tuned import known, settings_in
+
+    found = file or known(data_set)
+    kept = settings_in(found, family) if found and family in NETWORKS else {}
+    if kept and not file:
+        click.echo(f"settings known for {data_set}: " + ", ".join(f"{key}={value}" for key, value in kept.items()), err=True)
+    return {**kept, **dict(_pair(text) for text in told)}
 
 
 def _pair(text: str) -> tuple[str, str]:
