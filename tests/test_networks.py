@@ -15,6 +15,7 @@ from training.networks import NETWORKS
 from training.networks.contract import CLICK, Labels, Network, Part, RequestTensors
 from training.networks.embeddings import Embeddings
 from training.networks.fuse import fused
+from training.train import TrainSettings
 
 WITHOUT_HISTORY = small.SCHEMA.replace(small.HISTORY, "")
 ONLY_ADS = 'name = "ads"\n' + small.AD
@@ -46,6 +47,11 @@ def fits(family: str, settings: dict[str, Any], text: str) -> bool:
         return isinstance(small.network(family, text, **settings), Network)
     except ValueError:
         return False
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_no_setting_is_called_as_one_of_training_is(family: str) -> None:
+    assert not set(vars(NETWORKS[family].settings())) & set(vars(TrainSettings()))  # --set NAME would mean two things
 
 
 every = pytest.mark.parametrize(("family", "settings"), CASES)

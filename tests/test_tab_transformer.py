@@ -34,7 +34,7 @@ def layer_norm(norm: torch.nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("text", [*WITH_CATEGORIES, ONLY_CATEGORIES, NUMBERS_OF_ADS])
 def test_logits_are_an_mlp_on_transformed_categories_and_normalised_numbers(text: str) -> None:
-    network, parts = small.network("tab_transformer", text, embedding=8, heads=2, layers=2), small.parts(text)
+    network, parts = small.network("tab_transformer", text, embedding=8, attention_heads=2, layers=2), small.parts(text)
     assert isinstance(network, TabTransformer)
     with torch.no_grad():
         logits = small.click(network, *parts)
@@ -68,7 +68,7 @@ def test_a_vector_tells_which_field_it_is_of() -> None:
 
 
 def test_a_column_has_an_eighth_of_a_vector() -> None:
-    network = small.network("tab_transformer", embedding=32, heads=8)
+    network = small.network("tab_transformer", embedding=32, attention_heads=8)
     assert isinstance(network, TabTransformer)
     assert network.columns.shape == (4 + 3 + 3, 4)
     assert network.embed.table.embedding_dim == 28
@@ -85,8 +85,12 @@ def test_what_layer_norm_would_leave_nothing_of_goes_in_as_it_is() -> None:
     ("text", "settings", "told"),
     [
         (ONLY_NUMBERS, {}, r"^tab_transformer lets categories look at each other, and this schema has only numbers; train deepfm instead$"),
-        (ONLY_CATEGORIES, {"heads": 3}, r"^heads is 3; it must divide embedding, which is 4 and must be at least 2$"),
-        (ONLY_CATEGORIES, {"heads": 1, "embedding": 1}, r"^heads is 1; it must divide embedding, which is 1 and must be at least 2$"),
+        (ONLY_CATEGORIES, {"attention_heads": 3}, r"^attention_heads is 3; it must divide embedding, which is 4 and must be at least 2$"),
+        (
+            ONLY_CATEGORIES,
+            {"attention_heads": 1, "embedding": 1},
+            r"^attention_heads is 1; it must divide embedding, which is 1 ",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(text: str, settings: dict[str, int], told: str) -> None:

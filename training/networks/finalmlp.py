@@ -33,7 +33,7 @@ class FinalMLPSettings:
     """Weigh the fields anew for each MLP; without, both see the same."""
     gate_hidden: int = 64
     """Width of the hidden layer of a gate."""
-    heads: int = 2
+    fusion_heads: int = 2
     """Parts into which both MLPs' outputs are cut, each with a bilinear product of its own."""
 
 
@@ -44,9 +44,9 @@ class FinalMLP(Network):
 
     def __init__(self, fields: Fields, settings: FinalMLPSettings) -> None:
         super().__init__(fields, settings)
-        first, second, heads = settings.hidden[-1], settings.hidden_second[-1], settings.heads
+        first, second, heads = settings.hidden[-1], settings.hidden_second[-1], settings.fusion_heads
         if heads < 1 or first % heads or second % heads:
-            raise ValueError(f"heads is {heads}; it must divide the last widths of hidden and hidden_second, {first} and {second}")
+            raise ValueError(f"fusion_heads is {heads}; it must divide the last widths of hidden and hidden_second, {first} and {second}")
         self.request, candidate = fields.request * settings.embedding, fields.count("ad") * settings.embedding
         width = self.request + candidate
         self.embed = Embeddings(fields, settings.embedding)

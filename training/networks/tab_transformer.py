@@ -29,7 +29,7 @@ class TabTransformerSettings:
     """Width of every category's vector, an eighth of it the field's own."""
     layers: int = 2
     """Transformer layers."""
-    heads: int = 4
+    attention_heads: int = 4
     """Heads of each layer; they share a vector's width."""
     hidden: tuple[int, ...] = (200, 80)
     """Widths of the MLP's layers."""
@@ -47,12 +47,14 @@ class TabTransformer(Network):
         width, count = settings.embedding, fields.categories.all
         if not count:
             raise ValueError("tab_transformer lets categories look at each other, and this schema has only numbers; train deepfm instead")
-        if settings.heads < 1 or width < 2 or width % settings.heads:
-            raise ValueError(f"heads is {settings.heads}; it must divide embedding, which is {width} and must be at least 2")
+        if settings.attention_heads < 1 or width < 2 or width % settings.attention_heads:
+            raise ValueError(
+                f"attention_heads is {settings.attention_heads}; it must divide embedding, which is {width} and must be at least 2"
+            )
         column = max(1, width // COLUMN_SHARE)
         self.embed = Embeddings(fields.categories, width - column)
         self.columns = nn.Parameter(torch.empty(count, column).normal_(std=1e-2))
-        self.layers = nn.Sequential(*(FieldAttention(width, settings.heads, settings.dropout) for _ in range(settings.layers)))
+        self.layers = nn.Sequential(*(FieldAttention(width, settings.attention_heads, settings.dropout) for _ in range(settings.layers)))
         numbers = fields.all - count
         self.norm = nn.LayerNorm(numbers) if numbers >= LEAST_NUMBERS else nn.Identity()
         self.deep = MLP(count * width + numbers, settings.hidden, settings.dropout)
