@@ -18,6 +18,7 @@ from features.encode import Encoder
 from features.vocabulary import Vocabularies
 
 from .calibrate import Calibration, fit
+from .cooccurrence import Cooccurrence
 from .datasets.encoded import Rows, encode_split, learn_vocabularies
 from .datasets.prepared import SPLITS, Prepared, wrong_head
 from .evaluate import Metrics, measure, unmeasured
@@ -76,6 +77,8 @@ class TrainSettings:
     """Largest norm of a step's gradient."""
     threads: int = 0
     """Threads of torch; 0 is as many as the machine allows. Another number may give other last bits."""
+    cooccurrence: float = 0.0
+    """Weight of a second task for the vectors of ads, how often two are clicked by one user (`cooccurrence.py`); 0: none."""
     heads: str = ""
     """What is predicted, such as `click-conversion`: the click first, then columns of the data set. Default: the network's own, for
     most the click alone."""
@@ -97,6 +100,7 @@ class TrainSettings:
             ("regularise", self.regularise in ("table", "batch"), "table or batch"),
             ("clip", self.clip > 0, "above 0"),
             ("threads", self.threads >= 0, "at least 0"),
+            ("cooccurrence", 0 <= self.cooccurrence < float("inf"), "at least 0"),
         )
         wrong = [f"{name} is {getattr(self, name)!r}; it must be {rule}" for name, fits, rule in rules if not fits]
         if wrong:
@@ -238,7 +242,8 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
     network.begin(rows.ads)
     if len(rows) < settings.flat_below and not warm:
         network.flatten()
-    optimisers = network.optimisers(settings.learning_rate)
+    optimisers, more = network.optimisers(settings.learning_rate), _second_task(network, rows, settings)
+    optimisers += [more.optimiser(settings.learning_rate)] if more else []
     order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
     decay, unseen = EmbeddingDecay(network, rows, settings), Unseen(network, rows, warm)
     epochs: list[Epoch] = []
@@ -251,7 +256,7 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
         batches = np.array_split(shuffled, range(settings.batch, len(rows) - 1, settings.batch))
         for chosen in progress.track(batches, description=f"epoch {number}"):
             batch, twins = hiding.batch(chosen)
-            loss = _loss(network, batch, rows.labels_of(chosen), len(twins))
+            loss = _loss(network, batch, rows.labels_of(chosen), len(twins)) + (more.loss() if more else 0.0)
             network.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             decay.add_gradient(batch)
@@ -283,6 +288,13 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
     network.load_state_dict(best)
     _end(network, unseen, hiding if best_score > -np.inf else None)
     return epochs
+
+
+def _second_task(network: Network, rows: Rows, settings: TrainSettings) -> Cooccurrence | None:
+    try:
+        return Cooccurrence(network, rows, settings.cooccurrence, settings.seed) if settings.cooccurrence else None
+    except ValueError as error:
+        raise TrainError(str(error)) from error
 
 
 def _loss(network: Network, batch: RequestTensors, labels: Labels, twins: int) -> Tensor:
