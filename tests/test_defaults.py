@@ -19,7 +19,7 @@ from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared, open_prepared
 from training.networks.layers import Tower
 from training.publish import train_and_publish
-from training.train import TrainError, TrainSettings, fit_network
+from training.train import EmbeddingDecay, TrainError, TrainSettings, fit_network
 from training.weights import settings_of
 
 pytestmark = pytest.mark.usefixtures("traced_export")
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("traced_export")
 @pytest.mark.parametrize(
     ("rows", "batch", "rate", "epochs"),
     [
-        (1, 32, 3e-3, 2000),
-        (1_600, 32, 3e-3, 40),
-        (6_470, 128, 3e-3, 40),
+        (1, 32, 3e-3, 4000),
+        (1_600, 32, 3e-3, 80),
+        (6_470, 128, 3e-3, 80),
         (25_600, 512, 1e-3, 40),
         (64_000, 1024, 1e-3, 33),
         (640_000, 2048, 1e-3, 30),
@@ -40,7 +40,7 @@ def test_what_is_left_open_follows_the_rows(rows: int, batch: int, rate: float, 
     settled = TrainSettings().for_rows(rows)
     assert (settled.batch, settled.learning_rate, settled.epochs) == (batch, rate, epochs)
     assert settled.for_rows(rows) == settled
-    assert settled.open == []
+    assert (settled.first_l2, settled.open) == ((1 / rows, []) if rows < 20_000 else (0.0, ["first_l2"]))
 
 
 def test_what_is_given_stays_and_the_rate_follows_the_batch() -> None:
@@ -50,7 +50,16 @@ def test_what_is_given_stays_and_the_rate_follows_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"least_steps": -1}, {"flat_below": -1}, {"unknown_rate": 1.0}, {"unknown_rate": -0.1}, {"epochs": -1}, {"batch": 1}]
+    "given",
+    [
+        {"least_steps": -1},
+        {"flat_below": -1},
+        {"first_l2": -1},
+        {"unknown_rate": 1.0},
+        {"unknown_rate": -0.1},
+        {"epochs": -1},
+        {"batch": 1},
+    ],
 )
 def test_impossible_settings_are_refused(given: dict[str, float]) -> None:
     with pytest.raises(TrainError, match=next(iter(given))):
@@ -64,17 +73,17 @@ def test_settings_are_told_and_recorded_and_chosen_anew(tmp_path: Path) -> None:
         data, "deepfm", tmp_path / "models", "m", given, Progress(console=Console(file=said, width=300), disable=True)
     )
     line = "batch 32 (for 300 rows), learning rate 0.003, at most 1 epochs, patience 2 after 1,000 steps, unknown rate 0.01"
-    assert f"{line}, DeepFM flat below 20,000 rows" in said.getvalue()
+    assert f"{line}, first order first below 20,000 rows, its decay 0.0033" in said.getvalue()
     recorded = json.loads((path / "manifest.json").read_text())["settings"]
     assert (recorded["batch"], recorded["learning_rate"], recorded["epochs"]) == (32, 3e-3, 1)
-    assert recorded["by_data"] == ["batch", "learning_rate"]
-    assert recorded["flat_below"] == 20_000
+    assert recorded["by_data"] == ["batch", "learning_rate", "first_l2"]
+    assert (recorded["flat_below"], recorded["first_l2"]) == (20_000, 1 / 300)
     loop = settings_of(load_bundle(path))[1]
-    assert (loop.batch, loop.learning_rate, loop.epochs) == (0, 0.0, 1)
+    assert (loop.batch, loop.learning_rate, loop.first_l2, loop.epochs) == (0, 0.0, 0.0, 1)
 
 
 def test_patience_counts_after_the_least_steps(tmp_path: Path) -> None:
-    trained = small.quick(small.data_set(tmp_path), epochs=30, patience=1, learning_rate=0.2, least_steps=60)
+    trained = small.quick(small.data_set(tmp_path), epochs=30, patience=1, learning_rate=0.2, least_steps=60, flat_below=0)
     assert len(trained.epochs) * 5 >= 60  # 300 rows in batches of 64
     assert {epoch.learning_rate for epoch in trained.epochs[:12]} == {0.2}
 
@@ -100,6 +109,39 @@ def test_a_deepfm_of_few_rows_begins_with_a_flat_tower(tmp_path: Path, family: s
     tower.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
     small.click(network, *train.batch(np.arange(10)))
     assert bool(seen[0].std() < 1e-6) == flat
+
+
+def test_the_first_order_learns_alone_at_first_and_then_all(tmp_path: Path) -> None:
+    data = small.data_set(tmp_path)
+    encoder = Encoder(data.schema, learn_vocabularies(data))
+    train, valid = (encode_split(data, split, encoder) for split in ("train", "valid"))
+    network = small.network("deepfm")
+    before = {name: weight.clone() for name, weight in network.named_parameters()}
+    after: list[dict[str, torch.Tensor]] = []
+    network.after_step = lambda _steps: after.append({n: w.detach().clone() for n, w in network.named_parameters()})  # type: ignore[method-assign]
+    settings = TrainSettings(epochs=4, batch=100, learning_rate=0.01, threads=1)
+    epochs = fit_network(network, train, valid, settings, small.quiet())
+    assert [epoch.learning_rate for epoch in epochs] == pytest.approx([0.03, 0.03, 0.01, 0.01])
+    first = {name for name in before if name.startswith("first.") or name == "bias"}
+    before["tower.rest." + str(len(network.tower.rest) - 1) + ".weight"].zero_()  # type: ignore[arg-type]
+    moved = {name for name, weight in after[2].items() if not torch.equal(weight, before[name])}  # what is unseen is filled after it
+    assert {"first.table.weight", "bias"} <= moved <= first
+    moved = {name for name, weight in after[-1].items() if not torch.equal(weight, before[name])}
+    assert {"second.table.weight", "tower.first.weight"} <= moved
+    assert all(weight.requires_grad for weight in network.parameters())
+
+
+def test_the_first_order_decays_as_little_as_a_regression(tmp_path: Path) -> None:
+    data = small.data_set(tmp_path)
+    rows = encode_split(data, "train", Encoder(data.schema, learn_vocabularies(data)))
+    network = small.network("deepfm")
+    for embeddings, l2 in ((network.first, 1 / 300), (network.second, 0.5)):
+        embeddings.table.weight.grad = torch.zeros_like(embeddings.table.weight)  # type: ignore[union-attr]
+        decay = EmbeddingDecay(network, rows, TrainSettings(embedding_l2=0.5).for_rows(len(rows)))
+        decay.add_gradient(rows.batch(np.arange(2)))
+        used = embeddings.table.weight.grad.abs().sum(1) > 0  # type: ignore[union-attr]
+        assert used.sum() > 5
+        np.testing.assert_allclose(embeddings.table.weight.grad[used], l2 * embeddings.table.weight.detach()[used], rtol=1e-6)  # type: ignore[index, union-attr]
 
 
 def test_a_log_like_avazus_is_heavy_tailed(tmp_path: Path) -> None:

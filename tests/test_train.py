@@ -68,7 +68,8 @@ def test_what_was_trained_is_measured_calibrated_and_described(data: Prepared) -
 def test_training_stops_drops_its_rate_and_ends_with_its_best_epoch(rows: tuple[Rows, Rows]) -> None:
     train, valid = rows
     noise = replace(train, labels=np.random.default_rng(5).integers(0, 2, len(train)).astype(np.float32))  # only to be learned by heart
-    settings = TrainSettings(epochs=40, batch=64, learning_rate=0.05, drop=0.5, patience=3, embedding_l2=0.0, least_steps=0, unknown_rate=0)
+    given = {"epochs": 40, "batch": 64, "learning_rate": 0.05, "drop": 0.5, "patience": 3, "embedding_l2": 0.0}
+    settings = TrainSettings(**given, least_steps=0, unknown_rate=0, flat_below=0)  # type: ignore[arg-type]
     network = small.network("deepfm")
     epochs = fit_network(network, noise, valid, settings, small.quiet())
     scores = [epoch.valid.auc for epoch in epochs]
@@ -92,7 +93,8 @@ def test_every_step_decays_the_embeddings(rows: tuple[Rows, Rows]) -> None:
     norms = []
     for l2 in (0.0, 1.0):
         network = small.network("deepfm")
-        fit_network(network, rows[0], rows[1], TrainSettings(epochs=1, batch=20, learning_rate=0.02, embedding_l2=l2), small.quiet())
+        settings = TrainSettings(epochs=1, batch=20, learning_rate=0.02, embedding_l2=l2, flat_below=0)
+        fit_network(network, rows[0], rows[1], settings, small.quiet())
         norms.append([float(embeddings.table.weight.detach().norm()) for embeddings in tables(network)])
     assert all(decayed < 0.8 * free for free, decayed in zip(*norms, strict=True))
 
@@ -150,7 +152,7 @@ def tables(network: torch.nn.Module) -> list[Embeddings]:
 
 @pytest.mark.parametrize(("family", "count"), [("deepfm", 2), ("din", 1)])
 def test_table_decay_is_the_gradient_of_half_lambda_times_the_squares(rows: tuple[Rows, Rows], family: str, count: int) -> None:
-    settings, batch = TrainSettings(embedding_l2=0.3), rows[0].batch(np.arange(10))
+    settings, batch = TrainSettings(embedding_l2=0.3, first_l2=0.3), rows[0].batch(np.arange(10))
     network = small.network(family)
     small.click(network, *batch).sum().backward()
     EmbeddingDecay(network, rows[0], settings).add_gradient(batch)

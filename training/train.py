@@ -22,6 +22,7 @@ from .cooccurrence import Cooccurrence
 from .datasets.encoded import Rows, encode_split, learn_vocabularies
 from .datasets.prepared import SPLITS, Prepared, wrong_head
 from .evaluate import Metrics, measure, unmeasured
+from .flat import SHARE, FirstOrder, times
 from .networks import NETWORKS, build
 from .networks.contract import CLICK, Fields, Labels, Network, RequestTensors
 from .networks.embeddings import Embeddings
@@ -30,7 +31,7 @@ from .unknown import Hiding, Unseen, occurrences, parts_of
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 EVALUATION_ROWS = 4096
-BY_DATA = ("epochs", "batch", "learning_rate")
+BY_DATA = ("epochs", "batch", "learning_rate", "first_l2")
 ROWS_A_BATCH = 50
 """Rows of train for one row of a batch."""
 BATCHES, LARGE = (32, 2048), 512
@@ -63,8 +64,11 @@ class TrainSettings:
     least_steps: int = 1000
     """Steps before `patience` counts and the learning rate falls: a small log's epoch is a few."""
     flat_below: int = 20_000
-    """A DeepFM that is trained from scratch on fewer rows than this begins with the weights of its MLP's last layer at 0, so that the
-    first order learns first, as a regression would; 0: none does."""
+    """On fewer rows than this a network that has a first order, and is trained from scratch, learns that alone until valid stops gaining,
+    as a regression would, and then all of itself; 0: all learns at once."""
+    first_l2: float = 0.0
+    """λ of the decay of the first order where `regularise` is `table`; 0: below `flat_below` one over the rows of train, from there on
+    that of all embeddings."""
     unknown_rate: float = 0.01
     """How likely a row's ad, its user, a behaviour or a single value is hidden from a step, so that the unknown id is trained.
     0: none is, and what is unknown ranks at random."""
@@ -95,6 +99,7 @@ class TrainSettings:
             ("patience", self.patience >= 1, "at least 1"),
             ("least_steps", self.least_steps >= 0, "at least 0"),
             ("flat_below", self.flat_below >= 0, "at least 0"),
+            ("first_l2", self.first_l2 >= 0, "above 0, or 0: by the rows"),
             ("unknown_rate", 0 <= self.unknown_rate < 1, "at least 0, below 1"),
             ("embedding_l2", self.embedding_l2 >= 0 or self.embedding_l2 == -1, "at least 0, or -1: the network's own"),
             ("regularise", self.regularise in ("table", "batch"), "table or batch"),
@@ -110,19 +115,23 @@ class TrainSettings:
         """What is left to the data, settled for so many rows of train.
 
         Measured by `benchmarks/defaults.py`: a batch of a fiftieth of the rows, 32 to 2,048, and a learning rate that grows as
-        the batch shrinks, so that a few thousand rows get the steps that they need.
+        the batch shrinks, so that a few thousand rows get the steps that they need. Below `flat_below` the first order decays as little
+        as in logistic regression with C = 1.
         """
         batch = self.batch or min(max(2 ** round(math.log2(max(rows, 1) / ROWS_A_BATCH)), BATCHES[0]), BATCHES[1])
         rate = self.learning_rate or (RATES[0] if batch >= LARGE else RATES[1])
         steps = max(1, rows // batch)
-        return replace(self, batch=batch, learning_rate=rate, epochs=self.epochs or max(EPOCHS, math.ceil(2 * self.least_steps / steps)))
+        few = rows < self.flat_below
+        epochs = (SHARE if few else 1) * max(EPOCHS, math.ceil(2 * self.least_steps / steps))
+        l2 = self.first_l2 or (1 / max(rows, 1) if few else 0.0)
+        return replace(self, batch=batch, learning_rate=rate, epochs=self.epochs or epochs, first_l2=l2)
 
     def told(self, rows: int) -> str:
         """The settled settings in a line, for people who wait."""
         return (
             f"batch {self.batch:,} (for {rows:,} rows), learning rate {self.learning_rate:g}, at most {self.epochs:,} epochs, "
             f"patience {self.patience} after {self.least_steps:,} steps, unknown rate {self.unknown_rate:g}, "
-            f"DeepFM flat below {self.flat_below:,} rows"
+            f"first order first below {self.flat_below:,} rows" + (f", its decay {self.first_l2:.2g}" if self.first_l2 else "")
         )
 
     @property
@@ -240,14 +249,13 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
         raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {len(rows)}")
     settings = settings.for_rows(len(rows))
     network.begin(rows.ads)
-    if len(rows) < settings.flat_below and not warm:
-        network.flatten()
     optimisers, more = network.optimisers(settings.learning_rate), _second_task(network, rows, settings)
     optimisers += [more.optimiser(settings.learning_rate)] if more else []
+    alone = _first_order(network, optimisers, settings) if len(rows) < settings.flat_below and not warm else None
     order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
     decay, unseen = EmbeddingDecay(network, rows, settings), Unseen(network, rows, warm)
     epochs: list[Epoch] = []
-    best, best_score, stale, steps = _weights(network), -np.inf, 0, 0
+    best, best_score, stale, steps, patient = _weights(network), -np.inf, 0, 0, settings.least_steps // (SHARE if alone else 1)
     for number in range(1, settings.epochs + 1):
         network.train()
         losses = []
@@ -256,7 +264,7 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
         batches = np.array_split(shuffled, range(settings.batch, len(rows) - 1, settings.batch))
         for chosen in progress.track(batches, description=f"epoch {number}"):
             batch, twins = hiding.batch(chosen)
-            loss = _loss(network, batch, rows.labels_of(chosen), len(twins)) + (more.loss() if more else 0.0)
+            loss = _loss(network, batch, rows.labels_of(chosen), len(twins)) + (more.loss() if more and not alone else 0.0)
             network.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             decay.add_gradient(batch)
@@ -278,13 +286,16 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
         score = metrics.auc if np.isfinite(metrics.auc) else -metrics.log_loss
         if score > best_score:
             best, best_score, stale = _weights(network), score, 0
-            continue
-        if steps < settings.least_steps:
-            continue
-        stale += 1
-        if stale >= settings.patience:
+        elif steps >= patient:
+            stale += 1
+            times(optimisers, 1 if alone else settings.drop)
+        if alone and (stale >= settings.patience or number >= settings.epochs // SHARE):
+            progress.console.print("the first order has learned; now all of the network")
+            network.load_state_dict(best)
+            alone.release()
+            alone, stale, patient = None, 0, steps + settings.least_steps
+        elif stale >= settings.patience:
             break
-        _slow_down(optimisers, settings.drop)
     network.load_state_dict(best)
     _end(network, unseen, hiding if best_score > -np.inf else None)
     return epochs
@@ -308,10 +319,10 @@ def _loss(network: Network, batch: RequestTensors, labels: Labels, twins: int) -
     return loss + gap
 
 
-def _slow_down(optimisers: Sequence[torch.optim.Optimizer], drop: float) -> None:
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            group["lr"] *= drop
+def _first_order(network: Network, optimisers: Sequence[torch.optim.Optimizer], settings: TrainSettings) -> FirstOrder | None:
+    """The first order, about to learn alone; None: there is none, or no epoch to do so in."""
+    network.flatten()
+    return FirstOrder(network, optimisers) if network.first_weights() and settings.epochs >= SHARE else None
 
 
 def _end(network: Network, unseen: Unseen, hiding: Hiding | None) -> None:
@@ -374,6 +385,8 @@ class EmbeddingDecay:
     def __init__(self, network: Network, rows: Rows, settings: TrainSettings) -> None:
         self.l2 = network.embedding_l2 if settings.embedding_l2 == -1 else settings.embedding_l2
         self.embeddings = [module for module in network.modules() if isinstance(module, Embeddings) and module.sizes]
+        first = {id(weight) for weight in network.first_weights()}
+        self.of_table = [(settings.first_l2 if id(each.table.weight) in first else 0.0) or self.l2 for each in self.embeddings]
         self.counts, self.unseen = [], []
         for embeddings in self.embeddings:
             counts = occurrences(embeddings, rows)
@@ -387,18 +400,15 @@ class EmbeddingDecay:
     def add_gradient(self, batch: RequestTensors) -> None:
         """Add the decay of one step, `batch` being its rows."""
         if not self.counts:
-            for embeddings, unseen in zip(self.embeddings, self.unseen, strict=True):
-                _gradient(embeddings).add_(embeddings.table.weight, alpha=self.l2)
-                _gradient(embeddings)[unseen] = 0
+            for embeddings, unseen, l2 in zip(self.embeddings, self.unseen, self.of_table, strict=True):
+                if (gradient := embeddings.table.weight.grad) is not None:  # it is held still where there is none
+                    gradient.add_(embeddings.table.weight, alpha=l2)
+                    gradient[unseen] = 0
         for embeddings, counts in zip(self.embeddings, self.counts, strict=False):
+            if (gradient := embeddings.table.weight.grad) is None:
+                continue
             rows = torch.unique(torch.cat([embeddings.table_rows(name, part.ids).flatten() for name, part in parts_of(batch, embeddings)]))
-            _gradient(embeddings)[rows] += embeddings.table.weight[rows] * (self.l2 / counts[rows])[:, None]
-
-
-def _gradient(embeddings: Embeddings) -> Tensor:
-    gradient = embeddings.table.weight.grad
-    assert gradient is not None  # noqa: S101  # every network uses every table
-    return gradient
+            gradient[rows] += embeddings.table.weight[rows] * (self.l2 / counts[rows])[:, None]
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:

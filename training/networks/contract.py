@@ -187,6 +187,10 @@ class Network(nn.Module):
     def flatten(self) -> None:
         """Called before the first step where there are few rows: let what overfits them begin without a say."""
 
+    def first_weights(self) -> list[nn.Parameter]:
+        """The weights that learn alone, before all others, where there are few rows, and decay less there; none: all learn at once."""
+        return []
+
     def optimisers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
         """What trains the weights."""
         return [torch.optim.Adam(self.parameters(), lr=learning_rate, fused=True)]

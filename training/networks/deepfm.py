@@ -60,6 +60,10 @@ class DeepFM(Network):
         """
         nn.init.zeros_(self.tower.last.weight)
 
+    def first_weights(self) -> list[nn.Parameter]:
+        """See `Network`."""
+        return [*self.first.parameters(), self.bias]
+
     def fused(self, _tile: int | None) -> nn.Module | None:
         """See `fuse.py`."""
         return FusedDeepFM(self) if FusedDeepFM.fits(self) else None

@@ -60,6 +60,10 @@ class SharedEmbeddings(Network):
         for head in self.heads:
             self.of(head).flatten()
 
+    def first_weights(self) -> list[nn.Parameter]:
+        """See `Network`."""
+        return [weight for head in self.heads for weight in self.of(head).first_weights()]
+
     def after_step(self, steps: int) -> None:
         """See `Network`."""
         for head in self.heads:
