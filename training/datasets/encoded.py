@@ -72,6 +72,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> "Rows":
+        """Some of the rows, in that order."""
+        outcomes = {head: labels[rows] for head, labels in self.outcomes.items()}
+        weight = None if self.weight is None else self.weight[rows]
+        own = (self.labels[rows], self.users[rows], self.user.take(rows), self.ad.take(rows), self.history[rows])
+        return Rows(*own, self.behaviours, self.strangers, self.catalogue, outcomes, weight)
+
     @property
     def ads(self) -> Part:
         """All ads of the data set `(A, W)`."""
