@@ -159,6 +159,7 @@ class WithNetworks(click.Command):
 @click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the train split.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the network or of the gate.")
 @click.option("--settings", "file", type=FILE, help="Settings in a TOML file; --set goes before. Default: those known for the data set.")
+@click.option("--init-from", type=FOLDER, metavar="BUNDLE", help="A bundle whose embeddings are where this network's begin.")
 @click.option(
     "--promote",
     type=click.Choice(["gate", "always", "if-better", "never"]),

@@ -165,3 +165,12 @@ def test_a_conversion_is_corrected_as_its_click_is_when_non_clicks_were_dropped(
     # with the numbers above: 100 of 190 rows click, 40 convert
     q_click, q = 100 / 190, 40 / 190
     assert q * (0.1 / q_click) == pytest.approx(0.04)
+
+
+def test_each_head_is_trained_by_its_network_s_own_optimisers_and_what_they_share_once() -> None:
+    network = build("wide_deep", small.fields_of("wide_deep")._replace(heads=HEADS), small.NETWORK_SETTINGS["wide_deep"])
+    optimisers = network.optimisers(0.01)
+    assert [type(each).__name__ for each in optimisers] == ["Adagrad", "FTRL", "Adagrad"]
+    trained = [id(weight) for each in optimisers for group in each.param_groups for weight in group["params"]]
+    assert sorted(trained) == sorted(map(id, network.parameters()))
+    assert build("fm", small.fields_of("fm")._replace(heads=HEADS), small.NETWORK_SETTINGS["fm"]).embedding_l2 == 1e-5

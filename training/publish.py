@@ -1,7 +1,7 @@
 """Train and publish: the road of `adrank train`, with the gate that a version has to pass to become the live one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .datasets.prepared import Prepared
 from .export import check_int8, contents
 from .networks import NETWORKS
 from .train import Trained, TrainError, TrainSettings, overridden, train
+from .weights import start_of
 from .window import Enough
 
 PROMOTIONS = ("gate", "always", "if-better", "never")
@@ -55,7 +56,8 @@ def train_and_publish(
     check_int8(family, loop)
     check_publishable(models, name)
     champion = _live(models, name) if promote == "if-better" else None
-    trained = train(data, family, network, loop, progress)
+    start = replace(start_of(load_bundle(Path(loop.init_from))), embeddings_only=True) if loop.init_from else None
+    trained = train(data, family, network, loop, progress, start)
     task = progress.add_task("exporting", total=1)
     files, facts = contents(data, trained, progress)
     reasons, told = gates.flaws(trained, enough), dict[str, Any]()

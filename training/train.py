@@ -27,6 +27,7 @@ from .networks import NETWORKS, build
 from .networks.contract import CLICK, Fields, Labels, Network, RequestTensors
 from .networks.embeddings import Embeddings
 from .networks.grown import take_over
+from .networks.pretrained import copy_embeddings
 from .unknown import Hiding, Unseen, occurrences, parts_of
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -86,6 +87,9 @@ class TrainSettings:
     heads: str = ""
     """What is predicted, such as `click-conversion`: the click first, then columns of the data set. Default: the network's own, for
     most the click alone."""
+    init_from: str = ""
+    """A bundle whose embeddings the network's begin with, those of values that both know; `adrank retrain` goes on from the live version
+    instead, or begins without."""
     int8: bool = False
     """Publish an int8 graph too, which processors with VNNI or AMX score 2 to 3 times faster, if its scores are as good."""
 
@@ -190,6 +194,8 @@ class Start:
     vocabularies: Vocabularies
     negative_sampling: float = 1.0
     """The share of non-clicks in the rows that the network was trained on: its logits are right for those."""
+    embeddings_only: bool = False
+    """Take the embeddings of values that both know, for a network that may be another one; all else begins fresh."""
 
 
 def train(
@@ -203,21 +209,23 @@ def train(
     """
     for split in SPLITS:
         data.files(split)  # an absent test split would be found after hours
-    heads = heads_of(family, settings.heads)
+    heads, whole = heads_of(family, settings.heads), start if start and not start.embeddings_only else None
     with deterministic(settings):
         with _step(progress, "learning vocabularies"):
-            encoder = Encoder(data.schema, learn_vocabularies(data, start.vocabularies if start else None))
+            encoder = Encoder(data.schema, learn_vocabularies(data, whole.vocabularies if whole else None))
         with _step(progress, "encoding"):
             rows, valid = (encode_split(data, split, encoder, heads) for split in ("train", "valid"))
         left, settings = settings.open, settings.for_rows(len(rows))
         progress.console.print(settings.told(len(rows)), soft_wrap=True)
         try:
             network = build(family, Fields.of(data.schema, encoder.vocabularies, heads), network_settings)
-            if start:
-                take_over(start.network, network, math.log(start.negative_sampling / data.negative_sampling))
+            if whole:
+                take_over(whole.network, network, math.log(whole.negative_sampling / data.negative_sampling))
+            else:
+                _begin_embeddings(network, encoder.vocabularies, start, progress)
         except ValueError as error:
             raise TrainError(str(error)) from error
-        epochs = fit_network(network, rows, valid, settings, progress, warm=start is not None)
+        epochs = fit_network(network, rows, valid, settings, progress, warm=whole is not None)
         counted = {"train": (len(rows), int(rows.labels.sum()))}
         del rows
         logits = predict_heads(network, valid)
@@ -233,6 +241,16 @@ def train(
     others = {head: {split: found[head] for split, found in measured.items()} for head in heads if head != CLICK}
     rows_by_split, clicks_by_split = by_split
     return Trained(family, network, encoder, calibrations, epochs, metrics, facts, rows_by_split, clicks_by_split, others)
+
+
+def _begin_embeddings(network: Network, vocabularies: Vocabularies, start: Start | None, progress: Progress) -> None:
+    """Copy the embeddings of a network to begin with, and say so; and say it where there is none, and should be."""
+    if start is not None:
+        for copied in copy_embeddings(start.network, start.vocabularies, network, vocabularies):
+            progress.console.print(copied.line(), soft_wrap=True)
+    elif network.starts_from:
+        wanted = f"--init-from a bundle of {network.starts_from} lets its embeddings begin there"
+        progress.console.print(f"this network starts fresh: {wanted}", soft_wrap=True)
 
 
 def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettings, progress: Progress, warm: bool = False) -> list[Epoch]:

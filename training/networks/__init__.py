@@ -16,9 +16,11 @@ from .esmm import ESMM
 from .ffm import FFM
 from .finalmlp import FinalMLP
 from .fm import FM
+from .fnn import FNN
 from .fwfm import FwFM
 from .heads import SharedEmbeddings
 from .lr import LR
+from .mf import MF
 from .mmoe import MMoE
 from .pnn import IPNN, OPNN
 from .tab_transformer import TabTransformer
@@ -30,6 +32,8 @@ NETWORKS: dict[str, type[Network]] = {
     "fm": FM,
     "ffm": FFM,
     "fwfm": FwFM,
+    "mf": MF,
+    "fnn": FNN,
     "ipnn": IPNN,
     "opnn": OPNN,
     "wide_deep": WideDeep,

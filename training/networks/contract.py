@@ -3,7 +3,7 @@
 Shapes: R requests, T behaviours, C candidates, W id columns, N number columns. A row of a log is a request with one candidate.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -87,6 +87,15 @@ class Fields(NamedTuple):
         """The fields of a schema whose vocabularies have been learned."""
         return cls(schema.layouts, {name: v.size for name, v in vocabularies.categories.items()}, heads)
 
+    def only(self, names: Mapping[str, Collection[str]]) -> "Fields":
+        """Those of some names by part, and their vocabularies. Their columns stay where they are in a request."""
+        layouts = {
+            part: Layout(*(tuple(slot for slot in slots if slot.field.name in names.get(part, ())) for slots in (each.ids, each.numbers)))
+            for part, each in self.layouts.items()
+        }
+        used = {slot.field.vocabulary for layout in layouts.values() for slot in layout.ids}
+        return self._replace(layouts=layouts, sizes={name: size for name, size in self.sizes.items() if name in used})
+
     def count(self, part: str) -> int:
         """F of a part."""
         return len(self.layouts[part].ids) + len(self.layouts[part].numbers)
@@ -152,7 +161,9 @@ class Network(nn.Module):
     """Whether it has all of `fields.heads` itself; others are trained once for each head, on the same embeddings (`heads.py`)."""
     int8_pays: ClassVar[bool] = False
     """Whether an int8 graph of it is faster and as good."""
-    embedding_l2: ClassVar[float] = 0.01
+    starts_from: str = ""
+    """The network whose bundle its embeddings are meant to begin with, by `--init-from`."""
+    embedding_l2: float = 0.01
     """λ of the decay of its embeddings where nobody says otherwise. Products of vectors alone stay at 0 with as much."""
 
     def __init__(self, fields: Fields, _settings: Any) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from features.schema import Layout
+from features.schema import Layout, lay_out
 from features.vocabulary import PADDING
 
 from .contract import Fields, Part, RequestTensors
@@ -19,7 +19,8 @@ class Embeddings(nn.Module):
 
     def __init__(self, fields: Fields, width: int) -> None:
         super().__init__()
-        self.layouts = {name: layout for name, layout in fields.layouts.items() if fields.count(name)}
+        whole = {name: layout for name, layout in fields.layouts.items() if fields.count(name)}
+        self.layouts = {name: lay_out(tuple(slot.field for slot in (*each.ids, *each.numbers))) for name, each in whole.items()}
         self.sizes, starts, rows = dict(sorted(fields.sizes.items())), {}, 1
         for vocabulary, size in self.sizes.items():
             starts[vocabulary] = rows - 1  # id 1 is the vocabulary's first row
@@ -29,8 +30,13 @@ class Embeddings(nn.Module):
         with torch.no_grad():
             self.table.weight[PADDING].zero_()
         self.scales = nn.ParameterDict()
+        self.columns: dict[str, tuple[list[int], ...]] = {}
+        """Those of a part's ids and numbers that are its fields'; all, but of `Fields.only`."""
         for name, layout in self.layouts.items():
             self.register_buffer(f"{name}_offsets", offsets_of(layout, starts), persistent=False)
+            self.columns[name] = tuple(
+                [c for slot in slots for c in range(slot.start, slot.stop)] for slots in (whole[name].ids, whole[name].numbers)
+            )
             self.scales[name] = nn.Parameter(torch.empty(layout.number_width, width).normal_(std=1e-2))
 
     def __contains__(self, name: str) -> bool:
@@ -42,17 +48,23 @@ class Embeddings(nn.Module):
         return slice(before + 1, before + self.sizes[vocabulary])
 
     def table_rows(self, name: str, ids: Tensor) -> Tensor:
-        """Ids of a part `(..., W)` to rows of the table `(..., W)`."""
+        """Ids of a part `(..., W)` to rows of the table `(..., W)`, W being the columns of these fields alone."""
+        ids = self._own(name, 0, ids)
         return torch.where(ids > PADDING, ids + self.get_buffer(f"{name}_offsets"), PADDING)
 
     def forward(self, name: str, part: Part) -> Tensor:
         """Vectors `(..., F, D)` of a part: categories looked up, lists averaged over their values, numbers scaling a vector."""
         vectors = []
         if self.layouts[name].width:
-            vectors.append(self._pool(self.layouts[name], part.ids, self.table(self.table_rows(name, part.ids))))
+            vectors.append(self._pool(self.layouts[name], self._own(name, 0, part.ids), self.table(self.table_rows(name, part.ids))))
         if self.layouts[name].number_width:
-            vectors.append(part.numbers.unsqueeze(-1) * self.scales[name])
+            vectors.append(self._own(name, 1, part.numbers).unsqueeze(-1) * self.scales[name])
         return part.spread(torch.cat(vectors, dim=-2) if len(vectors) > 1 else vectors[0])
+
+    def _own(self, name: str, block: int, values: Tensor) -> Tensor:
+        """The columns of these fields, of a part's ids (block 0) or numbers (1)."""
+        columns = self.columns[name][block]
+        return values if values.shape[-1] == len(columns) else values[..., columns]
 
     def of_request(self, request: RequestTensors) -> Tensor:
         """Vectors `(R, F, D)` of what the candidates share: the user's fields, then the history's, each the mean over the behaviours.
@@ -134,7 +146,7 @@ class FusedEmbeddings(Embeddings):
 
     def __init__(self, embed: Embeddings) -> None:
         nn.Module.__init__(self)
-        self.layouts, self.sizes, self.scales = embed.layouts, embed.sizes, embed.scales
+        self.layouts, self.sizes, self.scales, self.columns = embed.layouts, embed.sizes, embed.scales, embed.columns
         starts, pieces, row, old = {}, [], 0, 1
         for vocabulary, size in embed.sizes.items():
             starts[vocabulary] = row
@@ -146,7 +158,7 @@ class FusedEmbeddings(Embeddings):
 
     def table_rows(self, name: str, ids: Tensor) -> Tensor:
         """See `Embeddings`."""
-        return ids + self.get_buffer(f"{name}_offsets")
+        return self._own(name, 0, ids) + self.get_buffer(f"{name}_offsets")
 
     def fused(self, _tile: int | None) -> nn.Module:
         """It is."""

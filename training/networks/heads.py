@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .contract import CLICK, Fields, Labels, Network, Outputs, Part, RequestTensors
@@ -15,6 +16,7 @@ class SharedEmbeddings(Network):
 
     def __init__(self, kind: type[Network], fields: Fields, settings: Any) -> None:
         super().__init__(fields, settings)
+        self.embedding_l2, self.starts_from = kind.embedding_l2, kind.starts_from
         self.networks = nn.ModuleDict({head: kind(fields, settings) for head in fields.heads})
         shared = dict(self.of(CLICK).named_modules())
         for head in fields.heads:
@@ -63,6 +65,18 @@ class SharedEmbeddings(Network):
     def first_weights(self) -> list[nn.Parameter]:
         """See `Network`."""
         return [weight for head in self.heads for weight in self.of(head).first_weights()]
+
+    def optimisers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
+        """Each network's own; what they share is trained by the click's."""
+        found, taken = [], set[nn.Parameter]()
+        for head in self.heads:
+            for optimiser in self.of(head).optimisers(learning_rate):
+                for group in optimiser.param_groups:
+                    group["params"] = [weight for weight in group["params"] if weight not in taken]
+                if any(group["params"] for group in optimiser.param_groups):
+                    found.append(optimiser)
+            taken |= set(self.of(head).parameters())
+        return found
 
     def after_step(self, steps: int) -> None:
         """See `Network`."""
