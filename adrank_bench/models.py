@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -34,6 +35,8 @@ from training.train import (
     predict_heads,
 )
 
+from .cold import by_exposure, exposures
+
 CANDIDATES = 200
 SCORING_SECONDS = 1.0
 Said = Callable[[str], Mapping[str, str]]
@@ -51,6 +54,8 @@ class ModelRun:
     refused: str = ""
     """Why it cannot be trained on this data set; then there is nothing else."""
     test: dict[str, float | None] = field(default_factory=dict)
+    cold: list[dict[str, Any]] = field(default_factory=list)
+    """AUC and log loss on test by how many impressions of train its ad had, and its user."""
     valid_auc: float = 0.0
     epochs: int = 0
     parameters: int = 0
@@ -111,6 +116,7 @@ class Measuring:
     def __init__(self, data: Prepared, progress: Progress) -> None:
         self.data, self.progress = data, progress
         self.encoder = Encoder(data.schema, learn_vocabularies(data))
+        self.exposure = exposures(data)
         self._rows: dict[tuple[str, ...], dict[str, Rows]] = {}
 
     def rows(self, heads: tuple[str, ...]) -> dict[str, Rows]:
@@ -138,7 +144,8 @@ class Measuring:
                 seconds = time.perf_counter() - begun
                 valid = predict_heads(network, rows["valid"])
                 calibrations = {head: calibrated(rows["valid"], head, valid[head], self.data.negative_sampling) for head in heads}
-                test = measured_heads(rows["test"], predict_heads(network, rows["test"]), calibrations)[CLICK]
+                logits = predict_heads(network, rows["test"])
+                test = measured_heads(rows["test"], logits, calibrations)[CLICK]
         except (ValueError, DataError) as error:  # TrainError is a ValueError
             return ModelRun(wanted.family, wanted.seed, wanted.settings, refused=str(error))
         return ModelRun(
@@ -146,6 +153,7 @@ class Measuring:
             wanted.seed,
             wanted.settings,
             test=test.as_dict(),
+            cold=by_exposure(self.exposure, rows["test"].labels, calibrations[CLICK].on_log(logits[CLICK])),
             valid_auc=max(epoch.valid.auc for epoch in epochs),
             epochs=len(epochs),
             parameters=sum(parameter.numel() for parameter in network.parameters()),
@@ -244,9 +252,21 @@ def show(runs: Sequence[ModelRun], console: Console) -> None:
         numbers = f"{row.auc:.5f}", f"{row.spread:.5f}", f"{row.gauc:.5f}", f"{row.log_loss:.5f}", improvement(row.auc, base)
         table.add_row(row.family, str(row.seeds), *numbers, f"{row.parameters:,}", f"{row.training:,.0f}", f"{row.serving:,.0f}")
     console.print(table)
+    console.print(cold_table(runs))
     for run in runs:
         if run.refused:
             console.print(f"{run.family}: {run.refused}")
+
+
+def cold_table(runs: Sequence[ModelRun]) -> Table:
+    """AUC on test by how often training has seen the ad and the user, means over the seeds."""
+    groups = {(each["of"], each["seen"]): each["rows"] for run in runs for each in run.cold}
+    table = Table("AUC by impressions in train", *(f"{of}: {seen} ({rows:,} rows)" for (of, seen), rows in groups.items()))
+    for row in table_of(runs):
+        same = [run for run in runs if run.family == row.family and run.cold]
+        own = [{(each["of"], each["seen"]): number(each["auc"]) for each in run.cold} for run in same]
+        table.add_row(row.family, *(f"{np.mean([each.get(group, np.nan) for each in own]):.4f}" if own else "" for group in groups))
+    return table
 
 
 def draw(runs: Sequence[ModelRun], path: Path) -> None:

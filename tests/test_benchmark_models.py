@@ -9,6 +9,7 @@ import small
 from rich.console import Console
 
 from adrank_bench import models
+from adrank_bench.cold import by_exposure, exposures
 from adrank_bench.models import ModelRun, draw, improvement, measure, show, table_of
 from tests.test_cli import run
 from training.datasets.prepared import DataError, Prepared
@@ -37,6 +38,7 @@ def test_what_is_measured_stays_and_what_cannot_be_trained_says_why(
     whole = first[0]
     assert whole.epochs == 1
     assert whole.test["rows"] == 100
+    assert sum(each["rows"] for each in whole.cold if each["of"] == "user") == 100
     assert min(whole.training_rows_per_second, whole.candidates_per_second, whole.parameters) > 0
     told = json.loads(target.read_text())
     assert told["data_set"] == "small"
@@ -61,6 +63,18 @@ def test_a_file_of_another_data_set_or_none_is_refused(data: Prepared, tmp_path:
         measure(data, ["lr"], 1, said, path, small.quiet())
     with pytest.raises(TrainError, match="there is no network 'mlp'"):
         measure(data, ["mlp"], 1, said, tmp_path / "y.json", small.quiet())
+
+
+def test_rows_are_apart_by_what_training_has_seen_of_their_ad_and_user(data: Prepared, tmp_path: Path) -> None:
+    train, test = (next(data.frames(split)) for split in ("train", "test"))
+    exposure = exposures(data)
+    expected = [int((train["ad_id"] == ad).sum()) for ad in test["ad_id"]]
+    assert exposure["ad"].tolist() == expected
+    seen = np.array([0, 0, 3, 10, 11, 500])
+    labels, p = np.array([1, 0, 1, 0, 1, 1]), np.array([0.2, 0.4, 0.9, 0.1, 0.5, 0.6])
+    told = by_exposure({"ad": seen}, labels, p)
+    assert [(each["seen"], each["rows"], each["auc"]) for each in told] == [("0", 2, 0.0), ("1 to 10", 2, 1.0), ("more", 2, None)]
+    assert told[0]["log_loss"] == pytest.approx(-(np.log(0.2) + np.log(0.6)) / 2)
 
 
 def a_run(family: str, seed: int, auc: float, serving: float) -> ModelRun:
