@@ -34,6 +34,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("finalmlp", {"gates": False}),
     ("din", {"softmax": True}),
     ("bst", {"layers": 2, "attention_heads": 1}),
+    ("two_tower", {"tower": "dcn_v2"}),
+    ("two_tower", {"tower": "transformer"}),
 ]
 """Settings that make another network of a family. What is a setting's alone is tested with the network."""
 CASES = [*((family, {}) for family in NETWORKS), *VARIANTS]

@@ -24,6 +24,7 @@ from .mf import MF
 from .mmoe import MMoE
 from .pnn import IPNN, OPNN
 from .tab_transformer import TabTransformer
+from .two_tower import TwoTower
 from .wide_deep import WideDeep
 from .youtube_dnn import YoutubeDNN
 
@@ -49,6 +50,7 @@ NETWORKS: dict[str, type[Network]] = {
     "dien": DIEN,
     "bst": BST,
     "dkt": DKT,
+    "two_tower": TwoTower,
     "esmm": ESMM,
     "mmoe": MMoE,
 }

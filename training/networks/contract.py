@@ -187,6 +187,14 @@ class Network(nn.Module):
         assert isinstance(bias, Tensor)  # noqa: S101  # most have one by this name
         return bias
 
+    def ad_vectors(self, _ads: Part) -> Tensor | None:
+        """Vectors `(A, K)` of ads `(A, W)` whose inner products with `request_vectors` order them as the logits do, where it has such."""
+        return None
+
+    def request_vectors(self, _request: RequestTensors) -> Tensor | None:
+        """Vectors `(R, K)` to search for among `ad_vectors`; what the request has for candidates plays no part."""
+        return None
+
     def loss(self, outputs: Outputs, _request: RequestTensors, labels: Labels) -> Tensor:
         """What a step lessens, of rows with one candidate: the sum of the heads' cross-entropies."""
         losses = [cross_entropy(outputs[head].squeeze(1), labels.heads[head], labels.weight) for head in self.heads]

@@ -43,6 +43,14 @@ class SharedEmbeddings(Network):
                 outputs[head if name == CLICK else f"{head}/{name}"] = values
         return outputs
 
+    def ad_vectors(self, ads: Part) -> Tensor | None:
+        """See `Network`; the click's."""
+        return self.of(CLICK).ad_vectors(ads)
+
+    def request_vectors(self, request: RequestTensors) -> Tensor | None:
+        """See `Network`; the click's."""
+        return self.of(CLICK).request_vectors(request)
+
     def loss(self, outputs: Outputs, request: RequestTensors, labels: Labels) -> Tensor:
         """The sum of what each network wants less of."""
         losses = []

@@ -131,8 +131,8 @@ class Tower(nn.Module):
 
     @property
     def melts(self) -> bool:
-        """Whether all its norms melt into linear layers: those over a batch do, those over a row's features do not."""
-        return not any(isinstance(module, nn.LayerNorm | VarianceNorm) for module in self.rest)
+        """Whether it can be a `FusedTower`."""
+        return melt(self.rest)
 
     def fused(self, _tile: int | None) -> nn.Module | None:
         """See `fuse.py`."""
@@ -140,15 +140,15 @@ class Tower(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers, after each of them batch norm, ReLU and dropout: what a network has below its last layer."""
+    """Linear layers, after each of them a norm (one of `NORMS`), ReLU and dropout: what a network has below its last layer."""
 
-    def __init__(self, width: int, hidden: tuple[int, ...], dropout: float) -> None:
+    def __init__(self, width: int, hidden: tuple[int, ...], dropout: float, norm: str = "batch") -> None:
         super().__init__()
         self.first = nn.Linear(width, hidden[0])
         rest: list[nn.Module] = []
         for i, units in enumerate(hidden):
             rest += [nn.Linear(hidden[i - 1], units)] if i else []
-            rest += [BatchNorm(units), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
+            rest += [*norms_named(norm)(units), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
         self.rest = nn.Sequential(*rest)
         begin_linear(self.first, *self.rest)
 
@@ -157,9 +157,9 @@ class MLP(nn.Module):
         values: Tensor = self.rest(self.first(x))
         return values
 
-    def fused(self, _tile: int | None) -> nn.Module:
+    def fused(self, _tile: int | None) -> nn.Module | None:
         """See `fuse.py`."""
-        return FusedMLP(self)
+        return FusedMLP(self) if melt(self.rest) else None
 
 
 class SplitMLP(MLP):
@@ -182,6 +182,11 @@ def begin_linear(*blocks: nn.Module) -> None:
         if isinstance(layer, nn.Linear):
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+
+def melt(blocks: Iterable[nn.Module]) -> bool:
+    """Whether all norms among some blocks melt into linear layers: those over a batch do, those over a row's features do not."""
+    return not any(isinstance(block, nn.LayerNorm | VarianceNorm) for block in blocks)
 
 
 class Layer(NamedTuple):

@@ -85,16 +85,16 @@ class FieldAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of `(R, C, F, D)`, that shape."""
+        """Of `(..., F, D)`, that shape."""
         x = self.norms[0](x + self.dropout(self.mix(self.attend(x))))
         transformed: Tensor = self.norms[1](x + self.dropout(self.feed(x)))
         return transformed
 
     def attend(self, x: Tensor) -> Tensor:
-        """What each field sees of all of them `(R, C, F, D)`, head by head."""
+        """What each field sees of all of them `(..., F, D)`, head by head."""
         query, key, value = (
-            part.view(*x.shape[:-1], self.heads, -1).transpose(2, 3) for part in self.look(x).chunk(3, dim=-1)
-        )  # each (R, C, heads, F, D / heads)
+            part.view(*x.shape[:-1], self.heads, -1).transpose(-3, -2) for part in self.look(x).chunk(3, dim=-1)
+        )  # each (..., heads, F, D / heads)
         weights = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
-        seen: Tensor = (weights @ value).transpose(2, 3).flatten(3)
+        seen: Tensor = (weights @ value).transpose(-3, -2).flatten(-2)
         return seen
