@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from training.calibrate import Calibration
+from training.compare import Gate
 from training.export import Served, all_scores, random_feeds, to_onnx
 from training.networks import NETWORKS
 from training.networks.contract import CLICK, Labels, Network, Part, RequestTensors
 from training.networks.embeddings import Embeddings
 from training.networks.fuse import fused
 from training.train import TrainSettings
+from training.window import Enough
 
 WITHOUT_HISTORY = small.SCHEMA.replace(small.HISTORY, "")
 ONLY_ADS = 'name = "ads"\n' + small.AD
@@ -53,7 +55,8 @@ def fits(family: str, settings: dict[str, Any], text: str) -> bool:
 
 @pytest.mark.parametrize("family", NETWORKS)
 def test_no_setting_is_called_as_one_of_training_is(family: str) -> None:
-    assert not set(vars(NETWORKS[family].settings())) & set(vars(TrainSettings()))  # --set NAME would mean two things
+    taken = {name for other in (TrainSettings(), Gate(), Enough()) for name in vars(other)}
+    assert not taken & set(vars(NETWORKS[family].settings()))  # --set NAME would mean two things
 
 
 every = pytest.mark.parametrize(("family", "settings"), CASES)

@@ -85,11 +85,11 @@ def test_what_layer_norm_would_leave_nothing_of_goes_in_as_it_is() -> None:
     ("text", "settings", "told"),
     [
         (ONLY_NUMBERS, {}, r"^tab_transformer lets categories look at each other, and this schema has only numbers; train deepfm instead$"),
-        (ONLY_CATEGORIES, {"attention_heads": 3}, r"^attention_heads is 3; it must divide embedding, which is 4 and must be at least 2$"),
+        (ONLY_CATEGORIES, {"attention_heads": 3}, r"^attention_heads is 3; it must divide embedding, 4, which must be at least 2$"),
         (
             ONLY_CATEGORIES,
             {"attention_heads": 1, "embedding": 1},
-            r"^attention_heads is 1; it must divide embedding, which is 1 ",
+            r"^attention_heads is 1; it must divide embedding, 1, which must be at least 2$",
         ),
     ],
 )

@@ -141,7 +141,7 @@ def test_the_vectors_order_ads_as_the_logits_do_whatever_else_is_in_the_request(
         (ONLY_AD_NUMBER, {}, r"^two_tower has a tower for the request"),
         (ONLY_NUMBERS, {}, r"^two_tower counts how often each ad is shown, and this schema has no \[ad.ad_id\]; add it$"),
         (small.SCHEMA, {"tower": "din"}, r"^tower is 'din'; it must be one of mlp, transformer, dcn_v2$"),
-        (small.SCHEMA, {"tower": "transformer", "heads": 3}, r"^heads is 3; it must divide embedding, which is 4$"),
+        (small.SCHEMA, {"tower": "transformer", "attention_heads": 3}, r"^attention_heads is 3; it must divide embedding, which is 4$"),
         (small.SCHEMA, {"temperature": 0.0}, r"^temperature must be above 0; softmax and negatives at least 0$"),
         (small.SCHEMA, {"negatives": -1}, r"^temperature must be above 0; softmax and negatives at least 0$"),
     ],

@@ -36,7 +36,7 @@ from features.encode import Encoder, Features, Feeds
 from features.schema import Schema, Side
 
 from .calibrate import Calibration, as_sampled
-from .datasets.encoded import Rows, encode_split
+from .datasets.encoded import Rows, catalogue, encode_split
 from .datasets.fields import check_fields
 from .datasets.prepared import Prepared, column_of
 from .drift import REFERENCE, make_reference
@@ -46,6 +46,7 @@ from .networks import NETWORKS
 from .networks.contract import CLICK, Part, RequestTensors
 from .networks.fuse import TILE, fused, is_tiled
 from .quantise import moved, quantised, refusal
+from .retrieval import AD_VECTORS, REQUEST_VECTOR, RequestVectors, ad_vectors
 from .train import Trained, TrainError, TrainSettings
 from .weights import CALIBRATION, WEIGHTS, packed
 
@@ -303,9 +304,30 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
         WEIGHTS: packed(trained.network),
         METRICS: json.dumps(metrics, indent=1).encode(),
         REFERENCE: make_reference(data, encoder.vocabularies),
+        **_retrieval(data, trained, sizes),
     }
     facts["libraries"] = {library: version(library) for library in ("numpy", "torch", "onnx", "onnxruntime")}
     return files, facts
+
+
+def _retrieval(data: Prepared, trained: Trained, sizes: dict[str, int]) -> dict[str, bytes]:
+    """The vectors of the data set's ads and the graph that gives a request's, where the network has such."""
+    ads = catalogue(data, trained.encoder)
+    table = ad_vectors(trained.network, *ads) if ads else None
+    if table is None:
+        return {}
+    schema, module = trained.encoder.schema, RequestVectors(fused(trained.network)).eval()
+    dynamic = {"user": ("R",), "history": ("R", "T")}
+    cases = [random_feeds(schema, sizes, *shape) for shape in (SAMPLE, (1, 1, 1), (7, 2, 1))]
+    feeds = [{name: values for name, values in case.items() if schema.tensors[name][0] in dynamic} for case in cases]
+    shapes = {name: dict.fromkeys(range(len(dynamic[schema.tensors[name][0]])), torch.export.Dim.DYNAMIC) for name in feeds[0]}
+    tensors = [{name: torch.from_numpy(values) for name, values in case.items()} for case in feeds]
+    graph = exported(module, {"tensors": tensors[0]}, {"tensors": shapes}, list(shapes), ("vector",))
+    session = open_graph(graph)
+    for arrays, each in zip(feeds, tensors, strict=True):
+        if not np.abs(session.run(None, arrays)[0] - module(each).detach().numpy()).max() <= TOLERANCE:
+            raise BundleError("ONNX Runtime and torch give a request different vectors; nothing was published")
+    return {AD_VECTORS: table, REQUEST_VECTOR: graph}
 
 
 def _int8(data: Prepared, trained: Trained, graph: bytes, progress: Progress) -> tuple[bytes, dict[str, Any]]:

@@ -202,6 +202,14 @@ def ad_table(data: Prepared, encoder: Encoder) -> AdTable:
     return table
 
 
+def catalogue(data: Prepared, encoder: Encoder) -> tuple[list[str], Part] | None:
+    """The ids of the data set's ads, and these as they are now `(A, W)`; None where it keeps no table of them."""
+    ads = data.table("ad")
+    if ads is None:
+        return None
+    return ads["ad_id"].to_list(), _part(encoder.encode("ad", _columns(ads, data.schema.side("ad")), len(ads)))
+
+
 def versions_of(ad_ids: pl.Series, revisions: pl.Series) -> pl.Series:
     """The keys of ads as they were: id and revision, 0 being that of an ad that the catalogue did not have."""
     return ad_ids + SEPARATOR + revisions.cast(pl.String)

@@ -48,9 +48,7 @@ class TabTransformer(Network):
         if not count:
             raise ValueError("tab_transformer lets categories look at each other, and this schema has only numbers; train deepfm instead")
         if settings.attention_heads < 1 or width < 2 or width % settings.attention_heads:
-            raise ValueError(
-                f"attention_heads is {settings.attention_heads}; it must divide embedding, which is {width} and must be at least 2"
-            )
+            raise ValueError(f"attention_heads is {settings.attention_heads}; it must divide embedding, {width}, which must be at least 2")
         column = max(1, width // COLUMN_SHARE)
         self.embed = Embeddings(fields.categories, width - column)
         self.columns = nn.Parameter(torch.empty(count, column).normal_(std=1e-2))

@@ -33,7 +33,7 @@ class TwoTowerSettings:
     """What each tower is: `mlp`; `dcn_v2`, with cross layers below the MLP; `transformer`, with attention between the fields below it."""
     layers: int = 2
     """Cross or transformer layers of a tower that has such."""
-    heads: int = 4
+    attention_heads: int = 4
     """Heads of a transformer layer; they share a value's vector."""
     hidden: tuple[int, ...] = (200, 80)
     """Widths of the layers of each tower's MLP."""
@@ -117,7 +117,7 @@ class FieldTower(nn.Module):
         crossed, attentive = settings.tower == "dcn_v2", settings.tower == "transformer"
         self.columns = nn.Parameter(torch.empty(fields, embedding).normal_(std=1e-2)) if attentive else None
         self.attention = nn.Sequential(
-            *(FieldAttention(embedding, settings.heads, settings.dropout) for _ in range(settings.layers if attentive else 0))
+            *(FieldAttention(embedding, settings.attention_heads, settings.dropout) for _ in range(settings.layers if attentive else 0))
         )
         self.cross = MatrixCross(width, settings.layers if crossed else 0)
         self.deep = MLP(width, settings.hidden, settings.dropout, norm="layer")
@@ -139,7 +139,7 @@ def _check(fields: Fields, settings: TwoTowerSettings) -> None:
         raise ValueError("two_tower counts how often each ad is shown, and this schema has no [ad.ad_id]; add it")
     if settings.tower not in TOWERS:
         raise ValueError(f"tower is {settings.tower!r}; it must be one of {', '.join(TOWERS)}")
-    if settings.tower == "transformer" and (settings.heads < 1 or settings.embedding % settings.heads):
-        raise ValueError(f"heads is {settings.heads}; it must divide embedding, which is {settings.embedding}")
+    if settings.tower == "transformer" and (settings.attention_heads < 1 or settings.embedding % settings.attention_heads):
+        raise ValueError(f"attention_heads is {settings.attention_heads}; it must divide embedding, which is {settings.embedding}")
     if not 0 < settings.temperature < math.inf or settings.softmax < 0 or settings.negatives < 0:
         raise ValueError("temperature must be above 0; softmax and negatives at least 0")

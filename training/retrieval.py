@@ -1,0 +1,52 @@
+"""What a bundle has for the search of ads, where its network has vectors: those of the ads, and of a request by a graph of its own."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from .networks.contract import Network, Part, RequestTensors
+
+AD_VECTORS, REQUEST_VECTOR = "ad_vectors.parquet", "request_vector.onnx"
+AT_ONCE = 8192
+
+
+def ad_vectors(network: Network, ad_ids: Sequence[str], ads: Part) -> bytes | None:
+    """A parquet file of `ad_id` and `vector`, K numbers of float32 a row, of ads `(A, W)`; None where the network has no vectors."""
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(ads.ids), AT_ONCE):
+            vectors = network.ad_vectors(Part(ads.ids[start : start + AT_ONCE], ads.numbers[start : start + AT_ONCE]))
+            if vectors is None:
+                return None
+            found.append(vectors.numpy())
+    if not found:
+        return None
+    vectors_of_all, file = np.concatenate(found), io.BytesIO()
+    pl.DataFrame({"ad_id": list(ad_ids), "vector": vectors_of_all}, schema_overrides={"ad_id": pl.String}).write_parquet(file)
+    return file.getvalue()
+
+
+class RequestVectors(nn.Module):
+    """The vectors `(R, K)` of requests, of the tensors of `Schema.tensors` but the ads'."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tensors: dict[str, Tensor]) -> Tensor:
+        """See above."""
+        requests = next(iter(tensors.values())).shape[0]
+        parts = []
+        for name, shape in (("user", (requests,)), ("history", (requests, 1)), ("ad", (requests, 1))):
+            ids, numbers = tensors.get(f"{name}_ids"), tensors.get(f"{name}_numbers")
+            if numbers is None:
+                numbers = torch.zeros((*(shape if ids is None else ids.shape[:-1]), 0))
+            if ids is None:
+                ids = torch.zeros((*numbers.shape[:-1], 0), dtype=torch.int64)
+            parts.append(Part(ids, numbers))
+        vectors: Tensor = self.network.request_vectors(RequestTensors(*parts))  # type: ignore[operator]  # a `Network`, fused
+        return vectors
