@@ -37,6 +37,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("din", {"softmax": True}),
     ("bst", {"layers": 2, "attention_heads": 1}),
     ("two_tower", {"tower": "dcn_v2"}),
+    ("vae_cf", {"hidden": (8, 5)}),
     ("two_tower", {"tower": "transformer"}),
 ]
 """Settings that make another network of a family. What is a setting's alone is tested with the network."""

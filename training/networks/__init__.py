@@ -25,6 +25,7 @@ from .mmoe import MMoE
 from .pnn import IPNN, OPNN
 from .tab_transformer import TabTransformer
 from .two_tower import TwoTower
+from .vae_cf import VAECF
 from .wide_deep import WideDeep
 from .youtube_dnn import YoutubeDNN
 
@@ -51,6 +52,7 @@ NETWORKS: dict[str, type[Network]] = {
     "bst": BST,
     "dkt": DKT,
     "two_tower": TwoTower,
+    "vae_cf": VAECF,
     "esmm": ESMM,
     "mmoe": MMoE,
 }

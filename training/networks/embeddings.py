@@ -17,7 +17,8 @@ class Embeddings(nn.Module):
     Row 0 of the table is zero: padding, whatever the field.
     """
 
-    def __init__(self, fields: Fields, width: int) -> None:
+    def __init__(self, fields: Fields, width: int, deviation: float = 1e-4) -> None:
+        """`deviation` is that of the vectors that it begins with."""
         super().__init__()
         whole = {name: layout for name, layout in fields.layouts.items() if fields.count(name)}
         self.layouts = {name: lay_out(tuple(slot.field for slot in (*each.ids, *each.numbers))) for name, each in whole.items()}
@@ -26,7 +27,7 @@ class Embeddings(nn.Module):
             starts[vocabulary] = rows - 1  # id 1 is the vocabulary's first row
             rows += size - 1
         self.table = nn.Embedding(rows, width, padding_idx=PADDING)
-        nn.init.normal_(self.table.weight, std=1e-4)
+        nn.init.normal_(self.table.weight, std=deviation)
         with torch.no_grad():
             self.table.weight[PADDING].zero_()
         self.scales = nn.ParameterDict()
