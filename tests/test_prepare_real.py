@@ -3,6 +3,7 @@
 from collections import defaultdict
 from pathlib import Path
 
+import duckdb
 import polars as pl
 import pytest
 
@@ -36,15 +37,25 @@ def test_movielens_has_the_protocol_s_clicks(ml: Prepared) -> None:
     assert ml.table("ad")["ad.genres"].list.len().max() == ml.schema.field("ad", "genres").length
 
 
-def test_every_movielens_history_is_the_user_s_past(ml: Prepared) -> None:
+def test_movielens_has_the_counts_of_its_raw_file(ml: Prepared) -> None:
+    raw = duckdb.read_csv(str(SOURCES / "ml-1m" / "ratings.dat"), sep="::", header=False, names=["user", "movie", "rating", "ts"])
+    for name, column in (("user_id", "raw.user"), ("ad_id", "movie")):
+        of_raw = duckdb.sql(f"SELECT {column}::VARCHAR AS id, count(*), count(*) FILTER (rating >= 4), max(ts) FROM raw GROUP BY id")
+        ours = whole(ml, name, "label", "ts").group_by(name).agg(pl.len(), pl.col("label").cast(pl.Int64).sum(), pl.col("ts").max())
+        assert sorted(ours.rows()) == sorted(of_raw.fetchall())
+    assert raw.shape[0] == 1_000_209
+
+
+def test_the_movielens_history_of_every_tenth_user_is_the_user_s_past(ml: Prepared) -> None:
     past: dict[str, list[str]] = defaultdict(list)
-    wrong = 0
-    for user, movie, label, history in whole(ml, "user_id", "ad_id", "label", "history").iter_rows():
+    wrong, some = 0, pl.col("user_id").str.ends_with("7")
+    for user, movie, label, history in whole(ml, "user_id", "ad_id", "label", "history").filter(some).iter_rows():
         wrong += history != past[user][-50:]
         if label:
             past[user].append(movie)
     assert wrong == 0
-    states = dict(user_states(ml))
+    states = {user: state for user, state in user_states(ml) if user.endswith("7")}
+    assert 500 < len(past) < 700
     assert {user: list(state.ad_ids) for user, state in states.items()} == {user: movies[-50:] for user, movies in past.items()}
     assert all(list(state.ts) == sorted(state.ts) and set(state.features) == {"gender", "age", "occupation"} for state in states.values())
 
