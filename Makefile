@@ -2,6 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PROGRAMS := $(patsubst %,tests/test_bench_%.py,freshness gpu service traces yardstick)
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder
 K8S := build/k8s-tools/installed
 
 .PHONY: demo test bench-test lint bench k8s-test rollout-test redis-test reference lock images compose-test clean
@@ -10,10 +11,10 @@ demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after
 	$(BIN)/adrank demo $(ARGS)
 
 test: $(INSTALLED)  ## everything that CI tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile $(PROGRAMS:%=--ignore=%) $(ARGS)
+	$(TEST) $(PROGRAMS:%=--ignore=%) $(ARGS)
 
 bench-test: $(INSTALLED)  ## that the programs of benchmarks/ measure what they say
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile $(PROGRAMS) $(ARGS)
+	$(TEST) $(PROGRAMS) $(ARGS)
 
 lint: $(INSTALLED)  ## style, types and the rules between the packages
 	$(BIN)/ruff check .
@@ -53,7 +54,8 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -q -j 0 .venv/lib || true  # pip would do it in one process
 	touch $@
 
 $(K8S): k8s/requirements.txt

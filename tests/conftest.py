@@ -26,6 +26,18 @@ from service.settings import Settings
 BINARIES = {"redis-server": shutil.which("redis-server"), "valkey": str(get_binary_path())}
 
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes are started, and each would compile our sources
+
+LONGEST = ("test_networks", "test_demo", "test_fuse", "test_workers", "test_parity", "test_export", "test_bad_configuration")
+"""Files that take longest, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers take one file after the other: the long ones first, so that none is left to one worker while others have nothing to do."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 PORTS = range(10_000, 22_000)
 """Below those that the kernel gives to outgoing connections, so that no neighbour's connection takes one between `free_port` and its
 server's start; and low enough for the bus of a cluster's node, which listens 10,000 above."""

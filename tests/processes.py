@@ -20,11 +20,13 @@ ROOT = Path(__file__).parent.parent
 PR_CAPBSET_DROP = 24  # of prctl.h
 PATIENCE = 90
 """Seconds that what must happen may take before a test gives up: neighbours may hold a machine up for long."""
+FOREIGN = ("ADRANK_", "PROMETHEUS_", "OMP_")
+"""What variables begin with that a server inherits in no test."""
 SERVE = (sys.executable, "-m", "adrank", "serve")
 
 
 def environment(**settings):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("ADRANK_", "PROMETHEUS_"))}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     settings = {**bundles.settled(settings.get("models")), **settings}
     return clean | {"PYTHONPATH": str(ROOT)} | {f"ADRANK_{name.upper()}": str(value) for name, value in settings.items()}
 

@@ -161,7 +161,7 @@ def test_a_request_that_waits_for_a_connection_counts_from_when_it_was_due() -> 
 
 def test_a_generator_that_is_late_says_so() -> None:
     with answering() as server:
-        measured = asked(server, Plan(500, 2.2, 0, 2), tick=lambda _: time.sleep(0.1))
+        measured = asked(server, Plan(500, 2.2, 0, 2), tick=lambda _: time.sleep(0.3))
     assert measured.late
     assert percentile(measured.delays, 99.9) > 0.08
     assert percentile(measured.latencies, 99.9) > 0.08
@@ -216,7 +216,10 @@ def test_statuses_and_degraded_answers_are_counted() -> None:
 def test_an_answer_in_many_pieces_is_one_answer() -> None:
     big = http(body=b'{"ads":[' + b" " * 400_000 + b'],"degraded":[]}')
     with answering(lambda _: big) as server:
-        measured = measure(server.target, [server.target.request(b" " * 5_000_000)], Plan(None, 0.5, 0, 2))
+        for seconds in (0.5, 5.0, 30.0):  # as long as it takes on a machine that is busy with other work
+            measured = measure(server.target, [server.target.request(b" " * 5_000_000)], Plan(None, seconds, 0, 2))
+            if measured.statuses["200"] > 3:
+                break
         assert ask(server.target, server.target.request(b"{}")) == (200, big.partition(b"\r\n\r\n")[2])
     assert measured.statuses["200"] > 3
     assert {len(text) for text in server.seen[:3]} == {len(server.target.request(b" " * 5_000_000))}

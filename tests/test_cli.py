@@ -133,7 +133,7 @@ async def test_a_table_becomes_a_model_and_users_in_the_store(tmp_path: Path, se
 
 
 def test_a_full_disk_while_publishing_is_a_sentence_and_leaves_the_live_version(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: Path, traced_export: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = ("train", "--data", data, "--model", "deepfm", "--models", tmp_path, *QUICK)
     live = bundles.publish(tmp_path, "deepfm")

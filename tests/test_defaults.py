@@ -102,7 +102,7 @@ def test_a_deepfm_of_few_rows_begins_with_a_flat_tower(tmp_path: Path, family: s
     data = small.data_set(tmp_path)
     encoder = Encoder(data.schema, learn_vocabularies(data))
     train, valid = (encode_split(data, split, encoder) for split in ("train", "valid"))
-    network, still = small.network(family), {"epochs": 1, "learning_rate": 1e-12, "embedding_l2": 0.0, "threads": 1}
+    network, still = small.network(family), {"epochs": 1, "learning_rate": 1e-12, "embedding_l2": 0.0, "threads": 1, "unknown_rate": 0}
     fit_network(network, train, valid, TrainSettings(**still, flat_below=flat_below), small.quiet(), warm=warm)  # type: ignore[arg-type]
     (tower,) = (module for module in network.modules() if isinstance(module, Tower))
     seen: list[torch.Tensor] = []

@@ -13,15 +13,24 @@ import redis
 from conftest import free_port
 
 import adrank
-from adrank_demo import demo
+from adrank_demo import demo, loop
 from training.world import make_world, write_log
+
+pytestmark = pytest.mark.usefixtures("traced_export")
+
+
+def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo of a small world, whose training hides nothing: see `small.quick`."""
+    for module in (demo, loop):
+        monkeypatch.setattr(module, "make_world", partial(make_world, users=40, ads=30))
+        monkeypatch.setattr(module, "NETWORKS", {name: {**given, "unknown_rate": "0"} for name, given in demo.NETWORKS.items()})
+    monkeypatch.setattr(demo, "write_log", partial(write_log, impressions=3_000))
 
 
 def test_the_demo_prints_a_ranking_beside_the_truth(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "make_world", partial(make_world, users=40, ads=30))
-    monkeypatch.setattr(demo, "write_log", partial(write_log, impressions=3_000))
+    make_small(monkeypatch)
     monkeypatch.setenv("COLUMNS", "120")
     demo.run(tmp_path, free_port(), once=True)
     printed = capfd.readouterr().out
@@ -37,9 +46,9 @@ def test_the_demo_prints_a_ranking_beside_the_truth(
 def test_the_loop_that_the_demo_prints_runs_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "make_world", partial(make_world, users=40, ads=30))
-    monkeypatch.setattr(demo, "write_log", partial(write_log, impressions=3_000))
+    make_small(monkeypatch)
     monkeypatch.setattr(demo, "VISITS", 300)
+    monkeypatch.setattr(demo, "LEARNING", {**demo.LEARNING, "unknown_rate": "0"})
     ended: dict[str, int] = {}
 
     def run_what_is_printed() -> None:

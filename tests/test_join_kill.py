@@ -9,7 +9,7 @@ from collections import Counter
 
 from joining import Writer, click, conversion, join_once, join_process, ranking, rows
 
-KILLS = int(os.environ.get("KILLS", "15"))
+KILLS = int(os.environ.get("KILLS", "6"))
 """How often; `KILLS=50 pytest tests/test_join_kill.py` takes a few minutes."""
 OPTIONS = ("--window", "2", "--lateness", "1", "--rows-per-file", "60")
 

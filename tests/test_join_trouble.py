@@ -443,7 +443,7 @@ def mutated(packed: bytes):
     return st.dictionaries(st.sampled_from(keys), values, min_size=1, max_size=2).map(replaced)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_entry_stops_the_joiner(server, repository, tmp_path_factory, data):
     records = [

@@ -187,7 +187,7 @@ async def test_the_greeting_comes_first_and_one_that_is_refused_is_told(echo):
 
 
 async def test_a_greeting_may_take_long_and_what_follows_it_may_not(echo):
-    line = echo.line(timeout=0.05, greeting=[("SELECT", "3")])
+    line = echo.line(timeout=0.5, greeting=[("SELECT", "3")])
     await line.ask(b"GET", b"x")
     echo.mute = True
     began = time.monotonic()

@@ -114,7 +114,7 @@ def check_encoded(rankings: list[Served], schema: Schema, encoder: Encoder) -> N
             assert np.array_equal(found[name], compared), (name, request_id, ad_id)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(ranked())
 def test_each_row_is_encoded_as_it_was_served(rankings: list[Served]) -> None:
     check_encoded(rankings, small.schema(), small.encoder())

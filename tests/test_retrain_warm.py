@@ -76,7 +76,7 @@ def test_a_network_that_takes_over_scores_every_row_as_the_old_one(data: Prepare
     fit_network(
         built["old"],
         *(encode_split(data, s, Encoder(data.schema, base)) for s in ("train", "valid")),
-        TrainSettings(epochs=1),
+        TrainSettings(epochs=1, threads=1, unknown_rate=0),
         small.quiet(),
     )
     rows = {name: encode_split(data, "test", Encoder(data.schema, v)) for name, v in (("old", base), ("new", grown))}
@@ -126,7 +126,7 @@ def test_a_bundle_tells_how_it_was_trained(published: Path) -> None:
 
 def test_a_training_goes_on_where_the_other_ended(data: Prepared, published: Path) -> None:
     start = start_of(load_bundle(published))
-    still = {"epochs": 1, "batch": 2048, "learning_rate": 1e-12, "embedding_l2": 0.0}
+    still = {"epochs": 1, "threads": 1, "unknown_rate": 0, "batch": 2048, "learning_rate": 1e-12, "embedding_l2": 0.0}
     cold, warm = (train(data, "deepfm", small.NETWORK_SETTINGS["deepfm"], TrainSettings(**still), small.quiet(), s) for s in (None, start))  # type: ignore[arg-type]
     before = json.loads((published / export.METRICS).read_text())["test"]["auc"]
     assert abs(warm.metrics["test"].auc - before) < 0.02 < abs(cold.metrics["test"].auc - before)

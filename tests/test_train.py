@@ -1,5 +1,6 @@
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from training.networks.din import DINSettings
 from training.networks.embeddings import Embeddings
 from training.train import EmbeddingDecay, Trained, TrainSettings, fit_network, override, predict
 from training.world import make_world, write_log
+
+ALONE: dict[str, Any] = {"epochs": 1, "threads": 1, "unknown_rate": 0}
+"""An epoch in which nothing is hidden: see `small.quick`."""
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +97,7 @@ def test_every_step_decays_the_embeddings(rows: tuple[Rows, Rows]) -> None:
     norms = []
     for l2 in (0.0, 1.0):
         network = small.network("deepfm")
-        settings = TrainSettings(epochs=1, batch=20, learning_rate=0.02, embedding_l2=l2, flat_below=0)
+        settings = TrainSettings(**{**ALONE, "epochs": 2}, batch=20, learning_rate=0.02, embedding_l2=l2, flat_below=0)
         fit_network(network, rows[0], rows[1], settings, small.quiet())
         norms.append([float(embeddings.table.weight.detach().norm()) for embeddings in tables(network)])
     assert all(decayed < 0.8 * free for free, decayed in zip(*norms, strict=True))
@@ -103,7 +107,7 @@ def test_every_step_decays_the_embeddings(rows: tuple[Rows, Rows]) -> None:
 def test_a_last_row_alone_is_no_batch(rows: tuple[Rows, Rows], family: str) -> None:
     train, valid = rows
     for batch in (13, 23, 299, 300, 1000):  # 300 rows: 23 · 13 + 1, 13 · 23 + 1, one row over, even, all at once
-        [epoch] = fit_network(small.network(family), train, valid, TrainSettings(epochs=1, batch=batch), small.quiet())
+        [epoch] = fit_network(small.network(family), train, valid, TrainSettings(**ALONE, batch=batch), small.quiet())
         assert np.isfinite(epoch.train_loss)
 
 
@@ -115,7 +119,7 @@ def test_a_batch_of_one_row_is_refused(rows: tuple[Rows, Rows]) -> None:
 def test_a_valid_split_of_one_class_is_chosen_by_log_loss(rows: tuple[Rows, Rows]) -> None:
     train, valid = rows
     clicks = replace(valid, labels=np.zeros(len(valid), np.float32))
-    epochs = fit_network(small.network("deepfm"), train, clicks, TrainSettings(epochs=2, batch=64), small.quiet())
+    epochs = fit_network(small.network("deepfm"), train, clicks, TrainSettings(**{**ALONE, "epochs": 2}, batch=64), small.quiet())
     assert len(epochs) == 2
     assert np.isnan(epochs[0].valid.auc)
 

@@ -1,6 +1,9 @@
 """What is hidden from a step of training, and what that makes of the unknown."""
 
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -126,9 +129,18 @@ def trained(data: Prepared, family: str, rate: float, start: Start | None = None
     return made.network, encode_split(data, "test", made.encoder), made.encoder
 
 
+Once = Callable[[str], tuple[torch.nn.Module, Rows, Encoder]]
+
+
+@pytest.fixture(scope="module")
+def once(data: Prepared) -> Once:
+    """A network that was trained with the unknown, for each family that is asked for."""
+    return cache(lambda family: trained(data, family, 0.05))
+
+
 @pytest.mark.parametrize("family", ["deepfm", "din"])
-def test_an_unknown_ad_ends_in_the_middle_and_stays_there_in_a_warm_start(data: Prepared, family: str) -> None:
-    network, test, encoder = trained(data, family, 0.05)
+def test_an_unknown_ad_ends_in_the_middle_and_stays_there_in_a_warm_start(data: Prepared, once: Once, family: str) -> None:
+    network, test, encoder = once(family)
     assert 5.5 < place(network, test) < 8.5
     again, test, _ = trained(data, family, 0.05, Start(network, encoder.vocabularies), epochs=2)
     assert 5.5 < place(again, test) < 8.5
@@ -172,8 +184,8 @@ def test_buckets_that_nothing_was_hashed_into_are_unknown(data: Prepared) -> Non
         assert not same[counts > 0].any()
 
 
-def test_a_warm_start_keeps_what_it_knows_of_values_that_its_rows_do_not_have(data: Prepared, rows: Rows) -> None:
-    network, *_ = trained(data, "deepfm", 0.05)
+def test_a_warm_start_keeps_what_it_knows_of_values_that_its_rows_do_not_have(once: Once, rows: Rows) -> None:
+    network = deepcopy(once("deepfm")[0])
     few = replace(rows, labels=rows.labels[:3], users=rows.users[:3], user=rows.user.take([0, 1, 2]), ad=rows.ad.take([0, 1, 2]))
     few = replace(few, history=rows.history[:3])
     before = {name: value.clone() for name, value in network.state_dict().items()}

@@ -132,7 +132,8 @@ async def test_connections_are_shared_evenly_however_they_are_opened(repository)
         await until_noticed(client, ports)
         for caller in callers:
             await caller.ask()
-        assert spread(client, callers) == [4, 4]  # opened one by one
+        assert min(spread(client, callers)) >= 3  # opened one by one; one that was too many may have been told to come again
+        await until_spread(client, callers, [4, 4])
         for closing in (callers[:3], callers[::2], callers[5:]):
             for caller in closing:
                 await caller.close()
@@ -365,11 +366,11 @@ async def test_metrics_whose_files_were_removed_are_told_as_lost(repository):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
 async def test_a_folder_of_counts_that_is_inherited_is_not_used(repository, tmp_path, monkeypatch, workers, name):
-    for folder in (tmp_path, tmp_path / "never-made"):
-        monkeypatch.setattr(processes, "environment", lambda folder=folder, **settings: environment(**settings) | {name: str(folder)})
-        async with serving(repository, "memory://", workers=workers) as client:
-            assert (await client.get("/metrics")).status_code == 200
-        assert not list(tmp_path.iterdir())
+    folder = tmp_path if name.isupper() else tmp_path / "never-made"
+    monkeypatch.setattr(processes, "environment", lambda **settings: environment(**settings) | {name: str(folder)})
+    async with serving(repository, "memory://", workers=workers) as client:
+        assert (await client.get("/metrics")).status_code == 200
+    assert not list(tmp_path.iterdir())
 
 
 async def test_ctrl_c_ends_all_processes_without_a_traceback(repository):
