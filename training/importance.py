@@ -35,7 +35,8 @@ class Importance:
 def importances(bundle: Bundle, data: Prepared, split: str, progress: Progress, seed: int = 0) -> tuple[float, int, list[Importance]]:
     """The AUC on at most 20,000 rows of a split, how many there were, and the fields, the one that is worth most first.
 
-    A history is dealt as a whole, and counts as one field. What two fields say alike is missed in neither.
+    A history is dealt as a whole, and counts as one field. Of two fields that say the same, each seems to be
+    worth little: the other still says it.
 
     Raises:
         DataError: the split is absent, or does not fit the bundle's schema or lacks a field of it.
