@@ -34,6 +34,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dcn_v2", {"low_rank": 3}),
     ("dcn_v2", {"low_rank": 3, "experts": 2}),
     ("finalmlp", {"gates": False}),
+    ("deeplight", {"prune_from": 10, "prune_steps": 10}),
     ("din", {"softmax": True}),
     ("bst", {"layers": 2, "attention_heads": 1}),
     ("two_tower", {"tower": "dcn_v2"}),

@@ -266,6 +266,7 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
     if len(rows) < 2:
         raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {len(rows)}")
     settings = settings.for_rows(len(rows))
+    _check_steps(network, len(rows), settings)
     network.begin(rows.ads)
     optimisers, more = network.optimisers(settings.learning_rate), _second_task(network, rows, settings)
     optimisers += [more.optimiser(settings.learning_rate)] if more else []
@@ -273,7 +274,13 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
     order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
     decay, unseen = EmbeddingDecay(network, rows, settings), Unseen(network, rows, warm)
     epochs: list[Epoch] = []
-    best, best_score, stale, steps, patient = _weights(network), -np.inf, 0, 0, settings.least_steps // (SHARE if alone else 1)
+    best, best_score, stale, steps, patient = (
+        _weights(network),
+        -np.inf,
+        0,
+        0,
+        max(network.settles_after, settings.least_steps // (SHARE if alone else 1)),
+    )
     for number in range(1, settings.epochs + 1):
         network.train()
         losses = []
@@ -300,8 +307,7 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
         progress.console.print(epochs[-1].line(), soft_wrap=True)
         if not whole:
             break
-        # AUC chooses, because Platt scaling repairs the rest; a split with one class only has none.
-        score = metrics.auc if np.isfinite(metrics.auc) else -metrics.log_loss
+        score = _score(metrics) if steps >= network.settles_after else -np.inf
         if score > best_score:
             best, best_score, stale = _weights(network), score, 0
         elif steps >= patient:
@@ -317,6 +323,20 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
     network.load_state_dict(best)
     _end(network, unseen, hiding if best_score > -np.inf else None)
     return epochs
+
+
+def _score(metrics: Metrics) -> float:
+    """What chooses the epoch: AUC, because Platt scaling repairs the rest; a split with one class only has none."""
+    return metrics.auc if np.isfinite(metrics.auc) else -metrics.log_loss
+
+
+def _check_steps(network: Network, rows: int, settings: TrainSettings) -> None:
+    steps = settings.epochs * max(1, len(range(settings.batch, rows - 1, settings.batch)) + 1)
+    if steps < network.settles_after:
+        raise TrainError(
+            f"this network is being pruned until step {network.settles_after:,}, and {settings.epochs:,} epochs of {rows:,} rows are "
+            f"{steps:,} steps; let it have more epochs, or set prune_from and prune_steps lower"
+        )
 
 
 def _second_task(network: Network, rows: Rows, settings: TrainSettings) -> Cooccurrence | None:

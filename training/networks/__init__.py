@@ -8,6 +8,7 @@ from .dcn import DCN
 from .dcn_v2 import DCNV2
 from .deep_crossing import DeepCrossing
 from .deepfm import DeepFM
+from .deeplight import DeepLight
 from .dien import DIEN
 from .din import DIN
 from .dkt import DKT
@@ -40,6 +41,7 @@ NETWORKS: dict[str, type[Network]] = {
     "opnn": OPNN,
     "wide_deep": WideDeep,
     "deepfm": DeepFM,
+    "deeplight": DeepLight,
     "deep_crossing": DeepCrossing,
     "dcn": DCN,
     "dcn_v2": DCNV2,

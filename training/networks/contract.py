@@ -161,6 +161,8 @@ class Network(nn.Module):
     """Whether it has all of `fields.heads` itself; others are trained once for each head, on the same embeddings (`heads.py`)."""
     int8_pays: ClassVar[bool] = False
     """Whether an int8 graph of it is faster and as good."""
+    settles_after: int = 0
+    """Steps before an epoch of it may be chosen: until then `after_step` changes what it is."""
     starts_from: str = ""
     """The network whose bundle its embeddings are meant to begin with, by `--init-from`."""
     embedding_l2: float = 0.01

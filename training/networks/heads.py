@@ -18,6 +18,7 @@ class SharedEmbeddings(Network):
         super().__init__(fields, settings)
         self.embedding_l2, self.starts_from = kind.embedding_l2, kind.starts_from
         self.networks = nn.ModuleDict({head: kind(fields, settings) for head in fields.heads})
+        self.settles_after = self.of(CLICK).settles_after
         shared = dict(self.of(CLICK).named_modules())
         for head in fields.heads:
             for name, block in list(self.of(head).named_modules()):

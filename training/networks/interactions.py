@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from .contract import RequestTensors
 from .embeddings import Embeddings
 
+FEW = 2
+"""Pairs for each field of a candidate up to which they are few: one by one they cost a copy each, and all together a product."""
+
 
 def first_order(weights: Embeddings, request: RequestTensors) -> Tensor:
     """The sum of the fields' weights `(R, C)`, of embeddings that are one number wide."""
@@ -72,6 +75,39 @@ class WeightedProducts(nn.Module):
     def forward(self, u: Tensor, a: Tensor) -> Tensor:
         """The sums `(R, C)`."""
         return weighted_products(u, a, self.matrix(), self.request)
+
+    def fused(self, _tile: int | None) -> nn.Module:
+        """See `fuse.py`."""
+        return FusedProducts(self)
+
+
+class FusedProducts(nn.Module):
+    """`WeightedProducts` of which the pairs of two of the candidate's fields are taken one by one where few have a weight."""
+
+    def __init__(self, products: WeightedProducts) -> None:
+        super().__init__()
+        weights, self.request = products.matrix().detach(), products.request
+        among = weights[self.request :, self.request :].triu()
+        pairs = among.nonzero()
+        self.few = len(pairs) <= FEW * len(among)
+        self.left, self.right = (pairs[:, i].tolist() for i in range(2))
+        self.pairs = nn.Buffer(among[self.left, self.right])
+        if self.few:
+            weights[self.request :, self.request :] = 0
+        self.weights = nn.Buffer(weights)
+
+    def forward(self, u: Tensor, a: Tensor) -> Tensor:
+        """The sums `(R, C)`."""
+        if not self.few:
+            return weighted_products(u, a, self.weights, self.request)
+        total = a.new_zeros(1, 1)
+        if self.request:
+            once = self.weights[:, : self.request] @ u
+            within = 0.5 * (u * once[:, : self.request]).sum((1, 2)).unsqueeze(1)
+            total = within + (a.flatten(2) @ once[:, self.request :].flatten(1).unsqueeze(2)).squeeze(-1)
+        if self.left:
+            total = total + (a[:, :, self.left] * a[:, :, self.right]).sum(-1) @ self.pairs
+        return total
 
 
 def weighted_products(u: Tensor, a: Tensor, weights: Tensor, request: int) -> Tensor:

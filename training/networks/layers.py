@@ -218,6 +218,17 @@ def merged(first: nn.Linear, rest: Iterable[nn.Module]) -> list[Layer]:
     return [*layers, Layer(weight, bias, None, None)]
 
 
+def trimmed(layers: list[Layer]) -> list[Layer]:
+    """The same layers without the units that nothing listens to; of each at least one is left."""
+    for i in range(len(layers) - 1, 0, -1):
+        heard = layers[i].weight.abs().sum(0) > 0
+        heard[0] |= not heard.any()
+        if not heard.all():
+            layers[i] = layers[i]._replace(weight=layers[i].weight[:, heard])
+            layers[i - 1] = Layer(*(None if values is None else values[heard] for values in layers[i - 1]))  # type: ignore[arg-type]
+    return layers
+
+
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Batch normalisation in evaluation as `gain` and `shift` of x, in float64."""
     assert isinstance(norm, BatchNorm)  # noqa: S101
@@ -271,7 +282,7 @@ class FusedTower(nn.Module):
 
     def __init__(self, tower: Tower, blind: int = 0) -> None:
         super().__init__()
-        first, *rest = merged(tower.first, tower.rest)
+        first, *rest = trimmed(merged(tower.first, tower.rest))
         weight, bias = first.weight, first.bias
         if tower.norms:
             gain, shift = (torch.cat(values) for values in zip(*(affine(norm) for norm in tower.norms), strict=True))
