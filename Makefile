@@ -5,7 +5,7 @@ PROGRAMS := $(patsubst %,tests/test_bench_%.py,freshness gpu service traces yard
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder
 K8S := build/k8s-tools/installed
 
-.PHONY: demo test bench-test lint bench k8s-test rollout-test redis-test reference lock images compose-test clean
+.PHONY: demo test bench-test lint bench k8s-test rollout-test redis-test peers-test reference lock images compose-test clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -48,6 +48,11 @@ compose-test: images  ## docker-compose.yml on a real engine: up, degraded, back
 
 redis-test: $(INSTALLED)  ## fail-overs and resharding beside a service under load: how long they take, what is lost
 	PYTHONPATH=. $(BIN)/python tests/redis_trouble.py $(ARGS)
+
+peers-test:  ## the blocks of other libraries, with the same weights, give the same numbers; in an environment of its own
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' fuxictr==2.3.10
+	build/peers/bin/python -m pytest tests/peers $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info data/demo data/bench
