@@ -132,7 +132,7 @@ def test_any_network_has_a_head_more_on_the_same_embeddings() -> None:
 
 
 @pytest.mark.parametrize(("family", "heads"), [("deepfm", "click-conversion"), ("esmm", "")])
-def test_a_bundle_serves_each_head_calibrated(data: Prepared, family: str, heads: str, tmp_path: Path) -> None:
+def test_a_bundle_serves_each_head_calibrated(data: Prepared, traced_export: None, family: str, heads: str, tmp_path: Path) -> None:
     model = trained(data, family, heads=heads)
     rows = encode_split(data, "test", model.encoder, HEADS)
     labels, known = rows.known("conversion")
