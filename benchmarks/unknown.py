@@ -56,11 +56,11 @@ def places(network: Any, encoded: Encoded, catalogue: Block) -> Found:
 
 def _scored(network: Any, test: Rows, rows: Any, others: Block) -> Any:
     """Logits `(R, 20)`, the made-up ad's first."""
-    user, history, _ = test.batch(rows)
+    user, history, _, ages = test.batch(rows)
     made_up = test.strangers.ad.take(np.zeros((len(rows), 1), np.int64))
     ids, numbers = np.concatenate([made_up.ids, others.ids], 1), np.concatenate([made_up.numbers, others.numbers], 1)
     with torch.no_grad():
-        return network(RequestTensors(user, history, Part(torch.from_numpy(ids), torch.from_numpy(numbers))))[CLICK].numpy()
+        return network(RequestTensors(user, history, Part(torch.from_numpy(ids), torch.from_numpy(numbers)), ages))[CLICK].numpy()
 
 
 def _rowwise(network: Any, rows: Rows, chosen: Any) -> Any:

@@ -58,6 +58,10 @@ class BundleError(RuntimeError):
         self.code = code
 
 
+TIMES = ("history_ts", "ts")
+"""What goldens of schemas without ages leave out, so that programs that do not know of ages read them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Golden:
     """A request with values as they come from outside, the ads that it names, and the probabilities it must give."""
@@ -70,6 +74,9 @@ class Golden:
     ads: Mapping[str, Features]
     p_click: Sequence[float]
     p_click_int8: Sequence[float] = field(default_factory=list)
+    history_ts: Sequence[float] = field(default_factory=list)
+    """When the behaviours were, where the schema has ages; the request was at `ts`."""
+    ts: float = 0.0
 
     def feeds(self, encoder: Encoder) -> Feeds:
         """Encode the request just as the service does."""
@@ -77,7 +84,9 @@ class Golden:
         if self.ads:
             rows = [encoder.encode_one("ad", features, ad_id) for ad_id, features in self.ads.items()]
             table.put(list(self.ads), Block(np.concatenate([row.ids for row in rows]), np.concatenate([row.numbers for row in rows])))
-        return encode_request(table, Request(self.user_id, self.user, self.context, self.history, self.candidates))[0]
+        user_id, user, context, history = self.user_id, self.user, self.context, self.history
+        request = Request(user_id, user, context, history, self.candidates, history_ts=self.history_ts, ts=self.ts)
+        return encode_request(table, request)[0]
 
 
 @dataclass(frozen=True)
@@ -508,4 +517,5 @@ def version_numbers(home: Path) -> list[int]:
 
 def goldens_json(goldens: Sequence[Golden]) -> bytes:
     """The goldens as the contents of `goldens.json`."""
-    return json.dumps([asdict(golden) for golden in goldens], ensure_ascii=False).encode()
+    told = [{name: value for name, value in asdict(golden).items() if value or name not in TIMES} for golden in goldens]
+    return json.dumps(told, ensure_ascii=False).encode()

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from .ages import UNKNOWN_TIME, ages_of
 from .index import RowIndex
-from .schema import FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, lay_out
+from .schema import AGES, FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, lay_out
 from .values import ValueTextError, text_of
 from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
 
@@ -107,6 +108,7 @@ class Encoder:
         self.vocabularies = vocabularies
         self.layouts = schema.layouts
         self.tensors = schema.tensors
+        self._blocks = {name: part for name, (part, width) in self.tensors.items() if width}
         self.sides: dict[Side, Layout] = {side: lay_out(schema.side(side)) for side in SIDES}
         self._fields = {(field.side, field.name): field for field in schema.fields}
         self._nobody = frozenset(("", *schema.nobody))
@@ -218,6 +220,13 @@ class Encoder:
         length = self.schema.history_length
         return history[max(0, len(history) - length) :] if length else ()
 
+    def newest_times(self, history: Sequence[str], ts: Sequence[float]) -> Sequence[float]:
+        """The times of the behaviours that `newest` leaves, from those beside the history; all unknown where they are not there."""
+        times = ts if len(ts) == len(history) else [UNKNOWN_TIME] * len(history)
+        if self._padding:
+            times = [at for ad_id, at in zip(history, times, strict=True) if ad_id not in self._padding]
+        return times[max(0, len(times) - self.schema.history_length) :]
+
     def unknown_ads(self, ad_ids: Sequence[str]) -> Block:
         """Ads of which only the id is known: every other category is unknown, every number missing."""
         rows = len(ad_ids)
@@ -258,7 +267,7 @@ class Encoder:
         """The tensors that a network takes, by name, from the blocks of one request; blocks without columns are left out."""
         return {
             name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)[None if part != "user" else ...]
-            for name, (part, _) in self.tensors.items()
+            for name, part in self._blocks.items()
         }
 
     def _sendable(self, side: Side, name: str) -> Field:
@@ -336,6 +345,10 @@ class Request:
     candidates: Sequence[str]
     sent: Mapping[int, Features] = field(default_factory=dict)
     stored: Features = field(default_factory=dict)
+    history_ts: Sequence[float] = ()
+    """When the behaviours were, beside `history`; empty: not known."""
+    ts: float = 0.0
+    """When the request is made, in seconds since 1970: what ages are counted from."""
 
 
 def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
@@ -355,7 +368,11 @@ def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
     blocks = {"user": user, "ad": ads}
     if encoder.schema.history_fields:
         blocks["history"] = encoder.history_of(_behaved(table, encoder.newest(request.history)))
-    return encoder.feeds(blocks), known
+    feeds = encoder.feeds(blocks)
+    if encoder.schema.history_ages:
+        times = encoder.newest_times(request.history, request.history_ts)
+        feeds[AGES] = ages_of(request.ts, times)[None] if times else np.zeros((1, 1), np.float32)
+    return feeds, known
 
 
 def _told(features: Features) -> Features:

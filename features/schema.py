@@ -23,6 +23,8 @@ MAX_LIST_LENGTH = 1_000
 MAX_HISTORY_LENGTH = 10_000
 MAX_BUCKETS = 2**31
 FLOAT32_MAX = 3.4028234663852886e38
+AGES = "history_ages"
+"""The tensor of the behaviours' ages."""
 
 
 class SchemaError(ValueError):
@@ -125,6 +127,8 @@ class Schema:
     """User ids that mean no user, such as the zero device id: no features, no history, no group of rows."""
     history_padding: tuple[str, ...] = ()
     """What fills up a history and is no behaviour."""
+    history_ages: bool = False
+    """Whether networks are given how long ago each behaviour was."""
 
     def side(self, side: Side) -> tuple[Field, ...]:
         """The fields of one side, in the schema's order."""
@@ -151,12 +155,17 @@ class Schema:
 
     @property
     def tensors(self) -> dict[str, tuple[str, int]]:
-        """The tensors of a request that this schema needs: name -> (part, width). A block without columns is left out."""
+        """The tensors of a request that this schema needs: name -> (part, width). A block without columns is left out.
+
+        `AGES` is `(R, T)`, a number a behaviour, and has no axis of columns: its width is 0.
+        """
         widths = {}
         for part, layout in self.layouts.items():
             widths[f"{part}_ids"] = (part, layout.width)
             widths[f"{part}_numbers"] = (part, layout.number_width)
-        return {name: (part, width) for name, (part, width) in widths.items() if width}
+            if part == "history" and self.history_ages:
+                widths[AGES] = (part, 0)
+        return {name: (part, width) for name, (part, width) in widths.items() if width or name == AGES}
 
     def to_toml(self) -> str:
         """The schema as the text of a `schema.toml`, defaults left out."""
@@ -165,7 +174,8 @@ class Schema:
             document["nobody"] = list(self.nobody)
         if self.history_fields:
             padding = {"padding": list(self.history_padding)} if self.history_padding else {}
-            document["history"] = {"length": self.history_length, "fields": list(self.history_fields), **padding}
+            ages = {"ages": True} if self.history_ages else {}
+            document["history"] = {"length": self.history_length, "fields": list(self.history_fields), **padding, **ages}
         for field in self.fields:
             defaults = Field(field.name, field.side, field.kind, vocabulary=field.name, missing=_default_missing(field.kind))
             entries = {k: v for k, v in asdict(field).items() if k == "kind" or v != getattr(defaults, k)}
@@ -186,7 +196,7 @@ class Schema:
         return json.dumps({**_said(asdict(self)), "negative_sampling": negative_sampling}, sort_keys=True, separators=(",", ":"))
 
 
-LATER = ("missing_values", "nobody", "history_padding")
+LATER = ("missing_values", "nobody", "history_padding", "history_ages")
 
 
 def _said(schema: dict[str, Any]) -> dict[str, Any]:
@@ -276,22 +286,24 @@ def _mistakes_of_number(field: Field) -> list[str]:
     return [rule for rule, holds in rules.items() if not holds]
 
 
-def _history(document: object) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
-    """The fields, the length, and what fills a history up."""
+def _history(document: object) -> tuple[tuple[str, ...], int, tuple[str, ...], bool]:
+    """The fields, the length, what fills a history up, and whether it has ages."""
     if document is None:
-        return (), 0, ()
-    if not isinstance(document, Mapping) or set(document) - {"padding"} != {"length", "fields"}:
+        return (), 0, (), False
+    if not isinstance(document, Mapping) or set(document) - {"padding", "ages"} != {"length", "fields"}:
         raise SchemaError('[history] takes exactly: length = how many behaviours, fields = [ad fields, "ad_id" first]')
     length, names, padding = document["length"], document["fields"], document.get("padding", [])
+    ages = document.get("ages", False)
     is_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
     rules = {
         f"length must be a whole number from 1 to {MAX_HISTORY_LENGTH}": _is_int(length, 1, MAX_HISTORY_LENGTH),
         'fields must be a list of ad fields that starts with "ad_id"': is_names and names[:1] == ["ad_id"],
         "fields names a field twice": not is_names or len(set(names)) == len(names),
         "padding must be a list of texts": _is_texts(padding),
+        "ages must be true or false": isinstance(ages, bool),
     }
     _refuse([f"[history]: {rule}" for rule, holds in rules.items() if not holds])
-    return tuple(names), length, tuple(padding)
+    return tuple(names), length, tuple(padding), ages
 
 
 def sampling_in(document: Mapping[str, Any]) -> float | None:
@@ -329,7 +341,7 @@ def parse_schema(text: str) -> Schema:
         mistakes.append("nobody must be a list of user ids")
     tried(lambda: sampling_in(document), mistakes)
     fields = _fields(document, mistakes)
-    history = tried(lambda: _history(document.get("history")), mistakes) or ((), 0, ())
+    history = tried(lambda: _history(document.get("history")), mistakes) or ((), 0, (), False)
     if not any(field.side == "ad" for field in fields) and not document.get("ad"):
         mistakes.append('there is no ad field: add one, such as [ad.ad_id] kind = "category"')
     named = document.get("ad")
@@ -338,7 +350,7 @@ def parse_schema(text: str) -> Schema:
         mistakes.append(f"[history]: {absent} are not ad fields; a behaviour is an ad, so each needs its [ad.…] table")
     mistakes += _misfits(fields)
     _refuse(mistakes)
-    return Schema(str(name), tuple(fields), *history[:2], tuple(nobody), history[2])
+    return Schema(str(name), tuple(fields), *history[:2], tuple(nobody), *history[2:])
 
 
 def _fields(document: Mapping[str, Any], mistakes: list[str]) -> list[Field]:

@@ -13,7 +13,9 @@ from .encode import AdTable, Encoder, Features, Feeds, Request, encode_request
 from .state import StateError, unpack_features
 
 FORMAT = 2
-_SHAPES = (str, float, str, int, str, dict, dict, list, list, list, list, list, list, dict, dict, list, str, dict, int)
+WITH_TIMES = 3
+"""The format of rankings whose behaviours have times."""
+_SHAPES = (str, float, str, int, str, dict, dict, list, list, list, list, list, list, dict, dict, list, str, dict, int, list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class Served:
     """How many of `ad_ids`, from the first, the caller said that it shows; 0: it did not say. An ad that was answered and neither said
     nor reported to be shown is no impression: nobody may have seen it.
     """
+    history_ts: Sequence[float] = ()
+    """When the behaviours of `history` were, where the model is given their ages; the request was at `ts`."""
 
     def feeds(self, encoder: Encoder, ad_ids: Sequence[str] | None = None) -> Feeds:
         """The tensors `(1, ...)` of the ads shown, or of those of the candidates that are named, encoded anew.
@@ -68,7 +72,8 @@ class Served:
         table.remove([ad_id for ad_id in self.unknown if ad_id in self.ads])
         sent = {row: encoder.usable("ad", self.sent[ad_id])[0] for row, ad_id in enumerate(wanted) if ad_id in self.sent}
         context, user = encoder.usable("context", self.context)[0], encoder.usable("user", self.user)[0]
-        return encode_request(table, Request(self.user_id, {}, context, self.history, wanted, sent, user))[0]
+        request = Request(self.user_id, {}, context, self.history, wanted, sent, user, self.history_ts, self.ts)
+        return encode_request(table, request)[0]
 
 
 _values = attrgetter(*(entry.name for entry in fields(Served)))
@@ -76,7 +81,8 @@ _values = attrgetter(*(entry.name for entry in fields(Served)))
 
 def pack_served(served: Served) -> bytes:
     """A served ranking as one value of a stream."""
-    packed: bytes = msgpack.packb([FORMAT, *_values(served)])
+    values = _values(served)
+    packed: bytes = msgpack.packb([WITH_TIMES, *values] if served.history_ts else [FORMAT, *values[:-1]])
     return packed
 
 
@@ -92,11 +98,15 @@ def unpack_served(value: bytes) -> Served:
         raise StateError(f"not a packed value: {error}") from error
     if isinstance(document, list) and document[:1] == [1]:  # which could not say what is shown
         document = [FORMAT, *document[1:], 0]
-    if not isinstance(document, list) or document[:1] != [FORMAT] or [type(part) for part in document[1:]] != list(_SHAPES):
-        raise StateError(f"the value is not a served ranking of format {FORMAT}")
+    if isinstance(document, list) and document[:1] == [FORMAT]:
+        document = [WITH_TIMES, *document[1:], []]
+    if not isinstance(document, list) or document[:1] != [WITH_TIMES] or [type(part) for part in document[1:]] != list(_SHAPES):
+        raise StateError(f"the value is not a served ranking of format {FORMAT} or {WITH_TIMES}")
     served = Served(*document[1:])
     if not len(served.ad_ids) == len(served.p_click) == len(served.propensity):
         raise StateError("a served ranking is damaged: its columns differ in length")
+    if len(served.history_ts) not in (0, len(served.history)):
+        raise StateError("a served ranking is damaged: its behaviours and their times differ in length")
     if not 0 <= served.shown <= len(served.ad_ids):
         raise StateError("a served ranking is damaged: it says that more ads are shown than it has")
     return served

@@ -111,6 +111,6 @@ def graph_of(bundle: Bundle, settings: Settings) -> str:
 def _blank(schema: Schema, behaviours: int, candidates: int) -> Feeds:
     rows = {"user": (1,), "history": (1, behaviours), "ad": (1, candidates)}
     return {
-        name: np.zeros((*rows[part], width), np.int64 if name.endswith("_ids") else np.float32)
+        name: np.zeros((*rows[part], *((width,) if width else ())), np.int64 if name.endswith("_ids") else np.float32)
         for name, (part, width) in schema.tensors.items()
     }

@@ -5,7 +5,7 @@ Candidates are columns from the request to the answer: nothing here makes an obj
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +40,8 @@ class Query:
     user_id: str
     user: Features = field(default_factory=dict)
     history: Sequence[str] | None = None
+    history_ts: Sequence[float] = ()
+    """When the behaviours of `history` were; empty: not known."""
     context: Features = field(default_factory=dict)
     ad_ids: Sequence[str]
     names: Sequence[str] | None = None
@@ -128,9 +130,10 @@ class Ranker:
         metrics: Metrics,
         scoring: Scoring,
         random: np.random.Generator | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`random` is by default seeded by the system."""
-        self._store, self._scoring = store, scoring
+        """`random` is by default seeded by the system; `clock` gives seconds since 1970."""
+        self._store, self._scoring, self._clock = store, scoring, clock
         self._random = random or np.random.default_rng()
         self.models, self.catalogue = Models({}, {}), Catalogue(store, {}, metrics)
         self.challenges: Mapping[str, Challenge] = {}
@@ -156,7 +159,7 @@ class Ranker:
         # The catalogue may let go of them while the store is asked.
         views = {each: catalogue.view(each.bundle.fingerprint) for each in (model, canary) if each is not None}
         stages.enter("features")
-        asked = Asked(query, stages, catalogue, await self._user(query, stages))
+        asked = Asked(query, stages, catalogue, await self._user(query, stages), self._clock())
         if challenge is None:
             return await self._by_live(asked, model, views[model], None)
         failure: ServiceError | None = None
@@ -240,6 +243,8 @@ class Asked:
     stages: Stages
     catalogue: Catalogue
     stored: UserState | StoreError
+    ts: float
+    """When, in seconds since 1970: whichever version ranks sees the same ages."""
 
     def encoded(self, model: Model, view: View) -> tuple[Encoded, list[Degraded]]:
         """The request as a model takes it, and what that does without.
@@ -251,7 +256,7 @@ class Asked:
         if isinstance(self.stored, StoreError):
             degraded += self._without_user(model, self.stored.reason)
         stored = UserState() if isinstance(self.stored, StoreError) else self.stored
-        return _encode(self.query, view, _usable(model, self.query, stored, degraded)), degraded
+        return _encode(self.query, view, _usable(model, self.query, stored, degraded), self.ts), degraded
 
     def note(self, model: Model, encoded: Encoded) -> None:
         """Tell the metrics what is about to be scored, and by which version."""
@@ -275,7 +280,11 @@ def _usable(model: Model, query: Query, stored: UserState, degraded: list[Degrad
     features, mistyped = model.bundle.encoder.usable("user", stored.features)
     if mistyped:
         degraded.append(Degraded("user", "stored_feature_mistyped", "missing_feature"))
-    return UserState(features, stored.ad_ids, stored.ts)
+    times = stored.ts
+    if model.bundle.encoder.schema.history_ages and query.history is None and not set(map(type, times)) <= {int, float}:
+        degraded.append(Degraded("history", "stored_times_mistyped", "unknown_ages"))
+        times = ()
+    return UserState(features, stored.ad_ids, times)
 
 
 def _check_bids(query: Query) -> None:
@@ -295,18 +304,18 @@ def _first_of_each(query: Query) -> list[int] | None:
     return list(first.values())
 
 
-def _request(query: Query, state: UserState, repeated: Sequence[int] | None) -> Request:
+def _request(query: Query, state: UserState, repeated: Sequence[int] | None, ts: float) -> Request:
     ad_ids, sent = query.ad_ids, query.sent
     if repeated is not None:
         ad_ids = [ad_ids[i] for i in repeated]
         sent = {row: sent[i] for row, i in enumerate(repeated) if i in sent}
-    history = state.ad_ids if query.history is None else query.history
-    return Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features)
+    history, times = (state.ad_ids, state.ts) if query.history is None else (query.history, query.history_ts)
+    return Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features, times, ts)
 
 
-def _encode(query: Query, view: View, state: UserState) -> Encoded:
+def _encode(query: Query, view: View, state: UserState, ts: float) -> Encoded:
     repeated = _first_of_each(query)
-    request = _request(query, state, repeated)
+    request = _request(query, state, repeated, ts)
     try:
         feeds, known = encode_request(view.table, request)
         view.renew()

@@ -95,11 +95,13 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None) -> 
         detail = f"{len(ad_ids)} candidates; at most {most} are ranked in one request"
         raise InvalidError(detail, [Mistake(("candidates",), detail)])
     user, options = request.user, request.options
+    history, times = (None, ()) if user.history is None else _in_time(user.history)
     deadline = None if options.deadline_ms is None else options.deadline_ms / 1000
     return Query(
         user_id=plain(user.id),
         user=user.features,
-        history=None if user.history is None else _in_time(user.history),
+        history=history,
+        history_ts=times,
         context=request.context,
         ad_ids=ad_ids,
         names=None if ad_ids is names else names,
@@ -151,14 +153,15 @@ def _bids(bids: Sequence[float | None] | None) -> Bids | None:
     return None if np.isnan(numbers).all() else numbers
 
 
-def _in_time(history: list[Behaviour]) -> Sequence[str]:
-    """Ad ids, oldest first: by their times, or as sent where none has a time."""
+def _in_time(history: list[Behaviour]) -> tuple[Sequence[str], Sequence[float]]:
+    """Ad ids, oldest first, by their times, and these beside them; as sent, and no times, where none has one."""
     times = [behaviour.ts for behaviour in history if behaviour.ts is not None]
     if times and len(times) < len(history):
         absent = next(i for i, behaviour in enumerate(history) if behaviour.ts is None)
         detail = "missing, though other behaviours have one: send all times, or none"
         raise InvalidError("the history has times for some behaviours only", [Mistake(("user", "history", absent, "ts"), detail)])
-    return plain_all([behaviour.ad_id for behaviour in sorted(history, key=lambda behaviour: behaviour.ts or 0)])
+    ordered = sorted(history, key=lambda behaviour: behaviour.ts or 0)
+    return plain_all([behaviour.ad_id for behaviour in ordered]), [behaviour.ts or 0 for behaviour in ordered] if times else ()
 
 
 def as_sent(ranking: Ranking, query: Query) -> Ranking:

@@ -164,7 +164,8 @@ class Bound:
         self._options.add_run_config_entry("gpu_graph_id", str(number))
         self._values = {}
         for entry in session.get_inputs():
-            size = (*axes[entry.name.partition("_")[0]], entry.shape[-1])
+            axis = axes[entry.name.partition("_")[0]]
+            size = (*axis, *entry.shape[len(axis) :])  # ages have no axis of columns
             self.inputs[entry.name] = np.zeros(size, TYPES[entry.type])
             self._values[entry.name] = ort.OrtValue.ortvalue_from_shape_and_type(size, TYPES[entry.type], device, 0)
             self._binding.bind_ortvalue_input(entry.name, self._values[entry.name])

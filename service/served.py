@@ -74,6 +74,7 @@ def served(made: Made, ts: float, most: int, with_tensors: bool) -> Served:
         policy=str(query.policy or "greedy"),
         tensors=_tensors(made, shown) if with_tensors else {},
         shown=min(len(shown), _said_shown(made)),
+        history_ts=encoder.newest_times(request.history, request.history_ts) if encoder.schema.history_ages else (),
     )
 
 
@@ -146,7 +147,7 @@ class ServedLog:
         elif self._waiting >= self._settings.log_queue or self._unmade_ads >= UNMADE_ADS or self._bytes >= QUEUE_BYTES or self._closing:
             self._count("dropped_queue")
         else:
-            self._unmade.append((made, time.time()))
+            self._unmade.append((made, made.encoded.request.ts))
             self._unmade_ads += _size(made)
             self._metrics.served_waiting = self._waiting
             if self._turn is None:

@@ -86,7 +86,7 @@ class Behaviour(Wire):
     ad_id: Id
     """Which."""
     ts: Annotated[int, Field(ge=0, le=2**53)] | None = None
-    """When, in seconds since 1970."""
+    """When, in seconds since 1970; a model that is given ages takes one without for older than all others."""
 
 
 class User(Wire):

@@ -32,6 +32,7 @@ TYPES: Mapping[str, pl.DataType] = {
     "known": pl.Boolean(),
     "revision": pl.UInt64(),
     "history_revisions": pl.List(pl.UInt64()),
+    "history_ts": pl.List(pl.Float64()),
     "conversion": pl.Int8(),
     "value": pl.Float64(),
     "click_ts": pl.Float64(),
@@ -82,6 +83,7 @@ def _rows(served: Served, encoder: Encoder, clicks: Container[tuple[str, str]]) 
         "user_id": served.user_id,
         "ts": served.ts,
         "history": list(served.history),
+        "history_ts": list(map(float, served.history_ts)) or None,
         "history_revisions": [revisions.get(ad_id, 0) for ad_id in served.history],
         "request_id": served.request_id,
         "model": served.model,
@@ -128,7 +130,8 @@ def _tensors(served: Served, encoder: Encoder) -> dict[str, np.ndarray[Any, Any]
     found = {}
     for name, data in served.tensors.items():
         part, width = encoder.tensors[name]
-        rows = np.frombuffer(data, np.int64 if name.endswith("_ids") else np.float32).reshape(-1, width)
+        rows = np.frombuffer(data, np.int64 if name.endswith("_ids") else np.float32)
+        rows = rows.reshape(-1, width) if width else rows
         found[name] = rows if part == "user" else rows[None]
     return found
 

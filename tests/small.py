@@ -129,9 +129,9 @@ def scrambled(built: torch.nn.Module, deviation: float = 0.5) -> torch.nn.Module
     return built.eval()
 
 
-def click(network: torch.nn.Module, user: Part, history: Part, ad: Part) -> torch.Tensor:
+def click(network: torch.nn.Module, user: Part, history: Part, ad: Part, ages: torch.Tensor | None = None) -> torch.Tensor:
     """Logits `(R, C)` of a click."""
-    logits: torch.Tensor = network(RequestTensors(user, history, ad))[CLICK]
+    logits: torch.Tensor = network(RequestTensors(user, history, ad, ages))[CLICK]
     return logits
 
 

@@ -52,7 +52,7 @@ def test_a_request_with_the_cells_of_a_row_encodes_as_the_row(tmp_path_factory: 
         sent = {0: {"price": price, "topics": [topic, "x"]}}
         request = Request(plain(user), {}, {"os": os}, plain_all(["0", past, "a2", "0"]), [f"a{i % 7}"], sent)
         feeds, _ = encode_request(ad_table(data, encoder), request)
-        user_part, history, ad = encoded.batch(np.array([i]))
+        user_part, history, ad, _ = encoded.batch(np.array([i]))
         assert feeds["user_ids"].tolist() == user_part.ids.tolist()
         assert feeds["ad_ids"].tolist() == ad.ids.tolist()
         assert feeds["ad_numbers"].tolist() == ad.numbers.tolist()

@@ -206,7 +206,7 @@ def counted(embeddings: Embeddings, train: Rows) -> np.ndarray[tuple[int], np.dt
 
 def used(embeddings: Embeddings, train: Rows, i: int) -> list[int]:
     found: list[int] = []
-    for name, part in zip(("user", "history", "ad"), train.batch(np.array([i])), strict=True):
+    for name, part in zip(("user", "history", "ad"), train.batch(np.array([i]))[:3], strict=True):
         whole = part if part.rows is None else Part(part.ids[part.rows], part.numbers[part.rows])
         found += [row for row in embeddings.table_rows(name, whole.ids).flatten().tolist() if row]
     return found

@@ -19,6 +19,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from features.ages import UNKNOWN_TIME
 from features.bundle import (
     CUDA_MODEL,
     GOLDENS,
@@ -33,7 +34,7 @@ from features.bundle import (
     publish,
 )
 from features.encode import Encoder, Features, Feeds
-from features.schema import Schema, Side
+from features.schema import AGES, Schema, Side
 
 from .calibrate import Calibration, as_sampled
 from .datasets.encoded import Rows, catalogue, encode_split
@@ -101,7 +102,7 @@ class Served(nn.Module):
             if ids is None:
                 ids = torch.zeros((*numbers.shape[:-1], 0), dtype=torch.int64)
             parts.append(Part(ids, numbers))
-        logits = self.network(RequestTensors(*parts))
+        logits = self.network(RequestTensors(parts[0], parts[1], parts[2], tensors.get(AGES)))
         p_click = torch.sigmoid(logits[CLICK] * self.scale + self.shift)
         found = [torch.sigmoid(logits[head] * c.scale + c.shift) for head, c in self.others.items()]
         if found and self.calibration.sampling:
@@ -160,6 +161,9 @@ def random_feeds(schema: Schema, sizes: dict[str, int], requests: int, behaviour
     axes = {"user": (requests,), "history": (requests, behaviours), "ad": (requests, candidates)}
     feeds: Feeds = {}
     for name, (part, width) in schema.tensors.items():
+        if name == AGES:
+            feeds[name] = np.exp2(random.uniform(0, 31, axes[part])).astype(np.float32)
+            continue
         shape = (*axes[part], width)
         if name.endswith("_numbers"):
             feeds[name] = random.standard_normal(shape).astype(np.float32)
@@ -207,7 +211,10 @@ def _cases(served: Served, sizes: dict[str, int]) -> Iterator[tuple[str, Feeds, 
     order = np.random.default_rng(1).permutation(33)
     permuted = {name: array[:, order] if name.startswith("ad_") else array for name, array in feeds.items()}
     yield "candidates permuted", permuted, tuple(p[:, order] for p in expected)
-    padded = {name: np.pad(array, ((0, 0), (0, 9), (0, 0))) if name.startswith("history_") else array for name, array in feeds.items()}
+    padded = {
+        name: np.pad(array, ((0, 0), (0, 9), (0, 0))[: array.ndim]) if name.startswith("history_") else array
+        for name, array in feeds.items()
+    }
     yield "padding added", padded, expected
     empty = {name: np.zeros_like(array) if name.startswith("history_") else array for name, array in feeds.items()}
     yield "an empty history", empty, all_scores(served, empty)
@@ -230,8 +237,17 @@ def make_goldens(data: Prepared, served: Served, encoder: Encoder) -> list[Golde
         user_row = _row(users, row, "user_id", user_id)
         user = {} if user_row is None else _features(user_row, encoder.schema, "user")
         golden = Golden(user_id, user, _features(row, encoder.schema, "context"), history, some_ads, features, [])
+        if encoder.schema.history_ages:
+            golden = replace(golden, history_ts=_times(row, len(history)), ts=float(row["ts"][0]))
         goldens.append(replace(golden, p_click=score(served, golden.feeds(encoder))[0].tolist()))
     return goldens
+
+
+def _times(row: pl.DataFrame, count: int) -> list[float]:
+    """When the behaviours of a row were, as far as it has so many."""
+    times = row["history_ts"][0]
+    known = [UNKNOWN_TIME if ts is None else float(ts) for ts in times] if times is not None else []
+    return known if len(known) == count else []
 
 
 def _row(table: pl.DataFrame | None, rows: pl.DataFrame, key: str, value: str) -> pl.DataFrame | None:

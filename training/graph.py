@@ -9,7 +9,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 from features.bundle import MODEL, Bundle, BundleError
 from features.encode import Block, Feeds
 from features.graph_file import GraphFileError, graph_facts
-from features.schema import Schema
+from features.schema import AGES, Schema
 
 from .datasets.encoded import Rows
 
@@ -71,8 +71,10 @@ def feeds_of(schema: Schema, rows: Rows, some: Array, ads: Block | None = None) 
     """The tensors of some rows: requests of their own ad, or of `ads (N, C, ...)`."""
     longest = max(1, int((rows.history[some] > 0).sum(1).max(initial=0)))
     own = rows.ad.take(some[:, None]) if ads is None else ads.take(some)
+    ages = {} if rows.ages is None else {AGES: np.ascontiguousarray(rows.ages[some][:, :longest])}
     blocks = {"user": rows.user.take(some), "history": rows.behaviours.take(rows.history[some][:, :longest]), "ad": own}
     return {
         name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)
-        for name, (part, _) in schema.tensors.items()
-    }
+        for name, (part, width) in schema.tensors.items()
+        if width
+    } | ages

@@ -70,7 +70,7 @@ def fields_of(bundle: Bundle) -> Iterator[str]:
 def dealt(rows: Rows, bundle: Bundle, field: str, order: Order) -> Rows:
     """The rows with the values of a field in another order."""
     if field == "history":
-        return replace(rows, history=rows.history[order])
+        return replace(rows, history=rows.history[order], ages=None if rows.ages is None else rows.ages[order])
     side = field.partition(".")[0]
     part = "ad" if side == "ad" else "user"
     block: Block = getattr(rows, part)

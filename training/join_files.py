@@ -55,6 +55,8 @@ CONVERSION_TYPES: Mapping[str, pl.DataType] = {
     "value": pl.Float64(),
     "window": pl.Float64(),
 }
+TIMES_TYPE: pl.DataType = pl.List(pl.Float64())
+"""Of `history_ts`, which stands beside `history` in a log whose schema has ages."""
 UNJOINED_TYPES: Mapping[str, pl.DataType] = {
     "outcome": pl.String(),
     "type": pl.String(),
@@ -110,6 +112,7 @@ class Columns:
 
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
+        self.rankings = {**RANKING_TYPES, **({"history_ts": TIMES_TYPE} if schema.history_ages else {})}
         self.fields: dict[Side, dict[str, tuple[int, Field]]] = {}
         sides: tuple[Side, Side, Side] = ("user", "context", "ad")
         for side in sides:
@@ -161,7 +164,7 @@ class Builder:
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
         self._rows: dict[str, list[Any]] = {name: [] for name in ROW_TYPES}
-        self._rankings: dict[str, list[Any]] = {name: [] for name in RANKING_TYPES}
+        self._rankings: dict[str, list[Any]] = {name: [] for name in columns.rankings}
         self._sides: dict[Side, list[list[Any]]] = {"user": [], "context": [], "ad": [[None] * len(columns.fields["ad"])]}
         self._ranking_of: list[int] = []
         self._ad_of: list[int] = []
@@ -204,8 +207,9 @@ class Builder:
             served.history,
             revisions,
             served.policy,
+            [float(ts) for ts in served.history_ts] if served.history_ts or not served.history else None,
         )
-        for column, value in zip(self._rankings.values(), values, strict=True):
+        for column, value in zip(self._rankings.values(), values, strict=False):  # the last is for logs with ages alone
             column.append(value)
         self._sides["user"].append(self._columns.values("user", served.user, self._troubles))
         self._sides["context"].append(self._columns.values("context", served.context, self._troubles))
@@ -268,7 +272,7 @@ class Builder:
 
     def content(self) -> Content:
         """What has been added, as frames."""
-        rankings = [pl.Series(name, values, RANKING_TYPES[name]) for name, values in self._rankings.items()]
+        rankings = [pl.Series(name, values, self._columns.rankings[name]) for name, values in self._rankings.items()]
         rankings += self._columns.series("user", self._sides["user"]) + self._columns.series("context", self._sides["context"])
         of_ranking = pl.DataFrame(rankings)[self._ranking_of]
         of_ad = [column.gather(self._ad_of) for column in self._columns.series("ad", self._sides["ad"])]

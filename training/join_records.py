@@ -38,6 +38,7 @@ def read_served(value: bytes) -> Served:
         and _are(int, positions)
         and len(positions) in (0, len(served.ad_ids))
         and (not positions or 0 < min(positions) <= max(positions) <= LAST_POSITION)
+        and set(map(type, served.history_ts)) <= {int, float}
         and 0 <= served.version < 2**63
         and 0 <= served.ts <= LATEST
     )

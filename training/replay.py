@@ -143,6 +143,7 @@ def _heads(rows: Rows, first: Array) -> Rows:
         user=rows.user.take(first),
         ad=rows.ad.take(first),
         history=rows.history[first],
+        ages=None if rows.ages is None else rows.ages[first],
     )
 
 

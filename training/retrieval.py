@@ -8,6 +8,8 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from features.schema import AGES
+
 from .networks.contract import Network, Part, RequestTensors
 
 AD_VECTORS, REQUEST_VECTOR = "ad_vectors.parquet", "request_vector.onnx"
@@ -48,5 +50,6 @@ class RequestVectors(nn.Module):
             if ids is None:
                 ids = torch.zeros((*numbers.shape[:-1], 0), dtype=torch.int64)
             parts.append(Part(ids, numbers))
-        vectors: Tensor = self.network.request_vectors(RequestTensors(*parts))  # type: ignore[operator]  # a `Network`, fused
+        request = RequestTensors(parts[0], parts[1], parts[2], tensors.get(AGES))
+        vectors: Tensor = self.network.request_vectors(request)  # type: ignore[operator]  # a `Network`, fused
         return vectors

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from features.bundle import GOLDEN_TOLERANCE, INT8_MODEL, INT8_TOLERANCE, MODEL, Bundle, BundleError, load_bundle
 from features.encode import AdTable, Block
-from features.schema import Slot
+from features.schema import AGES, Slot
 
 from .datasets.encoded import Rows, ad_table, encode_frames
 from .datasets.fields import check_fields
@@ -140,7 +140,7 @@ def find_skew(data: Log, models: Path, name: str | None = None, sample: int | No
 
 
 def _frames(data: Log, name: str | None) -> Iterator[pl.DataFrame]:
-    tensors = [f"tensors.{part}_{kind}" for part in ("user", "history", "ad") for kind in ("ids", "numbers")]
+    tensors = [f"tensors.{part}_{kind}" for part in ("user", "history", "ad") for kind in ("ids", "numbers")] + [f"tensors.{AGES}"]
     for frame in data.between(-np.inf, np.inf, (*MADE_BY, *tensors)):
         check_columns(frame, MADE_BY, data.folder)
         yield frame if name is None else frame.filter(pl.col("model") == name)
@@ -192,12 +192,19 @@ def _parts(rows: Rows, row: int) -> dict[str, Block]:
     """The parts of one row's request, each `(n, width)`: as many rows as behaviours, else one."""
     history = rows.history[row]
     past = rows.behaviours.take(history[: max(1, int((history > 0).sum()))])
-    return {"user": rows.user.take([row]), "history": past, "ad": rows.ad.take([row])}
+    parts = {"user": rows.user.take([row]), "history": past, "ad": rows.ad.take([row])}
+    if rows.ages is not None:
+        parts[AGES] = Block(np.zeros((len(past), 0), np.int64), rows.ages[row, : len(past), None])
+    return parts
 
 
 def _compare_row(skew: Skew, checker: Checker, logged: Mapping[str, list[float]], parts: Mapping[str, Block]) -> None:
     schema = checker.bundle.schema
     for name, (part, width) in schema.tensors.items():
+        if name == AGES:
+            told = np.array(logged[AGES], np.float32)[:, None] if AGES in logged else None
+            skew.fields.setdefault("history_ts", FieldSkew()).see("history", told, parts[AGES].numbers, secret=False)
+            continue
         is_ids = name.endswith("_ids")
         ours = parts[part].ids if is_ids else parts[part].numbers
         theirs = np.array(logged.get(name, []), ours.dtype)

@@ -41,7 +41,7 @@ class Hiding:
         """The tensors of some rows, as `Rows.batch` gives them, with values hidden; after them their twins, the T with an unknown ad
         and then the T with any ad. And the `(T,)` positions of those that have twins.
         """
-        user, history, ad = self.rows.batch(chosen)
+        user, history, ad, ages = self.rows.batch(chosen)
         for part in (user, history, ad) if self.rate else ():
             ids = part.ids.numpy()
             ids[self._drawn(ids.shape) & (ids > PADDING)] = UNKNOWN
@@ -58,7 +58,10 @@ class Hiding:
         some = self._any_ads(len(twins))
         blocks = ((ad.ids, nothing.ids, some.ids), (ad.numbers, nothing.numbers, some.numbers))
         ad = Part(*(torch.cat([a, torch.from_numpy(b).expand(len(twins), 1, -1), torch.from_numpy(c)]) for a, b, c in blocks))
-        return RequestTensors(user, history._replace(rows=torch.cat([history.rows, history.rows[both]])), ad), twins
+        if ages is not None:
+            ages[hidden] = 0
+            ages = torch.cat([ages, ages[both]])
+        return RequestTensors(user, history._replace(rows=torch.cat([history.rows, history.rows[both]])), ad, ages), twins
 
     def _history(self, history: Part, hidden: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Part:
         """Behaviours on ads that nobody knows, and no behaviour of the users that are hidden."""
@@ -85,12 +88,12 @@ class Hiding:
         optimiser = torch.optim.Adam([weight for weight, _ in found], lr=SETTLING_RATE)
         for step in range(SETTLING_STEPS):
             optimiser.param_groups[0]["lr"] = SETTLING_RATE * (1 - step / SETTLING_STEPS)
-            user, history, _ = self.rows.batch(self.random.integers(0, len(self.rows), SETTLING_ROWS))
+            user, history, _, ages = self.rows.batch(self.random.integers(0, len(self.rows), SETTLING_ROWS))
             any_ad = self._any_ads(SETTLING_ROWS)
             one = self.rows.strangers.ad.take(np.zeros((SETTLING_ROWS, 1), np.int64))
             pairs = ((one.ids, any_ad.ids), (one.numbers, any_ad.numbers))
             both = Part(*(torch.from_numpy(np.hstack(pair)) for pair in pairs))
-            unknown, known = network(RequestTensors(user, history, both))[CLICK].unbind(1)
+            unknown, known = network(RequestTensors(user, history, both, ages))[CLICK].unbind(1)
             optimiser.zero_grad()
             (unknown - known.detach()).abs().mean().backward()
             for weight, rows in found:

@@ -64,7 +64,7 @@ def prepare(source: Path, out: Path, schema_file: Path, progress: Progress = sil
 
         def frame(rows: range) -> pl.DataFrame:
             part = order[rows.start : rows.stop]
-            return log[part].with_columns(history=past.histories(part)) if past else log[part]
+            return log[part].with_columns(**past.columns(part)) if past else log[part]
 
         write_tables(folder, schema, _last(log, "ad"), _last(log, "user"), settings.negative_sampling or 1.0)
         if past:

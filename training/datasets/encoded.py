@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from features.ages import UNKNOWN_TIME, ages_of
 from features.encode import IDENTITIES, AdTable, Block, Encoder
 from features.schema import Field, Schema, Side
 from features.vocabulary import UNKNOWN, HashBuckets, Ids, Moments, Vocabularies, Vocabulary
@@ -52,7 +53,7 @@ class Rows:
     """One split, encoded: N rows, each a request with one candidate.
 
     `labels (N,)` float32; `users (N,)` a number a user, for per-user metrics; a row of nobody has one of its own; `user` and `ad` blocks;
-    `history (N, T)` rows of `table`, oldest first, padded with 0 at the end.
+    `history (N, T)` rows of `table`, oldest first, padded with 0 at the end, and `ages (N, T)` beside it.
     """
 
     labels: np.ndarray[Any, np.dtype[np.float32]]
@@ -68,6 +69,8 @@ class Rows:
     """What else came of the rows `(N,)`, by head: 0, 1, or NaN where that is not known."""
     weight: Outcome | None = None
     """How much each row weighs in training `(N,)`; None: 1."""
+    ages: Outcome | None = None
+    """How old the behaviours of `history` were `(N, T)`, in seconds, 0 where there is padding; None: the schema has no ages."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,7 +80,8 @@ class Rows:
         outcomes = {head: labels[rows] for head, labels in self.outcomes.items()}
         weight = None if self.weight is None else self.weight[rows]
         own = (self.labels[rows], self.users[rows], self.user.take(rows), self.ad.take(rows), self.history[rows])
-        return Rows(*own, self.behaviours, self.strangers, self.catalogue, outcomes, weight)
+        ages = None if self.ages is None else self.ages[rows]
+        return Rows(*own, self.behaviours, self.strangers, self.catalogue, outcomes, weight, ages)
 
     @property
     def ads(self) -> Part:
@@ -108,7 +112,8 @@ class Rows:
         longest = max(1, int((history > 0).sum(1).max(initial=0)))
         distinct, at = np.unique(history[:, :longest], return_inverse=True)
         past = _part(self.behaviours.take(distinct))._replace(rows=torch.from_numpy(at.reshape(len(rows), longest)))
-        return RequestTensors(_part(self.user.take(rows)), past, _part(self.ad.take(rows[:, None])))
+        ages = None if self.ages is None else torch.from_numpy(self.ages[rows][:, :longest])
+        return RequestTensors(_part(self.user.take(rows)), past, _part(self.ad.take(rows[:, None])), ages)
 
 
 def _part(block: Block) -> Part:
@@ -241,6 +246,7 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
     parts: dict[str, list[Block]] = {"user": [encoder.encode("user", {}, 0).beside(encoder.encode("context", {}, 0))], "ad": []}
     parts["ad"].append(encoder.encode("ad", {}, 0))
     history = [np.zeros((0, max(schema.history_length, 1)), np.int32)]
+    ages = [np.zeros((0, schema.history_length), np.float32)]
     outcomes, weights = {head: list[Outcome]() for head in heads}, list[pl.Series]()
     for frame in frames:
         labels.append(frame["label"].to_numpy().astype(np.float32))
@@ -253,15 +259,17 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
         parts["user"].append(user.beside(context))
         parts["ad"].append(_served_ads(frame, encoder) if isinstance(data, Log) else _encode_ads(frame, data, encoder, table))
         history.append(_history(frame, data, table))
+        if schema.history_ages:
+            ages.append(_ages(frame, data))
     numbers = _user_numbers(pl.concat(names))
     user, ad = _stack(parts["user"]), _stack(parts["ad"])
     past = encoder.history_of(table.block)
     known = np.flatnonzero(table.active(np.arange(len(table.block))))
     catalogue = table.block.take(known) if len(known) else ad.take(np.unique(ad.ids, axis=0, return_index=True)[1])
     whole_labels, known_outcomes = np.concatenate(labels), {head: np.concatenate(found) for head, found in outcomes.items()}
-    return Rows(
-        whole_labels, numbers, user, ad, np.concatenate(history), past, Strangers.of(encoder), catalogue, known_outcomes, _weight(weights)
-    )
+    rows, strangers, weight = np.concatenate(history), Strangers.of(encoder), _weight(weights)
+    whole_ages = np.concatenate(ages) if schema.history_ages else None
+    return Rows(whole_labels, numbers, user, ad, rows, past, strangers, catalogue, known_outcomes, weight, whole_ages)
 
 
 def outcome_of(frame: pl.DataFrame, head: str, data: Prepared) -> Outcome:
@@ -334,6 +342,21 @@ def _history(frame: pl.DataFrame, data: Prepared, table: AdTable) -> np.ndarray[
             keys = versions_of(keys, frame["history_revisions"].list.tail(width).explode().drop_nulls())
         padded[np.arange(width) < lengths[:, None]] = ad_rows(keys, data, table)
     return padded
+
+
+def _ages(frame: pl.DataFrame, data: Prepared) -> Outcome:
+    """The ages `(N, T)` of the behaviours that `_history` keeps, oldest first, 0 where there is padding."""
+    width, padding = data.schema.history_length, () if isinstance(data, Log) else data.schema.history_padding
+    unknown = pl.col("history").list.eval(pl.element().is_null().cast(pl.Float64) * UNKNOWN_TIME)
+    times = pl.col("history_ts").cast(pl.List(pl.Float64)).fill_null(unknown)
+    pairs = frame.select(pl.int_range(pl.len()).alias("row"), "history", times)
+    behaviours = pairs.explode("history", "history_ts").filter(pl.col("history").is_not_null(), ~pl.col("history").is_in(list(padding)))
+    kept = behaviours.group_by("row", maintain_order=True).agg(pl.col("history_ts").fill_null(UNKNOWN_TIME).tail(width))
+    newest = pairs.select("row").join(kept, on="row", how="left", maintain_order="left")["history_ts"].fill_null([])
+    behaved = np.arange(width) < newest.list.len().to_numpy().astype(np.int64)[:, None]
+    ts = np.full((len(frame), width), UNKNOWN_TIME)
+    ts[behaved] = newest.explode().drop_nulls().to_numpy()
+    return np.where(behaved, ages_of(frame["ts"].to_numpy()[:, None], ts), np.float32(0))
 
 
 def ad_rows(keys: pl.Series, data: Prepared, table: AdTable) -> Ids:

@@ -32,6 +32,7 @@ def _absent(data: Prepared, schema: Schema, files: Collection[Path]) -> Iterator
             yield from (name for name in fields if name not in present and (inline or name not in table))
         if schema.history_length and "history" not in present:
             yield "history"
+        yield from (name for name in ("ts", "history_ts") if schema.history_ages and name not in present)
     if schema.history_length:
         known = table_columns(data, "ad")
         yield from (f"{field.path} of behaviours" for field in schema.history[1:] if field.path not in known)

@@ -33,6 +33,12 @@ class Past:
         """The ads of the rows' pasts, oldest first, as List(String)."""
         return self._lists("ad_id", *self._behaviours(self._users[rows], self._before[rows]))
 
+    def columns(self, rows: Ids | slice) -> dict[str, pl.Series]:
+        """The columns of the rows' pasts: `history` and, if the log has times, `history_ts`, when each behaviour was."""
+        past = self._behaviours(self._users[rows], self._before[rows])
+        times = {"history_ts": self._lists("ts", *past)} if "ts" in self._log.columns else {}
+        return {"history": self._lists("ad_id", *past), **times}
+
     def after(self) -> pl.DataFrame:
         """Each user's history after the whole log, with times if the log has them: the table `histories.parquet`."""
         last = self._log.select("user_id").with_row_index("row").unique("user_id", keep="last").filter(pl.col("user_id") != "").sort("row")

@@ -146,7 +146,8 @@ class Log(Prepared):
     def _read(self, path: Path, begin: float, end: float, more: Sequence[str]) -> pl.DataFrame:
         present = set(columns_of(path))
         converted = CONVERTED if any(name in CONVERTED for name in more) else ()
-        wanted = dict.fromkeys((*COLUMNS, *(field.path for field in self.schema.fields), *more, *converted))
+        times = ("history_ts",) if self.schema.history_ages else ()
+        wanted = dict.fromkeys((*COLUMNS, *times, *(field.path for field in self.schema.fields), *more, *converted))
         frame = read_parquet(path, [name for name in wanted if name in present])
         check_rows(frame, self.schema, path)
         check_columns(frame, {"known": pl.Boolean(), "history": pl.List(pl.String()), "history_revisions": REVISIONS}, path)

@@ -51,7 +51,7 @@ def prepare(source: Path, out: Path, progress: Progress = silent) -> dict[str, i
 
         def frame(rows: range) -> pl.DataFrame:
             part = slice(rows.start, rows.stop)
-            return log[part].with_columns(history=past.histories(part))
+            return log[part].with_columns(**past.columns(part))
 
         write_tables(folder, SCHEMA, ads, users)
         write_table(folder, "histories", past.after())

@@ -8,6 +8,8 @@ Columns of a split, values raw (encoding happens in `features/` when a model is 
     user_id   String        ad_id String
     ts        Int64         seconds since 1970; optional
     history   List(String)  ad ids of the behaviours before the row, oldest first; where the schema has a history
+    history_ts List(Int64)  when these behaviours were, in seconds since 1970, null where that is not known (it counts as 1970 then);
+                            in a log List(Float64); needed, as `ts` is, where the schema has `[history] ages`
     weight    Float64       what the row weighs in training, at least 0; optional
     conversion, or another name: Int8  0, 1 or null, the labels of a further head, where one is trained (`--set heads=click-conversion`)
     user.X, context.X, ad.X: String (category), List(String) (list) or Float64 (number); null is missing
@@ -43,7 +45,7 @@ SHARES = (0.8, 0.1, 0.1)
 ROWS_PER_FILE = 100_000
 DTYPES: dict[str, pl.DataType] = {"category": pl.String(), "list": pl.List(pl.String()), "number": pl.Float64()}
 
-COLUMNS = ("label", "user_id", "ad_id", "ts", "history", "weight", "click")
+COLUMNS = ("label", "user_id", "ad_id", "ts", "history", "history_ts", "weight", "click")
 """Names that no further head of a network can have: its labels are in a column of its name."""
 HEAD = re.compile(r"[a-z][a-z0-9_]{0,40}")
 
@@ -242,6 +244,8 @@ def check_rows(frame: pl.DataFrame, schema: Schema, path: Path) -> None:
     check_columns(frame, {"label": pl.Int8(), "user_id": pl.String(), "ad_id": pl.String()}, path)
     if schema.history_length:
         check_columns(frame, {"history": pl.List(pl.String())}, path)
+    if schema.history_ages:
+        _check_times(frame, path)
     check_columns(frame, {f.path: DTYPES[f.kind] for f in schema.fields if f.path in frame.columns}, path)
     for f in schema.fields:
         if f.kind == "number" and f.path in frame.columns and (frame[f.path].fill_nan(None).abs() > FLOAT32_MAX).any():
@@ -253,6 +257,19 @@ def check_rows(frame: pl.DataFrame, schema: Schema, path: Path) -> None:
     bad = frame.filter(pl.col("label").is_null() | ~pl.col("label").is_in([0, 1]))
     if len(bad):
         raise DataError(f"{path}: {len(bad)} labels are not 0 or 1, the first is {bad['label'][0]}")
+
+
+def _check_times(frame: pl.DataFrame, path: Path) -> None:
+    """Check the times that ages are made of; that they are there has been checked, see `fields.py`."""
+    if not {"ts", "history_ts"} <= set(frame.columns):
+        return
+    if not frame.schema["ts"].is_numeric() or frame["ts"].has_nulls():
+        raise DataError(f"{path}: column ts has gaps or is no number, and the ages of behaviours are counted from it")
+    if frame.schema.get("history_ts") != pl.List(pl.Float64()):  # as a log has them
+        check_columns(frame, {"history_ts": pl.List(pl.Int64())}, path)
+    told = frame.filter(pl.col("history_ts").is_not_null())
+    if (told["history"].fill_null([]).list.len() != told["history_ts"].list.len()).any():
+        raise DataError(f"{path}: history and history_ts differ in length")
 
 
 def check_columns(frame: pl.DataFrame, columns: Mapping[str, pl.DataType], path: Path) -> None:

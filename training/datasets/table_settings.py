@@ -183,6 +183,8 @@ def _misfits(schema: Schema, settings: TableSettings) -> list[str]:
             mistakes.append(f'{name} = "" says that the table has none, but {side}.{name} is a field')
     if settings.history and not schema.history_length:
         mistakes.append("history names a column, but the schema has no [history]")
+    if schema.history_ages and (settings.history or not settings.ts):
+        mistakes.append("[history] has ages, which need times: name ts, and leave history out so that it is built from the rows")
     if settings.padding and not settings.history:
         mistakes.append('padding is what fills a column of histories up: name that too, history = "column"')
     if schema.history_length and not settings.ad_id:

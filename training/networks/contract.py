@@ -57,6 +57,8 @@ class RequestTensors(NamedTuple):
     user: Part
     history: Part
     ad: Part
+    ages: Tensor | None = None
+    """How old the behaviours are `(R, T)`, in seconds, 0 where there is padding; None where the schema has no ages."""
 
     def parts(self) -> dict[str, Part]:
         """The parts by name."""
@@ -64,7 +66,8 @@ class RequestTensors(NamedTuple):
 
     def first(self, requests: int) -> "RequestTensors":
         """The first requests."""
-        return RequestTensors(self.user.first(requests), self.history.first(requests), self.ad.first(requests))
+        ages = None if self.ages is None else self.ages[:requests]
+        return RequestTensors(self.user.first(requests), self.history.first(requests), self.ad.first(requests), ages)
 
 
 class Labels(NamedTuple):
@@ -81,11 +84,13 @@ class Fields(NamedTuple):
     sizes: Mapping[str, int]
     heads: tuple[str, ...] = (CLICK,)
     """The outcomes that the rows have labels for."""
+    ages: bool = False
+    """Whether requests have the ages of behaviours."""
 
     @classmethod
     def of(cls, schema: Schema, vocabularies: Vocabularies, heads: tuple[str, ...] = (CLICK,)) -> "Fields":
         """The fields of a schema whose vocabularies have been learned."""
-        return cls(schema.layouts, {name: v.size for name, v in vocabularies.categories.items()}, heads)
+        return cls(schema.layouts, {name: v.size for name, v in vocabularies.categories.items()}, heads, schema.history_ages)
 
     def only(self, names: Mapping[str, Collection[str]]) -> "Fields":
         """Those of some names by part, and their vocabularies. Their columns stay where they are in a request."""
