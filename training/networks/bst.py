@@ -1,7 +1,8 @@
 """Behaviour Sequence Transformer: behaviours and the candidate in one sequence (Chen et al. 2019, https://arxiv.org/abs/1905.06874).
 
-An item of the sequence is its fields' vectors, each once, beside the vector of its position: 0 is the candidate, 1 the behaviour
-before it, and so on. Fields that a behaviour does not have join the MLP beside the user's.
+An item of the sequence is its fields' vectors, each once, beside the vector of its position. That is its age, as in the paper (eq. 1),
+in buckets of powers of two (`ages.py`) where requests have ages; else its order from the end: 1 is the last behaviour, 2 the one
+before it. The candidate has a vector of its own. Fields that a behaviour does not have join the MLP beside the user's.
 
 Deliberately different: behaviours do not look at the candidate, which came after them, so that they are transformed once a request;
 of the last layer only the candidate's place goes to the MLP, so that T is free. With one layer, the paper's best, that place is
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .ages import Ages
 from .contract import CLICK, Fields, Network, RequestTensors
 from .embeddings import Embeddings
 from .layers import Tower
@@ -30,7 +32,7 @@ class BSTSettings:
     attention_heads: int = 4
     """Heads of each layer; they share a behaviour's width, the vectors of its fields and its position side by side."""
     positions: int = 64
-    """How many positions have a vector of their own; what is further back shares the last."""
+    """How many positions have a vector of their own, the candidate's among them; what is further back shares the last. Ages need none."""
     hidden: tuple[int, ...] = (200, 80)
     """Widths of the MLP's layers."""
     dropout: float = 0.1
@@ -93,8 +95,9 @@ class BST(Network):
             )
         self.rest = [field for field in range(fields.count("ad")) if field not in self.shared]
         self.embed = Embeddings(fields, embedding)
-        self.position = nn.Embedding(settings.positions, embedding)
+        self.position = nn.Embedding(1 if fields.ages else settings.positions, embedding)
         nn.init.normal_(self.position.weight, std=1e-2)
+        self.ages = Ages(embedding) if fields.ages else None
         self.layers = nn.ModuleList(TransformerLayer(width, settings.attention_heads, settings.dropout) for _ in range(settings.layers))
         candidate = width + len(self.rest) * embedding
         self.tower = Tower(fields.count("user") * embedding, candidate, settings.hidden, settings.dropout, norm="dice")
@@ -107,7 +110,7 @@ class BST(Network):
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""
         mask, ads = request.history.behaviours(), self.embed("ad", request.ad)  # (R, T), (R, C, F, D)
-        past = torch.cat([self.embed("history", request.history).flatten(2), self.position(self.places(mask))], dim=-1)
+        past = torch.cat([self.embed("history", request.history).flatten(2), self.positions(request, mask)], dim=-1)
         place = self.position.weight[0].expand(*ads.shape[:2], -1)
         candidate = torch.cat([ads[:, :, self.shared].flatten(2), place], dim=-1)
         for number, layer in enumerate(self.layers, start=1):
@@ -116,6 +119,11 @@ class BST(Network):
                 past = layer(past, past, mask, itself=False)
         user = self.embed("user", request.user).flatten(1) if "user" in self.embed else ads.new_zeros((len(ads), 0))
         return {CLICK: self.tower(user, torch.cat([candidate, ads[:, :, self.rest].flatten(2)], dim=-1))}
+
+    def positions(self, request: RequestTensors, mask: Tensor) -> Tensor:
+        """The vectors of the behaviours' positions `(R, T, D)`."""
+        vectors: Tensor = self.position(self.places(mask)) if self.ages is None else self.ages(request.ages)
+        return vectors
 
     def places(self, mask: Tensor) -> Tensor:
         """The positions `(R, T)` of behaviours, counted from the last of those that `mask (R, T)` tells from padding."""

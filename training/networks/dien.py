@@ -3,6 +3,9 @@
 A GRU makes of each behaviour the interest behind it, taught by what the user does next (the auxiliary loss). An AUGRU then follows the
 interests that a candidate attends to. The GRU runs once a request, the AUGRU once a candidate.
 
+Where requests have ages, the GRU is given each behaviour beside the vector of its age, in buckets of powers of two (`ages.py`), and so
+the candidate's interests fade with time and not with steps alone. The paper has none.
+
 Deliberately different: where the authors' program scores an interest and a behaviour by an MLP, this is the paper's inner product;
 a negative that happens to be what the user did next is left out; the MLP's input is normalised, as in our DIN.
 """
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .ages import Ages
 from .contract import CLICK, Fields, Labels, Network, Outputs, Part, RequestTensors
 from .embeddings import Embeddings
 from .layers import Tower
@@ -63,7 +67,8 @@ class DIEN(Network):
         fields.require_history("dien follows a user's behaviours")
         width, candidate = fields.count("history") * settings.embedding, fields.count("ad") * settings.embedding
         self.embed = Embeddings(fields, settings.embedding)
-        self.extract = GRU(width, width)
+        self.ages = Ages(settings.embedding) if fields.ages else None
+        self.extract = GRU(width + settings.embedding * fields.ages, width)
         self.attention = Attention(width, candidate)
         self.evolve = AUGRU(width, width)
         self.tower = Tower(fields.count("user") * settings.embedding, width + candidate, settings.hidden, settings.dropout, norm="dice")
@@ -85,7 +90,7 @@ class DIEN(Network):
         behaviours = self.embed("history", request.history).flatten(2)  # (R, T, H)
         ads = self.embed("ad", request.ad).flatten(2)  # (R, C, A)
         user = self.embed("user", request.user).flatten(1) if "user" in self.embed else ads.new_zeros((len(ads), 0))
-        interests = self.extract(behaviours)
+        interests = self.extract(behaviours if self.ages is None else torch.cat([behaviours, self.ages(request.ages)], dim=-1))
         evolved = self.evolve(interests, self.attention(interests, ads, request.history.behaviours()))  # (R, C, H)
         logits = self.tower(user, torch.cat([evolved, ads], dim=-1))
         return {CLICK: logits, INTERESTS: interests, BEHAVIOURS: behaviours} if self.training else {CLICK: logits}
