@@ -31,8 +31,8 @@ pytestmark = pytest.mark.usefixtures("traced_export")
         (1, 32, 3e-3, 4000),
         (1_600, 32, 3e-3, 80),
         (6_470, 128, 3e-3, 80),
-        (25_600, 512, 1e-3, 40),
-        (64_000, 1024, 1e-3, 33),
+        (25_600, 512, 1e-3, 80),
+        (64_000, 1024, 1e-3, 66),
         (640_000, 2048, 1e-3, 30),
     ],
 )
@@ -40,7 +40,7 @@ def test_what_is_left_open_follows_the_rows(rows: int, batch: int, rate: float, 
     settled = TrainSettings().for_rows(rows)
     assert (settled.batch, settled.learning_rate, settled.epochs) == (batch, rate, epochs)
     assert settled.for_rows(rows) == settled
-    assert (settled.first_l2, settled.open) == ((1 / rows, []) if rows < 20_000 else (0.0, ["first_l2"]))
+    assert (settled.first_l2, settled.open) == ((1 / rows, []) if rows < 100_000 else (0.0, ["first_l2"]))
 
 
 def test_what_is_given_stays_and_the_rate_follows_the_batch() -> None:
@@ -73,11 +73,11 @@ def test_settings_are_told_and_recorded_and_chosen_anew(tmp_path: Path) -> None:
         data, "deepfm", tmp_path / "models", "m", given, Progress(console=Console(file=said, width=300), disable=True)
     )
     line = "batch 32 (for 300 rows), learning rate 0.003, at most 1 epochs, patience 2 after 1,000 steps, unknown rate 0.01"
-    assert f"{line}, first order first below 20,000 rows, its decay 0.0033" in said.getvalue()
+    assert f"{line}, first order first below 100,000 rows, its decay 0.0033" in said.getvalue()
     recorded = json.loads((path / "manifest.json").read_text())["settings"]
     assert (recorded["batch"], recorded["learning_rate"], recorded["epochs"]) == (32, 3e-3, 1)
     assert recorded["by_data"] == ["batch", "learning_rate", "first_l2"]
-    assert (recorded["flat_below"], recorded["first_l2"]) == (20_000, 1 / 300)
+    assert (recorded["flat_below"], recorded["first_l2"]) == (100_000, 1 / 300)
     loop = settings_of(load_bundle(path))[1]
     assert (loop.batch, loop.learning_rate, loop.first_l2, loop.epochs) == (0, 0.0, 0.0, 1)
 

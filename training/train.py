@@ -64,7 +64,7 @@ class TrainSettings:
     """Epochs without gain in a row that end the training."""
     least_steps: int = 1000
     """Steps before `patience` counts and the learning rate falls: a small log's epoch is a few."""
-    flat_below: int = 20_000
+    flat_below: int = 100_000
     """On fewer rows than this a network that has a first order, and is trained from scratch, learns that alone until valid stops gaining,
     as a regression would, and then all of itself; 0: all learns at once."""
     first_l2: float = 0.0
