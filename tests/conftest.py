@@ -98,12 +98,13 @@ class Server:
 def traced_export() -> Iterator[None]:
     """For tests that need a trained bundle and are not about its graph: `pytestmark = pytest.mark.usefixtures("traced_export")`.
 
-    torch's exporter takes seconds a graph, and its older tracer a fraction of one. Each graph is compared with torch as ever.
+    torch's exporter takes seconds a graph, and its older tracer a fraction of one. Each graph is compared with torch, of fewer sizes.
     """
     import small  # noqa: PLC0415  # tests of the service know nothing of torch
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("training.export.to_onnx", small.traced)
+        patched.setattr("training.export.SIZES", (1, 7))
         yield
 
 
