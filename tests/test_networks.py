@@ -140,7 +140,7 @@ def test_a_fused_network_gives_the_same_logits(family: str, settings: dict[str, 
         assert torch.allclose(small.click(fused(network), *parts), small.click(network, *parts), **CLOSE)
 
 
-@pytest.mark.parametrize("family", NETWORKS)
+@pytest.mark.parametrize("family", sorted(set(NETWORKS) - {"deepfm", "din"}))  # which test_export exports
 def test_an_exported_network_gives_what_torch_gives(family: str) -> None:
     network = small.network(family)
     others = {head: Calibration(0.5, 0.1) for head in network.heads if head != CLICK}
