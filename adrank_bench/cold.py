@@ -20,12 +20,12 @@ def exposures(data: Prepared, split: str = "test") -> dict[str, Groups]:
     Raises:
         DataError: a split cannot be read.
     """
+    train, rows = (pl.concat([frame.select("ad_id", "user_id") for frame in data.frames(each)]) for each in ("train", split))
     found = {}
     for side in ("ad", "user"):
         key = f"{side}_id"
-        counts = pl.concat([frame.select(key) for frame in data.frames("train")])[key].value_counts(name="seen")
-        rows = pl.concat([frame.select(key) for frame in data.frames(split)]).join(counts, on=key, how="left", maintain_order="left")
-        found[side] = rows["seen"].fill_null(0).cast(pl.Int64).to_numpy()
+        seen = rows.join(train[key].value_counts(name="seen"), on=key, how="left", maintain_order="left")["seen"]
+        found[side] = seen.fill_null(0).cast(pl.Int64).to_numpy()
     return found
 
 

@@ -34,7 +34,7 @@ from training.export import export, random_feeds, score, scores_of, to_onnx
 from training.graph import feeds_of
 from training.join_files import NOTHING, Builder, Columns
 from training.networks import NETWORKS
-from training.networks.ages import BUCKETS, Ages
+from training.networks.ages import BUCKETS, AgeVectors
 from training.networks.contract import Fields, Network, RequestTensors
 from training.skew import find_skew
 
@@ -54,7 +54,7 @@ def request(requests: int = 3, candidates: int = 5) -> RequestTensors:
 
 
 def test_ages_fall_into_buckets_of_powers_of_two() -> None:
-    block = Ages(3)
+    block = AgeVectors(3)
     ages = torch.tensor([[0, 0.5, 1, 1.9, 2, 3, 4, 3600, 2**29, 2**30, 1.8e9]])
     assert block.buckets(ages)[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 12, 30, 31, 31]
     assert torch.equal(block(ages)[0, 7], block.table.weight[12])

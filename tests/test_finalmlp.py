@@ -6,7 +6,7 @@ from torch import Tensor
 from tests.test_dcn import mlp
 from tests.test_deepfm import vectors
 from tests.test_networks import ONLY_ADS, SCHEMAS
-from training.networks.finalmlp import BilinearFusion, FinalMLP, Gate
+from training.networks.finalmlp import BilinearFusion, FeatureGate, FinalMLP
 
 
 def test_fusion_is_two_linear_parts_and_a_bilinear_product_a_head() -> None:
@@ -37,7 +37,7 @@ def test_one_head_meets_all_pairs_and_two_heads_only_their_own() -> None:
             assert torch.allclose(fusion(first, second), expected, atol=1e-5)
 
 
-def literal_gate(gate: Gate | None, context: Tensor, width: int) -> Tensor:
+def literal_gate(gate: FeatureGate | None, context: Tensor, width: int) -> Tensor:
     """The factors `(width,)` for one context `(N,)`."""
     if gate is None:
         return torch.ones(width)

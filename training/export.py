@@ -44,7 +44,7 @@ from .drift import REFERENCE, make_reference
 from .evaluate import Metrics, measure
 from .graph import chunks, feeds_of, open_graph
 from .networks import NETWORKS
-from .networks.contract import CLICK, Part, RequestTensors
+from .networks.contract import CLICK, RequestTensors
 from .networks.fuse import TILE, fused, is_tiled
 from .quantise import moved, quantised, refusal
 from .retrieval import AD_VECTORS, REQUEST_VECTOR, RequestVectors, ad_vectors
@@ -93,16 +93,7 @@ class Served(nn.Module):
         Of what comes after a click a sampled log keeps all, so p(head given click) is the same there: p(head) is as far from
         what the log says as p(click) is.
         """
-        some = tensors["ad_ids" if "ad_ids" in tensors else "ad_numbers"]
-        parts = []
-        for part, shape in (("user", some.shape[:1]), ("history", (*some.shape[:1], 1)), ("ad", some.shape[:2])):
-            ids, numbers = tensors.get(f"{part}_ids"), tensors.get(f"{part}_numbers")
-            if numbers is None:
-                numbers = torch.zeros((*(shape if ids is None else ids.shape[:-1]), 0))
-            if ids is None:
-                ids = torch.zeros((*numbers.shape[:-1], 0), dtype=torch.int64)
-            parts.append(Part(ids, numbers))
-        logits = self.network(RequestTensors(parts[0], parts[1], parts[2], tensors.get(AGES)))
+        logits = self.network(RequestTensors.of(tensors))
         p_click = torch.sigmoid(logits[CLICK] * self.scale + self.shift)
         found = [torch.sigmoid(logits[head] * c.scale + c.shift) for head, c in self.others.items()]
         if found and self.calibration.sampling:
@@ -113,9 +104,7 @@ class Served(nn.Module):
 
 def score(served: Served, feeds: Feeds) -> np.ndarray[Any, np.dtype[np.float32]]:
     """What torch says to a request's tensors: p(click) `(R, C)`."""
-    with torch.no_grad():
-        result: np.ndarray[Any, np.dtype[np.float32]] = served({name: torch.from_numpy(a) for name, a in feeds.items()})[0].numpy()
-        return result
+    return all_scores(served, feeds)[0]
 
 
 def to_onnx(served: Served, tile: int | None = TILE) -> bytes:
@@ -328,9 +317,11 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
 
 def _retrieval(data: Prepared, trained: Trained, sizes: dict[str, int]) -> dict[str, bytes]:
     """The vectors of the data set's ads and the graph that gives a request's, where the network has such."""
-    ads = catalogue(data, trained.encoder)
-    table = ad_vectors(trained.network, *ads) if ads else None
-    if table is None:
+    ads = catalogue(data, trained.encoder) if trained.network.retrieves else None  # encoded anew: not for networks without vectors
+    if ads is None:
+        return {}
+    table = ad_vectors(trained.network, *ads)
+    if table is None:  # of no ads
         return {}
     schema, module = trained.encoder.schema, RequestVectors(fused(trained.network)).eval()
     dynamic = {"user": ("R",), "history": ("R", "T")}

@@ -8,8 +8,6 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from features.schema import AGES
-
 from .networks.contract import Network, Part, RequestTensors
 
 AD_VECTORS, REQUEST_VECTOR = "ad_vectors.parquet", "request_vector.onnx"
@@ -41,15 +39,6 @@ class RequestVectors(nn.Module):
 
     def forward(self, tensors: dict[str, Tensor]) -> Tensor:
         """See above."""
-        requests = next(iter(tensors.values())).shape[0]
-        parts = []
-        for name, shape in (("user", (requests,)), ("history", (requests, 1)), ("ad", (requests, 1))):
-            ids, numbers = tensors.get(f"{name}_ids"), tensors.get(f"{name}_numbers")
-            if numbers is None:
-                numbers = torch.zeros((*(shape if ids is None else ids.shape[:-1]), 0))
-            if ids is None:
-                ids = torch.zeros((*numbers.shape[:-1], 0), dtype=torch.int64)
-            parts.append(Part(ids, numbers))
-        request = RequestTensors(parts[0], parts[1], parts[2], tensors.get(AGES))
+        request = RequestTensors.of(tensors)
         vectors: Tensor = self.network.request_vectors(request)  # type: ignore[operator]  # a `Network`, fused
         return vectors

@@ -7,7 +7,7 @@ BUCKETS = 32
 """Below a second, then from 2^k to 2^(k + 1) seconds, the last being all above 2^30, 34 years, and what is of unknown time."""
 
 
-class Ages(nn.Module):
+class AgeVectors(nn.Module):
     """The vectors of ages."""
 
     def __init__(self, width: int) -> None:

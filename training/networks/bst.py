@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .ages import Ages
+from .ages import AgeVectors
 from .contract import CLICK, Fields, Network, RequestTensors
 from .embeddings import Embeddings
 from .layers import Tower
@@ -97,7 +97,7 @@ class BST(Network):
         self.embed = Embeddings(fields, embedding)
         self.position = nn.Embedding(1 if fields.ages else settings.positions, embedding)
         nn.init.normal_(self.position.weight, std=1e-2)
-        self.ages = Ages(embedding) if fields.ages else None
+        self.ages = AgeVectors(embedding) if fields.ages else None
         self.layers = nn.ModuleList(TransformerLayer(width, settings.attention_heads, settings.dropout) for _ in range(settings.layers))
         candidate = width + len(self.rest) * embedding
         self.tower = Tower(fields.count("user") * embedding, candidate, settings.hidden, settings.dropout, norm="dice")

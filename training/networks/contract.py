@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from features.schema import Layout, Schema, Slot
+from features.schema import AGES, Layout, Schema, Slot
 from features.vocabulary import PADDING, Vocabularies
 
 CLICK = "click"
@@ -59,6 +59,19 @@ class RequestTensors(NamedTuple):
     ad: Part
     ages: Tensor | None = None
     """How old the behaviours are `(R, T)`, in seconds, 0 where there is padding; None where the schema has no ages."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "RequestTensors":
+        """From the tensors of `Schema.tensors` by name; a part that the schema has no columns of has none here."""
+        requests, parts = next(iter(tensors.values())).shape[0], []
+        for name, shape in (("user", (requests,)), ("history", (requests, 1)), ("ad", (requests, 1))):
+            ids, numbers = tensors.get(f"{name}_ids"), tensors.get(f"{name}_numbers")
+            if numbers is None:
+                numbers = torch.zeros((*(shape if ids is None else ids.shape[:-1]), 0))
+            if ids is None:
+                ids = torch.zeros((*numbers.shape[:-1], 0), dtype=torch.int64)
+            parts.append(Part(ids, numbers))
+        return cls(parts[0], parts[1], parts[2], tensors.get(AGES))
 
     def parts(self) -> dict[str, Part]:
         """The parts by name."""
@@ -166,6 +179,8 @@ class Network(nn.Module):
     """Whether it has all of `fields.heads` itself; others are trained once for each head, on the same embeddings (`heads.py`)."""
     int8_pays: ClassVar[bool] = False
     """Whether an int8 graph of it is faster and as good."""
+    retrieves: bool = False
+    """Whether it has `ad_vectors` and `request_vectors`."""
     settles_after: int = 0
     """Steps before an epoch of it may be chosen: until then `after_step` changes what it is."""
     starts_from: str = ""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ages import Ages
+from .ages import AgeVectors
 from .contract import CLICK, Fields, Labels, Network, Outputs, Part, RequestTensors
 from .embeddings import Embeddings
 from .layers import Tower
@@ -67,7 +67,7 @@ class DIEN(Network):
         fields.require_history("dien follows a user's behaviours")
         width, candidate = fields.count("history") * settings.embedding, fields.count("ad") * settings.embedding
         self.embed = Embeddings(fields, settings.embedding)
-        self.ages = Ages(settings.embedding) if fields.ages else None
+        self.ages = AgeVectors(settings.embedding) if fields.ages else None
         self.extract = GRU(width + settings.embedding * fields.ages, width)
         self.attention = Attention(width, candidate)
         self.evolve = AUGRU(width, width)

@@ -50,8 +50,8 @@ class FinalMLP(Network):
         self.request, candidate = fields.request * settings.embedding, fields.count("ad") * settings.embedding
         width = self.request + candidate
         self.embed = Embeddings(fields, settings.embedding)
-        self.by_request = Gate(self.request, settings.gate_hidden, width) if settings.gates else None
-        self.by_ad = Gate(candidate, settings.gate_hidden, width) if settings.gates else None
+        self.by_request = FeatureGate(self.request, settings.gate_hidden, width) if settings.gates else None
+        self.by_ad = FeatureGate(candidate, settings.gate_hidden, width) if settings.gates else None
         self.first = SplitMLP(self.request, candidate, settings.hidden, settings.dropout)
         self.second = MLP(width, settings.hidden_second, settings.dropout_second)
         self.fusion = BilinearFusion(first, second, heads)
@@ -71,7 +71,7 @@ class FinalMLP(Network):
         return {CLICK: self.fusion(self.first(*one), self.second(two))}
 
 
-class Gate(nn.Module):
+class FeatureGate(nn.Module):
     """Eq. 4 and 5: 2 σ(MLP(context)), a factor between 0 and 2 for each value of an input; a learned one where there is no context."""
 
     def __init__(self, context: int, hidden: int, width: int) -> None:

@@ -53,6 +53,7 @@ class TwoTower(Network):
     """A vector of the request and one of the ad, which can be searched for (Yi et al. 2019, Yang et al. 2020)."""
 
     settings = TwoTowerSettings
+    retrieves = True
 
     def __init__(self, fields: Fields, settings: TwoTowerSettings) -> None:
         super().__init__(fields, settings)
