@@ -118,6 +118,22 @@ def test_esmm_gives_a_conversion_at_most_the_probability_of_its_click() -> None:
     assert (outputs["conversion"] < outputs[CLICK]).all()
 
 
+def test_mmoe_mixes_its_experts_by_a_gate_of_each_head() -> None:
+    network, request = small.network("mmoe", experts=3, expert=5), small.RequestTensors(*small.parts())
+    with torch.no_grad():
+        outputs, u = network(request), network.embed.of_request(request).flatten(1)
+        ads = network.embed("ad", request.ad).flatten(2)
+        for head in HEADS:
+            for row, candidate in ((0, 0), (2, 4)):
+                x = torch.cat([u[row], ads[row, candidate]])
+                norm, first = network.experts.rest[0], network.experts.first
+                units = (first.weight @ x + first.bias - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+                gate = (network.gates[head].weight @ x + network.gates[head].bias).exp()
+                mixed = sum(gate[e] / gate.sum() * units[5 * e : 5 * e + 5].clamp(min=0) for e in range(3))
+                logit = network.last[head](network.towers[head](mixed[None]))
+                assert outputs[head][row, candidate].item() == pytest.approx(logit.item(), abs=1e-4)
+
+
 def test_any_network_has_a_head_more_on_the_same_embeddings() -> None:
     fields = small.fields_of("deepfm")._replace(heads=HEADS)
     network = build("deepfm", fields, small.NETWORK_SETTINGS["deepfm"])

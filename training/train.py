@@ -22,7 +22,7 @@ from .cooccurrence import Cooccurrence
 from .datasets.encoded import Rows, encode_split, learn_vocabularies
 from .datasets.prepared import SPLITS, Prepared, wrong_head
 from .evaluate import Metrics, measure, unmeasured
-from .flat import SHARE, FirstOrder, times
+from .first_order import SHARE, FirstOrder, times
 from .networks import NETWORKS, build
 from .networks.contract import CLICK, Fields, Labels, Network, RequestTensors
 from .networks.embeddings import Embeddings
@@ -263,8 +263,6 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
     Raises:
         TrainError: a batch would have less than two rows.
     """
-    if len(rows) < 2:
-        raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {len(rows)}")
     settings = settings.for_rows(len(rows))
     _check_steps(network, len(rows), settings)
     network.begin(rows.ads)
@@ -274,13 +272,8 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
     order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
     decay, unseen = EmbeddingDecay(network, rows, settings), Unseen(network, rows, warm)
     epochs: list[Epoch] = []
-    best, best_score, stale, steps, patient = (
-        _weights(network),
-        -np.inf,
-        0,
-        0,
-        max(network.settles_after, settings.least_steps // (SHARE if alone else 1)),
-    )
+    best, best_score, stale, steps = _weights(network), -np.inf, 0, 0
+    patient = max(network.settles_after, settings.least_steps // (SHARE if alone else 1))
     for number in range(1, settings.epochs + 1):
         network.train()
         losses = []
@@ -331,6 +324,8 @@ def _score(metrics: Metrics) -> float:
 
 
 def _check_steps(network: Network, rows: int, settings: TrainSettings) -> None:
+    if rows < 2:
+        raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {rows}")
     steps = settings.epochs * max(1, len(range(settings.batch, rows - 1, settings.batch)) + 1)
     if steps < network.settles_after:
         raise TrainError(

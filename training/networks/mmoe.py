@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from .contract import CLICK, Fields, Network, RequestTensors
 from .embeddings import Embeddings, flat
-from .layers import BatchNorm, SplitLinear
+from .layers import MLP, SplitLinear, SplitMLP
 
 
 @dataclass(frozen=True)
@@ -40,28 +39,25 @@ class MMoE(Network):
         self.embed = Embeddings(fields, settings.embedding)
         sizes = fields.request * settings.embedding, fields.count("ad") * settings.embedding
         self.shape = settings.experts, settings.expert
-        self.experts = SplitLinear(*sizes, settings.experts * settings.expert)
-        self.activation = nn.Sequential(BatchNorm(settings.experts * settings.expert), nn.ReLU(), nn.Dropout(settings.dropout))
+        self.experts = SplitMLP(*sizes, (settings.experts * settings.expert,), settings.dropout)
         self.gates = nn.ModuleDict({head: SplitLinear(*sizes, settings.experts) for head in self.heads})
-        self.towers = nn.ModuleDict({head: tower(settings.expert, settings.hidden, settings.dropout) for head in self.heads})
-        self.bias = nn.Parameter(torch.zeros(1))
+        self.towers = nn.ModuleDict({head: MLP(settings.expert, settings.hidden, settings.dropout) for head in self.heads})
+        self.last = nn.ModuleDict({head: nn.Linear(settings.hidden[-1], 1) for head in self.heads})
+
+    @property
+    def intercept(self) -> Tensor:
+        """See `Network`."""
+        bias = self.last[CLICK].bias
+        assert isinstance(bias, Tensor)  # noqa: S101  # as it was made
+        return bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)` by head."""
         u, a = flat(self.embed.of_request(request)), self.embed("ad", request.ad).flatten(2)
-        experts = self.activation(self.experts(u, a)).unflatten(-1, self.shape)  # (R, C, E, H)
+        experts = self.experts(u, a).unflatten(-1, self.shape)  # (R, C, E, H)
         outputs = {}
         for head in self.heads:
             gate = self.gates[head](u, a).softmax(-1)  # (R, C, E), eq. 7
             mixed = (gate.unsqueeze(-1) * experts).sum(2)  # eq. 6
-            outputs[head] = self.towers[head](mixed).squeeze(-1)
-        return {**outputs, CLICK: outputs[CLICK] + self.bias}
-
-
-def tower(width: int, hidden: tuple[int, ...], dropout: float) -> nn.Sequential:
-    """The MLP of a head, from an expert's width to its logit `(..., 1)`."""
-    layers: list[nn.Module] = []
-    for after in hidden:
-        layers += [nn.Linear(width, after), nn.ReLU(), nn.Dropout(dropout)]
-        width = after
-    return nn.Sequential(*layers, nn.Linear(width, 1))
+            outputs[head] = self.last[head](self.towers[head](mixed)).squeeze(-1)
+        return outputs
