@@ -52,6 +52,7 @@ redis-test: $(INSTALLED)  ## fail-overs and resharding beside a service under lo
 peers-test:  ## the blocks of other libraries, with the same weights, give the same numbers; in an environment of its own
 	$(PYTHON) -m venv build/peers
 	build/peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' fuxictr==2.3.10
+	build/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps deepctr-torch==0.3.0  # without the TensorFlow it asks for
 	build/peers/bin/python -m pytest tests/peers $(ARGS)
 
 clean:
