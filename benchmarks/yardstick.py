@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = (
     "training/networks",
     "training/export.py",
+    "training/onnx_export.py",
     "training/quantise.py",
     "features",
     *(f"benchmarks/{name}.py" for name in ("population", "rowwise", "yardstick")),

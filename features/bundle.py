@@ -32,6 +32,10 @@ from .vocabulary import Numbers, Vocabularies, fingerprint, parse_vocabularies
 MODEL, SCHEMA, VOCABULARIES, GOLDENS, MANIFEST = "model.onnx", "schema.toml", "vocabularies.json", "goldens.json", "manifest.json"
 CUDA_MODEL, INT8_MODEL = "model.cuda.onnx", "model.int8.onnx"
 """The same weights for an accelerator, where that takes another graph, and in int8, where that was asked for and passed its gate."""
+EXPLAIN_MODEL = "explain.onnx"
+CONTRIBUTIONS, ATTENTION, REST = "contributions", "attention", "rest"
+"""The same weights for requests that ask why, where the network can say, its outputs `(R, C, K)` and `(R, C, T)`, and what is last of K.
+The graph says the names of the K itself. The manifest's `explains` says which outputs it has; older bundles do not."""
 GOLDEN_TOLERANCE = 1e-5
 """float32 sums in another order, on another CPU, move a probability by about 1e-7 a layer; a wrong input moves it far more."""
 INT8_TOLERANCE = 5e-3
@@ -105,6 +109,18 @@ class Bundle:
     def files(self) -> frozenset[str]:
         """Names of its files, each checked against its digest."""
         return frozenset(self.manifest["files"])
+
+    def checked(self, file: str) -> Path:
+        """The path of one of its files, found to be what was published once more, for one that is opened long after the others.
+
+        Raises:
+            BundleError: it is not, or cannot be read.
+        """
+        try:
+            _check_file(self.path, file, self.manifest["files"])
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        return self.path / file
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -415,13 +431,17 @@ def check_files(path: Path) -> dict[str, Any]:
     try:
         manifest = read_manifest(path)
         called(path, manifest)
-        for file, expected in dict(manifest["files"]).items():
-            if Path(file).name != file or _digest(path, file, manifest["files"]) != expected:
-                what = f"{file} is not what was published (its digest differs)"
-                raise BundleError(f"bundle {path}: {what}; copy it again or publish it again", "damaged")
+        for file in dict(manifest["files"]):
+            _check_file(path, file, manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unreadable(path, error) from error
     return manifest
+
+
+def _check_file(path: Path, file: str, digests: Mapping[str, str]) -> None:
+    if Path(file).name != file or _digest(path, file, digests) != digests[file]:
+        what = f"{file} is not what was published (its digest differs)"
+        raise BundleError(f"bundle {path}: {what}; copy it again or publish it again", "damaged")
 
 
 def called(path: Path, manifest: Mapping[str, Any]) -> tuple[str, int]:

@@ -95,10 +95,19 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def traced_export() -> Iterator[None]:
+def unexplained() -> Iterator[None]:
+    """For tests that need a bundle's own graph and no `explain.onnx`, whose export takes as long."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("training.export.explain_graph", lambda *_: ({}, []))
+        yield
+
+
+@pytest.fixture(scope="module")
+def traced_export(unexplained: None) -> Iterator[None]:
     """For tests that need a trained bundle and are not about its graph: `pytestmark = pytest.mark.usefixtures("traced_export")`.
 
     torch's exporter takes seconds a graph, and its older tracer a fraction of one. Each graph is compared with torch, of fewer sizes.
+    There is no `explain.onnx`.
     """
     import small  # noqa: PLC0415  # tests of the service know nothing of torch
 

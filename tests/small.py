@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import polars as pl
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from features.encode import Encoder, Features
+from features.encode import Encoder, Features, Feeds
 from features.schema import Schema, parse_schema
 from features.vocabulary import Vocabularies, Vocabulary, parse_vocabularies
 from training.datasets.prepared import Prepared, open_prepared
-from training.export import OPSET, SAMPLE, Served, random_feeds
+from training.export import SAMPLE, Served, random_feeds
 from training.networks import NETWORKS, build
 from training.networks.contract import CLICK, Fields, Network, Part, RequestTensors
 from training.networks.fuse import fused
+from training.onnx_export import OPSET
 from training.train import Trained, TrainSettings, train
 
 torch.set_num_threads(1)
@@ -177,33 +179,40 @@ def quick(data: Prepared, family: str = "deepfm", **settings: Any) -> Trained:
 
 
 class ByPosition(torch.nn.Module):
-    """A network as it is served, its tensors one after the other instead of by name."""
+    """A module that takes a request's tensors one after the other instead of by name."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, module: torch.nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.served = served
+        self.module, self.names = module, names
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.served(dict(zip(self.served.schema.tensors, tensors, strict=True)))
+        return self.module(dict(zip(self.names, tensors, strict=True)))
 
 
 def traced(served: Served, tile: int | None = None) -> bytes:
     """A graph as `export.to_onnx` makes it, by torch's tracer, which takes a thirtieth of the time: see `conftest.traced_export`."""
     served = Served(fused(served.network, None), served.calibration, served.schema, served.others).eval()
-    sample, out, axes = random_feeds(served.schema, {}, *SAMPLE), io.BytesIO(), {"user": "R", "history": "RT", "ad": "RC"}
+    return traced_request(served, served.schema, random_feeds(served.schema, {}, *SAMPLE), served.names)
+
+
+def traced_request(module: torch.nn.Module, schema: Schema, sample: Feeds, outputs: Sequence[str], facts: Any = None) -> bytes:
+    """A graph as `onnx_export.request_graph` makes it."""
+    out, axes = io.BytesIO(), {"user": "R", "history": "RT", "ad": "RC"}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # that it is old, and of each size that it takes for a constant
         torch.onnx.export(
-            ByPosition(served),
+            ByPosition(module, list(sample)),
             tuple(map(torch.from_numpy, sample.values())),
             out,
             dynamo=False,
             opset_version=OPSET,
             input_names=list(sample),
-            output_names=served.names,
-            dynamic_axes={name: dict(enumerate(axes[part])) for name, (part, _) in served.schema.tensors.items()},
+            output_names=list(outputs),
+            dynamic_axes={name: dict(enumerate(axes[schema.tensors[name][0]])) for name in sample},
         )
-    return out.getvalue()
+    graph = onnx.load_from_string(out.getvalue())
+    onnx.helper.set_model_props(graph, facts or {})
+    return graph.SerializeToString()
 
 
 def parts(text: str = SCHEMA, requests: int = 3, behaviours: int = 4, candidates: int = 5, seed: int = 0) -> tuple[Part, Part, Part]:

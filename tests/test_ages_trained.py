@@ -103,14 +103,12 @@ def test_an_exported_network_gives_what_torch_gives_of_ages() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
+def trained(traced_export: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
     """A data set and the repository of a BST that was trained on it."""
     folder = tmp_path_factory.mktemp("ages")
     (folder / "data").mkdir()
     data = data_set(folder / "data")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("training.export.to_onnx", small.traced)
-        export(data, small.quick(data, "bst", embedding_l2=0.0), folder / "models", "bst", small.quiet())
+    export(data, small.quick(data, "bst", embedding_l2=0.0), folder / "models", "bst", small.quiet())
     return data, folder / "models"
 
 

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from conftest import Server
 
 import adrank
-from features.bundle import current_path, load_bundle
+from features.bundle import EXPLAIN_MODEL, current_path, load_bundle
 from service.store import RedisStore
 from tests.test_datasets import ROOT
 
@@ -105,6 +105,7 @@ async def test_a_table_becomes_a_model_and_users_in_the_store(tmp_path: Path, se
     assert "epoch  1" in complaint
     bundle = load_bundle(path)
     assert (bundle.manifest["settings"]["seed"], bundle.manifest["settings"]["hidden"]) == (3, [8])
+    assert (bundle.manifest["explains"], EXPLAIN_MODEL in bundle.files) == (["contributions"], True)
 
     code, printed, _ = run("evaluate", "--bundle", path, "--data", out, "--json")
     measured = json.loads(printed)

@@ -22,6 +22,7 @@ from training.datasets.prepared import Prepared, open_prepared
 from training.drift import REFERENCE, make_reference, read_reference
 from training.export import Served, evaluate_bundle, random_feeds, score, to_onnx, verify
 from training.networks.contract import CLICK, Part, RequestTensors
+from training.onnx_export import IR, OPSET
 from training.train import Trained
 
 CALIBRATION = Calibration(0.7, -0.4, float(np.log(0.2)))
@@ -45,7 +46,7 @@ def test_a_graph_is_what_the_oldest_onnxruntime_takes(graphs: dict[str, bytes]) 
     """Whatever torch and onnx would choose by themselves: pyproject.toml allows onnxruntime from 1.20 on."""
     for graph in graphs.values():
         facts = graph_facts(graph)
-        assert (facts.ir, facts.opset, facts.needs, facts.external) == (export.IR, export.OPSET, "onnxruntime >= 1.20", set())
+        assert (facts.ir, facts.opset, facts.needs, facts.external) == (IR, OPSET, "onnxruntime >= 1.20", set())
         told = onnx.ModelProto.FromString(graph)
         assert (told.ir_version, {each.domain: each.version for each in told.opset_import}[""]) == (facts.ir, facts.opset)
     assert '"onnxruntime>=1.20"' in Path("pyproject.toml").read_text()

@@ -15,7 +15,7 @@ from training.importance import dealt, fields_of, importances
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Bundle]:
+def made(traced_export: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Bundle]:
     """Clicks follow the ad alone; nothing else says anything."""
     folder = tmp_path_factory.mktemp("importance")
     data = small.data_set(folder, (600, 200, 400))

@@ -45,7 +45,7 @@ class Trial:
 
 
 @pytest.fixture(scope="module")
-def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
+def trial(unexplained: None, tmp_path_factory: pytest.TempPathFactory) -> Trial:
     folder = tmp_path_factory.mktemp("parity")
     movielens.prepare(_some(folder / "source"), folder / "whole")
     data, rows = _part(open_prepared(folder / "whole"), folder / "part")

@@ -391,6 +391,7 @@ import adrank
 import small
 from training import export
 export.to_onnx = small.traced
+export.explain_graph = lambda *_: ({}, [])
 write = bundle._write
 def dying(path, data):
     if path.name.startswith(".current"):

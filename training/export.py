@@ -4,9 +4,7 @@ The graph takes the tensors of `Schema.tensors` and gives `p_click (R, C)`, cali
 """
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -42,10 +40,12 @@ from .datasets.fields import check_fields
 from .datasets.prepared import Prepared, column_of
 from .drift import REFERENCE, make_reference
 from .evaluate import Metrics, measure
+from .explain import explain_graph, tensors_of
 from .graph import chunks, feeds_of, open_graph
 from .networks import NETWORKS
 from .networks.contract import CLICK, RequestTensors
 from .networks.fuse import TILE, fused, is_tiled
+from .onnx_export import request_graph
 from .quantise import moved, quantised, refusal
 from .retrieval import AD_VECTORS, REQUEST_VECTOR, RequestVectors, ad_vectors
 from .train import Trained, TrainError, TrainSettings
@@ -59,8 +59,8 @@ SIZES = (1, 2, 7, 64)
 """Requests, candidates and behaviours that are tried: the sizes that exporters specialise on, an odd one, a large one."""
 SAMPLE = (3, 31, 41)
 """Requests, behaviours and candidates of the request that is traced: no size derived from them, such as the number of tiles, is 1."""
-IR, OPSET = 10, 20
-"""The format and the operators of what is exported, whatever torch and onnx would choose by themselves: what onnxruntime 1.20 takes."""
+FEW = (SAMPLE, (1, 1, 1), (7, 2, 3))
+"""Requests, behaviours and candidates of which the graphs beside the scoring one are tried."""
 GOLDEN_ROWS = 8
 SHOWN_ROWS = 16_384
 """Rows of the train split that int8 scales are taken from."""
@@ -110,38 +110,7 @@ def score(served: Served, feeds: Feeds) -> np.ndarray[Any, np.dtype[np.float32]]
 def to_onnx(served: Served, tile: int | None = TILE) -> bytes:
     """The graph of the fused network, through torch's dynamo exporter; `tile` as `networks.fuse` takes it."""
     served = Served(fused(served.network, tile), served.calibration, served.schema, served.others).eval()
-    sample = {name: torch.from_numpy(array) for name, array in random_feeds(served.schema, {}, *SAMPLE).items()}
-    dimensions = {"user": ("R",), "history": ("R", "T"), "ad": ("R", "C")}
-    shapes = {
-        name: dict.fromkeys(range(len(dimensions[part])), torch.export.Dim.DYNAMIC) for name, (part, _) in served.schema.tensors.items()
-    }
-    return exported(served, {"tensors": sample}, {"tensors": shapes}, list(sample), served.names)
-
-
-def exported(
-    module: nn.Module, arguments: dict[str, Any], shapes: dict[str, Any], inputs: list[str], outputs: Sequence[str] = ("p_click",)
-) -> bytes:
-    """The ONNX graph of a module called with `arguments` by name; `shapes` says which of their axes are of any size."""
-    for chatty in ("torch.onnx", "onnxscript"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter warns of its own internals
-        program = torch.onnx.export(
-            module,
-            kwargs=arguments,
-            dynamo=True,
-            external_data=False,
-            dynamic_shapes=shapes,
-            opset_version=OPSET,
-            input_names=inputs,
-            output_names=list(outputs),
-            verbose=False,
-        )
-    assert program is not None  # noqa: S101  # it is only without dynamo
-    model = program.model_proto
-    model.ir_version = IR
-    graph: bytes = model.SerializeToString()
-    return graph
+    return request_graph(served, served.schema, random_feeds(served.schema, {}, *SAMPLE), served.names)
 
 
 def random_feeds(schema: Schema, sizes: dict[str, int], requests: int, behaviours: int, candidates: int, seed: int = 0) -> Feeds:
@@ -184,7 +153,7 @@ def verify(graph: bytes, served: Served, sizes: dict[str, int]) -> float:
 def all_scores(served: Served, feeds: Feeds) -> Scores:
     """What torch says to a request's tensors: the probabilities `(R, C)` of each head."""
     with torch.no_grad():
-        return tuple(p.numpy() for p in served({name: torch.from_numpy(a) for name, a in feeds.items()}))
+        return tuple(p.numpy() for p in served(tensors_of(feeds)))
 
 
 def _cases(served: Served, sizes: dict[str, int]) -> Iterator[tuple[str, Feeds, Scores]]:
@@ -300,8 +269,10 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
     if others:
         metrics["heads"] = {head: {split: m.as_dict() for split, m in found.items()} for head, found in trained.head_metrics.items()}
         facts["heads"] = {head: asdict(calibration) for head, calibration in others.items()}
+    explaining, facts["explains"] = explain_graph(trained.network, encoder.schema, [random_feeds(encoder.schema, sizes, *s) for s in FEW])
     files = {
         **graphs,
+        **explaining,
         SCHEMA: encoder.schema.to_toml().encode(),
         VOCABULARIES: encoder.vocabularies.to_json().encode(),
         GOLDENS: goldens_json(goldens),
@@ -324,15 +295,12 @@ def _retrieval(data: Prepared, trained: Trained, sizes: dict[str, int]) -> dict[
     if table is None:  # of no ads
         return {}
     schema, module = trained.encoder.schema, RequestVectors(fused(trained.network)).eval()
-    dynamic = {"user": ("R",), "history": ("R", "T")}
-    cases = [random_feeds(schema, sizes, *shape) for shape in (SAMPLE, (1, 1, 1), (7, 2, 1))]
-    feeds = [{name: values for name, values in case.items() if schema.tensors[name][0] in dynamic} for case in cases]
-    shapes = {name: dict.fromkeys(range(len(dynamic[schema.tensors[name][0]])), torch.export.Dim.DYNAMIC) for name in feeds[0]}
-    tensors = [{name: torch.from_numpy(values) for name, values in case.items()} for case in feeds]
-    graph = exported(module, {"tensors": tensors[0]}, {"tensors": shapes}, list(shapes), ("vector",))
+    cases = [random_feeds(schema, sizes, *shape) for shape in FEW]
+    cases = [{name: values for name, values in case.items() if schema.tensors[name][0] != "ad"} for case in cases]
+    graph = request_graph(module, schema, cases[0], ("vector",))
     session = open_graph(graph)
-    for arrays, each in zip(feeds, tensors, strict=True):
-        if not np.abs(session.run(None, arrays)[0] - module(each).detach().numpy()).max() <= TOLERANCE:
+    for feeds in cases:
+        if not np.abs(session.run(None, feeds)[0] - module(tensors_of(feeds)).detach().numpy()).max() <= TOLERANCE:
             raise BundleError("ONNX Runtime and torch give a request different vectors; nothing was published")
     return {AD_VECTORS: table, REQUEST_VECTOR: graph}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .ages import AgeVectors
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, Network, RequestTensors
 from .embeddings import Embeddings
 from .layers import Tower
 
@@ -63,15 +63,19 @@ class TransformerLayer(nn.Module):
 
     def attend(self, x: Tensor, past: Tensor, mask: Tensor, itself: bool) -> Tensor:
         """Scaled dot-product attention (eq. 2) of every head, side by side `(R, Q, D)`."""
-        queries, keys, values = self._split(self.query(x)), self._split(self.key(past)), self._split(self.value(past))
-        scores = torch.matmul(queries, keys.transpose(2, 3)).masked_fill(~mask[:, None, None], -1e9)  # (R, heads, Q, T)
-        scale = 1 / math.sqrt(queries.shape[-1])
+        weights, values = self.weights(x, past, mask, itself), self._split(self.value(past))
         if not itself:
-            return torch.matmul((scores * scale).softmax(-1), values).transpose(1, 2).flatten(2)
-        own = (queries * self._split(self.key(x))).sum(-1, keepdim=True)
-        weights = (torch.cat([scores, own], dim=-1) * scale).softmax(-1)
+            return torch.matmul(weights, values).transpose(1, 2).flatten(2)
         mixed = torch.matmul(weights[..., :-1], values) + weights[..., -1:] * self._split(self.value(x))
         return mixed.transpose(1, 2).flatten(2)
+
+    def weights(self, x: Tensor, past: Tensor, mask: Tensor, itself: bool) -> Tensor:
+        """How much each head attends to what `(R, heads, Q, T)`; with `itself` one more at the end, of each to itself."""
+        queries, keys = self._split(self.query(x)), self._split(self.key(past))
+        scores = torch.matmul(queries, keys.transpose(2, 3)).masked_fill(~mask[:, None, None], -1e9)
+        if itself:
+            scores = torch.cat([scores, (queries * self._split(self.key(x))).sum(-1, keepdim=True)], dim=-1)
+        return (scores / math.sqrt(queries.shape[-1])).softmax(-1)
 
     def _split(self, x: Tensor) -> Tensor:
         """`(R, Q, D)` to `(R, heads, Q, D / heads)`."""
@@ -109,16 +113,27 @@ class BST(Network):
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""
-        mask, ads = request.history.behaviours(), self.embed("ad", request.ad)  # (R, T), (R, C, F, D)
+        ads = self.embed("ad", request.ad)  # (R, C, F, D)
+        candidate = self.layers[-1](*self.before_last(ads, request), itself=True)
+        user = self.embed("user", request.user).flatten(1) if "user" in self.embed else ads.new_zeros((len(ads), 0))
+        return {CLICK: self.tower(user, torch.cat([candidate, ads[:, :, self.rest].flatten(2)], dim=-1))}
+
+    def before_last(self, ads: Tensor, request: RequestTensors) -> tuple[Tensor, Tensor, Tensor]:
+        """What the last layer takes: candidates `(R, C, D)`, the past `(R, T, D)` and its mask `(R, T)`."""
+        mask = request.history.behaviours()
         past = torch.cat([self.embed("history", request.history).flatten(2), self.positions(request, mask)], dim=-1)
         place = self.position.weight[0].expand(*ads.shape[:2], -1)
         candidate = torch.cat([ads[:, :, self.shared].flatten(2), place], dim=-1)
-        for number, layer in enumerate(self.layers, start=1):
-            candidate = layer(candidate, past, mask, itself=True)
-            if number < len(self.layers):
-                past = layer(past, past, mask, itself=False)
-        user = self.embed("user", request.user).flatten(1) if "user" in self.embed else ads.new_zeros((len(ads), 0))
-        return {CLICK: self.tower(user, torch.cat([candidate, ads[:, :, self.rest].flatten(2)], dim=-1))}
+        for layer in self.layers[:-1]:
+            candidate, past = layer(candidate, past, mask, itself=True), layer(past, past, mask, itself=False)
+        return candidate, past, mask
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """How much a candidate attends to each behaviour in the last layer, as a mean over heads; what is left of 1 is for itself."""
+        layer = self.layers[-1]
+        assert isinstance(layer, TransformerLayer)  # noqa: S101  # as it was made
+        weights = layer.weights(*self.before_last(self.embed("ad", request.ad), request), itself=True)
+        return Explained(attention=weights[..., :-1].mean(1))
 
     def positions(self, request: RequestTensors, mask: Tensor) -> Tensor:
         """The vectors of the behaviours' positions `(R, T, D)`."""

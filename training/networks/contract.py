@@ -165,6 +165,27 @@ def _columns_of(slots: Sequence[Slot], wanted: Sequence[Slot]) -> list[int]:
     return [column for slot in wanted for column in range(own[slot.field.name].start, own[slot.field.name].stop)]
 
 
+def full_name(part: str, slot: Slot) -> str:
+    """What a field is called among all: `user.age`, `context.slot`, `ad.genre`, and of a behaviour `history.genre`."""
+    return f"history.{slot.field.name}" if part == "history" else slot.field.path
+
+
+class Explained(NamedTuple):
+    """What a network can say of a click's logits, of which fields and pairs of fields add to them, and of how behaviours weigh in them."""
+
+    names: tuple[str, ...] = ()
+    """Fields such as `user.age`, and pairs such as `user.age*ad.genre`."""
+    addends: Tensor | None = None
+    """What each of them adds to the logit `(R, C, K)`; what is left is the bias and all that is no sum by field."""
+    attention: Tensor | None = None
+    """How much each behaviour weighs for each candidate `(R, C, T)`, 0 where there is padding."""
+
+    @classmethod
+    def of(cls, *addends: tuple[Sequence[str], Tensor]) -> "Explained":
+        """Of names and what they add `(R, C, ...)`, together."""
+        return cls(tuple(name for names, _ in addends for name in names), torch.cat([values for _, values in addends], dim=-1))
+
+
 class Network(nn.Module):
     """A CTR network: blocks, and `forward(request) -> {head: logits (R, C)}`. The first line of its docstring is its line in `--help`.
 
@@ -216,6 +237,10 @@ class Network(nn.Module):
     def request_vectors(self, _request: RequestTensors) -> Tensor | None:
         """Vectors `(R, K)` to search for among `ad_vectors`; what the request has for candidates plays no part."""
         return None
+
+    def explained(self, _request: RequestTensors) -> Explained:
+        """What there is to say of the click's logits, by the blocks that make them; by default nothing."""
+        return Explained()
 
     def loss(self, outputs: Outputs, _request: RequestTensors, labels: Labels) -> Tensor:
         """What a step lessens, of rows with one candidate: the sum of the heads' cross-entropies."""

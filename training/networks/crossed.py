@@ -1,5 +1,6 @@
 """Crosses of two fields: a weight for each pair of their values that occurs together, hashed into one table."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from features.schema import Slot
 from features.vocabulary import PADDING, UNKNOWN
 
-from .contract import Fields, Part, RequestTensors
+from .contract import Fields, Part, RequestTensors, full_name
 
 PRIME = 2**31 - 1
 """Numbers below it multiply without overflow in int64, so that torch and ONNX Runtime hash alike."""
@@ -43,7 +44,7 @@ def _side(cross: str, name: str, fields: Fields) -> Side:
     known: dict[str, list[Side]] = {}
     for part, layout in fields.layouts.items():
         for slot in layout.ids:
-            path = f"history.{slot.field.name}" if part == "history" else slot.field.path
+            path = full_name(part, slot)
             for alias in (path,) if part == "history" else (path, slot.field.name):
                 known.setdefault(alias, []).append(Side(part, slot))
     found = known.get(name, [])
@@ -77,13 +78,23 @@ class Crosses(nn.Module):
 
     def forward(self, request: RequestTensors) -> Tensor:
         """The sum of the crosses' weights `(R, 1 or C)`."""
-        parts, total = request.parts(), request.ad.numbers.new_zeros((1, 1))
+        return sum(self.each(request), request.ad.numbers.new_zeros((1, 1)))
+
+    def explained(self, request: RequestTensors) -> tuple[Sequence[str], Tensor]:
+        """The addends, by cross `(R, C, K)`."""
+        names = ["*".join(full_name(*side) for side in cross) for cross in self.crosses]
+        count = request.ad.numbers.shape[1]
+        return names, torch.stack([weights.expand(-1, count) for weights in self.each(request)], dim=-1)
+
+    def each(self, request: RequestTensors) -> list[Tensor]:
+        """Each cross's weights `(R, 1 or C)`."""
+        parts, found = request.parts(), []
         for number, (one, other) in enumerate(self.crosses):
             first, second = (_values(parts[side.part], side) for side in (one, other))  # (R, 1 or C, W)
             rows = self.rows(number, first.unsqueeze(3), second.unsqueeze(2)).flatten(2)
             present = (rows > PADDING).sum(2).clamp(min=1)
-            total = total + self.table(rows).sum((2, 3)) / present
-        return total
+            found.append(self.table(rows).sum((2, 3)) / present)
+        return found
 
 
 def _values(part: Part, side: Side) -> Tensor:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
-from .embeddings import Embeddings, FusedEmbeddings, flat, table_of
-from .interactions import first_order, inner_products
+from .contract import CLICK, Explained, Fields, Network, RequestTensors
+from .embeddings import Embeddings, FusedEmbeddings, beside, flat, table_of
+from .interactions import each_field, each_pair, first_order, inner_products
 from .layers import FusedTower, Tower, norms_named
 
 
@@ -48,10 +48,19 @@ class DeepFM(Network):
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`. What concerns the request side alone is computed once a request."""
-        u, a = self.second.of_request(request), self.second("ad", request.ad)
-        if len(self.norm):
-            u, a = self.norm(u) if u.shape[1] else u, self.norm(a)
+        u, a = self.vectors(request)
         return {CLICK: first_order(self.first, request) + inner_products(u, a) + self.tower(flat(u), a.flatten(2)) + self.bias}
+
+    def vectors(self, request: RequestTensors) -> tuple[Tensor, Tensor]:
+        """Those of the request's fields `(R, Fu, D)` and of the candidates' `(R, C, Fa, D)`, normalised where that is asked for."""
+        u, a = self.second.of_request(request), self.second("ad", request.ad)
+        if not len(self.norm):
+            return u, a
+        return self.norm(u) if u.shape[1] else u, self.norm(a)
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """Each field's weight and each pair's product; the MLP is the rest."""
+        return Explained.of(each_field(self.first, request), each_pair(self.first.names, beside(*self.vectors(request))))
 
     def flatten(self) -> None:
         """Let the MLP say the same of all, so that the first order learns first.

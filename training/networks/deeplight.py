@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, Network, RequestTensors
 from .embeddings import Embeddings, FusedEmbeddings, flat, table_of
 from .fwfm import FieldLinear
 from .interactions import WeightedProducts
@@ -94,6 +94,11 @@ class DeepLight(Network):
         """Logits `(R, C)`."""
         u, a = self.second.of_request(request), self.second("ad", request.ad)
         return {CLICK: self.linear(u, a) + self.pairs(u, a) + self.tower(flat(u), a.flatten(2)) + self.bias}
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """The linear part by field, and each pair's weighted product; the MLP is the rest."""
+        names, vectors = self.second.names, self.second.of_all(request)
+        return Explained.of((names, self.linear.explained(vectors)), self.pairs.explained(names, vectors))
 
     @torch.no_grad()
     def after_step(self, steps: int) -> None:

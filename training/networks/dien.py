@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ages import AgeVectors
-from .contract import CLICK, Fields, Labels, Network, Outputs, Part, RequestTensors
+from .contract import CLICK, Explained, Fields, Labels, Network, Outputs, Part, RequestTensors
 from .embeddings import Embeddings
 from .layers import Tower
 from .recurrent import AUGRU, GRU
@@ -90,10 +90,20 @@ class DIEN(Network):
         behaviours = self.embed("history", request.history).flatten(2)  # (R, T, H)
         ads = self.embed("ad", request.ad).flatten(2)  # (R, C, A)
         user = self.embed("user", request.user).flatten(1) if "user" in self.embed else ads.new_zeros((len(ads), 0))
-        interests = self.extract(behaviours if self.ages is None else torch.cat([behaviours, self.ages(request.ages)], dim=-1))
+        interests = self.interests(behaviours, request)
         evolved = self.evolve(interests, self.attention(interests, ads, request.history.behaviours()))  # (R, C, H)
         logits = self.tower(user, torch.cat([evolved, ads], dim=-1))
         return {CLICK: logits, INTERESTS: interests, BEHAVIOURS: behaviours} if self.training else {CLICK: logits}
+
+    def interests(self, behaviours: Tensor, request: RequestTensors) -> Tensor:
+        """The interest behind each of `behaviours (R, T, H)`, in the light of those before it."""
+        interests: Tensor = self.extract(behaviours if self.ages is None else torch.cat([behaviours, self.ages(request.ages)], dim=-1))
+        return interests
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """How much a candidate attends to the interest behind each behaviour: shares of 1."""
+        behaviours, ads = self.embed("history", request.history).flatten(2), self.embed("ad", request.ad).flatten(2)
+        return Explained(attention=self.attention(self.interests(behaviours, request), ads, request.history.behaviours()))
 
     def loss(self, outputs: Outputs, request: RequestTensors, labels: Labels) -> Tensor:
         """The clicks' cross-entropy and α times the auxiliary loss (eq. 7)."""

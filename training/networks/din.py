@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, Network, RequestTensors
 from .embeddings import Embeddings
 from .layers import Activation, Dice, Layer, Linear, Tower, merged
 
@@ -50,6 +50,10 @@ class LocalActivation(nn.Module):
 
     def forward(self, candidates: Tensor, history: Tensor, mask: Tensor) -> Tensor:
         """Interests `(R, C, D)` of `candidates (R, C, D)` in `history (R, T, D)`, where `mask (R, T)` says what is no padding."""
+        return torch.matmul(self.explained(candidates, history, mask), history)
+
+    def explained(self, candidates: Tensor, history: Tensor, mask: Tensor) -> Tensor:
+        """The weights `(R, C, T)` of the behaviours, 0 where there is padding."""
         # W [q; k; q - k; q * k] = (Wq + Wd) q + ((Wk - Wd) + Wp diag(q)) k: one matrix a candidate, so that every pair costs one product.
         wq, wk, wd, wp = self.first.weight.chunk(4, dim=1)
         matrices = (wk - wd).T + candidates.unsqueeze(-1) * wp.T
@@ -57,7 +61,8 @@ class LocalActivation(nn.Module):
         weights = self.rest(history.unsqueeze(1) @ matrices + once).squeeze(-1)
         if self.softmax:
             weights = weights.masked_fill(~mask.unsqueeze(1), -1e9).softmax(-1)
-        return torch.matmul(weights * mask.unsqueeze(1), history)
+        weighed: Tensor = weights * mask.unsqueeze(1)
+        return weighed
 
     def fused(self, tile: int | None) -> nn.Module:
         """See `fuse.py`."""
@@ -89,10 +94,18 @@ class DIN(Network):
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""
         ads = self.embed("ad", request.ad)
-        past = self.embed("history", request.history).flatten(2)
-        interests = self.attention(ads[:, :, self.shared].flatten(2), past, request.history.behaviours())
-        user = self.embed("user", request.user).flatten(1) if "user" in self.embed else past.new_zeros((len(past), 0))
+        interests = self.attention(*self.compared(ads, request))
+        user = self.embed("user", request.user).flatten(1) if "user" in self.embed else ads.new_zeros((len(ads), 0))
         return {CLICK: self.tower(user, torch.cat([interests, ads.flatten(2)], dim=-1))}
+
+    def compared(self, ads: Tensor, request: RequestTensors) -> tuple[Tensor, Tensor, Tensor]:
+        """What the attention unit compares: of `ads (R, C, F, D)` what a behaviour has too, the behaviours, and which are no padding."""
+        past = self.embed("history", request.history).flatten(2)
+        return ads[:, :, self.shared].flatten(2), past, request.history.behaviours()
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """The attention unit's weights: those of a sum, of any size and sign, but with `softmax`."""
+        return Explained(attention=self.attention.explained(*self.compared(self.embed("ad", request.ad), request)))
 
 
 class FusedActivation(nn.Module):

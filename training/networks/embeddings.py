@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from features.schema import Layout, lay_out
 from features.vocabulary import PADDING
 
-from .contract import Fields, Part, RequestTensors
+from .contract import Fields, Part, RequestTensors, full_name
 
 
 class Embeddings(nn.Module):
@@ -42,6 +42,12 @@ class Embeddings(nn.Module):
 
     def __contains__(self, name: str) -> bool:
         return name in self.layouts
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields in the order of `of_all`, such as `user.age` and `history.genre`."""
+        parts = [(part, self.layouts[part]) for part in ("user", "history", "ad") if part in self]
+        return tuple(full_name(part, slot) for part, layout in parts for slot in (*layout.ids, *layout.numbers))
 
     def rows_of(self, vocabulary: str) -> slice:
         """The rows of the table that a vocabulary has, for its ids from 1 on."""
@@ -86,10 +92,7 @@ class Embeddings(nn.Module):
         shared: Tensor = self.of_request(request)
         if "ad" not in self:
             return shared.unsqueeze(1).expand(-1, request.ad.numbers.shape[1], -1, -1)
-        ads: Tensor = self("ad", request.ad)
-        if not shared.shape[1]:
-            return ads
-        return torch.cat([shared.unsqueeze(1).expand(-1, ads.shape[1], -1, -1), ads], dim=2)
+        return beside(shared, self("ad", request.ad))
 
     @staticmethod
     def _pool(layout: Layout, ids: Tensor, values: Tensor) -> Tensor:
@@ -130,10 +133,10 @@ def numbers_of(request: RequestTensors) -> Tensor:
 
 
 def beside(request: Tensor, candidate: Tensor) -> Tensor:
-    """`(R, C, A + B)` of `request (R, A)`, repeated for each candidate, and `candidate (R, C, B)`; A may be 0."""
+    """`(R, C, A + B, ...)` of `request (R, A, ...)`, repeated for each candidate, and `candidate (R, C, B, ...)`; A may be 0."""
     if not request.shape[1]:
         return candidate
-    return torch.cat([request.unsqueeze(1).expand(-1, candidate.shape[1], -1), candidate], dim=-1)
+    return torch.cat([request.unsqueeze(1).expand(-1, candidate.shape[1], *request.shape[1:]), candidate], dim=2)
 
 
 def table_of(rows: Tensor) -> nn.Embedding:

@@ -11,9 +11,9 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, Network, RequestTensors
 from .embeddings import Embeddings
-from .interactions import first_order
+from .interactions import each_field, first_order
 
 BYTES = 16
 """Of one trained number: the weight, its gradient and Adam's two moments, in float32."""
@@ -44,11 +44,11 @@ class FFM(Network):
         self.first, self.second = Embeddings(fields, 1), Embeddings(fields, others * settings.embedding)
         self.bias = nn.Parameter(torch.zeros(1))
         # Pair (i, j) takes vector j - 1 of field i and vector i of field j: a field has none for itself.
-        pairs = [(i * others + j - 1, j * others + i, j < fields.request) for i, j in combinations(range(fields.all), 2)]
-        self.register_buffer(
-            "within", torch.tensor([pair[:2] for pair in pairs if pair[2]], dtype=torch.int64).reshape(-1, 2).T, persistent=False
-        )
-        self.register_buffer("across", torch.tensor([pair[:2] for pair in pairs if not pair[2]]).T, persistent=False)
+        self.pairs = sorted(combinations(range(fields.all), 2), key=lambda pair: pair[1] >= fields.request)
+        vectors = torch.tensor([(i * others + j - 1, j * others + i) for i, j in self.pairs]).T
+        within = fields.request * (fields.request - 1) // 2
+        self.register_buffer("within", vectors[:, :within], persistent=False)
+        self.register_buffer("across", vectors[:, within:], persistent=False)
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`. Pairs of the request's own fields are computed once a request."""
@@ -59,6 +59,13 @@ class FFM(Network):
             logits = logits + (u[:, self.within[0]] * u[:, self.within[1]]).sum((1, 2)).unsqueeze(1)
             a = torch.cat([u.unsqueeze(1).expand(-1, a.shape[1], -1, -1), a], dim=2)
         return {CLICK: logits + (a[:, :, self.across[0]] * a[:, :, self.across[1]]).sum((2, 3))}
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """Each field's weight and each pair's product."""
+        names, vectors = self.first.names, self._by_field(self.second.of_all(request))
+        left, right = torch.cat([self.within, self.across], dim=1)
+        products = (vectors[:, :, left] * vectors[:, :, right]).sum(-1)
+        return Explained.of(each_field(self.first, request), ([f"{names[i]}*{names[j]}" for i, j in self.pairs], products))
 
     def _by_field(self, vectors: Tensor) -> Tensor:
         """`(..., F, (F - 1) k)` to `(..., F (F - 1), k)`."""

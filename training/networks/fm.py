@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, Network, RequestTensors
 from .embeddings import Embeddings
-from .interactions import first_order, inner_products
+from .interactions import each_field, each_pair, first_order, inner_products
 
 
 @dataclass(frozen=True)
@@ -37,3 +37,7 @@ class FM(Network):
         """Logits `(R, C)`. The request side's sums are computed once a request."""
         u, a = self.second.of_request(request), self.second("ad", request.ad)
         return {CLICK: first_order(self.first, request) + inner_products(u, a) + self.bias}
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """Each field's weight and each pair's product."""
+        return Explained.of(each_field(self.first, request), each_pair(self.first.names, self.second.of_all(request)))

@@ -5,14 +5,15 @@ recommends (FwFMs_FiLV): ⟨v_i, w_F(i)⟩, one vector w for each field; `linear
 The weights r begin at 1, as a factorisation machine. Lists, numbers and the history are fields as in DeepFM.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, Network, RequestTensors
 from .embeddings import Embeddings
-from .interactions import WeightedProducts, first_order
+from .interactions import WeightedProducts, each_field, first_order
 
 LINEAR = ("field", "value")
 
@@ -40,6 +41,10 @@ class FieldLinear(nn.Module):
         once = (u * self.weight[: self.request]).sum((1, 2)).unsqueeze(1)
         return once + (a * self.weight[self.request :]).sum((2, 3))
 
+    def explained(self, vectors: Tensor) -> Tensor:
+        """The addends, by field `(R, C, F)`, of all `vectors (R, C, F, D)`."""
+        return (vectors * self.weight).sum(-1)
+
 
 class FwFM(Network):
     """The inner product of every pair, weighted by its two fields (Pan et al. 2018)."""
@@ -65,3 +70,11 @@ class FwFM(Network):
         if self.first is not None:
             linear = linear + first_order(self.first, request)
         return {CLICK: linear + self.pairs(u, a) + self.bias}
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """The linear part by field, and each pair's weighted product."""
+        names, vectors = self.second.names, self.second.of_all(request)
+        linear: list[tuple[Sequence[str], Tensor]] = [(names, self.linear.explained(vectors))] if self.linear is not None else []
+        if self.first is not None:
+            linear.append(each_field(self.first, request))
+        return Explained.of(*linear, self.pairs.explained(names, vectors))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Labels, Network, Outputs, Part, RequestTensors
+from .contract import CLICK, Explained, Fields, Labels, Network, Outputs, Part, RequestTensors
 from .embeddings import Embeddings
 
 
@@ -51,6 +51,10 @@ class SharedEmbeddings(Network):
     def request_vectors(self, request: RequestTensors) -> Tensor | None:
         """See `Network`; the click's."""
         return self.of(CLICK).request_vectors(request)
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """See `Network`; the click's."""
+        return self.of(CLICK).explained(request)
 
     def loss(self, outputs: Outputs, request: RequestTensors, labels: Labels) -> Tensor:
         """The sum of what each network wants less of."""

@@ -3,6 +3,7 @@
 Shapes: R requests, C candidates; `u (R, Fu, D)` are the vectors of the request's fields, `a (R, C, Fa, D)` those of the candidates'.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import torch
@@ -19,6 +20,18 @@ def first_order(weights: Embeddings, request: RequestTensors) -> Tensor:
     """The sum of the fields' weights `(R, C)`, of embeddings that are one number wide."""
     linear: Tensor = weights.of_request(request).sum(1) + weights("ad", request.ad).sum(2).squeeze(-1)
     return linear
+
+
+def each_field(weights: Embeddings, request: RequestTensors) -> tuple[Sequence[str], Tensor]:
+    """The addends of `first_order`, by field `(R, C, F)`."""
+    return weights.names, weights.of_all(request).squeeze(-1)
+
+
+def each_pair(names: Sequence[str], vectors: Tensor) -> tuple[Sequence[str], Tensor]:
+    """The inner product of every pair of fields `(R, C, P)`, of all `vectors (R, C, F, D)`, in the order of `combinations`."""
+    left, right = torch.triu_indices(len(names), len(names), 1)
+    products = (vectors @ vectors.transpose(2, 3)).flatten(2)
+    return ["*".join(pair) for pair in combinations(names, 2)], products[..., left * len(names) + right]
 
 
 def inner_products(u: Tensor, a: Tensor) -> Tensor:
@@ -75,6 +88,11 @@ class WeightedProducts(nn.Module):
     def forward(self, u: Tensor, a: Tensor) -> Tensor:
         """The sums `(R, C)`."""
         return weighted_products(u, a, self.matrix(), self.request)
+
+    def explained(self, names: Sequence[str], vectors: Tensor) -> tuple[Sequence[str], Tensor]:
+        """The addends, by pair: see `each_pair`."""
+        pairs, products = each_pair(names, vectors)
+        return pairs, products * self.weight
 
     def fused(self, _tile: int | None) -> nn.Module:
         """See `fuse.py`."""

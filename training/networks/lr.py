@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, Network, RequestTensors
 from .embeddings import Embeddings
-from .interactions import first_order
+from .interactions import each_field, first_order
 
 
 @dataclass(frozen=True)
@@ -34,3 +34,7 @@ class LR(Network):
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""
         return {CLICK: first_order(self.first, request) + self.bias}
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """Each field's weight."""
+        return Explained.of(each_field(self.first, request))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, Network, RequestTensors
 from .embeddings import Embeddings
-from .interactions import first_order
+from .interactions import each_field, each_pair, first_order
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,7 @@ class MF(Network):
         """Logits `(R, C)`."""
         user, ads = self.second.of_request(request), self.second("ad", request.ad).squeeze(2)
         return {CLICK: first_order(self.first, request) + ads.matmul(user.transpose(1, 2)).squeeze(-1) + self.bias}
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """Each field's weight and each pair's product."""
+        return Explained.of(each_field(self.first, request), each_pair(self.first.names, self.second.of_all(request)))

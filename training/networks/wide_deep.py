@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, Network, RequestTensors
 from .crossed import Crosses, parse_crosses
 from .embeddings import Embeddings, flat
 from .ftrl import FTRL
-from .interactions import first_order
+from .interactions import each_field, first_order
 from .layers import Tower
 
 
@@ -70,6 +70,11 @@ class WideDeep(Network):
             wide = wide + self.crosses(request)
         u, a = self.second.of_request(request), self.second("ad", request.ad)
         return {CLICK: wide + self.tower(flat(u), a.flatten(2))}
+
+    def explained(self, request: RequestTensors) -> Explained:
+        """Each field's weight and each cross's; the MLP is the rest."""
+        crosses = [] if self.crosses is None else [self.crosses.explained(request)]
+        return Explained.of(each_field(self.first, request), *crosses)
 
     def optimisers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
         """FTRL for the wide part and Adagrad for the deep one, which begins with TensorFlow's accumulator, as the authors' did."""
