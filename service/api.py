@@ -18,6 +18,7 @@ from .edge import EVENTS, Edge, problem
 from .errors import ServiceError
 from .event_wire import events_answer, read_batch
 from .events import Intake
+from .explanations import Explanations
 from .explore import Policy
 from .metrics import CONTENT_TYPE, Metrics, Stages
 from .openapi import RANKED
@@ -41,8 +42,8 @@ Health = Callable[[], Awaitable[dict[str, Any]]]
 class RankEndpoint:
     """`POST /rank` and `/v1/rank`, as plain ASGI: a framework's way from a request to an answer costs more than the ranking."""
 
-    def __init__(self, ranker: Ranker, served: ServedLog, metrics: Metrics, settings: Settings) -> None:
-        self._ranker, self._served, self._metrics, self._settings = ranker, served, metrics, settings
+    def __init__(self, ranker: Ranker, explanations: Explanations, served: ServedLog, metrics: Metrics, settings: Settings) -> None:
+        self._ranker, self._explanations, self._served, self._metrics, self._settings = ranker, explanations, served, metrics, settings
         self._policy = default_policy(settings)
         self._bodies, self._places = Reader(settings), Shares(settings.max_inflight, settings.peer_inflight_share)
 
@@ -87,6 +88,8 @@ class RankEndpoint:
             made = await self._ranker.rank(query, stages)
         except errors.InvalidError as error:
             raise errors.InvalidError(error.detail, [locate(wire, mistake) for mistake in error.mistakes]) from None
+        if query.explain:
+            await self._explanations.add(made, stages)
         return answer(state["request_id"], as_sent(made.ranking, query), stages), made
 
 

@@ -19,6 +19,7 @@ from .batcher import Batcher
 from .edge import add_error_handlers
 from .event_store import Bounds
 from .events import Ages, Intake
+from .explanations import Explanations
 from .metrics import Metrics, Registry
 from .openapi import describe, openapi_page
 from .public import of_store, of_store_error
@@ -52,6 +53,7 @@ class Service:
         self.settings, self.store, self.metrics = settings, store, metrics
         self.served = ServedLog(store, metrics, settings)
         self.ranker = Ranker(store, metrics, _scoring(settings, metrics))
+        self.explanations = Explanations()
         self.ranker.catalogue.gone_seconds = settings.ad_gone_seconds
         self.reload = Reload(settings, self.ranker, metrics)
         self.guard = _guard(settings)
@@ -249,6 +251,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
             metrics.flush()
             service.reload.close()
             service.ranker.close()
+            service.explanations.close()
             if store is None:
                 await service.store.close()
 
@@ -265,7 +268,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},  # its own would tell what callers sent
     )
     app.include_router(state_routes(service.ranker, metrics, service.health, lambda: service.reload.stuck or service.reload.default.notice))
-    app.take(RankEndpoint(service.ranker, service.served, metrics, settings), metrics, tracer, service.guard)
+    app.take(RankEndpoint(service.ranker, service.explanations, service.served, metrics, settings), metrics, tracer, service.guard)
     app.take_events(EventsEndpoint(_intake(service), settings), settings.origins)
     app.prefix = settings.root_path
     add_error_handlers(app)

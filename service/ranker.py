@@ -85,10 +85,12 @@ class Ranking:
     """Whether the catalogue has the ad; None where it has all."""
     omitted: Sequence[tuple[str, str]]
     degraded: Sequence[Degraded]
-    seen: Mapping[str, Seen] | None = None
+    seen: Mapping[str, Any] | None = None
     ads_seen: Sequence[Seen] | None = None
     propensity: Sequence[float] | None = None
     """How likely the policy was to put each ad at its place, given those above it; None where it did not explore."""
+    why: Sequence[Mapping[str, Any]] = ()
+    """What `explanations` has to say of the first ads."""
 
 
 class Encoded(NamedTuple):

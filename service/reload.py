@@ -74,7 +74,7 @@ class Reload:
 
     def __init__(self, settings: Settings, ranker: Ranker, metrics: Metrics) -> None:
         self._settings, self._ranker, self._metrics = settings, ranker, metrics
-        self._background = ThreadPoolExecutor(1, "load", _give_way)
+        self._background = ThreadPoolExecutor(1, "load", give_way)
         self._beside = ThreadPoolExecutor(1, "beside")
         self._beside.submit(int)  # starts its thread here: one that the other starts would inherit its priority
         self._tried: dict[str, Tried] = {}
@@ -194,7 +194,7 @@ class Reload:
         if model is None and found.verdict is None:
             return None
         challenge = Challenge(name, facts, model, self._metrics, shared_folder())
-        challenge.begin(ThreadPoolExecutor(1, "challenger", _give_way))
+        challenge.begin(ThreadPoolExecutor(1, "challenger", give_way))
         self._metrics.challenger(name, facts.mode)
         challenge.verdict = found.verdict
         return challenge
@@ -338,7 +338,7 @@ def _tell_others(home: Path, challenger: Challenger, verdict: Verdict) -> None:
         log.warning("other processes are not told, each will judge for itself: %s", error)
 
 
-def _give_way() -> None:
+def give_way() -> None:
     """Lower the priority of this thread. Elsewhere than on Linux it would be that of the process."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):

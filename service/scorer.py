@@ -1,5 +1,6 @@
 """A model in ONNX Runtime. The only module that knows it; knows nothing about features, users or HTTP."""
 
+import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-from features.bundle import MOST_GRAPH_BYTES
+from features.bundle import ATTENTION, CONTRIBUTIONS, MOST_GRAPH_BYTES
 from features.encode import Feeds
 from features.files import read
 from features.graph_file import GraphFileError, graph_facts
@@ -100,6 +101,40 @@ class Scorer:
             raise ScoringError(f"the model gave {scores.dtype} {scores.shape}, expected float32 {shape}")
         answer: Numbers = scores
         return answer
+
+
+class ExplainGraph:
+    """A model's graph of what its logits are made of, on the CPU in one thread."""
+
+    def __init__(self, graph: Path) -> None:
+        """Load it.
+
+        Raises:
+            ScoringError: it is no such graph, or does not say what its contributions are called.
+        """
+        self._session = _open(graph, PROVIDERS["cpu"], _options(1))
+        self._inputs = [entry.name for entry in self._session.get_inputs()]
+        outputs = [entry.name for entry in self._session.get_outputs()]
+        self.attends = ATTENTION in outputs
+        try:
+            told = self._session.get_modelmeta().custom_metadata_map
+            self.names: list[str] = json.loads(told[CONTRIBUTIONS]) if CONTRIBUTIONS in outputs else []
+        except (KeyError, ValueError) as error:
+            raise ScoringError(f"{graph} does not say what its contributions are called") from error
+
+    def run(self, feeds: Feeds) -> dict[str, Numbers]:
+        """Contributions `(R, C, K)` and attention `(R, C, T)`, what there is of them. Blocks.
+
+        Raises:
+            ScoringError: a tensor is missing, or the model failed.
+        """
+        try:
+            outputs = [entry.name for entry in self._session.get_outputs()]
+            return dict(zip(outputs, self._session.run(outputs, {name: feeds[name] for name in self._inputs}), strict=True))
+        except KeyError as error:
+            raise ScoringError(f"the model takes {error.args[0]}, which its schema does not make") from error
+        except FAILURES as error:
+            raise ScoringError(f"the model failed: {error}") from error
 
 
 class TiledScorer(Scorer):

@@ -11,7 +11,7 @@ from features.events import JOINED, TYPES
 
 Labels = Sequence[Sequence[str]]
 
-STAGES = ("parse", "features", "queue", "inference", "post")
+STAGES = ("parse", "features", "queue", "inference", "post", "explain")
 RANKED = ("/rank", "/v1/rank")
 FAULTS = ("cut_off", "deadline", "not_ready", "over_limit", "scoring_failed", "unexpected")
 """Outcomes of rankings that are the service's to answer for, not the caller's: the availability objective counts them."""

@@ -172,7 +172,8 @@ class Options(Wire):
     objective: Literal["pctr", "ecpm"] = "pctr"
     """Order by p(click), or by 1,000 · p(click) · bid, for which every candidate needs a bid."""
     explain: bool = False
-    """Answer too with what the model was given: the user's features and behaviours, and each ad's features."""
+    """Answer too with what the model was given, the user's features and behaviours and each ad's features, and with what it made of it:
+    each behaviour's weight and what each field added to the logit, of networks that have such (docs/models.md)."""
     unknown_ads: Literal["rank", "omit"] = "rank"
     """What becomes of an ad that the catalogue does not have and that comes without a feature that is not null: `rank` puts it
     among the others, about in the middle; `omit` leaves it out, into `omitted` as `unknown_ad`."""
@@ -212,7 +213,9 @@ class ModelFacts(Wire):
 
 class AdAnswer(Wire):
     """A ranked ad. `known` is there, and false, for an ad that the catalogue does not have; `propensity` where the ranking explored:
-    the probability with which the policy puts this ad at this place, given the ads above it.
+    the probability with which the policy puts this ad at this place, given the ads above it. The last three are there where the request
+    said `explain`: `explain` is what the model was given, and what it made of it are `attention`, the weight of each behaviour, oldest
+    first, and `contributions`, what fields, pairs of fields and the `rest` add to the logit before calibration.
     """
 
     ad_id: str
@@ -222,6 +225,8 @@ class AdAnswer(Wire):
     propensity: float | None = None
     known: bool = True
     explain: dict[str, Any] | None = None
+    attention: list[float] | None = None
+    contributions: dict[str, float] | None = None
 
 
 class OmittedAnswer(Wire):
@@ -240,7 +245,9 @@ class DegradedAnswer(Wire):
 
 
 class RankAnswer(Wire):
-    """The ads, best first. Each candidate is in `ads` or in `omitted`, once."""
+    """The ads, best first. Each candidate is in `ads` or in `omitted`, once. `explain` has what the model was given of `user`, `context`
+    and `history`, and a `notice`, a sentence, where not all ads could be explained.
+    """
 
     request_id: str
     model: ModelFacts
@@ -275,7 +282,8 @@ _ranks: list[bytes] = []
 
 def answer(request_id: str, ranking: Ranking, stages: Stages) -> bytes:
     """The ranking as the JSON of a `RankAnswer`; `ads` goes from columns to bytes, without an object for each ad."""
-    seconds = {**{name: stages.seconds.get(name, 0.0) for name in TIMED}, "total": stages.total}
+    timed = [*TIMED, *(["explain"] if "explain" in stages.seconds else [])]
+    seconds = {**{name: stages.seconds.get(name, 0.0) for name in timed}, "total": stages.total}
     before = {"request_id": request_id, "model": ranking.model}
     after: dict[str, Any] = {
         "omitted": [{"ad_id": ad_id, "reason": reason} for ad_id, reason in ranking.omitted],
@@ -316,6 +324,8 @@ def _numbers(ranking: Ranking) -> list[bytes]:
         texts = [text if known else text + b',"known":false' for text, known in zip(texts, ranking.known, strict=True)]
     if ranking.ads_seen is not None:
         texts = [b'%s,"explain":%s' % (text, orjson.dumps(seen)) for text, seen in zip(texts, ranking.ads_seen, strict=True)]
+    if ranking.why:
+        texts[: len(ranking.why)] = [b"%s,%s" % (text, orjson.dumps(why)[1:-1]) for text, why in zip(texts, ranking.why, strict=False)]
     return texts
 
 

@@ -125,7 +125,7 @@ class TestRank:
         answer = await client.rank(candidates=rows, options={"objective": "ecpm", "explain": True, "top_k": 3})
         assert [ad["ecpm"] for ad in answer["ads"]] == sorted((ad["ecpm"] for ad in answer["ads"]), reverse=True)
         assert set(answer["ads"][0]["explain"]) == {"ad_id", "genre", "tags", "price"}
-        assert set(answer["explain"]) == {"user", "context", "history"}
+        assert set(answer["explain"]) == {"user", "context", "history", "notice"}  # test_explain has the notices
 
     @pytest.mark.parametrize("odd", ["😀", "\u202eabc", "e\u0301", "a\u0000b", "\u200d", "}{", " ", "\ufeff", "x" * 256])
     async def test_odd_text_is_text(self, client, odd):

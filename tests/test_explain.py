@@ -1,16 +1,30 @@
-"""Why an ad is where it is: what networks say of their logits, and the graph of that in a bundle."""
+"""Why an ad is where it is: what networks say of their logits, the graph of that in a bundle, and what `/rank` tells of it."""
 
+import asyncio
+import contextlib
 import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
+import bundles
 import numpy as np
 import onnxruntime
 import pytest
 import small
 import torch
+from conftest import Client, running
+from onnx import TensorProto, helper
 
-from features.bundle import ATTENTION, CONTRIBUTIONS, EXPLAIN_MODEL, REST
+from features import bundle
+from features.bundle import ATTENTION, CONTRIBUTIONS, EXPLAIN_MODEL, REST, current_path
 from features.encode import Feeds
+from features.state import Ad, MemoryStore
+from service import explanations
+from service.scorer import ExplainGraph
+from service.settings import Settings
+from service.wire import RankAnswer
 from tests.test_networks import CASES, SCHEMAS, fits
 from training.calibrate import Calibration
 from training.explain import explain_graph, explained
@@ -181,3 +195,155 @@ def test_what_explains_stays_and_the_rest_is_fused() -> None:
     with torch.no_grad():
         assert kept.explained(request).names == network.explained(request).names
         assert torch.allclose(kept.explained(request).addends, network.explained(request).addends, atol=1e-5)
+
+
+# --- what `/rank` tells
+
+
+def explaining(adds: float = 0.0, named: bool = True) -> bytes:
+    """A graph beside that of `bundles`: contributions of a candidate's ids, the sum of them the rest, and its id times each behaviour's."""
+    nodes = [
+        helper.make_node("Cast", ["ad_ids"], ["ads"], to=TensorProto.FLOAT),
+        helper.make_node("Slice", ["ads", "zero", "few", "last"], ["some"]),
+        helper.make_node("ReduceSum", ["ads", "last"], ["all"], keepdims=1),
+        helper.make_node("Add", ["all", "adds"], ["sum"]),
+        helper.make_node("Concat", ["some", "sum"], [CONTRIBUTIONS], axis=-1),
+        helper.make_node("Cast", ["history_ids"], ["past"], to=TensorProto.FLOAT),
+        helper.make_node("Slice", ["past", "zero", "one", "last"], ["behaviour"]),
+        helper.make_node("Transpose", ["behaviour"], ["row"], perm=[0, 2, 1]),
+        helper.make_node("Slice", ["ads", "zero", "one", "last"], ["ad"]),
+        helper.make_node("MatMul", ["ad", "row"], [ATTENTION]),
+    ]
+    constants = [
+        helper.make_tensor(name, TensorProto.INT64, [1], [value]) for name, value in (("zero", 0), ("one", 1), ("few", 2), ("last", -1))
+    ]
+    constants.append(helper.make_tensor("adds", TensorProto.FLOAT, [1], [adds]))
+    inputs = [
+        helper.make_tensor_value_info(f"{part}_ids", TensorProto.INT64, ["R", axis, None]) for part, axis in (("history", "T"), ("ad", "C"))
+    ]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["R", "C", None]) for name in (CONTRIBUTIONS, ATTENTION)]
+    model = helper.make_model(
+        helper.make_graph(nodes, "explain", inputs, outputs, constants),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    helper.set_model_props(model, {CONTRIBUTIONS: json.dumps(["ad.ad_id", "ad.genre", REST])} if named else {})
+    return bytes(model.SerializeToString())
+
+
+@contextlib.asynccontextmanager
+async def serving(models: Path) -> AsyncIterator[Client]:
+    store = MemoryStore()
+    await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
+    async with running(Settings(models=models, redis="memory://"), store) as client:
+        yield client
+
+
+USER = {"id": "u1", "history": [{"ad_id": ad_id} for ad_id in ("a9", "a2", "a7")]}
+EXPLAIN = {"explain": True}
+
+
+def threads() -> int:
+    return sum(thread.name.startswith("explain") for thread in threading.enumerate())
+
+
+@pytest.mark.anyio
+async def test_an_answer_says_why(tmp_path: Path) -> None:
+    bundles.publish(tmp_path, files={EXPLAIN_MODEL: explaining(adds=0.5)})
+    ids = bundles.encoder().vocabularies.categories["ad_id"].encode
+    async with serving(tmp_path) as client:
+        plain = await client.rank(USER, ["a1", "new", "a5", "a3"], options={"top_k": 3})
+        assert threads() == 0
+        answer = await client.post(
+            "/rank", json={"user": USER, "candidates": ["a1", "new", "a5", "a3"], "options": {**EXPLAIN, "top_k": 3}}
+        )
+        RankAnswer.model_validate_json(answer.content)
+        told = answer.json()
+        assert [ad["ad_id"] for ad in told["ads"]] == [ad["ad_id"] for ad in plain["ads"]]
+        assert set(told["explain"]) == {"user", "context", "history"}
+        for ad in told["ads"]:
+            [ad_id], behaviours = ids([ad["ad_id"]]), ids(["a9", "a2", "a7"])
+            assert ad["attention"] == [float(np.float32(ad_id) * np.float32(each)) for each in behaviours]
+            seen = ad["explain"]
+            assert list(ad["contributions"]) == ["ad.ad_id", "ad.genre", "rest"]
+            assert ad["contributions"]["ad.ad_id"] == float(ad_id)
+            assert ad["contributions"]["ad.genre"] == float(seen["genre"])
+            assert ad["contributions"]["rest"] == float(ad_id + seen["genre"] + sum(seen["tags"])) + 0.5
+        assert list(told["timings_ms"]) == ["parse", "features", "queue", "inference", "explain", "total"]
+        nothing = await client.rank({"id": "nobody"}, ["a1"], options=EXPLAIN)
+        assert nothing["ads"][0]["attention"] == []
+        assert "attention" not in (await client.rank(USER))["ads"][0]
+        assert await client.metric('adrank_stage_duration_seconds_count{stage="explain"}') == 2
+
+
+@pytest.mark.anyio
+async def test_the_graph_is_loaded_when_it_is_asked_for_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+
+    class Counted(ExplainGraph):
+        def __init__(self, graph: Path) -> None:
+            loaded.append(graph)
+            super().__init__(graph)
+
+    monkeypatch.setattr(explanations, "ExplainGraph", Counted)
+    path = bundles.publish(tmp_path, files={EXPLAIN_MODEL: explaining()})
+    async with serving(tmp_path) as client:
+        await client.rank()
+        assert loaded == []
+        answers = await asyncio.gather(*(client.rank(USER, options=EXPLAIN) for _ in range(5)))
+        assert all("attention" in answer["ads"][0] for answer in answers)
+        assert loaded == [path / EXPLAIN_MODEL]
+
+
+@pytest.mark.anyio
+async def test_where_there_is_nothing_to_explain_a_notice_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundles.publish(tmp_path)
+    bundles.publish(tmp_path, "damaged", files={EXPLAIN_MODEL: explaining()})
+    bundles.publish(tmp_path, "nameless", files={EXPLAIN_MODEL: explaining(named=False)})
+    bundles.publish(tmp_path, "no-graph", files={EXPLAIN_MODEL: b"no graph"})
+    published = bundle.publish(tmp_path, "dcn", dict(files_of(tmp_path)), {"network": "dcn", "explains": []})
+    assert published.parent.name == "dcn"
+    async with serving(tmp_path) as client:
+        (current_path(tmp_path, "damaged") / EXPLAIN_MODEL).write_bytes(explaining(adds=1.0))
+        for name, expected in (
+            ("din", "was published without explain.onnx; train it again to have ads explained"),
+            ("dcn", "is a dcn, which has no attention over behaviours and no logit that fields add up to: nothing to explain"),
+            ("damaged", "cannot be used; the service's log says why"),
+            ("nameless", "cannot be used; the service's log says why"),
+            ("no-graph", "cannot be used; the service's log says why"),
+        ):
+            for _ in range(2):
+                answer = await client.rank(USER, options={**EXPLAIN, "model": name})
+                assert expected in answer["explain"]["notice"]
+                assert answer["explain"]["history"]["genre"]
+                assert set(answer["ads"][0]) == {"ad_id", "rank", "p_click", "explain"}
+    assert caplog.text.count("explains nothing") == 3
+    assert "its digest differs" in caplog.text
+
+
+def files_of(models: Path) -> Iterator[tuple[str, bytes]]:
+    for path in current_path(models, "din").iterdir():
+        if path.name != bundle.MANIFEST:
+            yield path.name, path.read_bytes()
+
+
+@pytest.mark.anyio
+async def test_what_is_told_has_a_limit_and_so_has_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundles.publish(tmp_path, files={EXPLAIN_MODEL: explaining()})
+    monkeypatch.setattr(explanations, "MOST_NUMBERS", 20)  # 3 contributions and 3 behaviours an ad
+    async with serving(tmp_path) as client:
+        answer = await client.rank(USER, [f"a{i}" for i in range(6)], options=EXPLAIN)
+        assert ["attention" in ad for ad in answer["ads"]] == [True] * 3 + [False] * 3
+        assert answer["explain"]["notice"].startswith("the first 3 of 6 ads are explained, as each takes 6 numbers and 20 are given")
+        assert "notice" not in (await client.rank(USER, [f"a{i}" for i in range(6)], options={**EXPLAIN, "top_k": 3}))["explain"]
+
+        release = threading.Event()
+        monkeypatch.setattr(ExplainGraph, "run", lambda *_: release.wait(30) and {})
+        monkeypatch.setattr(explanations, "SECONDS", 0.05)
+        late = await client.rank(USER, options=EXPLAIN)
+        assert "could not be explained in time" in late["explain"]["notice"]
+        assert len(late["ads"]) == 2
+        monkeypatch.setattr(explanations, "SECONDS", 60)
+        monkeypatch.setattr(explanations, "WAITING", 0)
+        assert "could not be explained in time" in (await client.rank(USER, options=EXPLAIN))["explain"]["notice"]
+        release.set()

@@ -91,6 +91,7 @@ def test_history_given_by_distinct_ads_has_the_same_crosses() -> None:
         ("user_id*price", "there is no field 'price' of categories"),
         ("user_id", r"^crosses: 'user_id' is not a pair of fields such as user_id\*ad_id$"),
         ("user_id*ad_id*slot", "is not a pair of fields"),
+        ("user_id*ad_id,user.user_id*ad_id", r"^crosses: 'user.user_id\*ad_id' is there twice; leave one out$"),
     ],
 )
 def test_crosses_of_what_is_not_there_are_refused(crosses: str, message: str) -> None:

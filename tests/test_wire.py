@@ -29,6 +29,7 @@ def plainly(ranking: Ranking, timings: dict[str, float]) -> bytes:
             ad["known"] = False
         if ranking.ads_seen is not None:
             ad["explain"] = ranking.ads_seen[place]
+        ad |= dict(ranking.why[place]) if place < len(ranking.why) else {}
         ads.append(ad)
     omitted = [{"ad_id": ad_id, "reason": reason} for ad_id, reason in ranking.omitted]
     degraded = [entry._asdict() for entry in ranking.degraded]
@@ -51,6 +52,9 @@ def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explaine
         {"user": {"age": 3}} if explained else None,
         [{"ad_id": i, "price": 0.5} for i in range(len(ads))] if explained else None,
         [1 / (place + 3) for place in range(len(ads))] if explored else None,
+        [{"attention": [0.5, -1.0], "contributions": {"ad.genre": 0.25, "rest": float(place)}} for place in range(len(ads) // 2)]
+        if explained
+        else (),
     )
     body = answer("r1", ranking, Stages("/rank"))
     timings = json.loads(body)["timings_ms"]

@@ -36,6 +36,8 @@ def parse_crosses(text: str, fields: Fields) -> list[tuple[Side, Side]]:
         if len(names) != 2:
             raise ValueError(f"crosses: {cross!r} is not a pair of fields such as user_id*ad_id")
         first, second = (_side(cross, name, fields) for name in names)
+        if (first, second) in crosses:
+            raise ValueError(f"crosses: {cross!r} is there twice; leave one out")
         crosses.append((first, second))
     return crosses
 
