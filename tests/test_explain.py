@@ -27,8 +27,9 @@ from service.settings import Settings
 from service.wire import RankAnswer
 from tests.test_networks import CASES, SCHEMAS, fits
 from training.calibrate import Calibration
+from training.datasets.states import ads
 from training.explain import explain_graph, explained
-from training.export import FEW, Served, random_feeds
+from training.export import FEW, Served, export, random_feeds
 from training.networks import NETWORKS
 from training.networks.contract import CLICK, Part, RequestTensors
 from training.networks.deepfm import DeepFM
@@ -347,3 +348,24 @@ async def test_what_is_told_has_a_limit_and_so_has_the_wait(tmp_path: Path, monk
         monkeypatch.setattr(explanations, "WAITING", 0)
         assert "could not be explained in time" in (await client.rank(USER, options=EXPLAIN))["explain"]["notice"]
         release.set()
+
+
+@pytest.mark.anyio
+async def test_a_trained_bundle_s_contributions_add_up_to_what_it_ranks_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the formula of docs/models.md: p(click) = σ(scale · logit + shift + sampling)."""
+    for name, stand_in in (("export.to_onnx", small.traced), ("explain.request_graph", small.traced_request), ("export.SIZES", (1, 7))):
+        monkeypatch.setattr(f"training.{name}", stand_in)
+    (tmp_path / "data").mkdir()
+    data = small.data_set(tmp_path / "data")
+    path = export(data, small.quick(data, "deepfm", epochs=1), tmp_path / "models", "shop", small.quiet())
+    manifest, store = bundle.read_manifest(path), MemoryStore()
+    await store.put_ads(ads(data))
+    async with running(Settings(models=tmp_path / "models", redis="memory://"), store) as client:
+        user = {"id": "u2", "features": {"age": "25", "income": 7}, "history": [{"ad_id": "a3"}, {"ad_id": "a1"}]}
+        told = await client.rank(user, ["a0", "a1", "a2", "new"], context={"slot": "feed"}, options=EXPLAIN)
+    calibration = manifest["calibration"]
+    assert (manifest["explains"], len(told["ads"]), "notice" in told["explain"]) == ([CONTRIBUTIONS], 4, False)
+    for ad in told["ads"]:
+        logit = calibration["scale"] * sum(ad["contributions"].values()) + calibration["shift"] + calibration["sampling"]
+        assert 1 / (1 + np.exp(-logit)) == pytest.approx(ad["p_click"], abs=1e-6)
+        assert {"user.age", "history.genre", "user.age*ad.genre", "context.slot*ad.ad_id", REST} <= ad["contributions"].keys()
