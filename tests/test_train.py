@@ -17,7 +17,8 @@ from training.networks.contract import Part
 from training.networks.deepfm import DeepFMSettings
 from training.networks.din import DINSettings
 from training.networks.embeddings import Embeddings
-from training.train import EmbeddingDecay, Trained, TrainSettings, fit_network, override, predict
+from training.train import Trained, TrainSettings, fit_network, override, predict
+from training.updates import EmbeddingDecay
 from training.world import make_world, write_log
 
 ALONE: dict[str, Any] = {"epochs": 1, "threads": 1, "unknown_rate": 0}

@@ -25,10 +25,10 @@ from .evaluate import Metrics, measure, unmeasured
 from .first_order import SHARE, FirstOrder, times
 from .networks import NETWORKS, build
 from .networks.contract import CLICK, Fields, Labels, Network, RequestTensors
-from .networks.embeddings import Embeddings
 from .networks.grown import take_over
 from .networks.pretrained import copy_embeddings
-from .unknown import Hiding, Unseen, occurrences, parts_of
+from .unknown import Hiding, Unseen
+from .updates import Updates
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 EVALUATION_ROWS = 4096
@@ -78,6 +78,9 @@ class TrainSettings:
     regularise: str = "table"
     """`table`: each step decays every embedding by (λ/2)‖table‖². `batch`: only those in the mini-batch, each by its share
     λ / n of its n occurrences in the training split (DIN paper, eq. 6)."""
+    sparse_above: int = 200_000
+    """Tables of more rows than this are updated sparsely: a step changes the rows that its batch has, by `LazyAdam` where all others have
+    Adam, and `table` decays those alone. 0: none is, and a step costs as much as the table is large."""
     clip: float = 10.0
     """Largest norm of a step's gradient."""
     threads: int = 0
@@ -107,6 +110,7 @@ class TrainSettings:
             ("unknown_rate", 0 <= self.unknown_rate < 1, "at least 0, below 1"),
             ("embedding_l2", self.embedding_l2 >= 0 or self.embedding_l2 == -1, "at least 0, or -1: the network's own"),
             ("regularise", self.regularise in ("table", "batch"), "table or batch"),
+            ("sparse_above", self.sparse_above >= 0, "at least 0"),
             ("clip", self.clip > 0, "above 0"),
             ("threads", self.threads >= 0, "at least 0"),
             ("cooccurrence", 0 <= self.cooccurrence < float("inf"), "at least 0"),
@@ -266,11 +270,13 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
     settings = settings.for_rows(len(rows))
     _check_steps(network, len(rows), settings)
     network.begin(rows.ads)
-    optimisers, more = network.optimisers(settings.learning_rate), _second_task(network, rows, settings)
-    optimisers += [more.optimiser(settings.learning_rate)] if more else []
-    alone = _first_order(network, optimisers, settings) if len(rows) < settings.flat_below and not warm else None
+    more = _second_task(network, rows, settings)
+    updates = Updates(network, rows, settings, more)
+    for line in updates.told():
+        progress.console.print(line, soft_wrap=True)
+    alone = _first_order(network, updates.optimisers, settings) if len(rows) < settings.flat_below and not warm else None
     order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
-    decay, unseen = EmbeddingDecay(network, rows, settings), Unseen(network, rows, warm)
+    unseen = Unseen(network, rows, warm)
     epochs: list[Epoch] = []
     best, best_score, stale, steps = _weights(network), -np.inf, 0, 0
     patient = max(network.settles_after, settings.least_steps // (SHARE if alone else 1))
@@ -282,13 +288,8 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
         batches = np.array_split(shuffled, range(settings.batch, len(rows) - 1, settings.batch))
         for chosen in progress.track(batches, description=f"epoch {number}"):
             batch, twins = hiding.batch(chosen)
-            loss = _loss(network, batch, rows.labels_of(chosen), len(twins)) + (more.loss() if more and not alone else 0.0)
-            network.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            decay.add_gradient(batch)
-            nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
-            for optimiser in optimisers:
-                optimiser.step()
+            loss = batch_loss(network, batch, rows.labels_of(chosen), len(twins)) + (more.loss() if more and not alone else 0.0)
+            updates.step(loss, batch)
             steps += 1
             network.after_step(steps)
             losses.append(loss.item())
@@ -296,7 +297,7 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
         valid_logits = predict(network, valid)
         whole = bool(np.isfinite(valid_logits).all())
         metrics = measure(valid.labels, Calibration().on_log(valid_logits), valid.users) if whole else unmeasured(valid.labels)
-        epochs.append(Epoch(number, optimisers[0].param_groups[0]["lr"], float(np.mean(losses)), metrics, losses[0]))
+        epochs.append(Epoch(number, updates.optimisers[0].param_groups[0]["lr"], float(np.mean(losses)), metrics, losses[0]))
         progress.console.print(epochs[-1].line(), soft_wrap=True)
         if not whole:
             break
@@ -305,7 +306,7 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
             best, best_score, stale = _weights(network), score, 0
         elif steps >= patient:
             stale += 1
-            times(optimisers, 1 if alone else settings.drop)
+            times(updates.optimisers, 1 if alone else settings.drop)
         if alone and (stale >= settings.patience or number >= settings.epochs // SHARE):
             progress.console.print("the first order has learned; now all of the network")
             network.load_state_dict(best)
@@ -341,7 +342,7 @@ def _second_task(network: Network, rows: Rows, settings: TrainSettings) -> Coocc
         raise TrainError(str(error)) from error
 
 
-def _loss(network: Network, batch: RequestTensors, labels: Labels, twins: int) -> Tensor:
+def batch_loss(network: Network, batch: RequestTensors, labels: Labels, twins: int) -> Tensor:
     """That of a batch whose last rows are so many twins with an unknown ad, and as many with any ad: see `Hiding.batch`."""
     outputs, count = network(batch), len(batch.user.ids) - 2 * twins
     loss: Tensor = network.loss({name: values[:count] for name, values in outputs.items()}, batch.first(count), labels)
@@ -407,41 +408,6 @@ def predict_heads(network: Network, rows: Rows) -> dict[str, Logits]:
         chunks = np.array_split(np.arange(len(rows)), range(EVALUATION_ROWS, len(rows), EVALUATION_ROWS))
         found = [network(rows.batch(chunk)) for chunk in chunks]
         return {head: np.concatenate([outputs[head].squeeze(1).numpy() for outputs in found]) for head in network.heads}
-
-
-class EmbeddingDecay:
-    """L2 of the embeddings, added to the gradient of a step rather than to the loss: the same sum, without the graph.
-
-    Rows that no step can use are left as they are: a warm start must not forget what its window does not show.
-    """
-
-    def __init__(self, network: Network, rows: Rows, settings: TrainSettings) -> None:
-        self.l2 = network.embedding_l2 if settings.embedding_l2 == -1 else settings.embedding_l2
-        self.embeddings = [module for module in network.modules() if isinstance(module, Embeddings) and module.sizes]
-        first = {id(weight) for weight in network.first_weights()}
-        self.of_table = [(settings.first_l2 if id(each.table.weight) in first else 0.0) or self.l2 for each in self.embeddings]
-        self.counts, self.unseen = [], []
-        for embeddings in self.embeddings:
-            counts = occurrences(embeddings, rows)
-            for vocabulary in embeddings.sizes:  # about as often as values are hidden
-                counts[embeddings.rows_of(vocabulary)][0] += 2 * settings.unknown_rate * counts[embeddings.rows_of(vocabulary)].sum()
-            self.unseen.append((counts == 0).nonzero().flatten())
-            if settings.regularise == "batch":
-                self.counts.append(counts.clamp(min=1))
-
-    @torch.no_grad()
-    def add_gradient(self, batch: RequestTensors) -> None:
-        """Add the decay of one step, `batch` being its rows."""
-        if not self.counts:
-            for embeddings, unseen, l2 in zip(self.embeddings, self.unseen, self.of_table, strict=True):
-                if (gradient := embeddings.table.weight.grad) is not None:  # it is held still where there is none
-                    gradient.add_(embeddings.table.weight, alpha=l2)
-                    gradient[unseen] = 0
-        for embeddings, counts in zip(self.embeddings, self.counts, strict=False):
-            if (gradient := embeddings.table.weight.grad) is None:
-                continue
-            rows = torch.unique(torch.cat([embeddings.table_rows(name, part.ids).flatten() for name, part in parts_of(batch, embeddings)]))
-            gradient[rows] += embeddings.table.weight[rows] * (self.l2 / counts[rows])[:, None]
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from features.vocabulary import PADDING, UNKNOWN
 from .datasets.encoded import Rows
 from .networks.contract import CLICK, Network, Part, RequestTensors
 from .networks.embeddings import Embeddings
+from .networks.lookup import Table
+from .sparse import SparseTables, lazily
 
 ROWS_AT_ONCE = 4096
 SETTLING_STEPS, SETTLING_ROWS, SETTLING_RATE = 300, 128, 0.01
@@ -84,22 +86,28 @@ class Hiding:
         if not self.rate:
             return
         network.eval()
-        found = [(module.table.weight, _movable(module)) for module in network.modules() if isinstance(module, Embeddings)]
-        optimiser = torch.optim.Adam([weight for weight, _ in found], lr=SETTLING_RATE)
+        blocks = [module for module in network.modules() if isinstance(module, Embeddings)]
+        found = [(block.table.weight, _movable(block)) for block in blocks]
+        tables = SparseTables([block.table for block in blocks if isinstance(block.table, Table) and block.table.touched is not None])
+        optimisers = lazily([torch.optim.Adam([weight for weight, _ in found], lr=SETTLING_RATE)], tables)
         for step in range(SETTLING_STEPS):
-            optimiser.param_groups[0]["lr"] = SETTLING_RATE * (1 - step / SETTLING_STEPS)
+            for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
+                group["lr"] = SETTLING_RATE * (1 - step / SETTLING_STEPS)
             user, history, _, ages = self.rows.batch(self.random.integers(0, len(self.rows), SETTLING_ROWS))
             any_ad = self._any_ads(SETTLING_ROWS)
             one = self.rows.strangers.ad.take(np.zeros((SETTLING_ROWS, 1), np.int64))
             pairs = ((one.ids, any_ad.ids), (one.numbers, any_ad.numbers))
             both = Part(*(torch.from_numpy(np.hstack(pair)) for pair in pairs))
             unknown, known = network(RequestTensors(user, history, both, ages))[CLICK].unbind(1)
-            optimiser.zero_grad()
+            network.zero_grad()
             (unknown - known.detach()).abs().mean().backward()
+            tables.gather()
             for weight, rows in found:
                 if weight.grad is not None:
-                    weight.grad *= rows
-            optimiser.step()
+                    sparse = weight.grad.is_sparse
+                    (weight.grad._values() if sparse else weight.grad).mul_(rows[weight.grad._indices()[0]] if sparse else rows)
+            for optimiser in optimisers:
+                optimiser.step()
 
     def _any_ads(self, count: int) -> Block:
         """Ads of the catalogue `(count, 1, W)`, each as likely."""
@@ -153,7 +161,7 @@ def occurrences(embeddings: Embeddings, rows: Rows) -> Tensor:
         for name, part in parts_of(rows.batch(np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))), embeddings):
             times = torch.ones(len(part.ids)) if part.rows is None else torch.bincount(part.rows.flatten()).float()
             ids = embeddings.table_rows(name, part.ids).flatten(1)
-            total += torch.bincount(ids.flatten(), times.repeat_interleave(ids.shape[1]), minlength=len(total))
+            total.index_add_(0, ids.flatten(), times.repeat_interleave(ids.shape[1]))
     return total
 
 

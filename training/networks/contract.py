@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from features.schema import AGES, Layout, Schema, Slot
 from features.vocabulary import PADDING, Vocabularies
 
+from .lookup import look_up
+
 CLICK = "click"
 """The head that every network has."""
 Outputs = Mapping[str, Tensor]
@@ -34,7 +36,7 @@ class Part(NamedTuple):
         """What was worked out for `ids`, laid out as the request is: `(U, ...)` to `(R, T, ...)` where there are `rows`."""
         if self.rows is None:
             return values
-        return F.embedding(self.rows, values.flatten(1)).view(*self.rows.shape, *values.shape[1:])
+        return look_up(values.flatten(1), self.rows).view(*self.rows.shape, *values.shape[1:])
 
     def behaviours(self) -> Tensor:
         """Which of a history `(R, T)` are behaviours rather than padding: a behaviour's `ad_id` is never 0."""

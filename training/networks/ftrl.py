@@ -35,9 +35,11 @@ class FTRL(torch.optim.Optimizer):
         if not state:
             state["n"] = torch.zeros_like(weight)
             state["z"] = -weight * (beta / alpha + l2) - weight.sign() * l1
-        n, z = state["n"], state["z"]
+        # What has no gradient stays as it is, so a sparse one, which has each row once, is the same step.
+        rows = gradient._indices()[0] if gradient.is_sparse else slice(None)
+        gradient = gradient._values() if gradient.is_sparse else gradient
+        n, z = state["n"][rows], state["z"][rows]
         after = n + gradient.square()
-        sigma = (after.sqrt() - n.sqrt()) / alpha
-        z.add_(gradient - sigma * weight)
-        n.copy_(after)
-        weight.copy_(torch.where(z.abs() <= l1, 0.0, (z.sign() * l1 - z) / ((beta + n.sqrt()) / alpha + l2)))
+        z = z + (gradient - (after.sqrt() - n.sqrt()) / alpha * weight[rows])
+        state["n"][rows], state["z"][rows] = after, z
+        weight[rows] = torch.where(z.abs() <= l1, 0.0, (z.sign() * l1 - z) / ((beta + after.sqrt()) / alpha + l2))
