@@ -14,9 +14,9 @@ from features.merging import Rewrite
 from features.state import STATE_BYTES, StoreError
 
 from .event_store import READ, STORED, Place
-from .line import Command, unrefused
+from .redis_client import Client
+from .redis_server import Command, unrefused
 from .store_damage import Damage, is_wrong_type
-from .topology import Route
 
 BATCH = 500
 """Users of one pipeline, ads of one stream entry: what is held in memory and on the wire at once."""
@@ -52,18 +52,18 @@ T = TypeVar("T")
 class BulkStore:
     """Writes many users or ads to what a server keeps."""
 
-    def __init__(self, route: Route, ttl: int, damage: Damage) -> None:
+    def __init__(self, client: Client, ttl: int, damage: Damage) -> None:
         """The way to the servers, and seconds that a user is kept."""
-        self._route, self._ttl, self._damage = route, str(ttl), damage
+        self._client, self._ttl, self._damage = client, str(ttl), damage
 
     async def put_users(self, users: Iterable[tuple[Place, bytes]]) -> None:
         """Write packed users over what is there, and forget which events they have had.
 
         Raises:
-            OSError, ReplyError: the server did not answer, or refused.
+            OSError, RedisError: the server did not answer, or refused.
         """
         commands: list[Command] = [(b"EVAL", PUT, b"2", place.state, place.seen, packed, self._ttl) for place, packed in users]
-        unrefused(await self._route.ask_all(commands))
+        unrefused(await self._client.ask_all(commands))
 
     async def put_ads(self, ads: Iterable[tuple[Place, bytes]]) -> None:
         """The same for ads. An event that comes between the two steps may be done again, which changes nothing for an ad."""
@@ -72,15 +72,15 @@ class BulkStore:
             hashes[place.state] += (place.field, packed)
             seen[place.state].append(place.seen)
         writes: list[Command] = [(b"HSET", key, *values) for key, values in hashes.items()]
-        unrefused((await self._damage.ask_all(self._route, writes))[0])
-        unrefused(await self._route.ask_all([(b"DEL", *keys) for keys in seen.values()]))
+        unrefused((await self._damage.ask_all(self._client, writes))[0])
+        unrefused(await self._client.ask_all([(b"DEL", *keys) for keys in seen.values()]))
 
     async def rewrite(self, rewrites: Sequence[Rewrite], place: Callable[[str], Place]) -> list[str]:
         """Put what the rewrites make of what is stored in its place, each once nobody else has written meanwhile; which were changed.
 
         Raises:
             StoreError: others change the same all the time.
-            OSError, ReplyError: the server did not answer, or refused.
+            OSError, RedisError: the server did not answer, or refused.
         """
         waiting, changed = {each.id: each for each in rewrites}, list[str]()
         for attempt in range(ATTEMPTS):
@@ -92,12 +92,12 @@ class BulkStore:
 
     async def _try(self, rewrites: Mapping[str, Rewrite], places: Mapping[str, Place], changed: list[str]) -> dict[str, Rewrite]:
         """Those that somebody else was before."""
-        replies, _ = await self._damage.ask_all(self._route, [_read(place) for place in places.values()])
+        replies, _ = await self._damage.ask_all(self._client, [_read(place) for place in places.values()])
         stored = {name: reply or b"" for name, reply in zip(places, unrefused(replies), strict=True)}
         packed = {name: rewrites[name].of(stored[name]) for name in places}
         done = {name: value for name, value in packed.items() if value is not None}
         commands = [self._swap(places[name], stored[name], value) for name, value in done.items()]
-        answers = await self._route.ask_all(commands) if commands else []
+        answers = await self._client.ask_all(commands) if commands else []
         # A key whose type changed since it was read is seen to when it is read again.
         won = unrefused([0 if is_wrong_type(answer) else answer for answer in answers])
         changed += [name for name, one in zip(done, won, strict=True) if one]

@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from redis.exceptions import NoScriptError, ResponseError
+
 from features.events import JOINED, pack_event
 from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, STATE_BYTES, StoreError, StoreRoom
 from features.streams import EVENTS, FIELD
 from features.subject import REPLACED, Change, Outcome, Subject, together
 
-from .line import Command, ReplyError, unrefused
+from .redis_client import Client
+from .redis_server import Command, unrefused
 from .store_damage import Damage, is_wrong_type
-from .topology import Route
 
 ATTEMPTS = 60
 """How often a change is tried while others change the same. Of those who try at once, one succeeds each time."""
@@ -110,9 +112,9 @@ LOOK_SECONDS = 1.0
 """How often it is asked what a stream takes of memory."""
 
 
-async def room_of(route: Route, stream: str) -> StoreRoom:
-    """What a stream takes of the memory of the server that has it; raises as the route does."""
-    size, used, most = await route.ask(b"EVAL", ROOM, b"1", stream)
+async def room_of(client: Client, stream: str) -> StoreRoom:
+    """What a stream takes of the memory of the server that has it; raises as the client does."""
+    size, used, most = await client.ask(b"EVAL", ROOM, b"1", stream)
     return StoreRoom(None if size < 0 else int(size), None if used < 0 else int(used), int(most))
 
 
@@ -138,9 +140,9 @@ class _Turn(NamedTuple):
 class EventStore:
     """Applies events to what a server keeps."""
 
-    def __init__(self, route: Route, place: Callable[[Subject], Place], ttl: int, bounds: Bounds, damage: Damage) -> None:
+    def __init__(self, client: Client, place: Callable[[Subject], Place], ttl: int, bounds: Bounds, damage: Damage) -> None:
         """The way to the servers, the keys of a subject, seconds that a user's state is kept."""
-        self._route, self._place, self._ttl, self._bounds, self._damage = route, place, ttl, bounds, damage
+        self._client, self._place, self._ttl, self._bounds, self._damage = client, place, ttl, bounds, damage
         self._bytes, self._looked = 0, -LOOK_SECONDS
         """What the events that wait take of memory, and when that was asked."""
 
@@ -149,7 +151,7 @@ class EventStore:
 
         Raises:
             StoreError: too many events wait to be joined, or others change the same all the time.
-            OSError, ReplyError: the server did not answer, or refused.
+            OSError, RedisError: the server did not answer, or refused.
         """
         outcomes: list[Sequence[Outcome]] = []
         for some in together(subjects):
@@ -177,7 +179,7 @@ class EventStore:
     async def _read(self, subjects: Sequence[Subject], waiting: Mapping[int, float]) -> dict[int, _Turn]:
         places = {i: self._place(subjects[i]) for i in waiting}
         commands = [command for i, place in places.items() for command in _reads(subjects[i], place)]
-        answers, replaced = await self._damage.ask_all(self._route, commands)
+        answers, replaced = await self._damage.ask_all(self._client, commands)
         replies, turns = iter(unrefused(answers)), {}
         for i, place in places.items():
             stored = (next(replies) or b"") if place.state else b""
@@ -190,10 +192,10 @@ class EventStore:
         events = [event for turn in turns for event in turn.change.fresh if event.type in JOINED]
         if not events:
             return
-        (length,) = unrefused((await self._damage.ask_all(self._route, [(b"XLEN", EVENTS)]))[0])
+        (length,) = unrefused((await self._damage.ask_all(self._client, [(b"XLEN", EVENTS)]))[0])
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
-            self._looked, self._bytes = now, (await room_of(self._route, EVENTS)).stream or 0
+            self._looked, self._bytes = now, (await room_of(self._client, EVENTS)).stream or 0
         if length >= self._bounds.waiting or self._bytes >= self._bounds.waiting_bytes:
             detail = (
                 f"{length:,} events wait to be joined ({self._bytes / 2**20:,.0f} MB), the most that are kept; "
@@ -202,18 +204,18 @@ class EventStore:
             raise StoreError("backlog", detail)
         packed = [pack_event(event) for event in events]
         self._bytes += sum(map(len, packed))
-        unrefused(await self._route.ask_all([(b"XADD", EVENTS, b"*", FIELD, each) for each in packed]))
+        unrefused(await self._client.ask_all([(b"XADD", EVENTS, b"*", FIELD, each) for each in packed]))
 
     async def _write(self, turns: Mapping[int, _Turn]) -> dict[int, bytes]:
         if not turns:
             return {}
         commands = [turn.write(self._ttl, self._bounds.seen_seconds) for turn in turns.values()]
-        replies = await self._route.ask_all(commands)
-        if any(isinstance(reply, ReplyError) and str(reply).startswith("NOSCRIPT") for reply in replies):
+        replies = await self._client.ask_all(commands)
+        if any(isinstance(reply, NoScriptError) for reply in replies):
             # The server has been started since: nothing was done where it does not know the script, and what was done is not done twice.
             again = [(b"EVAL", WRITE, *command[2:]) for command in commands]
-            fresh = iter(await self._route.ask_all([again[i] for i, reply in enumerate(replies) if isinstance(reply, ReplyError)]))
-            replies = [next(fresh) if isinstance(reply, ReplyError) else reply for reply in replies]
+            fresh = iter(await self._client.ask_all([again[i] for i, reply in enumerate(replies) if isinstance(reply, ResponseError)]))
+            replies = [next(fresh) if isinstance(reply, ResponseError) else reply for reply in replies]
         # A key whose type changed since it was read is seen to when it is read again.
         return dict(zip(turns, unrefused([TAKEN if is_wrong_type(reply) else reply for reply in replies]), strict=True))
 

@@ -1,4 +1,4 @@
-"""Users, ads and changes in Redis 7 or later, or Valkey, however its servers are arranged (`topology.py`).
+"""Users, ads and changes in Redis 7 or later, or Valkey, however its servers are arranged (`redis_client.py`).
 
 `adrank:user:{<user id>}` is one packed state with a TTL. The catalogue is 64 hashes `adrank:ads:{<n>}`, ad id -> packed ad.
 `adrank:ads:changes` is a stream whose entries name ads that changed. How events change both is said in `event_store.py`. No command
@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import msgpack
+from redis.exceptions import RedisError, ResponseError
 
 from features.merging import Rewrite
 from features.state import (
@@ -36,10 +37,10 @@ from features.subject import Kind, Outcome, Subject
 
 from .bulk_store import BATCH, BulkStore, batches
 from .event_store import UNTOLD, Bounds, EventStore, Place, room_of
-from .line import Command, ReplyError, unrefused
+from .redis_client import Client, Reads, open_servers
+from .redis_server import Command, unrefused
 from .store_damage import Damage, is_wrong_type
 from .store_errors import told
-from .topology import Route, open_servers
 
 CHANGES = "adrank:ads:changes"
 HASHES = 64
@@ -101,9 +102,9 @@ class RedisStore:
         """Seconds for a `get_user`, seconds that a user is kept, what counts a damaged ad, and what bounds events."""
         self._timeout, self._ttl, self._on_damaged = timeout, ttl, on_damaged
         self._servers = servers = open_servers(url)
-        # Routes of their own, so that no read of a user stands behind a long batch, a thousand events or a wait for changes.
-        self._fast, self._served, self._eventful = servers.route(timeout), servers.route(APPEND_SECONDS), servers.route(EVENT_SECONDS)
-        self._bulk, self._following = servers.route(BULK_SECONDS), servers.route(WAIT_SECONDS + FOLLOW_SECONDS)
+        self._users = Reads(servers, timeout, STATE_BYTES)
+        self._served, self._eventful = Client(servers, APPEND_SECONDS, once=True), Client(servers, EVENT_SECONDS)
+        self._bulk, self._following = Client(servers, BULK_SECONDS), Client(servers, WAIT_SECONDS + FOLLOW_SECONDS)
         self.damage = Damage()
         self._bulk_store = BulkStore(self._bulk, ttl, self.damage)
         self._events = EventStore(self._eventful, place, ttl, bounds, self.damage)
@@ -115,11 +116,11 @@ class RedisStore:
         """
         key = user_key(user_id)
         try:
-            value = await self._fast.ask(b"GETRANGE", key, b"0", str(STATE_BYTES))
+            value = await self._users.read(key)
             return unpack_user(user_id, value) if value else None
         except StateError as error:
             damaged = error
-        except (OSError, ReplyError) as error:
+        except (OSError, RedisError) as error:
             if not is_wrong_type(error):
                 raise told(error, self._timeout) from error
             damaged = StateError("what is stored for a user is no value, but a key of another type")
@@ -151,7 +152,7 @@ class RedisStore:
         """See `Store`."""
         try:
             outcomes = await self._events.apply(subjects)
-        except (OSError, ReplyError) as error:
+        except (OSError, RedisError) as error:
             raise told(error, EVENT_SECONDS) from error
         # Those of duplicates too: who did such an event first may not have lived to announce it.
         for batch in batches(dict.fromkeys(subject.id for subject in subjects if subject.kind == "ad")):
@@ -159,8 +160,8 @@ class RedisStore:
                 await self._announce(self._eventful, batch)
         return outcomes
 
-    async def _announce(self, route: Route, ad_ids: Sequence[str]) -> None:
-        unrefused((await self.damage.ask_all(route, [_announcement(ad_ids)]))[0])
+    async def _announce(self, client: Client, ad_ids: Sequence[str]) -> None:
+        unrefused((await self.damage.ask_all(client, [_announcement(ad_ids)]))[0])
 
     async def all_ads(self) -> AsyncIterator[list[Ad]]:
         """See `Store`. An ad may come twice (HSCAN); a damaged one is left out and counted."""
@@ -218,7 +219,7 @@ class RedisStore:
         """Id of the last entry, how many entries there have ever been (None: the server does not say), and how many were trimmed."""
         try:
             info = fields_of(await self._following.ask(b"XINFO", b"STREAM", CHANGES))
-        except ReplyError as error:
+        except ResponseError as error:
             if is_wrong_type(error):
                 await self.damage.clear(self._following, CHANGES, b"stream")
                 return "0-0", 0, 0
@@ -248,7 +249,7 @@ class RedisStore:
         """What was read of a hash of ads; None where something else has its place: its ads are done without.
 
         Raises:
-            ReplyError: it is another refusal.
+            ResponseError: it is another refusal.
         """
         if not is_wrong_type(reply):
             return unrefused([reply])[0]
@@ -268,10 +269,10 @@ class RedisStore:
         """See `Store`. Never sent twice, so that a record has one id in the stream."""
         commands: list[Command] = [(b"XADD", SERVED, b"*", FIELD, record) for record in records]
         try:
-            replies = await self._served.ask_once([*commands, (b"XLEN", SERVED)])
-        except (OSError, ReplyError) as error:
+            replies = unrefused(await self._served.ask_all([*commands, (b"XLEN", SERVED)]))
+        except (OSError, RedisError) as error:
             if is_wrong_type(error):
-                with suppress(OSError, ReplyError):
+                with suppress(OSError, RedisError):
                     await self.damage.clear(self._served, SERVED, b"stream")  # for the next: some of these may have been appended
             raise told(error, APPEND_SECONDS) from error
         return int(replies[-1])
@@ -284,10 +285,13 @@ class RedisStore:
     async def ping(self) -> None:
         """See `Store`."""
         try:
-            lines = await self._fast.lines()
-            # A read too, which is what a request needs: a user of the store may be allowed PING and not that.
-            await asyncio.gather(self._fast.ask(b"GETRANGE", PROBE, b"0", b"0"), *(line.ask(b"PING") for line in lines))
-        except (OSError, ReplyError) as error:
+            async with asyncio.timeout(self._timeout):
+                # A read too, which is what a request needs: a user of the store may be allowed PING and not that.
+                replies = [self._servers.send([(b"GETRANGE", PROBE, b"0", b"0")])]
+                replies += [server.send([(b"PING",)]) for server in await self._servers.primaries()]
+                for (reply,) in await asyncio.gather(*replies):
+                    unrefused([reply])
+        except (OSError, RedisError) as error:
             raise told(error, self._timeout) from error
 
     async def user_ids(self, most: int) -> list[str]:
@@ -298,17 +302,17 @@ class RedisStore:
         """
         start, found = user_key("")[:-1].encode(), dict[bytes, None]()
         async with answering(BULK_SECONDS):
-            for line in await self._bulk.lines():
-                cursor = b""
+            for server in await self._servers.primaries():
+                primary, cursor = Client(server, BULK_SECONDS), b""
                 while cursor != b"0" and len(found) < most:
-                    cursor, keys = await line.ask(b"SCAN", cursor or b"0", b"MATCH", start + b"*", b"COUNT", b"1000")
+                    cursor, keys = await primary.ask(b"SCAN", cursor or b"0", b"MATCH", start + b"*", b"COUNT", b"1000")
                     found |= dict.fromkeys(keys)
         return [key.removeprefix(start)[:-1].decode("utf-8", "replace") for key in islice(found, most)]
 
     async def close(self) -> None:
         """See `Store`."""
-        self._servers.close()
-        await asyncio.sleep(0)  # the event loop closes their sockets in its next turn, if it has one
+        await self._users.close()
+        await self._servers.close()
 
 
 def fields_of(words: Sequence[Any]) -> dict[Any, Any]:
@@ -326,7 +330,7 @@ async def answering(seconds: float) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(seconds):
             yield
-    except (OSError, ReplyError) as error:
+    except (OSError, RedisError) as error:
         raise told(error, seconds) from error
     except StateError:
         raise

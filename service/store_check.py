@@ -1,18 +1,18 @@
 """What `adrank doctor` asks of Redis or Valkey. Reads, and sends commands that cannot change anything; never changes anything."""
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import time
 from typing import Any
 
+from redis.exceptions import ResponseError
+
 from features.streams import EVENTS, SERVED, STREAMS
 
-from .line import Line, ReplyError
+from .redis_client import Client, open_servers
 from .store import CHANGES, HASHES, PROBE, answering, fields_of
 from .store_errors import lacks_permission
 from .streams import GROUP
-from .topology import Route, open_servers
 
 CONNECT_SECONDS = 3.0
 SECONDS = 15.0
@@ -101,36 +101,34 @@ async def look(url: str, clock: Callable[[], float] = time) -> Looked:
         StoreError: it cannot be reached, does not answer in time, or refuses the password.
     """
     servers = open_servers(url)
-    route = servers.route(CONNECT_SECONDS)
+    client = Client(servers, CONNECT_SECONDS)
     try:
         async with answering(CONNECT_SECONDS):
-            lines = await route.lines()
-            for line in lines:
+            primaries = [(server.name, Client(server, CONNECT_SECONDS)) for server in await servers.primaries()]
+            for _, primary in primaries:
                 try:
-                    await line.ask(b"PING")
-                except ReplyError as error:
+                    await primary.ask(b"PING")
+                except ResponseError as error:
                     if not lacks_permission(error):
                         raise
         async with answering(SECONDS):
-            denied, unwritable = await _probe(route, lines[0])
-            nodes = [await _node(line, clock, len(lines) > 1) for line in lines]
-            return Looked(nodes, await _ads(route), await _queues(route), denied, unwritable)
+            denied, unwritable = await _probe(client, primaries[0][1])
+            nodes = [await _node(name if len(primaries) > 1 else "", primary, clock) for name, primary in primaries]
+            return Looked(nodes, await _ads(client), await _queues(client), denied, unwritable)
     finally:
-        servers.close()
-        await asyncio.sleep(0)
+        await servers.close()
 
 
-async def _node(line: Line, clock: Callable[[], float], named: bool) -> Node:
-    name = line.to.name if named and line.to else ""
+async def _node(name: str, server: Client, clock: Callable[[], float]) -> Node:
     try:
         began = clock()
-        seconds, microseconds = await line.ask(b"TIME")
+        seconds, microseconds = await server.ask(b"TIME")
         ahead: float | None = int(seconds) + int(microseconds) / 1e6 - (began + clock()) / 2
-    except ReplyError:
+    except ResponseError:
         ahead = None
     try:
-        return Node(name, _facts(await line.ask(b"INFO")), ahead)
-    except ReplyError:
+        return Node(name, _facts(await server.ask(b"INFO")), ahead)
+    except ResponseError:
         return Node(name, None, ahead)
 
 
@@ -139,29 +137,29 @@ def _facts(info: bytes) -> dict[str, str]:
     return {name: value for name, colon, value in pairs if colon}
 
 
-async def _ads(route: Route) -> int | None:
+async def _ads(client: Client) -> int | None:
     try:
-        return sum([int(await route.ask(b"HLEN", f"adrank:ads:{{{n}}}")) for n in range(HASHES)])
-    except ReplyError:
+        return sum([int(await client.ask(b"HLEN", f"adrank:ads:{{{n}}}")) for n in range(HASHES)])
+    except ResponseError:
         return None
 
 
-async def _queues(route: Route) -> Mapping[str, Queue] | None:
+async def _queues(client: Client) -> Mapping[str, Queue] | None:
     try:
-        return {name: await _queue(route, name) for name in (*STREAMS, CHANGES)}
-    except ReplyError:
+        return {name: await _queue(client, name) for name in (*STREAMS, CHANGES)}
+    except ResponseError:
         return None
 
 
-async def _queue(route: Route, name: str) -> Queue:
-    length = int(await route.ask(b"XLEN", name))
-    first = await route.ask(b"XRANGE", name, b"-", b"+", b"COUNT", b"1")
+async def _queue(client: Client, name: str) -> Queue:
+    length = int(await client.ask(b"XLEN", name))
+    first = await client.ask(b"XRANGE", name, b"-", b"+", b"COUNT", b"1")
     oldest = time() - int(first[0][0].partition(b"-")[0]) / 1000 if first else None
     try:
-        groups = [fields_of(group) for group in await route.ask(b"XINFO", b"GROUPS", name)]
+        groups = [fields_of(group) for group in await client.ask(b"XINFO", b"GROUPS", name)]
         has_joiner = any(group[b"name"] == GROUP.encode() for group in groups)
-        consumers = await route.ask(b"XINFO", b"CONSUMERS", name, GROUP) if has_joiner else []
-    except ReplyError as error:
+        consumers = await client.ask(b"XINFO", b"CONSUMERS", name, GROUP) if has_joiner else []
+    except ResponseError as error:
         if lacks_permission(error):
             raise
         return Queue(length, oldest)  # there is no such stream
@@ -169,15 +167,15 @@ async def _queue(route: Route, name: str) -> Queue:
     return Queue(length, oldest, has_joiner, idle)
 
 
-async def _probe(route: Route, any_line: Line) -> tuple[dict[str, list[str]], str | None]:
+async def _probe(client: Client, any_server: Client) -> tuple[dict[str, list[str]], str | None]:
     """What may not be done, by part of adrank; and why nothing can be written: it is a replica, full, or its disk is."""
     denied: dict[str, list[str]] = {}
     unwritable = None
     for part, commands in HARMLESS.items():
         for command in commands:
             try:
-                await (route if _key(command) else any_line).ask(*map(str.encode, command))
-            except ReplyError as error:
+                await (client if _key(command) else any_server).ask(*map(str.encode, command))
+            except ResponseError as error:
                 if lacks_permission(error):
                     denied.setdefault(part, []).append(f"{command[0]} {_key(command)}".strip())
                 elif command[0] == "SET":

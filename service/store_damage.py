@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .line import Command, ReplyError
-from .topology import Route
+from redis.exceptions import ResponseError
+
+from .redis_client import Client
+from .redis_server import Command
 
 CLEAR = b"""
 if redis.call('TYPE', KEYS[1])['ok'] == ARGV[1] then return 0 end
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def is_wrong_type(reply: object) -> bool:
     """Whether it is the refusal of a command that does not fit the type of its key."""
-    return isinstance(reply, ReplyError) and "WRONGTYPE" in str(reply)  # within a script it comes after other words
+    return isinstance(reply, ResponseError) and "WRONGTYPE" in str(reply)  # within a script it comes after other words
 
 
 class Damage:
@@ -47,30 +49,30 @@ class Damage:
         self._told, self._untold = now, 0
         log.warning("the store's key %s is done without: %s%s", _text(key), why, more)
 
-    async def clear(self, route: Route, key: str | bytes, kind: bytes) -> None:
+    async def clear(self, client: Client, key: str | bytes, kind: bytes) -> None:
         """Take a key away unless it is of that type.
 
         Raises:
-            OSError, ReplyError: the server did not answer, or refused.
+            OSError, RedisError: the server did not answer, or refused.
         """
-        if await route.ask(b"EVAL", CLEAR, b"1", key, kind):
+        if await client.ask(b"EVAL", CLEAR, b"1", key, kind):
             log.warning("the store's key %s was no %s, so adrank could not use it: it was taken away", _text(key), kind.decode())
             self.on_replaced()
 
-    async def ask_all(self, route: Route, commands: Sequence[Command]) -> tuple[list[Any], set[str | bytes]]:
-        """The replies as `Route.ask_all` gives them, where keys of a wrong type are taken away first; and which those were.
+    async def ask_all(self, client: Client, commands: Sequence[Command]) -> tuple[list[Any], set[str | bytes]]:
+        """The replies as `Client.ask_all` gives them, where keys of a wrong type are taken away first; and which those were.
 
         Raises:
-            OSError, ReplyError: the server did not answer, or a key could not be taken away.
+            OSError, RedisError: the server did not answer, or a key could not be taken away.
         """
-        replies = await route.ask_all(commands)
+        replies = await client.ask_all(commands)
         which = [i for i, reply in enumerate(replies) if is_wrong_type(reply)]
         if not which:
             return replies, set()
         wrong = {_key(commands[i]): TYPES.get(bytes(commands[i][0]), b"hash") for i in which}  # type: ignore[arg-type]  # names are bytes
         for key, kind in wrong.items():
-            await self.clear(route, key, kind)
-        for i, reply in zip(which, await route.ask_all([commands[i] for i in which]), strict=True):
+            await self.clear(client, key, kind)
+        for i, reply in zip(which, await client.ask_all([commands[i] for i in which]), strict=True):
             replies[i] = reply
         return replies, set(wrong)
 

@@ -3,7 +3,13 @@
 Knows what Redis and OpenSSL say, and nothing of what was asked.
 """
 
+from redis.exceptions import ClusterDownError, MasterDownError, MovedError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
 from features.state import StoreError
+
+UNREACHABLE = (OSError, RedisConnectionError, RedisTimeoutError, ClusterDownError, MasterDownError)
 
 DENIED = "store_denied"
 NO_PASSWORD = ("NOAUTH", "Authentication required", "HELLO must be called with the client already authenticated")
@@ -19,7 +25,7 @@ TLS = {
 
 def told(error: Exception, seconds: float) -> StoreError:
     """The failure of something that might take so many seconds."""
-    text = str(error)
+    text = _said(error).partition(", with args")[0]  # of an unknown command, which names users or a password
     if lacks_permission(error):
         return StoreError(DENIED, f"the store's user lacks a permission: {text.removeprefix('NOPERM ')}; docs/redis.md lists what it needs")
     if _says(text, NO_PASSWORD):
@@ -31,18 +37,23 @@ def told(error: Exception, seconds: float) -> StoreError:
             return StoreError("store_unreachable", f"the store cannot be reached: {meaning} ({text})")
     if isinstance(error, TimeoutError):
         return StoreError("store_timeout", f"the store did not answer within {seconds:g} s")
-    if isinstance(error, OSError):
-        return StoreError("store_unreachable", f"the store cannot be reached: {text}{SILENT if 'no answer within' in text else ''}")
-    text = text.partition(", with args")[0]  # of an unknown command, which names users: of them nothing is to be in a log
-    hint = "; it is a cluster, whose URL begins with redis+cluster://" if text.startswith("MOVED") else ""
+    if isinstance(error, UNREACHABLE):
+        return StoreError("store_unreachable", f"the store cannot be reached: {text}{SILENT if 'Timeout connecting' in text else ''}")
+    hint = "; it is a cluster, whose URL begins with redis+cluster://" if isinstance(error, MovedError) else ""
     if "unknown command" in text.lower():
         hint = "; adrank needs Redis 6.2 or later, better 7, or Valkey, without commands that are renamed or switched off"
     return StoreError("store_error", f"the store refused: {text}{hint}")
 
 
+def _said(error: Exception) -> str:
+    """What the server said, with the word that it began with, which redis-py takes away."""
+    code = getattr(error, "status_code", None)
+    return f"{code} {error}" if code and code != "ERR" else str(error)
+
+
 def lacks_permission(error: Exception) -> bool:
     """Whether the store's user may not do what was asked."""
-    return _says(str(error), NO_PERMISSION)
+    return _says(_said(error), NO_PERMISSION)
 
 
 def _says(text: str, signs: tuple[str, ...]) -> bool:

@@ -68,7 +68,7 @@ class Tls(NamedTuple):
     def __repr__(self) -> str:
         return f"Tls(ca={self.ca!r}, cert={self.cert!r})"
 
-    def context(self) -> ssl.SSLContext:
+    def get(self) -> ssl.SSLContext:
         """A context for the next connection.
 
         Raises:

@@ -1,15 +1,15 @@
 """The two streams of the loop, read from Redis 7 or later, or Valkey, as the group `join`. Knows nothing about what is in them."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+
+from redis.exceptions import ResponseError
 
 from features.state import StoreError
 from features.streams import BATCH_BYTES, FIELD, TOO_OLD, WRONG_TYPE, Batch, Entry, Extent, Owner, Stream, StreamLostError
 
-from .line import ReplyError
+from .redis_client import Client, open_servers
 from .store import answering, fields_of
-from .topology import open_servers
 
 GROUP, CONSUMER = "join", "joiner"
 SECONDS = 30.0
@@ -62,7 +62,7 @@ class RedisStreams:
 
     def __init__(self, url: str) -> None:
         self._servers = open_servers(url)
-        self._route = self._servers.route(SECONDS)
+        self._client = Client(self._servers, SECONDS, once=True)
         self._from: dict[Stream, str] = {}
         """By stream the last entry of the pending ones that was read again, or `NEW` when there are none left."""
 
@@ -70,8 +70,8 @@ class RedisStreams:
         """See `Streams`."""
         async with self._asking(stream):
             try:
-                await self._route.ask(b"EVAL", BEGIN, b"1", stream, GROUP)
-            except ReplyError as error:
+                await self._client.ask(b"EVAL", BEGIN, b"1", stream, GROUP)
+            except ResponseError as error:
                 if "BUSYGROUP" in str(error):
                     return False
                 raise
@@ -89,22 +89,21 @@ class RedisStreams:
         return Batch(entries, start == NEW and ended)
 
     async def _page(self, stream: Stream, start: str, count: int) -> tuple[list[Entry], bool]:
-        # Once: entries whose reply is lost on its way are pending, and have to be read as such.
-        command = (b"EVAL", READ, b"1", stream, GROUP, CONSUMER, start, str(count), str(BATCH_BYTES))
-        ((found, ended),) = await self._route.ask_once([command])
+        # Never twice: entries whose reply is lost on its way are pending, and have to be read as such.
+        found, ended = await self._client.ask(b"EVAL", READ, b"1", stream, GROUP, CONSUMER, start, str(count), str(BATCH_BYTES))
         return [Entry(entry_id.decode(), fields_of(words).get(FIELD, b"") if words else None) for entry_id, words in found], bool(ended)
 
     async def own(self, log: Owner, take_over: bool = False) -> Owner | None:
         """See `Streams`."""
         async with answering(SECONDS):
-            held = await self._route.ask(b"EVAL", OWN, b"1", OWNER, log.id, log.place, str(log.seconds), str(int(take_over)))
+            held = await self._client.ask(b"EVAL", OWN, b"1", OWNER, log.id, log.place, str(log.seconds), str(int(take_over)))
         return Owner(held[0].decode(), held[1].decode("utf-8", "replace"), int(held[2])) if held else None
 
     async def acknowledge(self, stream: Stream, ids: Sequence[str]) -> None:
         """See `Streams`. Both steps or neither: an entry that is acknowledged but not deleted would stay for ever."""
         async with self._asking(stream):
             for start in range(0, len(ids), ACKNOWLEDGED):
-                await self._route.ask(b"EVAL", ACKNOWLEDGE, b"1", stream, GROUP, *ids[start : start + ACKNOWLEDGED])
+                await self._client.ask(b"EVAL", ACKNOWLEDGE, b"1", stream, GROUP, *ids[start : start + ACKNOWLEDGED])
 
     def rewind(self, stream: Stream) -> None:
         """See `Streams`."""
@@ -113,7 +112,7 @@ class RedisStreams:
     async def extent(self, stream: Stream) -> Extent:
         """See `Streams`."""
         async with self._asking(stream):
-            info = fields_of(await self._route.ask(b"XINFO", b"STREAM", stream))
+            info = fields_of(await self._client.ask(b"XINFO", b"STREAM", stream))
         if b"entries-added" not in info:
             raise StoreError(TOO_OLD, f"Redis 7 or later is needed, or Valkey: this server's XINFO STREAM {stream} tells no entries-added")
         oldest = Entry(info[b"first-entry"][0].decode(), None).ts if info[b"first-entry"] else None
@@ -121,8 +120,7 @@ class RedisStreams:
 
     async def close(self) -> None:
         """See `Streams`."""
-        self._servers.close()
-        await asyncio.sleep(0)  # the event loop closes their sockets in its next turn, if it has one
+        await self._servers.close()
 
     @asynccontextmanager
     async def _asking(self, stream: Stream) -> AsyncIterator[None]:
@@ -131,7 +129,7 @@ class RedisStreams:
             async with answering(SECONDS):
                 try:
                     yield
-                except ReplyError as error:
+                except ResponseError as error:
                     if "NOGROUP" in str(error) or "no such key" in str(error):
                         raise StreamLostError(f"the stream {stream} or its group {GROUP} is not there") from error
                     if "WRONGTYPE" in str(error):

@@ -9,8 +9,8 @@ from typing import Any
 
 import redis
 from conftest import BINARIES, Server, free_port
-
-from service.cluster import SLOTS, slot_of
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
+from redis.crc import key_slot
 
 DOWN_AFTER_MS = 1_000
 NODE_TIMEOUT_MS = 1_000
@@ -105,8 +105,12 @@ class Sentinels:
 class Nodes:
     """A cluster of three primaries, and a replica of each that is named."""
 
-    def __init__(self, folder: Path, *options: str, replicas_of: Sequence[int] = (), kind: str = "valkey") -> None:
-        self.nodes = [Server(kind, *self._options(folder), *options) for _ in range(3 + len(replicas_of))]
+    def __init__(
+        self, folder: Path, *options: str, replicas_of: Sequence[int] = (), kind: str = "valkey", secured: Path | None = None
+    ) -> None:
+        """With `secured`, a folder of `certificates`, they take TLS too."""
+        over_tls = [(*tls(secured, free_port()), "--tls-cluster", "yes") if secured else () for _ in range(3 + len(replicas_of))]
+        self.nodes = [Server(kind, *self._options(folder), *each, *options) for each in over_tls]
         self.clients = [redis.Redis(port=node.port, protocol=2) for node in self.nodes]
         for n, client in enumerate(self.clients):
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", n + 1)
@@ -149,11 +153,11 @@ class Nodes:
 
     def owner(self, key: str) -> int:
         """The same of a key's slot."""
-        return self.first_owner(slot_of(key.encode()))
+        return self.first_owner(key_slot(key.encode()))
 
     def where(self, key: str) -> tuple[int, int, int]:
         """A key's slot, the number of its first primary, and that of another to move it to."""
-        return slot_of(key.encode()), self.owner(key), (self.owner(key) + 1) % 3
+        return key_slot(key.encode()), self.owner(key), (self.owner(key) + 1) % 3
 
     def begin_to_move(self, slot: int, source: int, target: int) -> None:
         self.clients[target].execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", self.ids[source])
@@ -197,6 +201,12 @@ class Nodes:
             client.close()
         for node in self.nodes:
             node.stop()
+
+
+def tls(folder: Path, port: int) -> tuple[str, ...]:
+    """Options of a server that takes TLS too, at that port, with `certificates`."""
+    files = ("--tls-ca-cert-file", f"{folder}/ca.pem", "--tls-cert-file", f"{folder}/server.pem", "--tls-key-file", f"{folder}/server.key")
+    return ("--tls-port", str(port), *files)
 
 
 def certificates(folder: Path) -> Path:

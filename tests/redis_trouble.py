@@ -22,11 +22,11 @@ from typing import Any
 
 import bundles
 from processes import fill, serving
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
 from redis_load import Load, kept, load
 from redis_servers import Nodes, Sentinels
 
 from features.streams import EVENTS
-from service.cluster import SLOTS
 
 USERS = [f"u{i}" for i in range(60)]
 MOVED = 600

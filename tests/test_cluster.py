@@ -15,11 +15,9 @@ from features.events import Event
 from features.state import Ad, StoreError, UserState
 from features.streams import EVENTS, SERVED
 from features.subject import by_subject
-from service import cluster as module
-from service.cluster import ClusterRoute, key_of, slot_of
+from service.redis_cluster import Cluster, key_of
 from service.store import CHANGES, RedisStore, ads_key, user_key
 from service.streams import RedisStreams
-from service.topology import open_servers
 
 pytestmark = pytest.mark.anyio
 USERS = [f"u{i}" for i in range(60)]
@@ -55,22 +53,6 @@ def store_at(url, timeout=2.0):
 
 def click(event_id, user_id="u1"):
     return Event("click", event_id, round(time.time(), 3), user_id=user_id, ad_id="a1", request_id="r1")
-
-
-@pytest.mark.parametrize(
-    ("key", "slot"),
-    [
-        (b"123456789", 12739),
-        (b"", 0),
-        (b"foo", 12182),
-        (b"{foo}bar", 12182),
-        (b"a{foo}{bar}", 12182),
-        (b"foo{}", 5542),
-        (b"foo{{bar}}", 4015),
-    ],
-)
-def test_slots_are_those_of_the_specification(nodes, key, slot):
-    assert slot_of(key) == slot == nodes.clients[0].execute_command("CLUSTER", "KEYSLOT", key)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +155,7 @@ class TestMaps:
             await store.ping()
             await store.close()
             store = store_at(f"redis+cluster://{hosts}")
-            with pytest.raises(StoreError, match=r"no node of the cluster tells.*Connect.*cluster support disabled") as caught:
+            with pytest.raises(StoreError, match=r"no node of the cluster tells.*(Connect call failed|not enabled)") as caught:
                 await store.get_user("u1")
             assert caught.value.reason == "store_unreachable"
             await store.close()
@@ -186,41 +168,6 @@ class TestMaps:
             await asyncio.gather(*(store.get_user(user) for user in USERS))
         await store.close()
 
-    @pytest.mark.parametrize(("again", "learned"), [(30, False), (0.05, True)])
-    @pytest.mark.parametrize("ask", [lambda route: route.ask(b"GET", "{u1}"), lambda route: route.ask_all([(b"GET", "{u1}")])])
-    async def test_who_has_what_is_asked_again_after_a_failure_and_is_no_storm(self, nodes, monkeypatch, again, learned, ask):
-        asked, slots = [], module._slots
-
-        async def counted(address):
-            asked.append(address)
-            return await slots(address)
-
-        monkeypatch.setattr(module, "_slots", counted)
-        monkeypatch.setattr(module, "LEARN_AGAIN_SECONDS", again)
-        servers = open_servers(nodes.url)
-        route, victim = servers.route(0.05), nodes.nodes[nodes.owner("{u1}")]
-        await ask(route)
-        asked.clear()
-        victim.pause()
-        try:
-            for _ in range(4):
-                failures = await asyncio.gather(*(ask(route) for _ in range(50)), return_exceptions=True)
-                assert {type(failure) for failure in failures} == {TimeoutError}
-            await asyncio.sleep(0.1)
-        finally:
-            victim.resume()
-        servers.close()
-        await asyncio.sleep(0)
-        assert bool(asked) == learned
-        assert len(asked) < 50
-
-    async def test_one_client_asks_each_node_over_one_connection_a_route(self, nodes, store):
-        await store.put_users((user, UserState()) for user in USERS)
-        before = [client.info("clients")["connected_clients"] for client in nodes.clients]
-        await asyncio.gather(*(store.get_user(user) for user in USERS * 5))
-        after = [client.info("clients")["connected_clients"] for client in nodes.clients]
-        assert all(0 <= b - a <= 1 for a, b in zip(before, after, strict=True))
-
 
 async def test_a_cluster_that_is_resharded_under_load_loses_and_refuses_nothing(nodes, run, repository, tmp_path):
     await fill(nodes.url)
@@ -228,14 +175,14 @@ async def test_a_cluster_that_is_resharded_under_load_loses_and_refuses_nothing(
     slots = dict.fromkeys(map(nodes.where, keys))
     told = {"ASK": 0, "MOVED": 0}
 
-    def count(_route, commands, replies, elsewhere):
+    async def count(cluster, elsewhere, commands, replies):
         for i in elsewhere:
-            told[str(replies[i]).partition(" ")[0]] = told.get(str(replies[i]).partition(" ")[0], 0) + 1
-        return redirected(_route, commands, replies, elsewhere)
+            told[replies[i].status_code] = told.get(replies[i].status_code, 0) + 1
+        return await redirected(cluster, elsewhere, commands, replies)
 
-    redirected = ClusterRoute._redirected
+    redirected = Cluster._redirected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClusterRoute, "_redirected", count)
+        patch.setattr(Cluster, "_redirected", count)
         async with run(redis=nodes.url, store_timeout_ms=2_000) as client, load(client, USERS) as made:  # a busy machine is no refusal
             await made.until(events=50)
             await asyncio.to_thread(slowly, nodes, slots)

@@ -12,7 +12,7 @@ from conftest import ARRANGEMENTS, Server, free_port
 from features.events import Event
 from features.state import HISTORY_LIMIT, SEEN_LIMIT, Ad, ChangesLostError, MemoryStore, StoreError, UserState, pack_ad, pack_user
 from features.subject import by_subject
-from service.line import REFUSED_SECONDS
+from service.redis_server import REFUSED_SECONDS
 from service.store import CHANGES, RedisStore, ads_key, user_key
 
 pytestmark = pytest.mark.anyio
@@ -449,32 +449,3 @@ async def test_no_command_spans_two_slots_of_a_cluster(tmp_path):
         await store.close()
     finally:
         server.stop()
-
-
-async def test_no_answer_carries_another_users_state(redis_only):
-    """All share one connection; nobody may read the reply to a request that was cancelled or timed out."""
-    chance = random.Random(7)
-    users = [f"u{i}" for i in range(200)]
-    await redis_only.put_users((user, UserState({"who": user}, [f"ad-of-{user}"], [1])) for user in users)
-    outcomes = {"own": 0, "cancelled": 0, "timeout": 0}
-
-    async def ask(user):
-        try:
-            async with asyncio.timeout(chance.choice([0.0005, 0.002, 0.01, 10])):
-                state = await redis_only.get_user(user)
-        except TimeoutError:
-            outcomes["timeout"] += 1
-            return
-        assert state == UserState({"who": user}, [f"ad-of-{user}"], [1])
-        outcomes["own"] += 1
-
-    for _ in range(20):
-        tasks = [asyncio.create_task(ask(chance.choice(users))) for _ in range(60)]
-        await asyncio.sleep(chance.uniform(0, 0.001))
-        for task in chance.sample(tasks, 30):
-            task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        outcomes["cancelled"] += sum(isinstance(result, asyncio.CancelledError) for result in results)
-        unexpected = [result for result in results if isinstance(result, Exception)]
-        assert not unexpected
-    assert min(outcomes.values()) > 20, outcomes

@@ -6,14 +6,15 @@ import shutil
 import time
 
 import pytest
+import redis
 from conftest import Server, free_port
 from joining import Joining, rows
 from processes import fill
-from redis_servers import certificates
+from redis_servers import Nodes, certificates, eventually, start_sentinel, tls
 
-from features.state import StoreError
+from features.state import StoreError, UserState
 from service.settings import load_settings
-from service.store import RedisStore
+from service.store import RedisStore, user_key
 from service.streams import RedisStreams
 
 pytestmark = [pytest.mark.anyio, pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")]
@@ -29,8 +30,7 @@ def folder(tmp_path_factory):
 def secure(folder):
     """A server that takes TLS and certificates of its authority only. Its plain port is for this test's own start of it."""
     port = free_port()
-    files = ("--tls-ca-cert-file", f"{folder}/ca.pem", "--tls-cert-file", f"{folder}/server.pem", "--tls-key-file", f"{folder}/server.key")
-    server = Server("redis-server", "--tls-port", str(port), *files, "--requirepass", PASSWORD)
+    server = Server("redis-server", *tls(folder, port), "--requirepass", PASSWORD)
     server.tls = f"127.0.0.1:{port}/1?ca={folder}/ca.pem"
     server.client = f"&cert={folder}/client.pem&key={folder}/client.key"
     yield server
@@ -91,7 +91,7 @@ async def test_a_name_that_is_not_the_certificates(url):
 async def test_no_certificate_of_our_own_or_no_tls_at_all(secure, url):
     for wrong in (url.removesuffix(secure.client), f"redis://:{PASSWORD}@{secure.tls.partition('?')[0]}"):
         sentence = await told(wrong)
-        assert re.search("certificate required|connection was lost", sentence), sentence
+        assert re.search("certificate required|reset by peer|Connection closed", sentence), sentence
         assert PASSWORD not in sentence
 
 
@@ -140,3 +140,56 @@ def test_a_file_that_is_not_there_stops_the_start(monkeypatch):
     monkeypatch.setenv("ADRANK_REDIS", f"rediss://:{PASSWORD}@h?ca=/nowhere.pem")
     with pytest.raises(ValueError, match=r"^setting ADRANK_REDIS: the file of the option ca is not there: /nowhere"):
         load_settings()
+
+
+async def test_the_primary_that_sentinels_name_over_tls_before_and_after_a_fail_over(folder, tmp_path):
+    ports, sentinel = [free_port(), free_port()], free_port()
+    secured = ("--tls-replication", "yes", "--repl-diskless-sync-delay", "0", "--dir", str(tmp_path))
+    first = Server("redis-server", *tls(folder, ports[0]), *secured)
+    second = Server("redis-server", *tls(folder, ports[1]), *secured, "--replicaof", f"127.0.0.1 {ports[0]}")
+    words = [word.removeprefix("--") for word in tls(folder, free_port())]
+    settings = [
+        *map(" ".join, zip(words[::2], words[1::2], strict=True)),
+        "tls-replication yes",
+        f"sentinel monitor m 127.0.0.1 {ports[0]} 1",
+    ]
+    process = start_sentinel(tmp_path, *settings, port=sentinel, kind="redis-server")
+    files = f"ca={folder}/ca.pem&cert={folder}/client.pem&key={folder}/client.key"
+    store = RedisStore(f"rediss+sentinel://127.0.0.1:{words[1]}/m?{files}", timeout=5, ttl=100, on_damaged=lambda: None)
+    try:
+        with redis.Redis(port=sentinel, protocol=2) as asked:
+            await asyncio.to_thread(eventually, lambda: asked.sentinel_master("m")["num-slaves"] == 1)
+            assert await store.append_served([b"before"]) == 1
+            await asyncio.to_thread(eventually, lambda: asked.execute_command("SENTINEL", "FAILOVER", "m"))
+            named = lambda: asked.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "m")  # noqa: E731
+            await asyncio.to_thread(eventually, lambda: int(named()[1]) == ports[1])
+        async with asyncio.timeout(90):
+            while True:
+                try:
+                    assert await store.append_served([b"after"]) == 2
+                    break
+                except StoreError:
+                    await asyncio.sleep(0.02)
+    finally:
+        await store.close()
+        process.kill()
+        process.wait()
+        first.stop()
+        second.stop()
+
+
+async def test_a_cluster_over_tls(folder, tmp_path):
+    nodes = Nodes(tmp_path, kind="redis-server", secured=folder)
+    try:
+        port = nodes.clients[0].config_get("tls-port")["tls-port"]
+        files = f"ca={folder}/ca.pem&cert={folder}/client.pem&key={folder}/client.key"
+        store = RedisStore(f"rediss+cluster://127.0.0.1:{port}?{files}", timeout=5, ttl=100, on_damaged=lambda: None)
+        users = [f"u{i}" for i in range(20)]
+        await store.ping()
+        slot, source, target = nodes.where(user_key("u1"))
+        nodes.move(slot, source, target)
+        await store.put_users((user, UserState({"who": user})) for user in users)
+        assert [(await store.get_user(user)).features["who"] for user in users] == users
+        await store.close()
+    finally:
+        nodes.stop()
