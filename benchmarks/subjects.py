@@ -70,11 +70,11 @@ def fastapi(built: Built, redis: str, port: int, workers: int) -> list[str]:
 
 
 @contextmanager
-def serving(name: str, command: Sequence[str], port: int, log: Path) -> Iterator[Subject]:
+def serving(name: str, command: Sequence[str], port: int, log: Path, root: Path = ROOT) -> Iterator[Subject]:
     """Run a server until the block ends, each of its workers scoring one request at a time.
 
     What it serves is not logged: what it is measured beside has no such log, and nobody would take the records. `ADRANK_LOG_SHARE` in
-    the environment says otherwise.
+    the environment says otherwise. `root` is the checkout that it is of.
 
     Raises:
         LoadError: it was not ready in time.
@@ -84,7 +84,7 @@ def serving(name: str, command: Sequence[str], port: int, log: Path) -> Iterator
     began = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+        process = subprocess.Popen(command, cwd=root, env=environment, stdout=out, stderr=out)
     try:
         _wait(f"http://{HOST}:{port}/readyz", process, log)
         subject = Subject(name, Target(HOST, port), psutil.Process(process.pid), time.monotonic() - began)
