@@ -19,7 +19,7 @@ from service.store_url import Tls
 
 pytestmark = pytest.mark.anyio
 CLIENTS = 64
-REQUESTS = int(os.environ.get("CANCELLED_REQUESTS", "3000"))
+REQUESTS = int(os.environ.get("CANCELLED_REQUESTS", "1500"))
 """Of each of the tests below; 50,000 and more are tried by hand."""
 MOST = 1_000
 
