@@ -25,7 +25,7 @@ from service import explanations
 from service.scorer import ExplainGraph
 from service.settings import Settings
 from service.wire import RankAnswer
-from tests.test_networks import CASES, SCHEMAS, fits
+from tests.test_networks import CASES, ONLY_AD_NUMBER, SCHEMAS, fits
 from training.calibrate import Calibration
 from training.datasets.states import ads
 from training.explain import explain_graph, explained
@@ -184,6 +184,15 @@ def test_the_graph_gives_what_torch_gives_and_adds_up_to_the_logit_of_p_click(fa
         p_click = run(small.traced(served), feeds)[0].astype(np.float64)
         logits = (np.log(p_click / (1 - p_click)) - served.shift) / served.scale
         assert ours.sum(-1) == pytest.approx(logits, abs=2e-3)  # p_click has seven digits
+
+
+def test_a_field_alone_has_no_pairs_and_is_exported_all_the_same() -> None:
+    """By torch's own exporter, which does not take all that the tracer takes."""
+    network, schema = small.network("fm", ONLY_AD_NUMBER), small.schema(ONLY_AD_NUMBER)
+    feeds = random_feeds(schema, {}, 2, 1, 3)
+    files, _ = explain_graph(network, schema, [feeds, random_feeds(schema, {}, 1, 1, 1)])
+    price = (feeds["ad_numbers"] * network.first.scales["ad"].item())[..., 0]
+    assert run(files[EXPLAIN_MODEL], feeds)[0] == pytest.approx(np.stack([price, np.full_like(price, network.bias.item())], -1), abs=1e-5)
 
 
 def test_what_explains_stays_and_the_rest_is_fused() -> None:

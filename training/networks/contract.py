@@ -184,8 +184,8 @@ class Explained(NamedTuple):
 
     @classmethod
     def of(cls, *addends: tuple[Sequence[str], Tensor]) -> "Explained":
-        """Of names and what they add `(R, C, ...)`, together."""
-        return cls(tuple(name for names, _ in addends for name in names), torch.cat([values for _, values in addends], dim=-1))
+        """Of names and what they add `(R, C, ...)`, together; one field has no pairs, and ONNX joins no nothing."""
+        return cls(tuple(name for names, _ in addends for name in names), torch.cat([values for names, values in addends if names], dim=-1))
 
 
 class Network(nn.Module):
