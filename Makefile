@@ -5,7 +5,7 @@ PROGRAMS := $(patsubst %,tests/test_bench_%.py,freshness gpu service traces yard
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder
 K8S := build/k8s-tools/installed
 
-.PHONY: demo test bench-test lint bench k8s-test rollout-test redis-test peers-test reference lock images compose-test clean
+.PHONY: demo test bench-test lint bench k8s-test rollout-test redis-test peers-test parity-test reference lock images compose-test clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -54,6 +54,9 @@ peers-test:  ## the blocks of other libraries, with the same weights, give the s
 	build/peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' fuxictr==2.3.10
 	build/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps deepctr-torch==0.3.0  # without the TensorFlow it asks for
 	build/peers/bin/python -m pytest tests/peers $(ARGS)
+
+parity-test: $(INSTALLED)  ## that /rank says what training says of real rows, for every network rather than two
+	NETWORKS=all $(BIN)/python -m pytest tests/test_parity.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info data/demo data/bench

@@ -1,6 +1,7 @@
 """The score that the service returns is the score that training's own evaluation gives the same row, on real rows of ML-1M."""
 
 import asyncio
+import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,8 @@ from training.datasets.encoded import encode_split
 from training.datasets.prepared import Prepared, open_prepared, write_split, write_tables
 from training.datasets.states import ads
 from training.export import export
+from training.networks import NETWORKS
+from training.networks.contract import CLICK
 from training.train import Trained, predict
 
 SOURCE = Path(__file__).parent.parent.parent / "shared" / "data" / "ml-1m"
@@ -29,7 +32,10 @@ pytestmark = [pytest.mark.anyio, pytest.mark.skipif(not SOURCE.is_dir(), reason=
 TOLERANCE = 1e-5
 """Both sides encode with the same code and compute in float32, torch there and ONNX Runtime here, with sums in another order: that
 comes to about 1e-7. A wrong id, or a history off by one, moves a probability by 1e-3 and more."""
-FAMILIES = ("deepfm", "din")
+QUICK = ("deepfm", "din")
+ASKED = os.environ.get("NETWORKS", " ".join(QUICK)).replace("all", " ".join(NETWORKS))
+FAMILIES = tuple(family for family in ASKED.split() if NETWORKS[family].own_heads == (CLICK,))
+"""Two in every run; `make parity-test` has all that learn from clicks alone."""
 ROWS = 200
 
 
@@ -52,7 +58,8 @@ def trial(unexplained: None, tmp_path_factory: pytest.TempPathFactory) -> Trial:
     users = {row.pop("user_id"): {name[5:]: value for name, value in row.items()} for row in data.table("user").to_dicts()}
     expected = {}
     for family in FAMILIES:
-        trained = small.quick(data, family, epochs=1, batch=512, learning_rate=0.01)
+        epochs = 40 if family == "deeplight" else 1  # it is pruned for 800 steps, of which an epoch here has 24
+        trained = small.quick(data, family, epochs=epochs, batch=512, learning_rate=0.01)
         export(data, trained, folder / "models", family, small.quiet())
         expected[family] = _of_training(data, trained)
     return Trial(data, rows, users, folder / "models", expected)
@@ -96,7 +103,7 @@ def test_the_rows_are_of_every_kind(trial: Trial) -> None:
     known = set(next(trial.data.frames("train"))["user_id"])
     assert 60 <= (~trial.rows["user_id"].is_in(list(known))).sum() < ROWS
     for p_click in trial.expected.values():
-        assert p_click.std() > 0.02
+        assert p_click.std() > 0.01
         assert len(np.unique(p_click.round(6))) > 150
 
 
@@ -173,7 +180,7 @@ async def test_another_state_is_another_score(trial: Trial, server: Server, stor
     row = trial.rows.row(-1, named=True)
     user = {"id": row["user_id"], "features": trial.users[row["user_id"]]}
     async with serving(trial, server) as client:
-        for family in FAMILIES:
+        for family in QUICK:  # others need not look at a history
             history = [{"ad_id": ad_id} for ad_id in row["history"]]
             whole = await scores(client, family, {**user, "history": history}, row["ad_id"])
             shorter = await scores(client, family, {**user, "history": history[:-1]}, row["ad_id"])
