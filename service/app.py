@@ -14,9 +14,11 @@ from fastapi import FastAPI
 from features.encode import Encoder
 from features.state import MemoryStore, Store, StoreError
 
-from .api import Application, EventsEndpoint, RankEndpoint, state_routes
+from .api.events import EventsCORS, event_routes
+from .api.rank import Direct, rank_routes
+from .api.status import status_routes
 from .batcher import Batcher
-from .edge import add_error_handlers
+from .edge import Edge, add_error_handlers
 from .event_store import Bounds
 from .events import Ages, Intake
 from .explanations import Explanations
@@ -255,7 +257,7 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
             if store is None:
                 await service.store.close()
 
-    app = Application(
+    app = FastAPI(
         title="adrank",
         version="1",
         description="Ranks ads by p(click).",
@@ -267,11 +269,16 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},  # its own would tell what callers sent
     )
-    app.include_router(state_routes(service.ranker, metrics, service.health, lambda: service.reload.stuck or service.reload.default.notice))
-    app.take(RankEndpoint(service.ranker, service.explanations, service.served, metrics, settings), metrics, tracer, service.guard)
-    app.take_events(EventsEndpoint(_intake(service), settings), settings.origins)
-    app.prefix = settings.root_path
+    ranking = rank_routes(service.ranker, service.explanations, service.served, metrics, settings)
+    app.include_router(ranking)
+    app.include_router(event_routes(_intake(service), settings))
+    reload = service.reload
+    app.include_router(status_routes(service.ranker, metrics, service.health, lambda: reload.stuck or reload.default.notice))
     add_error_handlers(app)
+    app.add_middleware(Direct, ranking=ranking)
+    if settings.origins:
+        app.add_middleware(EventsCORS, origins=settings.origins)
+    app.add_middleware(Edge, metrics=metrics, tracer=tracer, guard=service.guard, prefix=settings.root_path)
     app.openapi = describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the document
     app.add_route("/openapi.json", openapi_page(app), include_in_schema=False)
     app.state.service = service

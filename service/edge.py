@@ -13,14 +13,13 @@ from . import errors
 from .errors import Kind, Mistake
 from .logs import DETAILS, REQUEST, Few
 from .metrics import Metrics, Stages
-from .openapi import RANKED
+from .openapi import EVENTS, RANKED
 from .public import SCORING
 from .tokens import Guard
 
 if TYPE_CHECKING:
     from .traces import Trace, Tracer
 
-EVENTS = "/v1/events"
 READ, WRITTEN = "GET, HEAD, OPTIONS", "OPTIONS, POST"
 METHODS = {
     **dict.fromkeys([*RANKED, EVENTS], WRITTEN),
@@ -50,16 +49,22 @@ def problem(scope: Scope, kind: Kind, detail: str, mistakes: Sequence[Mistake] =
 
 
 class Edge:
-    """The process's edge: every request gets an id, is counted and timed, and whatever goes wrong inside becomes a problem."""
+    """The middleware around all routes: every request gets an id, is counted and timed, and whatever goes wrong inside becomes a problem.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: "Tracer | None" = None, guard: Guard | None = None) -> None:
-        self._app, self._metrics, self._tracer, self._guard = app, metrics, tracer, guard
+    Behind a proxy, paths may begin with `prefix`.
+    """
+
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, tracer: "Tracer | None" = None, guard: Guard | None = None, prefix: str = ""
+    ) -> None:
+        self._app, self._metrics, self._tracer, self._guard, self._prefix = app, metrics, tracer, guard, prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = self._meant(scope)
         path, state = scope["path"], scope.setdefault("state", {})
         state["request_id"] = os.urandom(16).hex()
         state["observed"] = stages = self._metrics.begin(path if path in ROUTES else "other")
@@ -79,9 +84,8 @@ class Edge:
         try:
             await (self._refusal(scope) or self._app)(scope, receive, noting)
             stages.finish()
-        except Exception:
-            response = problem(scope, errors.UNEXPECTED, "the service made a mistake; its log has it under this request_id")
-            failures.exception("the request failed in a way nobody foresaw", extra=_details(scope, errors.UNEXPECTED.status))
+        except Exception as error:
+            response = self._failed(scope, error)
             if status is not None:
                 raise
             await response(scope, receive, noting)
@@ -92,6 +96,12 @@ class Edge:
             if trace is not None and trace.recorded and self._tracer is not None:
                 self._tracer.end(trace, stages, scope, status)
 
+    def _meant(self, scope: Scope) -> Scope:
+        """Without the prefix, and HEAD as GET: the server leaves the body out, going by its own scope."""
+        if self._prefix and scope["path"].startswith(f"{self._prefix}/"):
+            scope["path"] = scope["path"].removeprefix(self._prefix)
+        return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+
     def _refusal(self, scope: Scope) -> Response | None:
         """The answer to a request that is not let in."""
         if self._guard is None:
@@ -101,6 +111,17 @@ class Edge:
         if refusal is None:
             return None
         return problem(scope, refusal.kind, refusal.detail, headers={"www-authenticate": refusal.challenge})
+
+    def _failed(self, scope: Scope, error: Exception) -> Response:
+        """The answer to a request that went wrong."""
+        if isinstance(error, errors.ServiceError):
+            kind = errors.KINDS[type(error)]
+            if kind.retry_after is not None and scope["path"] in RANKED:
+                self._metrics.shed(kind.code)
+            return problem(scope, kind, error.detail, error.mistakes)
+        response = problem(scope, errors.UNEXPECTED, "the service made a mistake; its log has it under this request_id")
+        failures.error("the request failed in a way nobody foresaw", exc_info=error, extra=_details(scope, errors.UNEXPECTED.status))
+        return response
 
     def _begin_trace(self, tracer: "Tracer", scope: Scope) -> "Trace | None":
         if scope["path"] not in TRACED or scope["method"] != "POST":

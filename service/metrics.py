@@ -121,8 +121,8 @@ class Metrics:
     def __init__(self, registry: Registry | None = None) -> None:
         self.registry = r = registry or CollectorRegistry()
         self._rows: list[Stages] = []
-        self.under_way = 0
-        """Rankings under way now."""
+        self.under_way: Callable[[], float] = float
+        """How many rankings are under way now."""
         self.served: collections.Counter[str] = collections.Counter()
         """Rankings by what became of their records, since the last flush."""
         self.served_waiting = 0
@@ -196,7 +196,7 @@ class Metrics:
     def flush(self) -> None:
         """Write what has been noted into the metrics. To be called on the event loop: before a scrape, now and then, and at the end."""
         rows, self._rows = self._rows, []
-        self._inflight.set(self.under_way)
+        self._inflight.set(self.under_way())
         self._served_queue.set(self.served_waiting)
         for result, count in self.served.items():
             self._served.labels(result).inc(count)

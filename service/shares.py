@@ -1,6 +1,10 @@
 """So much of a thing there is, and so much of it one caller may hold."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import OverLimitError
 
 
 class Shares:
@@ -19,6 +23,20 @@ class Shares:
         if peer is not None:
             self._by[peer] += amount
         return True
+
+    @contextmanager
+    def holding(self, peer: str | None, refusal: str) -> Iterator[None]:
+        """Hold one as long as it lasts.
+
+        Raises:
+            OverLimitError: there is none left; `refusal` tells the caller.
+        """
+        if not self.take(peer):
+            raise OverLimitError(refusal)
+        try:
+            yield
+        finally:
+            self.give_back(peer)
 
     def give_back(self, peer: str | None, amount: int = 1) -> None:
         """End holding it."""

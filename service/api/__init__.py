@@ -1,0 +1,1 @@
+"""HTTP: the routes of the FastAPI application. Knows nothing about how a ranking is made."""
