@@ -146,7 +146,7 @@ async def test_each_worker_sends_its_own_and_what_waits_goes_out_at_the_end(repo
 async def test_a_collector_that_is_away_delays_nobody_and_fills_no_log(repository, filled, otel):
     async def served_without(url):
         otel(EXPORTER_OTLP_ENDPOINT=url, BSP_SCHEDULE_DELAY="50", BSP_MAX_QUEUE_SIZE="16", BSP_MAX_EXPORT_BATCH_SIZE="16")
-        async with serving(repository, filled.url, trace_share=1) as client:
+        async with serving(repository, filled.url, trace_share=1, store_timeout_ms=10_000) as client:
             for _ in range(200):
                 assert (await client.rank())["degraded"] == []
             began = time.monotonic()
