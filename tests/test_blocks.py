@@ -191,3 +191,16 @@ def test_fields_know_sizes_and_counts() -> None:
     assert [fields.count(name) for name in ("user", "history", "ad")] == [5, 4, 4]
     assert fields.sizes == {"user_id": 52, "age": 5, "genre": 5, "slot": 4, "ad_id": 14, "tags": 5}
     assert np.prod(list(Embeddings(fields, 3).table.weight.shape)) == 3 * (1 + 51 + 4 + 4 + 3 + 13 + 4)
+
+
+def test_dice_s_own_gradients_are_those_of_autograd() -> None:
+    torch.manual_seed(4)
+    x, weight = torch.randn(6, 5, 2, dtype=torch.float64), torch.randn(6, 5, 2, dtype=torch.float64)
+    found = []
+    for ours in (True, False):
+        block, given = dice().double().train(), x.clone().requires_grad_()
+        p = torch.sigmoid(block.norm(given)) if not ours else None
+        out = block(given) if p is None else given * (block.alpha + p * (1 - block.alpha))
+        (out * weight).sum().backward()
+        found.append([out, given.grad, block.alpha.grad, block.norm.running_var, block.norm.num_batches_tracked])
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*found, strict=True))

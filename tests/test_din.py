@@ -96,3 +96,20 @@ def test_another_history_gives_another_interest_for_each_candidate() -> None:
         change = small.click(network, user, other, ad) - small.click(network, user, history, ad)
     assert change.abs().amax() > 1e-2
     assert change.std(1).amax() > 1e-3
+
+
+def test_what_is_padding_is_not_trained_on_nor_counted_by_dice() -> None:
+    q, k, mask = torch.randn(2, 1, 3), torch.randn(2, 4, 3), torch.tensor([[True] * 4, [True, True, False, False]])
+    found = []
+    for padding in (0, 5):
+        block = unit(softmax=False).train()
+        keys = torch.cat([k.masked_fill(~mask.unsqueeze(-1), 7.0), torch.full((2, padding, 3), 9.0)], 1)
+        interests = block(q, keys, torch.cat([mask, torch.zeros(2, padding, dtype=torch.bool)], 1))
+        interests.square().sum().backward()
+        mean = block.rest[0].norm.running_mean  # type: ignore[union-attr]
+        found.append([interests, mean, *(parameter.grad for parameter in block.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+    block = unit(softmax=False).train()
+    x = F.linear(torch.cat([qs := q.expand(-1, 4, -1), k, qs - k, qs * k], -1)[mask], block.first.weight, block.first.bias)
+    literal = torch.zeros(2, 4).masked_scatter(mask, block.rest(x).squeeze(-1))
+    assert torch.allclose(unit(softmax=False).train()(q, k, mask).squeeze(1), (literal.unsqueeze(-1) * k).sum(1), atol=1e-5)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from training.datasets.encoded import Rows, encode_split
 from training.datasets.prepared import Prepared
 from training.networks.ftrl import FTRL
-from training.networks.lookup import Table, look_up
+from training.networks.lookup import Table, look_up, sum_up
 from training.sparse import LazyAdam, SparseTables, lazily
 from training.train import TrainSettings, batch_loss, fit_network
 from training.unknown import parts_of
@@ -46,6 +46,8 @@ def test_a_lookup_is_torch_s_own_and_so_is_its_gradient() -> None:
     values = torch.randn(5, 2, requires_grad=True)
     ours, theirs = (f(values).square().sum() for f in (lambda v: look_up(v, ids.clamp(max=4)), lambda v: F.embedding(ids.clamp(max=4), v)))
     assert all(torch.equal(*each) for each in zip(*(torch.autograd.grad(loss, values) for loss in (ours, theirs)), strict=True))
+    ours, theirs = sum_up(values, ids.clamp(max=4)).square().sum(), values[ids.clamp(max=4)].sum(1).square().sum()
+    assert all(torch.allclose(*each) for each in zip(*(torch.autograd.grad(loss, values) for loss in (ours, theirs)), strict=True))
 
 
 def test_a_gathered_gradient_has_each_row_once_and_none_of_padding() -> None:

@@ -25,6 +25,8 @@ from .prepared import DataError, Prepared, column_of
 from .spread import NOTHING, Spread
 
 Outcome = np.ndarray[Any, np.dtype[np.float32]]
+FEW_TIMES = 8
+"""See `_distinct`."""
 SEPARATOR = "\x1f"
 """Between an ad's id and its revision."""
 
@@ -110,10 +112,23 @@ class Rows:
         """The tensors of some rows: `user (R, W)`, `history (R, T)` cut to the longest there, `ad (R, 1, W)`."""
         history = self.history[rows]
         longest = max(1, int((history > 0).sum(1).max(initial=0)))
-        distinct, at = np.unique(history[:, :longest], return_inverse=True)
-        past = _part(self.behaviours.take(distinct))._replace(rows=torch.from_numpy(at.reshape(len(rows), longest)))
+        distinct, at = _distinct(history[:, :longest], len(self.behaviours))
+        past = _part(self.behaviours.take(distinct))._replace(rows=torch.from_numpy(at))
         ages = None if self.ages is None else torch.from_numpy(self.ages[rows][:, :longest])
         return RequestTensors(_part(self.user.take(rows)), past, _part(self.ad.take(rows[:, None])), ages)
+
+
+def _distinct(values: np.ndarray[Any, np.dtype[np.int32]], below: int) -> tuple[Ids, Ids]:
+    """The distinct ones among some numbers from 0 on, in order, and where each is among them, in the shape that they have.
+
+    Ticked off where they are not many `below` the highest, which is several times faster than to sort them.
+    """
+    if below > FEW_TIMES * values.size:
+        distinct, at = np.unique(values, return_inverse=True)
+        return distinct.astype(np.int64), at.reshape(values.shape)
+    there = np.zeros(below, np.bool_)
+    there[values] = True
+    return np.flatnonzero(there), (np.cumsum(there) - 1)[values]
 
 
 def _part(block: Block) -> Part:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .contract import CLICK, Explained, Fields, Network, RequestTensors
 from .embeddings import Embeddings
 from .layers import Activation, Dice, Layer, Linear, Tower, merged
+from .lookup import look_up
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,31 @@ class LocalActivation(nn.Module):
 
     def explained(self, candidates: Tensor, history: Tensor, mask: Tensor) -> Tensor:
         """The weights `(R, C, T)` of the behaviours, 0 where there is padding."""
-        # W [q; k; q - k; q * k] = (Wq + Wd) q + ((Wk - Wd) + Wp diag(q)) k: one matrix a candidate, so that every pair costs one product.
-        wq, wk, wd, wp = self.first.weight.chunk(4, dim=1)
-        matrices = (wk - wd).T + candidates.unsqueeze(-1) * wp.T
-        once = F.linear(candidates, wq + wd, self.first.bias).unsqueeze(2)
-        weights = self.rest(history.unsqueeze(1) @ matrices + once).squeeze(-1)
+        packed = self.training and int(mask.sum()) > 1  # Dice needs two to normalise over
+        weights = self._of_pairs(candidates, history, mask) if packed else self._of_all(candidates, history)
         if self.softmax:
             weights = weights.masked_fill(~mask.unsqueeze(1), -1e9).softmax(-1)
         weighed: Tensor = weights * mask.unsqueeze(1)
         return weighed
+
+    def _of_all(self, candidates: Tensor, history: Tensor) -> Tensor:
+        """The MLP's outputs `(R, C, T)`, whatever they are for padding."""
+        # W [q; k; q - k; q * k] = (Wq + Wd) q + ((Wk - Wd) + Wp diag(q)) k: one matrix a candidate, so that every pair costs one product.
+        wq, wk, wd, wp = self.first.weight.chunk(4, dim=1)
+        matrices = (wk - wd).T + candidates.unsqueeze(-1) * wp.T
+        once = F.linear(candidates, wq + wd, self.first.bias).unsqueeze(2)
+        outputs: Tensor = self.rest(history.unsqueeze(1) @ matrices + once).squeeze(-1)
+        return outputs
+
+    def _of_pairs(self, candidates: Tensor, history: Tensor, mask: Tensor) -> Tensor:
+        """The same, but that padding is left out, of Dice's means as well, and has 0."""
+        (requests, count, width), at = candidates.shape, mask.flatten().nonzero().squeeze(1)
+        q = look_up(candidates.flatten(1), at // mask.shape[1]).view(-1, count, width)
+        k = look_up(history.flatten(0, 1), at).unsqueeze(1).expand_as(q)
+        wq, wk, wd, wp = self.first.weight.chunk(4, dim=1)
+        pairs = self.rest(F.linear(torch.cat([q, k, q * k], -1).flatten(0, 1), torch.cat([wq + wd, wk - wd, wp], 1), self.first.bias))
+        outputs = history.new_zeros((mask.numel(), count)).index_copy(0, at, pairs.view(-1, count))
+        return outputs.view(requests, -1, count).transpose(1, 2)
 
     def fused(self, tile: int | None) -> nn.Module:
         """See `fuse.py`."""

@@ -9,7 +9,7 @@ from features.schema import Layout, lay_out
 from features.vocabulary import PADDING
 
 from .contract import Fields, Part, RequestTensors, full_name
-from .lookup import Table
+from .lookup import Table, sum_up
 
 
 class Embeddings(nn.Module):
@@ -83,10 +83,19 @@ class Embeddings(nn.Module):
         if "history" in self:
             mask = request.history.behaviours()
             count = mask.sum(1).clamp(min=1)[:, None, None]
-            vectors.append((self("history", request.history) * mask[..., None, None]).sum(1) / count)
+            vectors.append(self._summed(request.history, mask) / count)
         if not vectors:
             return request.user.numbers.new_zeros((len(request.user.numbers), 0, 1))
         return torch.cat(vectors, dim=1)
+
+    def _summed(self, history: Part, mask: Tensor) -> Tensor:
+        """The sum of the behaviours' vectors `(R, F, D)`; that of a batch without laying them out a behaviour each."""
+        if history.rows is None:
+            laid_out: Tensor = self("history", history) * mask[..., None, None]
+            return laid_out.sum(1)
+        distinct = self("history", history._replace(rows=None)) * (history.ids[:, 0] > PADDING)[:, None, None]
+        sums: Tensor = sum_up(distinct.flatten(1), history.rows).view(-1, *distinct.shape[1:])
+        return sums
 
     def of_all(self, request: RequestTensors) -> Tensor:
         """Vectors `(R, C, F, D)` of all fields beside each candidate, those of the request first, repeated for each."""

@@ -17,6 +17,12 @@ def look_up(table: Tensor, rows: Tensor) -> Tensor:
     return F.embedding(rows, table)
 
 
+def sum_up(values: Tensor, rows: Tensor) -> Tensor:
+    """Sums `(R, D)` of `values (U, D)` at `rows (R, T)` over T."""
+    sums: Tensor = _Sum.apply(values, rows)  # type: ignore[no-untyped-call]
+    return sums
+
+
 class Table(nn.Embedding):
     """An embedding table with a row 0 for padding, which no gradient moves.
 
@@ -52,3 +58,17 @@ class _Lookup(torch.autograd.Function):
         if ctx.padding is not None:
             total[ctx.padding] = 0
         return total, None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = values.shape
+        return F.embedding_bag(rows, values, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        each = gradient.unsqueeze(1).expand(-1, rows.shape[1], -1).flatten(0, 1)
+        return gradient.new_zeros(ctx.shape).index_add_(0, rows.flatten(), each), None
