@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from features.schema import Field
 from service.event_wire import AdTold, Click, Conversion, Impression, UserTold
 from service.settings import PREFIX, Settings
-from service.wire import Candidate, Columns, EpsilonGreedy, Greedy, Options, PlackettLuce, RankRequest, User
+from service.wire import Candidate, Columns, ExploreEpsilonGreedy, ExploreGreedy, ExplorePlackettLuce, Options, RankRequest, User
 from training.compare import Gate
 from training.datasets.table_settings import TableSettings
 from training.networks import NETWORKS
@@ -145,7 +145,7 @@ def page() -> str:
         of_dataclass(TableSettings),
         "## `POST /rank`\n",
         *_models({"": RankRequest, "user": User, "candidates[]": Candidate, "candidates": Columns, "options": Options}),
-        *_models({"options.explore": Greedy, "options.explore ": EpsilonGreedy, "options.explore  ": PlackettLuce}),
+        *_models({"options.explore": ExploreGreedy, "options.explore ": ExploreEpsilonGreedy, "options.explore  ": ExplorePlackettLuce}),
         "## `POST /v1/events`\n",
         '`{"events": [...]}`, each of one of these types:\n',
         *_models({get_args(kind.model_fields["type"].annotation)[0]: kind for kind in (Impression, Click, Conversion, UserTold, AdTold)}),

@@ -1,14 +1,18 @@
-"""How likely a policy is to put an ad at a place, given the ads above it. What off-policy estimates weigh a ranking by.
+"""Policies that explore: how they draw the order in which ads are shown, and how likely they are to put an ad at a place.
 
-Knows nothing about where values come from. Of equal values the ad in the lower column is the better one: where columns stand in the
-order of ad ids, ties are broken as the service breaks them.
+The propensity of a place is the probability that the policy puts this ad there, given the ads above it. The product over the places is that
+of the whole order, which is what inverse propensity scoring weighs a ranking by (Swaminathan and Joachims 2015, "Counterfactual Risk
+Minimization"). Knows nothing about where values come from. Of equal values the ad in the lower column is the better one: where columns
+stand in the order of ad ids, ties are broken as the service breaks them.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from .vocabulary import Ids
 
 Array = np.ndarray[Any, np.dtype[Any]]
 COLDEST, HOTTEST = 0.01, 100.0
@@ -22,8 +26,21 @@ class PolicyError(ValueError):
     """A text names no policy; the message says what would."""
 
 
+class Drawn(NamedTuple):
+    """`ranks (n,)`, a permutation of the ads by how good they are (0 is the best); `propensity (places,)` of the first of them."""
+
+    ranks: Ids
+    propensity: Array
+
+
 class Policy(Protocol):
-    """A way to fill places one after the other."""
+    """A way to fill places one after the other. Its text is what the log calls it."""
+
+    def draw(self, falling: Array, places: int, random: np.random.Generator) -> Drawn:
+        """Draw the ads of the first `places`, of which there are no more than ads; the ads that are left follow, best first.
+
+        `falling (n,)` are the ads' values, best first.
+        """
 
     def chances(self, values: Array, left: Array) -> Array:
         """The probability `(R, C)` of each ad for the next place, of R rankings with `values (R, C)`.
@@ -34,7 +51,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EpsilonGreedy:
-    """The best ad that is left, but with the probability `epsilon` any one of those left, the best included; 0 is greedy."""
+    """At each place the best ad that is left, but with the probability `epsilon` any one of those left, the best included; 0 is greedy."""
 
     epsilon: float
 
@@ -48,10 +65,45 @@ class EpsilonGreedy:
         chances[np.arange(len(values)), best] += 1 - self.epsilon
         return chances
 
+    def draw(self, falling: Array, places: int, random: np.random.Generator) -> Drawn:
+        """See `Policy`."""
+        explored = random.random(places) < self.epsilon
+        taken = np.zeros(len(falling), np.bool_)
+        if np.count_nonzero(explored):
+            ranks, best = _walk(explored.tolist(), random.permutation(len(falling)).tolist())
+        else:
+            ranks, best = list(range(places)), [True] * places
+        taken[ranks] = True
+        left = np.arange(len(falling), len(falling) - places, -1)
+        propensity = np.minimum((1 - self.epsilon) * np.array(best, np.float64) + self.epsilon / left, 1.0)
+        return Drawn(_then_the_rest(np.array(ranks, np.int64), taken), propensity)
+
+
+def _walk(explored: list[bool], by_chance: list[int]) -> tuple[list[int], list[bool]]:
+    """The rank that each place gets, and whether it was the best one left.
+
+    A place that explores takes the next of a random permutation that is not taken yet. That is any of those left with the same
+    probability whatever came before, since nothing that came before tells one of those left from another in the permutation.
+    """
+    taken, chances = bytearray(len(by_chance)), iter(by_chance)
+    ranks, best, head = [], [], 0
+    for explores in explored:
+        while taken[head]:
+            head += 1
+        rank = next(rank for rank in chances if not taken[rank]) if explores else head
+        taken[rank] = True
+        ranks.append(rank)
+        best.append(rank == head)
+    return ranks, best
+
 
 @dataclass(frozen=True, slots=True)
 class PlackettLuce:
-    """One of the ads left, with probabilities in proportion to value ** (1 / temperature)."""
+    """At each place one of the ads left, with probabilities in proportion to value ** (1 / temperature).
+
+    Luce 1959, "Individual Choice Behavior"; Plackett 1975, "The Analysis of Permutations". Drawn all at once: the order of
+    log-weights with Gumbel noise is such an order (Kool, van Hoof and Welling 2019, "Stochastic Beams and Where to Find Them").
+    """
 
     temperature: float
 
@@ -64,6 +116,22 @@ class PlackettLuce:
         weights = np.exp(logs - logs.max(1, keepdims=True))
         chances: Array = weights / weights.sum(1, keepdims=True)
         return chances
+
+    def draw(self, falling: Array, places: int, random: np.random.Generator) -> Drawn:
+        """See `Policy`."""
+        weights = np.log(np.maximum(falling, FLOOR)) / self.temperature
+        noisy = weights + random.gumbel(size=len(weights))
+        drawn = np.argsort(-noisy, kind="stable")[:places]
+        taken = np.zeros(len(falling), np.bool_)
+        taken[drawn] = True
+        ranks = _then_the_rest(drawn, taken)
+        # log(sum(exp)) of what is left at each place, from the end: sums of small terms first, and no exponential overflows.
+        left = np.logaddexp.accumulate(weights.take(ranks)[::-1])[::-1]
+        return Drawn(ranks, np.exp(weights.take(drawn) - left[:places]))
+
+
+def _then_the_rest(drawn: Ids, taken: np.ndarray[Any, np.dtype[np.bool_]]) -> Ids:
+    return np.concatenate([drawn, np.flatnonzero(~taken)])
 
 
 def parse_policy(text: str) -> Policy:

@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 
 from features.encode import Features, Feeds, FieldError, Mask, Request, encode_request
+from features.policy import Policy
 from features.schema import IDENTITY
 from features.state import Store, StoreError, UserState
 from features.vocabulary import Numbers
@@ -22,7 +23,7 @@ from .catalogue import Catalogue
 from .challenger import Challenge
 from .errors import DeadlineError, InvalidError, Mistake, ScoringError, ServiceError
 from .explain import Seen, explain_ad, explain_request
-from .explore import Policy, arrange, best_first
+from .explore import arrange, best_first
 from .metrics import Metrics, Stages
 from .models import Model, Models
 from .scoring import Scoring

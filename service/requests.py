@@ -10,11 +10,11 @@ import numpy as np
 import pydantic_core
 from pydantic import ValidationError
 
+from features.policy import EpsilonGreedy, PlackettLuce, Policy
 from features.values import plain, plain_all
 
 from . import wire
 from .errors import InvalidError, Mistake, NotJsonError
-from .explore import EpsilonGreedy, PlackettLuce, Policy
 from .ranker import MISTAKES_TOLD, Bids, Query, Ranking
 from .settings import Settings
 from .wire import Behaviour, Candidate, Columns, RankRequest
@@ -126,9 +126,9 @@ def default_policy(settings: Settings) -> Policy | None:
 
 
 def _policy(explore: wire.Explore) -> Policy | None:
-    if isinstance(explore, wire.EpsilonGreedy):
+    if isinstance(explore, wire.ExploreEpsilonGreedy):
         return EpsilonGreedy(explore.epsilon)
-    return PlackettLuce(explore.temperature) if isinstance(explore, wire.PlackettLuce) else None
+    return PlackettLuce(explore.temperature) if isinstance(explore, wire.ExplorePlackettLuce) else None
 
 
 def _columns(candidates: Columns | list[Candidate] | list[str]) -> tuple[list[str], Bids | None, Mapping[int, dict[str, Any]]]:

@@ -122,14 +122,14 @@ class Columns(Wire):
     """Of each; null for those without."""
 
 
-class Greedy(Wire):
+class ExploreGreedy(Wire):
     """The best first."""
 
     policy: Literal["greedy"]
     """This one, whatever the service's setting is."""
 
 
-class EpsilonGreedy(Wire):
+class ExploreEpsilonGreedy(Wire):
     """At each place the best ad that is left, but with the probability `epsilon` any one of those left."""
 
     policy: Literal["epsilon_greedy"]
@@ -138,7 +138,7 @@ class EpsilonGreedy(Wire):
     """The share of places that are drawn."""
 
 
-class PlackettLuce(Wire):
+class ExplorePlackettLuce(Wire):
     """At each place one of the ads left, in proportion to what it is ordered by ** (1 / `temperature`)."""
 
     policy: Literal["plackett_luce"]
@@ -154,7 +154,9 @@ def _known_policy(explore: object) -> str | None:
 
 _POLICIES = "an object with policy: greedy, epsilon_greedy (and epsilon), or plackett_luce (and temperature)"
 Explore = Annotated[
-    Annotated[Greedy, Tag("greedy")] | Annotated[EpsilonGreedy, Tag("epsilon_greedy")] | Annotated[PlackettLuce, Tag("plackett_luce")],
+    Annotated[ExploreGreedy, Tag("greedy")]
+    | Annotated[ExploreEpsilonGreedy, Tag("epsilon_greedy")]
+    | Annotated[ExplorePlackettLuce, Tag("plackett_luce")],
     Discriminator(_known_policy, custom_error_type="no_such_policy", custom_error_message=f"expected {_POLICIES}"),
 ]
 

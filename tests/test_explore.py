@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from features.policy import FLOOR
-from service.explore import EpsilonGreedy, PlackettLuce, best_first
+from features.policy import FLOOR, EpsilonGreedy, PlackettLuce
 from service.explore import arrange as arrange_rows
+from service.explore import best_first
 from service.wire import RankAnswer
 
 VALUES = st.lists(st.floats(0, 1) | st.sampled_from([0.0, 0.5]), min_size=1, max_size=12)

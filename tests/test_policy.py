@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.policy import EpsilonGreedy, PlackettLuce, Policy, PolicyError, parse_policy, propensities
-from service import explore
 
 POLICIES: list[Policy] = [EpsilonGreedy(0.0), EpsilonGreedy(0.25), EpsilonGreedy(1.0), PlackettLuce(0.5), PlackettLuce(2.0)]
 VALUES = np.array([[0.2, 0.5, 0.1]])
@@ -51,10 +50,8 @@ def test_what_is_above_has_no_chance_and_rankings_do_not_mix(policy: Policy) -> 
     assert chances[1].tolist() == policy.chances(values[1:], left[1:])[0].tolist()
 
 
-@pytest.mark.parametrize(
-    "drawing", [explore.EpsilonGreedy(0.25), explore.EpsilonGreedy(1.0), explore.PlackettLuce(0.5), explore.PlackettLuce(3)]
-)
-def test_the_service_tells_the_same_of_what_it_draws(drawing: explore.Policy) -> None:
+@pytest.mark.parametrize("drawing", [EpsilonGreedy(0.25), EpsilonGreedy(1.0), PlackettLuce(0.5), PlackettLuce(3)])
+def test_the_service_tells_the_same_of_what_it_draws(drawing: Policy) -> None:
     random = np.random.default_rng(1)
     for _ in range(50):
         falling = np.sort(random.random(7) * random.integers(0, 2, 7))[::-1]
