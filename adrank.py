@@ -195,6 +195,37 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
     sys.exit(3 if verdict.refused else 0)
 
 
+@cli.command(cls=WithNetworks, epilog="Example: adrank tune --data data/ml-1m --model din --minutes 60 --set epochs=5")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
+@click.option("--model", "family", required=True, help="The network, one of those below.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), required=True, help="How long to search; the file goes on from before.")
+@click.option("--trials", "path", type=FILE, help="The file of trials; default data/tune/DATA-MODEL.log.")
+@click.option("--most", type=click.IntRange(min=1), help="Stop after so many trials.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting that is not tried but fixed.")
+@click.option("--settings", "file", type=FILE, help="Where to begin, in a TOML file. Default: those known for the data set.")
+@click.option("--write", "target", type=FILE, help="Write the best settings there, for --settings of adrank train.")
+@needs("tune")
+def tune(data: Path, family: str, minutes: float, path: Path | None, most: int | None, **given: Any) -> None:
+    """Search settings of a network that are good on the valid split. Goes on where it was stopped; Ctrl-C keeps what is done."""
+    from training.datasets.log import open_data
+    from training.progress import progress_bar
+    from training.tune import Tuning
+
+    opened, fixed = open_data(data), dict(_pair(text) for text in given["settings"])
+    path = path or Path("data/tune") / f"{opened.schema.name}-{family}.log"
+    tuning = Tuning(opened, family, _settings(opened.schema.name, family, given["file"], given["settings"]), fixed, path)
+    with progress_bar() as progress:
+        stopped = tuning.search(minutes, most, progress)
+    best = tuning.best()
+    print(f"best of {best.ended} trials that ended ({best.pruned} were cut short): {best.valid:.5f} on valid; all are in {path}")
+    print(best.command(data, family))
+    if target := given["target"]:
+        best.write(target, family)
+        print(f"written to {target}")
+    if stopped:
+        raise click.Abort
+
+
 @cli.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")
 @click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
 @click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")

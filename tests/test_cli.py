@@ -211,6 +211,7 @@ WITHOUT = {
     "retrain": (["retrain", "--log", ".", "--name", "din"], "train"),
     "demo": (["demo", "--once"], "demo"),
     "bench": (["bench"], "bench"),
+    "tune": (["tune", "--data", ".", "--model", "din", "--minutes", "1"], "tune"),
 }
 
 

@@ -4,7 +4,7 @@ Knows nothing about ONNX or bundles (`export.py`).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -257,12 +257,20 @@ def _begin_embeddings(network: Network, vocabularies: Vocabularies, start: Start
         progress.console.print(f"this network starts fresh: {wanted}", soft_wrap=True)
 
 
-def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettings, progress: Progress, warm: bool = False) -> list[Epoch]:
+def fit_network(
+    network: Network,
+    rows: Rows,
+    valid: Rows,
+    settings: TrainSettings,
+    progress: Progress,
+    warm: bool = False,
+    each: Callable[[Epoch], None] = lambda _: None,
+) -> list[Epoch]:
     """Train in place until valid stops gaining; the network ends with the weights of its best epoch, in evaluation mode.
 
     A training whose logits are no numbers any more ends there, with an epoch whose measures are none: `gate.diverged` tells.
 
-    `warm`: it was trained before, and keeps what it knows of values that these rows do not have.
+    `warm`: it was trained before, and keeps what it knows of values that these rows do not have. `each` is called after each epoch.
 
     Raises:
         TrainError: a batch would have less than two rows.
@@ -299,9 +307,10 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
         metrics = measure(valid.labels, Calibration().on_log(valid_logits), valid.users) if whole else unmeasured(valid.labels)
         epochs.append(Epoch(number, updates.optimisers[0].param_groups[0]["lr"], float(np.mean(losses)), metrics, losses[0]))
         progress.console.print(epochs[-1].line(), soft_wrap=True)
+        each(epochs[-1])
         if not whole:
             break
-        score = _score(metrics) if steps >= network.settles_after else -np.inf
+        score = score_of(metrics) if steps >= network.settles_after else -np.inf
         if score > best_score:
             best, best_score, stale = _weights(network), score, 0
         elif steps >= patient:
@@ -319,7 +328,7 @@ def fit_network(network: Network, rows: Rows, valid: Rows, settings: TrainSettin
     return epochs
 
 
-def _score(metrics: Metrics) -> float:
+def score_of(metrics: Metrics) -> float:
     """What chooses the epoch: AUC, because Platt scaling repairs the rest; a split with one class only has none."""
     return metrics.auc if np.isfinite(metrics.auc) else -metrics.log_loss
 
