@@ -563,7 +563,7 @@ def promote(models: Path, name: str, version: int | None, shadow: float | None, 
         print(f"no version of {name} challenges the live one any more")
     for mode, share in asked:
         chosen = version or releases.newest(models, name, released(models / name)[-1:])
-        challenger.challenge(models, name, challenger.Challenger(chosen, mode, share, challenger.Bounds(**given)))
+        challenger.challenge(models, name, challenger.Challenger(chosen, mode, share, challenger.CanaryBounds(**given)))
         print(f"{name} {chosen} challenges the live version: {mode}, {share:.3g} of the users")
     if not asked and not stop:
         print(f"{name} {releases.promote(models, name, version)} is live")

@@ -14,7 +14,7 @@ from rich.table import Table
 from service.settings import Settings
 
 from .load import LoadError, Target, ask, measure
-from .measured import Measured, Plan
+from .measured import LoadPlan, Measured
 from .traffic import bodies, draw
 
 Rate = float | Literal["half"] | None
@@ -69,16 +69,16 @@ def loops(load: Load, requests: Sequence[bytes], progress: Progress) -> list[Mea
     measured = []
     rate = load.rate
     if rate is None or rate == "half":
-        plan = Plan(None, load.seconds, load.warm_up, load.connections)
+        plan = LoadPlan(None, load.seconds, load.warm_up, load.connections)
         measured.append(measure(load.target, requests, plan, _ticker(progress, "closed loop", plan)))
         rate = measured[0].requests_per_second / 2 if rate == "half" else None
     if rate and not any(m.interrupted for m in measured):
-        plan = Plan(rate, load.seconds, load.warm_up, load.connections)
+        plan = LoadPlan(rate, load.seconds, load.warm_up, load.connections)
         measured.append(measure(load.target, requests, plan, _ticker(progress, f"open loop, {rate:,.0f} a second", plan)))
     return measured
 
 
-def _ticker(progress: Progress, what: str, plan: Plan) -> Callable[[float], None]:
+def _ticker(progress: Progress, what: str, plan: LoadPlan) -> Callable[[float], None]:
     task = progress.add_task(what, total=plan.warm_up + plan.seconds)
 
     def tick(seconds: float) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from .measured import Measured, Plan
+from .measured import LoadPlan, Measured
 
 CONNECT_SECONDS = 5.0
 DRAIN_SECONDS = 10.0
@@ -93,12 +93,12 @@ class _Connection:
 
 
 @dataclass(eq=False)
-class Run:
+class LoadRun:
     """One measurement at work."""
 
     target: Target
     requests: Sequence[bytes]
-    plan: Plan
+    plan: LoadPlan
     begin: float = field(default_factory=clock)
     due: int = 0
     """Requests of the open loop whose time has come."""
@@ -296,13 +296,13 @@ def _size(data: bytes) -> int:
     return end + 4 + int(head[start + 17 : head.find(b"\r\n", start + 2)])
 
 
-def measure(target: Target, requests: Sequence[bytes], plan: Plan, tick: Callable[[float], None] = lambda _: None) -> Measured:
+def measure(target: Target, requests: Sequence[bytes], plan: LoadPlan, tick: Callable[[float], None] = lambda _: None) -> Measured:
     """Send the requests in turn, over and over, as planned. Ctrl-C ends it early, with what was measured until then.
 
     Raises:
         LoadError: the service cannot be reached, not any more, or does not speak HTTP as adrank does.
     """
-    return Run(target, requests, plan).measure(tick)
+    return LoadRun(target, requests, plan).measure(tick)
 
 
 def ask(target: Target, request: bytes, seconds: float = 10.0) -> tuple[int, bytes]:

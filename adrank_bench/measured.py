@@ -12,7 +12,7 @@ LATE_SECONDS = 0.001
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """What to measure: requests a second for an open loop, None for a closed one; the window comes after the warm-up."""
 
     rate: float | None
@@ -25,7 +25,7 @@ class Plan:
 class Measured:
     """What was measured in the window."""
 
-    plan: Plan
+    plan: LoadPlan
     latencies: np.ndarray[Any, np.dtype[np.float64]]
     """Seconds, of answers with status 200; one that never came counts with the time that it was waited for."""
     statuses: Counter[str]

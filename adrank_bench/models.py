@@ -20,7 +20,7 @@ from features.encode import Encoder
 from training.calibrate import Calibration
 from training.datasets.encoded import Rows, encode_split, learn_vocabularies
 from training.datasets.prepared import SPLITS, DataError, Prepared
-from training.export import Served, random_feeds, to_onnx
+from training.export import ServedNetwork, random_feeds, to_onnx
 from training.networks import NETWORKS, build
 from training.networks.contract import CLICK, Fields, Network
 from training.train import (
@@ -165,7 +165,7 @@ class Measuring:
         """Candidates a second of the exported graph."""
         others = {head: each for head, each in calibrations.items() if head != CLICK}
         schema = self.data.schema
-        graph = to_onnx(Served(network, calibrations[CLICK], schema, others).eval())
+        graph = to_onnx(ServedNetwork(network, calibrations[CLICK], schema, others).eval())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

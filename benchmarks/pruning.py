@@ -18,7 +18,7 @@ from rich.table import Table
 
 from features.schema import parse_schema
 from training.calibrate import Calibration
-from training.export import Served, random_feeds, score, to_onnx
+from training.export import ServedNetwork, random_feeds, score, to_onnx
 from training.networks.contract import Fields
 from training.networks.deeplight import DeepLight, DeepLightSettings
 
@@ -42,7 +42,7 @@ SHARES: dict[str, Sequence[float]] = {
 """What is pruned of pairs, units and values."""
 
 
-def served(pairs: float, units: float, values: float) -> tuple[Served, dict[str, int]]:
+def served(pairs: float, units: float, values: float) -> tuple[ServedNetwork, dict[str, int]]:
     """A network of random weights at the end of its schedule, and its vocabularies' sizes."""
     torch.manual_seed(0)
     sizes = {field.vocabulary: VALUES + 2 for field in SCHEMA.fields}
@@ -51,7 +51,7 @@ def served(pairs: float, units: float, values: float) -> tuple[Served, dict[str,
     with torch.no_grad():
         network.second.table.weight[1:].normal_(std=0.1)
     network.after_step(network.settles_after)
-    return Served(network.eval(), Calibration(), SCHEMA).eval(), sizes
+    return ServedNetwork(network.eval(), Calibration(), SCHEMA).eval(), sizes
 
 
 @click.command()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from features.encode import Feeds
-from training.export import Served, random_feeds
+from training.export import ServedNetwork, random_feeds
 from training.networks.deepfm import DeepFM
 from training.networks.din import DIN
 from training.networks.embeddings import Embeddings
@@ -101,7 +101,7 @@ class Activation(nn.Module):
 class Output(nn.Module):
     """A tower's logits to p(click)."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ServedNetwork) -> None:
         super().__init__()
         self.scale, self.shift = served.scale, served.shift
 
@@ -138,7 +138,7 @@ def _dice(dice: Dice, textbook: bool) -> nn.Module:
 class RowwiseDIN(nn.Module):
     """DIN of one row a candidate: attention over the concatenation of query, key, difference and product."""
 
-    def __init__(self, served: Served, network: DIN, sizes: Mapping[str, int], textbook: bool) -> None:
+    def __init__(self, served: ServedNetwork, network: DIN, sizes: Mapping[str, int], textbook: bool) -> None:
         super().__init__()
         table = FieldTables if textbook else Table
         self.user, self.history, self.ad = (table(network.embed, sizes, part) for part in ("user", "history", "ad"))
@@ -167,7 +167,7 @@ class RowwiseDIN(nn.Module):
 class RowwiseDeepFM(nn.Module):
     """DeepFM of one row a candidate, without a history."""
 
-    def __init__(self, served: Served, network: DeepFM, sizes: Mapping[str, int], textbook: bool) -> None:
+    def __init__(self, served: ServedNetwork, network: DeepFM, sizes: Mapping[str, int], textbook: bool) -> None:
         super().__init__()
         table = FieldTables if textbook else Table
         self.first, self.second = (table(embed, sizes, "user", "ad") for embed in (network.first, network.second))
@@ -189,7 +189,7 @@ def repeated(feeds: Feeds) -> Feeds:
     return {name: array[0] if name == "ad_ids" else np.repeat(array, count, axis=0) for name, array in feeds.items()}
 
 
-def rowwise_onnx(served: Served, sizes: Mapping[str, int], textbook: bool = False) -> bytes:
+def rowwise_onnx(served: ServedNetwork, sizes: Mapping[str, int], textbook: bool = False) -> bytes:
     """The row-wise graph with the weights of a served network, over any number of rows and behaviours."""
     network = served.network
     assert isinstance(network, DIN | DeepFM)

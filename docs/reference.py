@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from features.schema import Field
 from service.event_wire import AdTold, Click, Conversion, Impression, UserTold
 from service.settings import PREFIX, Settings
-from service.wire import Candidate, Columns, ExploreEpsilonGreedy, ExploreGreedy, ExplorePlackettLuce, Options, RankRequest, User
+from service.wire import Candidate, CandidateColumns, ExploreEpsilonGreedy, ExploreGreedy, ExplorePlackettLuce, Options, RankRequest, User
 from training.compare import Gate
 from training.datasets.table_settings import TableSettings
 from training.networks import NETWORKS
@@ -144,7 +144,7 @@ def page() -> str:
         "### Where a table holds them: `[table]`, for `adrank prepare csv`\n",
         of_dataclass(TableSettings),
         "## `POST /rank`\n",
-        *_models({"": RankRequest, "user": User, "candidates[]": Candidate, "candidates": Columns, "options": Options}),
+        *_models({"": RankRequest, "user": User, "candidates[]": Candidate, "candidates": CandidateColumns, "options": Options}),
         *_models({"options.explore": ExploreGreedy, "options.explore ": ExploreEpsilonGreedy, "options.explore  ": ExplorePlackettLuce}),
         "## `POST /v1/events`\n",
         '`{"events": [...]}`, each of one of these types:\n',

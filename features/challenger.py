@@ -21,7 +21,7 @@ Mode = Literal["shadow", "canary"]
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class CanaryBounds:
     """What a challenger may do before it is stopped, judged once `min_requests` were scored by it and as many by the live version."""
 
     error_share: float = 0.01
@@ -42,7 +42,7 @@ class Challenger:
     version: int
     mode: Mode
     share: float
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: CanaryBounds = field(default_factory=CanaryBounds)
     since: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
     """When it was announced, which tells it from the same version announced again."""
 
@@ -107,7 +107,7 @@ def read_challenger(home: Path) -> Challenger | None:
             return None
         bounds = document.pop("bounds")
         low, high = bounds.pop("p_click_ratio")
-        return _check(Challenger(**document, bounds=Bounds(**bounds, p_click_ratio=(low, high))))
+        return _check(Challenger(**document, bounds=CanaryBounds(**bounds, p_click_ratio=(low, high))))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path} does not name a challenger: {error!r}; announce it again with adrank promote", "challenger") from error
 

@@ -19,7 +19,7 @@ _SHAPES = (str, float, str, int, str, dict, dict, list, list, list, list, list, 
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedRecord:
     """One ranking. `p_click` and `propensity` stand beside `ad_ids`, the ads of the answer, best first: position 1 is the first."""
 
     request_id: str
@@ -76,17 +76,17 @@ class Served:
         return encode_request(table, request)[0]
 
 
-_values = attrgetter(*(entry.name for entry in fields(Served)))
+_values = attrgetter(*(entry.name for entry in fields(ServedRecord)))
 
 
-def pack_served(served: Served) -> bytes:
+def pack_served(served: ServedRecord) -> bytes:
     """A served ranking as one value of a stream."""
     values = _values(served)
     packed: bytes = msgpack.packb([WITH_TIMES, *values] if served.history_ts else [FORMAT, *values[:-1]])
     return packed
 
 
-def unpack_served(value: bytes) -> Served:
+def unpack_served(value: bytes) -> ServedRecord:
     """The served ranking in a packed value.
 
     Raises:
@@ -102,7 +102,7 @@ def unpack_served(value: bytes) -> Served:
         document = [WITH_TIMES, *document[1:], []]
     if not isinstance(document, list) or document[:1] != [WITH_TIMES] or [type(part) for part in document[1:]] != list(_SHAPES):
         raise StateError(f"the value is not a served ranking of format {FORMAT} or {WITH_TIMES}")
-    served = Served(*document[1:])
+    served = ServedRecord(*document[1:])
     if not len(served.ad_ids) == len(served.p_click) == len(served.propensity):
         raise StateError("a served ranking is damaged: its columns differ in length")
     if len(served.history_ts) not in (0, len(served.history)):

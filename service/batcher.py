@@ -36,7 +36,7 @@ class Waiting:
     answer: "asyncio.Future[Numbers]"
 
 
-class Queue:
+class BatchQueue:
     """Requests that wait for one model. `busy_seconds` is what its last run took."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Batcher:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._queues: dict[TiledScorer, Queue] = {}
+        self._queues: dict[TiledScorer, BatchQueue] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def score(self, scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
@@ -99,7 +99,7 @@ class Batcher:
         until = None if deadline is None else stages.began + deadline
         answer: asyncio.Future[Numbers] = asyncio.get_running_loop().create_future()
         if scorer not in self._queues:
-            self._queues[scorer] = Queue()
+            self._queues[scorer] = BatchQueue()
             task = asyncio.create_task(self._serve(scorer, self._queues[scorer]))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -113,7 +113,7 @@ class Batcher:
         for queue in self._queues.values():
             _give_up(queue.waiting)
 
-    async def _serve(self, scorer: TiledScorer, queue: Queue) -> None:
+    async def _serve(self, scorer: TiledScorer, queue: BatchQueue) -> None:
         """Run what comes for one model, until nothing does: a model that was replaced is not kept."""
         batch: list[Waiting] = []
         try:
@@ -125,7 +125,7 @@ class Batcher:
             del self._queues[scorer]
             _give_up((*batch, *queue.waiting))  # none, unless this task was cancelled or has a fault
 
-    async def _run(self, scorer: TiledScorer, queue: Queue, batch: Sequence[Waiting], reason: str) -> None:
+    async def _run(self, scorer: TiledScorer, queue: BatchQueue, batch: Sequence[Waiting], reason: str) -> None:
         began = time.perf_counter()
         self._metrics.batch(sum(candidates_of(request.feeds) for request in batch), reason)
         for request in batch:
@@ -150,7 +150,7 @@ def _give_up(requests: Iterable[Waiting]) -> None:
             request.answer.set_exception(ScoringError("scoring was given up; the service is ending or has a fault"))
 
 
-async def _gathered(queue: Queue) -> str:
+async def _gathered(queue: BatchQueue) -> str:
     """Wait until the device, which is idle, should begin; why then."""
     while queue.tiles < MOST:
         at, reason = queue.due()

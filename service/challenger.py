@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from features.challenger import Bounds, Challenger, Verdict
+from features.challenger import CanaryBounds, Challenger, Verdict
 from features.encode import Feeds
 from features.vocabulary import Numbers
 
@@ -48,7 +48,7 @@ class LateError(ScoringError):
     """The challenger was not done in time, or too many wait for it already."""
 
 
-def judge(period: Period, bounds: Bounds) -> Verdict | None:
+def judge(period: Period, bounds: CanaryBounds) -> Verdict | None:
     """Why the challenger is to be stopped, None if it is not."""
     requests = period.count(CHALLENGING, REQUESTS)
     if requests < bounds.min_requests:
@@ -72,7 +72,7 @@ def judge(period: Period, bounds: Bounds) -> Verdict | None:
     return None
 
 
-def hopeless(period: Period, bounds: Bounds) -> Verdict | None:
+def hopeless(period: Period, bounds: CanaryBounds) -> Verdict | None:
     """Why the challenger is to be stopped however few requests it has had, None if it is not."""
     requests, live = period.count(CHALLENGING, REQUESTS), period.scored(LIVE)
     allowed = period.p99(LIVE) * bounds.p99_ratio * EARLY_RATIO
@@ -97,7 +97,7 @@ def at_least(some: float, of: float) -> float:
 
 
 @dataclass(eq=False)
-class Run:
+class ChallengerRun:
     """A request that the challenger scores: the work, when it was asked for, and whether that is too long ago."""
 
     work: "Future[tuple[Numbers, float]]"
@@ -117,7 +117,7 @@ class Challenge:
         self._told = folder / f"{key}.verdict" if folder else None
         self._window = EvidenceWindow(folder=folder, key=key)
         self._thread: Executor | None = None
-        self._runs: set[Run] = set()
+        self._runs: set[ChallengerRun] = set()
         self._shadow: asyncio.Task[None] | None = None
         self._told_failure = False
 
@@ -155,11 +155,11 @@ class Challenge:
         run.work.cancel()  # if it has not begun
         raise LateError(f"the challenger took over {longest:g} s, or what the caller's deadline leaves it")
 
-    def _run(self, model: Model, feeds: Feeds) -> Run:
+    def _run(self, model: Model, feeds: Feeds) -> ChallengerRun:
         """Begin to score, and count what comes of it, whether somebody waits for it or not."""
         assert self._thread is not None  # noqa: S101  # whoever gives it a model gives it a thread
         loop = asyncio.get_running_loop()
-        run = Run(self._thread.submit(_timed, model, feeds))
+        run = ChallengerRun(self._thread.submit(_timed, model, feeds))
         self._runs.add(run)
         timer = loop.call_later(self.facts.bounds.max_seconds, self._is_late, run)
 
@@ -175,7 +175,7 @@ class Challenge:
         asyncio.wrap_future(run.work).add_done_callback(ended)
         return run
 
-    def _is_late(self, run: Run) -> None:
+    def _is_late(self, run: ChallengerRun) -> None:
         if not run.late:
             run.late = True
             self._metrics.challenged(self.name, self.facts.mode, "late")

@@ -17,7 +17,7 @@ from . import wire
 from .errors import InvalidError, Mistake, NotJsonError
 from .ranker import MISTAKES_TOLD, Bids, Query, Ranking
 from .settings import Settings
-from .wire import Behaviour, Candidate, Columns, RankRequest
+from .wire import Behaviour, Candidate, CandidateColumns, RankRequest
 
 ERRORS_LISTED = 1_000
 POINTER_STEP = 128
@@ -131,8 +131,8 @@ def _policy(explore: wire.Explore) -> Policy | None:
     return PlackettLuce(explore.temperature) if isinstance(explore, wire.ExplorePlackettLuce) else None
 
 
-def _columns(candidates: Columns | list[Candidate] | list[str]) -> tuple[list[str], Bids | None, Mapping[int, dict[str, Any]]]:
-    if isinstance(candidates, Columns):
+def _columns(candidates: CandidateColumns | list[Candidate] | list[str]) -> tuple[list[str], Bids | None, Mapping[int, dict[str, Any]]]:
+    if isinstance(candidates, CandidateColumns):
         ad_ids, bids, features = candidates.ad_id, candidates.bid, candidates.features
         for name, column in (("bid", bids), ("features", features)):
             if column is not None and len(column) != len(ad_ids):
@@ -178,7 +178,7 @@ def as_sent(ranking: Ranking, query: Query) -> Ranking:
 
 def locate(request: RankRequest, mistake: Mistake) -> Mistake:
     """A mistake's path, which speaks of rows, in the form that this caller sent."""
-    if isinstance(request.candidates, Columns) and mistake.path[0] == "candidates" and len(mistake.path) > 2:
+    if isinstance(request.candidates, CandidateColumns) and mistake.path[0] == "candidates" and len(mistake.path) > 2:
         _, row, name, *rest = mistake.path
         return Mistake(("candidates", name, row, *rest), mistake.detail)
     if mistake.path[0] == "candidates" and isinstance(request.candidates, list) and isinstance(request.candidates[0], str):

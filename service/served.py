@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from features.encode import Features
-from features.served import Served, pack_served
+from features.served import ServedRecord, pack_served
 from features.state import Store, StoreError, StoreRoom
 from features.streams import SERVED
 
@@ -46,7 +46,7 @@ NO_REQUEST = contextvars.Context()
 log = logging.getLogger(__name__)
 
 
-def served(made: Made, ts: float, most: int, with_tensors: bool) -> Served:
+def served(made: Made, ts: float, most: int, with_tensors: bool) -> ServedRecord:
     """The record of a ranking with so many of its ads at most; `ts` in seconds since 1970."""
     query, model, encoded, _, ranking = made
     request, encoder = encoded.request, model.bundle.encoder
@@ -55,7 +55,7 @@ def served(made: Made, ts: float, most: int, with_tensors: bool) -> Served:
     unknown = _unknown(made, shown)
     named = candidates or shown
     known = [ad_id for ad_id in named if ad_id not in unknown] if unknown else named
-    return Served(
+    return ServedRecord(
         request_id=query.request_id,
         ts=ts,
         model=model.name,

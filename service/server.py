@@ -23,7 +23,7 @@ BEAT_TICKS = 5
 """Of uvicorn's, ten of which are a second."""
 
 
-class Server(uvicorn.Server):
+class WorkerServer(uvicorn.Server):
     """A server that answers what is on its way when it is told to end.
 
     For `farewell_seconds` clients that keep their connection may still send a request then: its answer says that it is the last.
@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
         return Connection(self.config, self.server_state, self.lifespan.state)
 
 
-class Member(Server):
+class Member(WorkerServer):
     """A server whose connections come from another process, over a pair of `SOCK_SEQPACKET` sockets.
 
     What comes is a socket, or a number: of connections to end. What goes are two numbers: of connections that were closed, and 1 where

@@ -75,7 +75,7 @@ def read_tokens(path: Path) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class TokenRefusal:
     """Why a request is not let in, and the header that says how it could be."""
 
     kind: Kind
@@ -95,20 +95,20 @@ class Guard:
         self._text = read_tokens(path)
         self._scopes = parse_tokens(self._text)
 
-    def refuse(self, path: str, method: str, authorization: Sequence[bytes]) -> Refusal | None:
+    def refuse(self, path: str, method: str, authorization: Sequence[bytes]) -> TokenRefusal | None:
         """Why the request is not let in, None where it is. OPTIONS asks for nothing, and browsers send it without a token."""
         if path in self._opened or method == "OPTIONS":
             return None
         if not authorization:
-            return Refusal(errors.UNAUTHENTICATED, "send the header Authorization: Bearer TOKEN", "Bearer")
+            return TokenRefusal(errors.UNAUTHENTICATED, "send the header Authorization: Bearer TOKEN", "Bearer")
         scheme, _, token = authorization[0].strip().partition(b" ")
         scopes = self._of(token.strip()) if scheme.lower() == b"bearer" and len(authorization) == 1 else None
         if scopes is None:
-            return Refusal(errors.UNAUTHENTICATED, "the token is none of this service's", 'Bearer error="invalid_token"')
+            return TokenRefusal(errors.UNAUTHENTICATED, "the token is none of this service's", 'Bearer error="invalid_token"')
         needed = NEEDED.get(path, "read")
         if needed not in scopes:
             detail = f"the token lacks the scope {needed}"
-            return Refusal(errors.FORBIDDEN, detail, f'Bearer error="insufficient_scope", scope="{needed}"')
+            return TokenRefusal(errors.FORBIDDEN, detail, f'Bearer error="insufficient_scope", scope="{needed}"')
         return None
 
     def _of(self, token: bytes) -> frozenset[str] | None:

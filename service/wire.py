@@ -49,7 +49,7 @@ def _few(features: object) -> object:
 
 
 def _form(candidates: object) -> str | None:
-    if isinstance(candidates, dict | Columns):
+    if isinstance(candidates, dict | CandidateColumns):
         return "columns"
     if isinstance(candidates, list):
         return "rows" if candidates and isinstance(candidates[0], dict | Candidate) else "ids"
@@ -111,7 +111,7 @@ class Candidate(Wire):
     """In place of the catalogue's, name by name; null is missing."""
 
 
-class Columns(Wire):
+class CandidateColumns(Wire):
     """The candidates as columns of equal length, the quickest form where there is more to say than ids."""
 
     ad_id: Annotated[list[Id], Field(min_length=1, max_length=CANDIDATES, fail_fast=True)]
@@ -187,7 +187,7 @@ class Options(Wire):
 
 _IDS = Annotated[list[Id], Field(min_length=1, max_length=CANDIDATES, fail_fast=True), Tag("ids")]
 _ROWS = Annotated[list[Candidate], Field(min_length=1, max_length=CANDIDATES, fail_fast=True), Tag("rows")]
-Candidates = Annotated[_IDS | _ROWS | Annotated[Columns, Tag("columns")], Discriminator(_form)]
+Candidates = Annotated[_IDS | _ROWS | Annotated[CandidateColumns, Tag("columns")], Discriminator(_form)]
 
 
 class RankRequest(Wire):

@@ -27,7 +27,7 @@ from . import logs
 from .connection import Connection
 from .listen import BACKLOG, listen, name, reason, unlisten
 from .preflight import check_start, tokens_loose
-from .server import Member, Server
+from .server import Member, WorkerServer
 from .settings import Settings, load_settings, processors
 
 RESTART_SECONDS = 2.0
@@ -72,7 +72,7 @@ def _serve(settings: Settings, listeners: list[socket.socket]) -> None:
     if loose := tokens_loose(settings):
         log.warning("%s", loose)
     if settings.workers == 1:
-        server = Server(config, settings)
+        server = WorkerServer(config, settings)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(listeners)
         if not server.started:

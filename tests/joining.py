@@ -15,7 +15,7 @@ from processes import ROOT, environment
 from redis_servers import client_of
 
 from features.events import Event, pack_event
-from features.served import Served, pack_served
+from features.served import ServedRecord, pack_served
 from features.state import pack_features
 from features.streams import EVENTS, SERVED
 from service.streams import RedisStreams
@@ -30,11 +30,11 @@ T0 = 1_763_800_200.0
 ADS = {ad_id: pack_features(features) for ad_id, features in bundles.ADS.items()}
 
 
-def ranking(request_id: str = "r1", ts: float = T0, ad_ids=("a1", "a2", "a3"), **more) -> Served:
+def ranking(request_id: str = "r1", ts: float = T0, ad_ids=("a1", "a2", "a3"), **more) -> ServedRecord:
     """A ranking of ads that the catalogue has."""
     count = len(ad_ids)
     known = {ad_id: ADS[ad_id] for ad_id in (*ad_ids, "a4", "a5") if ad_id in ADS}
-    base = Served(
+    base = ServedRecord(
         request_id,
         ts,
         "din",
@@ -70,11 +70,11 @@ class Writer:
     def __init__(self, url: str) -> None:
         self.redis = client_of(url)
 
-    def add(self, *records: Served | Event | tuple[str, bytes]) -> None:
+    def add(self, *records: ServedRecord | Event | tuple[str, bytes]) -> None:
         """Append records, or raw values to a stream."""
         with self.redis.pipeline(transaction=False) as pipe:
             for record in records:
-                if isinstance(record, Served):
+                if isinstance(record, ServedRecord):
                     pipe.xadd(SERVED, {"v": pack_served(record)})
                 elif isinstance(record, Event):
                     pipe.xadd(EVENTS, {"v": pack_event(record)})

@@ -11,7 +11,7 @@ import polars as pl
 
 from features.encode import Encoder, Features
 from features.schema import Schema, Side
-from features.served import Served
+from features.served import ServedRecord
 from features.state import unpack_features
 from features.vocabulary import Vocabularies
 from training.datasets.prepared import DTYPES
@@ -48,7 +48,7 @@ def revision(packed: bytes) -> int:
 
 
 def write_log(
-    folder: Path, served: Sequence[Served], schema: Schema, clicks: Container[tuple[str, str]] = (), number: int = 0, files: int = 1
+    folder: Path, served: Sequence[ServedRecord], schema: Schema, clicks: Container[tuple[str, str]] = (), number: int = 0, files: int = 1
 ) -> Path:
     """Write rankings, in `files` files an hour; `clicks` holds (request_id, ad_id)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def write_log(
     encoder = Encoder(schema, Vocabularies({}, {}))  # it only cleans
     (folder / "ads").mkdir(exist_ok=True)
     _ads(served, encoder).write_parquet(folder / "ads" / f"{number:08}.parquet")
-    hours: dict[str, list[Served]] = {}
+    hours: dict[str, list[ServedRecord]] = {}
     for each in served:
         hours.setdefault(f"{datetime.fromtimestamp(each.ts, UTC):day=%Y-%m-%d/hour=%H}", []).append(each)
     for hour, rankings in hours.items():
@@ -67,7 +67,7 @@ def write_log(
     return folder
 
 
-def _ads(served: Sequence[Served], encoder: Encoder) -> pl.DataFrame:
+def _ads(served: Sequence[ServedRecord], encoder: Encoder) -> pl.DataFrame:
     types = {"ad_id": pl.String(), "revision": pl.UInt64()} | _field_types(encoder.schema, "ad")
     versions = {(ad_id, revision(packed)): packed for each in served for ad_id, packed in each.ads.items()}
     rows = [
@@ -77,7 +77,7 @@ def _ads(served: Sequence[Served], encoder: Encoder) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=types)
 
 
-def _rows(served: Served, encoder: Encoder, clicks: Container[tuple[str, str]]) -> list[dict[str, Any]]:
+def _rows(served: ServedRecord, encoder: Encoder, clicks: Container[tuple[str, str]]) -> list[dict[str, Any]]:
     revisions = {ad_id: revision(packed) for ad_id, packed in served.ads.items()}
     shared = {
         "user_id": served.user_id,
@@ -125,7 +125,7 @@ def _values(encoder: Encoder, side: Side, features: Features) -> dict[str, Any]:
     return {f"{side}.{name}": value for name, value in encoder.usable(side, features)[0].items()}
 
 
-def _tensors(served: Served, encoder: Encoder) -> dict[str, np.ndarray[Any, Any]]:
+def _tensors(served: ServedRecord, encoder: Encoder) -> dict[str, np.ndarray[Any, Any]]:
     """The tensors of a ranking: `user (1, W)`, `history (1, T, W)`, `ad (1, C, W)`."""
     found = {}
     for name, data in served.tensors.items():

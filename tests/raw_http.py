@@ -8,7 +8,7 @@ import socket
 import uvicorn
 
 from service.connection import Connection
-from service.server import Server
+from service.server import WorkerServer
 from service.settings import Settings
 
 
@@ -91,7 +91,7 @@ async def raw(app=echo, **settings):
     config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False)
     config.timeout_graceful_shutdown = 2
     config.timeout_keep_alive = settings.pop("keep_alive_seconds", 75)
-    server = Server(config, Settings(farewell_seconds=0, **settings))
+    server = WorkerServer(config, Settings(farewell_seconds=0, **settings))
     listener = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server._serve([listener]))
     while not server.started:

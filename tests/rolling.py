@@ -26,8 +26,8 @@ from conftest import free_port
 from joining import eventually
 from processes import ROOT, SERVE, environment
 
-from adrank_bench.load import Run, Target, clock
-from adrank_bench.measured import Measured, Plan
+from adrank_bench.load import LoadRun, Target, clock
+from adrank_bench.measured import LoadPlan, Measured
 
 LAG_SECONDS = 1.0
 """How long a proxy goes on with the old endpoints: a change of them is written, sent to every node, and read there."""
@@ -130,7 +130,7 @@ def _type(name: str, kind: str = "config") -> str:
 
 
 @dataclass(eq=False)
-class Clients(Run):
+class Clients(LoadRun):
     """An open loop that goes on until it is told to stop, and counts answers of status 200 by the version that gave them."""
 
     by: Counter[str] = field(default_factory=Counter)
@@ -154,7 +154,7 @@ class Clients(Run):
 def load(target: Target, rate: float, connections: int) -> Iterator[tuple[Clients, list[Measured]]]:
     """Clients at work in a thread; what they measured is in the list at the end."""
     body = json.dumps({"user": {"id": "u1"}, "candidates": [f"a{i}" for i in range(30)]}).encode()
-    clients, measured = Clients(target, [target.request(body)], Plan(rate, 300.0, 0.0, connections)), list[Measured]()
+    clients, measured = Clients(target, [target.request(body)], LoadPlan(rate, 300.0, 0.0, connections)), list[Measured]()
     thread = Thread(target=lambda: measured.append(clients.measure(lambda _: None)))
     thread.start()
     try:

@@ -18,7 +18,7 @@ from features.encode import Encoder, Features, Feeds
 from features.schema import Schema, parse_schema
 from features.vocabulary import Vocabularies, Vocabulary, parse_vocabularies
 from training.datasets.prepared import Prepared, open_prepared
-from training.export import SAMPLE, Served, random_feeds
+from training.export import SAMPLE, ServedNetwork, random_feeds
 from training.networks import NETWORKS, build
 from training.networks.contract import CLICK, Fields, Network, Part, RequestTensors
 from training.networks.fuse import fused
@@ -189,9 +189,9 @@ class ByPosition(torch.nn.Module):
         return self.module(dict(zip(self.names, tensors, strict=True)))
 
 
-def traced(served: Served, tile: int | None = None) -> bytes:
+def traced(served: ServedNetwork, tile: int | None = None) -> bytes:
     """A graph as `export.to_onnx` makes it, by torch's tracer, which takes a thirtieth of the time: see `conftest.traced_export`."""
-    served = Served(fused(served.network, None), served.calibration, served.schema, served.others).eval()
+    served = ServedNetwork(fused(served.network, None), served.calibration, served.schema, served.others).eval()
     return traced_request(served, served.schema, random_feeds(served.schema, {}, *SAMPLE), served.names)
 
 

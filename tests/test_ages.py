@@ -14,7 +14,7 @@ import torch
 from features.ages import ages_of
 from features.encode import AdTable, Encoder, Request, encode_request
 from features.schema import SchemaError, parse_schema
-from features.served import Served, pack_served, unpack_served
+from features.served import ServedRecord, pack_served, unpack_served
 from service.requests import parse_request, to_query
 from service.tiles import fill, runs
 from training.datasets import csv_table, movielens
@@ -87,7 +87,7 @@ def test_a_device_is_filled_with_ages_beside_behaviours() -> None:
 
 
 def test_a_record_without_times_is_as_it_was_and_one_with_them_keeps_them() -> None:
-    record = Served("r", float(NOW), "m", 1, "u", {}, {}, ["a1", "a2"], ["a3"], [0.5], [1.0])
+    record = ServedRecord("r", float(NOW), "m", 1, "u", {}, {}, ["a1", "a2"], ["a3"], [0.5], [1.0])
     assert unpack_served(pack_served(record)).history_ts == []
     timed = replace(record, history_ts=[NOW - 5, NOW - 1.5])
     assert unpack_served(pack_served(timed)).history_ts == [NOW - 5, NOW - 1.5]
@@ -95,7 +95,7 @@ def test_a_record_without_times_is_as_it_was_and_one_with_them_keeps_them() -> N
 
 
 def test_the_log_has_times_where_its_schema_has_ages() -> None:
-    record = Served("r", NOW + 0.5, "m", 1, "u", {}, {}, ["a1", "a2"], ["a3"], [0.5], [1.0], history_ts=[NOW - 5, NOW - 1.5])
+    record = ServedRecord("r", NOW + 0.5, "m", 1, "u", {}, {}, ["a1", "a2"], ["a3"], [0.5], [1.0], history_ts=[NOW - 5, NOW - 1.5])
     for text, expected in ((SCHEMA, [NOW - 5, NOW - 1.5]), (small.SCHEMA, None)):
         builder = Builder(Columns(parse_schema(text)))
         builder.add(record, NOTHING, 1)

@@ -29,8 +29,7 @@ from training.datasets.encoded import encode_split
 from training.datasets.log import open_log
 from training.datasets.prepared import Prepared
 from training.datasets.states import ads
-from training.export import Served as ServedNetwork
-from training.export import export, random_feeds, score, scores_of, to_onnx
+from training.export import ServedNetwork, export, random_feeds, score, scores_of, to_onnx
 from training.graph import feeds_of
 from training.join_files import NOTHING, Builder, Columns
 from training.networks import NETWORKS

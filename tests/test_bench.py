@@ -21,7 +21,7 @@ from rich.console import Console
 
 from adrank_bench import bench
 from adrank_bench.load import LoadError, Target, ask, measure
-from adrank_bench.measured import Measured, Plan, percentile
+from adrank_bench.measured import LoadPlan, Measured, percentile
 from adrank_bench.traffic import Entities, bodies, draw
 from features.state import Ad, StoreError, UserState
 from service.settings import load_settings
@@ -88,13 +88,13 @@ def answering(answer: Answer = lambda _: http(), stall: Callable[[], None] = lam
         loop.close()
 
 
-def asked(server: Tinies, plan: Plan, tick: Callable[[float], None] = lambda _: None) -> Measured:
+def asked(server: Tinies, plan: LoadPlan, tick: Callable[[float], None] = lambda _: None) -> Measured:
     return measure(server.target, [server.target.request(b'{"n":%d}' % n) for n in range(7)], plan, tick)
 
 
 def test_requests_are_sent_in_turn_and_counted() -> None:
     with answering() as server:
-        measured = asked(server, Plan(None, 0.3, 0.1, 1))
+        measured = asked(server, LoadPlan(None, 0.3, 0.1, 1))
     assert measured.statuses == {"200": len(measured.latencies)}
     assert 0 < len(measured.latencies) < len(server.seen)  # those of the warm-up do not count
     assert measured.requests_per_second == pytest.approx(len(measured.latencies) / 0.3)
@@ -114,7 +114,7 @@ def test_requests_are_sent_in_turn_and_counted() -> None:
 
 def test_an_open_loop_sends_at_its_rate_and_then_waits_for_the_answers() -> None:
     with answering() as server:
-        measured = asked(server, Plan(400, 0.5, 0.25, 2))
+        measured = asked(server, LoadPlan(400, 0.5, 0.25, 2))
     assert len(server.seen) == 300
     assert measured.statuses == {"200": 200}
     assert len(measured.delays) == 200
@@ -136,8 +136,8 @@ class Stall:
 
 def test_an_open_loop_shows_a_stall_that_a_closed_loop_hides() -> None:
     with answering(stall=Stall(0.2, 2.0)) as server:
-        closed = asked(server, Plan(None, 4, 0, 8))
-        opened = asked(server, Plan(300, 4, 0, 8))
+        closed = asked(server, LoadPlan(None, 4, 0, 8))
+        opened = asked(server, LoadPlan(300, 4, 0, 8))
     # 8 requests of each stall are late in a closed loop, since no more are sent; in the open one a tenth of all.
     assert 0 < np.count_nonzero(closed.latencies > 0.15) <= 8 * 4
     assert percentile(closed.latencies, 90) < 0.1
@@ -151,7 +151,7 @@ def test_an_open_loop_shows_a_stall_that_a_closed_loop_hides() -> None:
 
 def test_a_request_that_waits_for_a_connection_counts_from_when_it_was_due() -> None:
     with answering(stall=lambda: time.sleep(0.05)) as server:  # 20 a second, while 60 are asked for, on one connection
-        measured = asked(server, Plan(60, 0.5, 0, 1))
+        measured = asked(server, LoadPlan(60, 0.5, 0, 1))
     assert len(measured.latencies) == len(server.seen) == 30
     growth = np.diff(measured.latencies)
     assert growth.min() > 0  # each waits longer than the one before, by 50 - 17 ms and more
@@ -161,7 +161,7 @@ def test_a_request_that_waits_for_a_connection_counts_from_when_it_was_due() -> 
 
 def test_a_generator_that_is_late_says_so() -> None:
     with answering() as server:
-        measured = asked(server, Plan(500, 2.2, 0, 2), tick=lambda _: time.sleep(0.3))
+        measured = asked(server, LoadPlan(500, 2.2, 0, 2), tick=lambda _: time.sleep(0.3))
     assert measured.late
     assert percentile(measured.delays, 99.9) > 0.08
     assert percentile(measured.latencies, 99.9) > 0.08
@@ -170,7 +170,7 @@ def test_a_generator_that_is_late_says_so() -> None:
 
 
 def measured_as(**changed: Any) -> Measured:
-    plan = Plan(100, 1, 0, 1)
+    plan = LoadPlan(100, 1, 0, 1)
     whole: dict[str, Any] = {
         "latencies": np.array([0.01] * 100),
         "statuses": Counter({"200": 100}),
@@ -206,7 +206,7 @@ def test_statuses_and_degraded_answers_are_counted() -> None:
     degraded = http(body=OK.replace(b'[],"tim', b'[{"stage":"history","reason":"store_timeout","fallback":"x"}],"tim'))
     answers = [http(), degraded, http("503 Service Unavailable", b"{}"), http("429 Too Many Requests", b"")]
     with answering(lambda n: answers[n % 4]) as server:
-        measured = asked(server, Plan(400, 0.5, 0, 1))
+        measured = asked(server, LoadPlan(400, 0.5, 0, 1))
     assert measured.statuses == {"200": 100, "503": 50, "429": 50}
     assert (measured.degraded, measured.errors, len(measured.latencies)) == (50, 100, 100)
     text = shown(bench.Load(target=server.target, candidates=1), [measured])
@@ -217,7 +217,7 @@ def test_an_answer_in_many_pieces_is_one_answer() -> None:
     big = http(body=b'{"ads":[' + b" " * 400_000 + b'],"degraded":[]}')
     with answering(lambda _: big) as server:
         for seconds in (0.5, 5.0, 30.0):  # as long as it takes on a machine that is busy with other work
-            measured = measure(server.target, [server.target.request(b" " * 5_000_000)], Plan(None, seconds, 0, 2))
+            measured = measure(server.target, [server.target.request(b" " * 5_000_000)], LoadPlan(None, seconds, 0, 2))
             if measured.statuses["200"] > 3:
                 break
         assert ask(server.target, server.target.request(b"{}")) == (200, big.partition(b"\r\n\r\n")[2])
@@ -232,7 +232,7 @@ def test_a_server_that_closes_connections_is_asked_on_new_ones(says_so: bool) ->
         return (http(head="Connection: close\r\n") if says_so else b"") if n % 10 == 9 else http()
 
     with answering(answer) as server:
-        measured = asked(server, Plan(400, 0.5, 0, 4))
+        measured = asked(server, LoadPlan(400, 0.5, 0, 4))
     assert (measured.statuses["200"], measured.broken) == ((200, 0) if says_so else (180, 20))
     assert measured.errors == measured.broken
     assert len(server.seen) == 200
@@ -242,7 +242,7 @@ def test_requests_that_are_never_answered_count_with_the_time_they_waited(monkey
     monkeypatch.setattr("adrank_bench.load.DRAIN_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:
         target = Target(*silent.getsockname()[:2])
-        measured = measure(target, [target.request(b"{}")], Plan(100, 0.5, 0, 3))
+        measured = measure(target, [target.request(b"{}")], LoadPlan(100, 0.5, 0, 3))
     assert (measured.unanswered, measured.errors, measured.statuses) == (50, 50, {})
     assert len(measured.latencies) == 50
     assert measured.latencies.min() >= 0.3
@@ -254,7 +254,7 @@ def test_a_service_that_goes_away_is_a_sentence() -> None:
         target, request = server.target, server.target.request(b"{}")
         with pytest.raises(LoadError, match="closed the connection without an answer"):
             ask(target, request)
-    for call in (lambda: ask(target, request), lambda: measure(target, [request], Plan(None, 1, 0, 1))):
+    for call in (lambda: ask(target, request), lambda: measure(target, [request], LoadPlan(None, 1, 0, 1))):
         with pytest.raises(LoadError, match=rf"^no service can be reached at 127\.0\.0\.1 port {target.port}: Connection refused"):
             call()
 
@@ -262,7 +262,7 @@ def test_a_service_that_goes_away_is_a_sentence() -> None:
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"+PONG\r\n\r\n"])
 def test_a_service_that_is_none_is_a_sentence(answer: bytes) -> None:
     with answering(lambda _: answer) as server, pytest.raises(LoadError, match="does not answer as adrank does"):
-        asked(server, Plan(None, 1, 0, 1))
+        asked(server, LoadPlan(None, 1, 0, 1))
 
 
 def test_an_interruption_leaves_what_was_measured() -> None:
@@ -270,7 +270,7 @@ def test_an_interruption_leaves_what_was_measured() -> None:
         raise KeyboardInterrupt
 
     with answering() as server:
-        measured = asked(server, Plan(200, 60, 0.5, 2), stop)
+        measured = asked(server, LoadPlan(200, 60, 0.5, 2), stop)
         loops = bench.loops(bench.Load(target=server.target, candidates=3, rate=9.0, seconds=60), [b""], Quiet(stop))  # type: ignore[arg-type]
     assert measured.interrupted
     assert 0.5 <= measured.window < 30

@@ -7,7 +7,7 @@ import pytest
 from conftest import Server
 from processes import SERVE, fill
 
-from adrank_bench.measured import Plan
+from adrank_bench.measured import LoadPlan
 from benchmarks import freshness
 from service.store import RedisStore
 
@@ -18,7 +18,7 @@ def test_every_click_of_the_measurement_changes_a_ranking(repository: Path, serv
     command = [*SERVE, "--models", str(repository), "--model", "din", "--redis", server.url, "--port", str(port)]
     with freshness.serving("adrank", command, port, tmp_path / "log") as subject:
         everyone = freshness.Entities(users, [f"a{i}" for i in range(30)])
-        measured = freshness.freshness(subject, everyone, rounds=12, candidates=20, plan=Plan(20.0, 0.6, 0.2, 2))
+        measured = freshness.freshness(subject, everyone, rounds=12, candidates=20, plan=LoadPlan(20.0, 0.6, 0.2, 2))
     assert (measured.rounds, measured.candidates, measured.stale, measured.errors) == (12, 20, 0, 0)
     assert 0 < measured.changed_p50 <= measured.changed_p99 <= measured.changed_max
     assert asyncio.run(newest(server.url, users)) >= 12 / 2  # a user may be drawn twice

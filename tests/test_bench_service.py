@@ -10,7 +10,7 @@ import pytest
 from conftest import Server
 
 from adrank_bench.load import LoadError, ask
-from adrank_bench.measured import Plan
+from adrank_bench.measured import LoadPlan
 from benchmarks import crosscheck, growth, service
 from benchmarks.bare import Bare
 from benchmarks.population import fill
@@ -116,7 +116,7 @@ def test_ctrl_c_ends_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("adrank_bench.load.Run.loop", stop)
     with pytest.raises(KeyboardInterrupt):
-        service.load(bench.subjects[OURS], [b"{}"], Plan(None, 1, 0, 1))
+        service.load(bench.subjects[OURS], [b"{}"], LoadPlan(None, 1, 0, 1))
 
 
 def test_the_store_of_each_yardstick_is_its_own(servers: Callable[[str], Server], bench: Bench) -> None:

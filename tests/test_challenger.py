@@ -18,7 +18,7 @@ from features.bundle import MODEL, BundleError, locked, set_current
 from features.challenger import (
     CHALLENGER,
     VERDICT,
-    Bounds,
+    CanaryBounds,
     Challenger,
     Verdict,
     challenge,
@@ -37,7 +37,7 @@ from tests.test_cli import refused, run
 
 pytestmark = pytest.mark.anyio
 
-FEW = Bounds(min_requests=20)
+FEW = CanaryBounds(min_requests=20)
 BROKEN = 1e30
 """A price for which the model has no number: see `bundles.TOO_DEAR`."""
 
@@ -120,7 +120,7 @@ class TestShare:
 class TestFile:
     def test_it_is_read_as_it_was_written(self, tmp_path):
         _, other, _ = two(tmp_path)
-        facts = Challenger(int(other), "shadow", 0.25, Bounds(0.02, 2.0, (0.8, 1.25), 50))
+        facts = Challenger(int(other), "shadow", 0.25, CanaryBounds(0.02, 2.0, (0.8, 1.25), 50))
         challenge(tmp_path, "din", facts)
         assert read_challenger(tmp_path / "din") == facts
         verdict = Verdict("p99", "slow")
@@ -180,9 +180,14 @@ class TestFile:
         bounds = ("--max-error-share", 0.5, "--max-p99-ratio", 3, "--p-click-ratio", 0.9, 1.1, "--min-requests", 7, "--max-seconds", 0.5)
         assert run("promote", *where, "--canary", 0.1, *bounds) == (0, said, "")
         facts = read_challenger(home)
-        assert (facts.version, facts.mode, facts.share, facts.bounds) == (int(other), "canary", 0.1, Bounds(0.5, 3, (0.9, 1.1), 7, 0.5))
+        assert (facts.version, facts.mode, facts.share, facts.bounds) == (
+            int(other),
+            "canary",
+            0.1,
+            CanaryBounds(0.5, 3, (0.9, 1.1), 7, 0.5),
+        )
         assert run("promote", *where, "--shadow", 1, "--version", other)[0] == 0
-        assert read_challenger(home).bounds == Bounds()
+        assert read_challenger(home).bounds == CanaryBounds()
         assert run("promote", *where, "--stop") == (0, "no version of din challenges the live one any more\n", "")
         assert read_challenger(home) is None
         refused(run("promote", *where, "--stop"), "no version of din in .* challenges")
@@ -208,7 +213,7 @@ class TestCanary:
     async def test_its_users_get_it_and_the_others_the_live_version(self, tmp_path, ads):
         await filled(ads)
         live, other, expected = two(tmp_path / "models", words=2)
-        async with challenged(tmp_path / "models", ads, other, "canary", some_share(other), Bounds(p_click_ratio=(0, 100))) as client:
+        async with challenged(tmp_path / "models", ads, other, "canary", some_share(other), CanaryBounds(p_click_ratio=(0, 100))) as client:
             facts = read_challenger(tmp_path / "models" / "din")
             users = [f"u{i}" for i in USERS]
             assert 0 < sum(facts.takes("din", user) for user in users) < len(users)
@@ -236,7 +241,7 @@ class TestCanary:
     async def test_it_never_holds_up_the_live_version_and_stops_within_seconds(self, tmp_path, ads):
         """Each of its runs takes 0.6 s, and at 10 % of the users 200 of them would take minutes."""
         live, other, _ = two(tmp_path / "models", bias=0.0)
-        async with challenged(tmp_path / "models", ads, other, "canary", 0.5, Bounds(max_seconds=0.1)) as client:
+        async with challenged(tmp_path / "models", ads, other, "canary", 0.5, CanaryBounds(max_seconds=0.1)) as client:
             facts = read_challenger(tmp_path / "models" / "din")
             slow_down(client, 0.6)
             theirs, others = (next(f"u{i}" for i in range(99) if facts.takes("din", f"u{i}") is takes) for takes in (True, False))
@@ -269,7 +274,7 @@ class TestCanary:
     async def test_a_run_that_hangs_stops_it_by_itself(self, tmp_path, ads, monkeypatch):
         monkeypatch.setattr(at_work, "HANGS_SECONDS", 0.3)
         _, other, _ = two(tmp_path / "models", bias=0.0)
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, Bounds(max_seconds=0.1)) as client:
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, CanaryBounds(max_seconds=0.1)) as client:
             slow_down(client, 1.5)
             await client.rank("u1", CANDIDATES)
             told = await until(client, stopped, 5)
@@ -277,7 +282,7 @@ class TestCanary:
 
     async def test_a_caller_s_deadline_is_kept_and_no_fault_of_it(self, tmp_path, ads):
         live, other, _ = two(tmp_path / "models", bias=0.0)
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, Bounds(max_seconds=10, p99_ratio=1e6)) as client:
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, CanaryBounds(max_seconds=10, p99_ratio=1e6)) as client:
             slow_down(client, 0.4)
             began = time.monotonic()
             answer = await client.rank("u1", CANDIDATES, options={"deadline_ms": 300})
@@ -295,7 +300,7 @@ class TestCanary:
 
         monkeypatch.setattr(ads, "get_user", counting)
         live, other, _ = two(tmp_path / "models")
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, Bounds(min_requests=1000)) as client:
+        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, CanaryBounds(min_requests=1000)) as client:
 
             def failing(_):
                 time.sleep(0.05)
@@ -385,7 +390,7 @@ class TestShadow:
     async def test_its_differences_are_exact_and_nobody_sees_it(self, tmp_path, ads, words):
         await filled(ads)
         live, other, expected = two(tmp_path / "models", words=words)
-        async with challenged(tmp_path / "models", ads, other, "shadow", some_share(other), Bounds(p_click_ratio=(0, 100))) as client:
+        async with challenged(tmp_path / "models", ads, other, "shadow", some_share(other), CanaryBounds(p_click_ratio=(0, 100))) as client:
             facts = read_challenger(tmp_path / "models" / "din")
             differences = []
             for i in USERS:
@@ -455,26 +460,26 @@ class TestStop:
     @pytest.mark.parametrize(("mode", "bias"), [("canary", 4.0), ("canary", -3.0), ("shadow", -3.0)])
     async def test_a_model_whose_p_click_is_off(self, tmp_path, ads, mode, bias):
         live, other, _ = two(tmp_path / "models", bias=bias)
-        bounds = Bounds(min_requests=20, p99_ratio=1000.0, p_click_ratio=(0.5, 1.25))
+        bounds = CanaryBounds(min_requests=20, p99_ratio=1000.0, p_click_ratio=(0.5, 1.25))
         async with challenged(tmp_path / "models", ads, other, mode, 0.5 if mode == "canary" else 1.0, bounds) as client:
             detail = await self.stops(client, "p_click", tmp_path / "models", live)
             assert re.search(r"^mean p\(click\) 0\.\d+ against 0\.\d+, 0\.5 to 1\.25 times is allowed, over \d+ requests", detail)
 
     async def test_a_model_that_is_slow(self, tmp_path, ads):
         live, other, _ = two(tmp_path / "models", bias=0.0)
-        async with challenged(tmp_path / "models", ads, other, "canary", 0.5, Bounds(min_requests=20, p99_ratio=3.0)) as client:
+        async with challenged(tmp_path / "models", ads, other, "canary", 0.5, CanaryBounds(min_requests=20, p99_ratio=3.0)) as client:
             slow_down(client, 0.1)
             assert re.search("took over|3 times is allowed", await self.stops(client, "p99", tmp_path / "models", live))
 
     async def test_a_shadow_that_is_slow(self, tmp_path, ads):
         live, other, _ = two(tmp_path / "models", bias=0.0)
-        async with challenged(tmp_path / "models", ads, other, "shadow", 1.0, Bounds(max_seconds=0.05)) as client:
+        async with challenged(tmp_path / "models", ads, other, "shadow", 1.0, CanaryBounds(max_seconds=0.05)) as client:
             slow_down(client, 0.2)
             await self.stops(client, "late", tmp_path / "models", live)
 
     async def test_the_same_version_goes_on(self, tmp_path, ads):
         _, other, _ = two(tmp_path / "models", bias=0.0)
-        async with challenged(tmp_path / "models", ads, other, "canary", 0.5, Bounds(min_requests=20, p99_ratio=50.0)) as client:
+        async with challenged(tmp_path / "models", ads, other, "canary", 0.5, CanaryBounds(min_requests=20, p99_ratio=50.0)) as client:
             await ask(client, 200)
             await asyncio.sleep(0.1)
             assert (await until(client, there))["state"] == "running"
@@ -496,7 +501,7 @@ class TestStop:
 
     async def test_who_waits_for_a_canary_that_is_stopped_is_ranked_by_the_live_version(self, tmp_path, ads):
         live, other, _ = two(tmp_path / "models")
-        bounds = Bounds(min_requests=1_000, max_seconds=30.0)
+        bounds = CanaryBounds(min_requests=1_000, max_seconds=30.0)
         async with challenged(tmp_path / "models", ads, other, "canary", 1.0, bounds) as client:
             challenge, go = client.app.state.service.ranker.challenges["din"], threading.Event()
             spoil(client, lambda scores: go.wait(90) and scores)
@@ -563,7 +568,7 @@ async def test_one_worker_s_verdict_stops_it_in_all(tmp_path, server):
     await fill(server.url)
     live, other, _ = two(models, bias=-5.0)
     async with serving(models, server.url, workers=2) as client:
-        challenge(models, "din", Challenger(int(other), "canary", 0.5, Bounds(min_requests=20, p99_ratio=1000.0)))
+        challenge(models, "din", Challenger(int(other), "canary", 0.5, CanaryBounds(min_requests=20, p99_ratio=1000.0)))
         async with asyncio.timeout(90):
             while not (models / "din" / VERDICT).exists():
                 await asyncio.gather(*(client.rank(f"u{i}", CANDIDATES) for i in USERS))
@@ -595,7 +600,7 @@ class TestJudge:
         return window.all()
 
     def test_the_same_is_not_stopped(self):
-        assert judge(self.filled(), Bounds()) is None
+        assert judge(self.filled(), CanaryBounds()) is None
 
     @pytest.mark.parametrize(
         ("own", "errors", "reason"),
@@ -616,13 +621,13 @@ class TestJudge:
         ],
     )
     def test_each_bound(self, own, errors, reason):
-        verdict = judge(self.filled(own=own, errors=errors), Bounds())
+        verdict = judge(self.filled(own=own, errors=errors), CanaryBounds())
         assert (verdict and verdict.reason) == reason, verdict
 
     def test_without_requests_of_the_live_version_only_errors_count(self):
-        assert judge(self.filled((0, 0.001, 0.1), (1000, 1.0, 0.9)), Bounds()) is None
-        assert hopeless(self.filled((0, 0.001, 0.1), (1000, 1.0, 0.9)), Bounds()) is None
-        assert judge(self.filled((0, 0.001, 0.1), (0, 1.0, 0.9), 1000), Bounds()).reason == "errors"
+        assert judge(self.filled((0, 0.001, 0.1), (1000, 1.0, 0.9)), CanaryBounds()) is None
+        assert hopeless(self.filled((0, 0.001, 0.1), (1000, 1.0, 0.9)), CanaryBounds()) is None
+        assert judge(self.filled((0, 0.001, 0.1), (0, 1.0, 0.9), 1000), CanaryBounds()).reason == "errors"
 
     def test_percentiles_are_right_to_a_bin(self):
         random = np.random.default_rng(1)
@@ -649,8 +654,8 @@ class TestJudge:
             self.now = step * SLOT_SECONDS
             for i in range(1000):
                 window.scored(i % 2, 0.001, 0.1 if step < 59 or i % 2 == LIVE else 0.3)
-        assert judge(window.all(), Bounds()) is None
-        assert judge(window.newest(200), Bounds()).reason == "p_click"
+        assert judge(window.all(), CanaryBounds()) is None
+        assert judge(window.newest(200), CanaryBounds()).reason == "p_click"
 
     @pytest.mark.parametrize(
         ("own", "errors", "late", "reason"),
@@ -674,7 +679,7 @@ class TestJudge:
         for what, count in ((at_work.ERRORS, errors), (LATE, late)):
             for _ in range(count):
                 window.failed(what)
-        assert (found := hopeless(window.all(), Bounds())) is None or found.reason == reason, found
+        assert (found := hopeless(window.all(), CanaryBounds())) is None or found.reason == reason, found
         assert (found is None) == (reason is None)
 
     def test_late_ones_have_a_bound_of_their_own(self):
@@ -682,8 +687,8 @@ class TestJudge:
         for i in range(400):
             window.scored(LIVE, 0.001, 0.1)
             window.failed(LATE) if i % 20 == 0 else window.scored(CHALLENGING, 0.001, 0.1)
-        assert hopeless(window.all(), Bounds()) is None
-        assert judge(window.all(), Bounds()).detail == "20 of 400 requests took over 0.25 s, a share of 0.01 is allowed"
+        assert hopeless(window.all(), CanaryBounds()) is None
+        assert judge(window.all(), CanaryBounds()).detail == "20 of 400 requests took over 0.25 s, a share of 0.01 is allowed"
 
     def test_workers_see_what_the_others_saw(self, tmp_path):
         self.now = 1000.0

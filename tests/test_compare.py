@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn import metrics as sklearn
 
 from training.compare import METRICS, Comparison, Gate, Interval, _Resampled, bootstrap, compare, reasons_against, reliability
-from training.evaluate import Metrics, measure
+from training.evaluate import Measures, measure
 from training.quantise import moved, refusal
 from training.report import metric_rows
 from training.train import TrainError
@@ -142,7 +142,7 @@ def test_bins_of_reliability_have_equally_many_rows() -> None:
     assert [mean for mean, _ in bins] == sorted(mean for mean, _ in bins)
 
 
-METRICS_OF = Metrics(0.7, 0.6, 0.5, 0.9, 0.01, 1.0, 1000, 200)
+METRICS_OF = Measures(0.7, 0.6, 0.5, 0.9, 0.01, 1.0, 1000, 200)
 
 
 def found(

@@ -15,7 +15,7 @@ from processes import ROOT, SERVE, adrank, environment, fill
 from redis import Redis
 
 from features import bundle
-from features.challenger import CHALLENGER, Bounds, Challenger, challenge
+from features.challenger import CHALLENGER, CanaryBounds, Challenger, challenge
 from features.events import Event
 from features.subject import by_subject
 from service import store_check
@@ -390,7 +390,7 @@ class TestModels:
     def test_challengers(self, tmp_path):
         first = bundles.publish(tmp_path)
         second = bundles.publish(tmp_path, bias=0.1, make_current=False)
-        challenge(tmp_path, "din", Challenger(int(second.name), "canary", 0.1, Bounds()))
+        challenge(tmp_path, "din", Challenger(int(second.name), "canary", 0.1, CanaryBounds()))
         told(self.found(tmp_path), "din, challenger", "ok", second.name, "canary for 0.1 of the users")
         (second / bundle.MODEL).write_bytes(b"x")
         told(self.found(tmp_path), "din, challenger", "problem", "digest differs")

@@ -29,7 +29,7 @@ from tests.test_networks import CASES, ONLY_AD_NUMBER, SCHEMAS, fits
 from training.calibrate import Calibration
 from training.datasets.states import ads
 from training.explain import explain_graph, explained
-from training.export import FEW, Served, export, random_feeds
+from training.export import FEW, ServedNetwork, export, random_feeds
 from training.networks import NETWORKS
 from training.networks.contract import CLICK, Part, RequestTensors
 from training.networks.deepfm import DeepFM
@@ -180,7 +180,7 @@ def test_the_graph_gives_what_torch_gives_and_adds_up_to_the_logit_of_p_click(fa
         session = onnxruntime.InferenceSession(files[EXPLAIN_MODEL], providers=["CPUExecutionProvider"])
         names = json.loads(session.get_modelmeta().custom_metadata_map[CONTRIBUTIONS])
         assert (len(names), names[-1]) == (ours.shape[2], REST)
-        served = Served(network, CALIBRATION, small.schema()).eval()
+        served = ServedNetwork(network, CALIBRATION, small.schema()).eval()
         p_click = run(small.traced(served), feeds)[0].astype(np.float64)
         logits = (np.log(p_click / (1 - p_click)) - served.shift) / served.scale
         assert ours.sum(-1) == pytest.approx(logits, abs=2e-3)  # p_click has seven digits

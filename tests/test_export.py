@@ -20,7 +20,7 @@ from training import export
 from training.calibrate import Calibration
 from training.datasets.prepared import Prepared, open_prepared
 from training.drift import REFERENCE, make_reference, read_reference
-from training.export import Served, evaluate_bundle, random_feeds, score, to_onnx, verify
+from training.export import ServedNetwork, evaluate_bundle, random_feeds, score, to_onnx, verify
 from training.networks.contract import CLICK, Part, RequestTensors
 from training.onnx_export import IR, OPSET
 from training.train import Trained
@@ -29,8 +29,8 @@ CALIBRATION = Calibration(0.7, -0.4, float(np.log(0.2)))
 SIZES = {name: v.size for name, v in small.vocabularies().categories.items()}
 
 
-def served(family: str, text: str = small.SCHEMA, seed: int = 0, **settings: Any) -> Served:
-    return Served(small.network(family, text, seed, **settings), CALIBRATION, small.schema(text)).eval()
+def served(family: str, text: str = small.SCHEMA, seed: int = 0, **settings: Any) -> ServedNetwork:
+    return ServedNetwork(small.network(family, text, seed, **settings), CALIBRATION, small.schema(text)).eval()
 
 
 def session(graph: bytes) -> onnxruntime.InferenceSession:
@@ -105,7 +105,7 @@ def test_a_network_that_minds_padding_or_order_is_found(network: nn.Module, case
     text = (
         small.SCHEMA.replace(small.USER, "").replace('kind = "number"', 'kind = "category"').replace('transform = "log"\nmissing = -1', "")
     )
-    ours = Served(network, Calibration(), small.schema(text)).eval()
+    ours = ServedNetwork(network, Calibration(), small.schema(text)).eval()
     with pytest.raises(BundleError, match=f"for {case}"):
         verify(small.traced(ours), ours, {})
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.test_networks import HISTORY_AND_ADS, ONLY_ADS
 from training.calibrate import Calibration
-from training.export import Served, random_feeds, score, to_onnx
+from training.export import ServedNetwork, random_feeds, score, to_onnx
 from training.networks.deepfm import FusedDeepFM
 from training.networks.din import FusedActivation, LocalActivation
 from training.networks.embeddings import Embeddings
@@ -90,7 +90,7 @@ def test_in_tiles_all_behaviours_are_weighed_once_whatever_the_sizes() -> None:
 def test_the_exported_graph_gives_what_torch_gives_over_tiles(family: str, text: str, settings: dict, tile: int | None) -> None:
     """By the exporter where it has a loop or parts without columns to export; all at once, by the tracer, which has neither."""
     schema = small.schema(text)
-    served = Served(trained(family, text, **settings), Calibration(0.3, -0.2), schema).eval()
+    served = ServedNetwork(trained(family, text, **settings), Calibration(0.3, -0.2), schema).eval()
     graph = small.traced(served) if tile is None else to_onnx(served, tile)
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     for requests, behaviours, candidates in ((1, 1, 1), (1, 4, 600), (1, 300, 5), (1, 257, 2), (2, 9, 100), (70, 3, 9)):

@@ -15,7 +15,7 @@ from training import export
 from training.calibrate import Calibration
 from training.datasets.encoded import encode_split
 from training.datasets.prepared import DataError, Prepared, open_prepared
-from training.export import Served, all_scores, random_feeds
+from training.export import ServedNetwork, all_scores, random_feeds
 from training.networks import build
 from training.networks.contract import CLICK, Labels, cross_entropy
 from training.networks.esmm import both
@@ -171,9 +171,9 @@ def test_a_bundle_serves_each_head_calibrated(data: Prepared, traced_export: Non
 def test_a_conversion_is_corrected_as_its_click_is_when_non_clicks_were_dropped() -> None:
     """Of 1,000 impressions 100 are clicks and 40 of them convert; a tenth of the non-clicks is kept: 190 rows."""
     network = small.network("esmm")
-    served = Served(network, Calibration(1.0, 0.0, float(np.log(0.1))), small.schema(), {"conversion": Calibration()}).eval()
+    served = ServedNetwork(network, Calibration(1.0, 0.0, float(np.log(0.1))), small.schema(), {"conversion": Calibration()}).eval()
     feeds = random_feeds(small.schema(), {}, 2, 3, 4)
-    plain = Served(network, Calibration(), small.schema(), {"conversion": Calibration()}).eval()
+    plain = ServedNetwork(network, Calibration(), small.schema(), {"conversion": Calibration()}).eval()
     (sampled_click, sampled), (click, conversion) = (all_scores(each, feeds) for each in (plain, served))
     kept = sampled_click / (sampled_click + (1 - sampled_click) / 0.1)
     assert np.allclose(click, kept, rtol=1e-4)

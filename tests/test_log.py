@@ -16,11 +16,11 @@ from test_cli import run
 
 from features.encode import Encoder
 from features.schema import Schema
-from features.served import Served
+from features.served import ServedRecord
 from features.state import pack_features
 from training.datasets import log as log_module
 from training.datasets.encoded import encode_split, learn_vocabularies
-from training.datasets.log import Log, open_data, open_log
+from training.datasets.log import ImpressionLog, open_data, open_log
 from training.datasets.prepared import SPLITS, DataError, open_prepared
 
 START = 1_763_798_400  # 2025-11-22 08:00 UTC
@@ -28,19 +28,19 @@ ONLY_IDS = 'name = "ids"\nhistory = { length = 2, fields = ["ad_id"] }\n[ad.ad_i
 NO_HISTORY = 'name = "plain"\n' + small.USER + small.AD
 
 
-def served(ad_ids: list[str], number: int = 0, ts: float = START, **changes: Any) -> Served:
+def served(ad_ids: list[str], number: int = 0, ts: float = START, **changes: Any) -> ServedRecord:
     """A ranking of the ads of `small`."""
     columns = {"ad_ids": ad_ids, "p_click": [0.5] * len(ad_ids), "propensity": [1.0] * len(ad_ids)}
     ads = {ad_id: pack_features(small.ad_features(int(ad_id[1:]))) for ad_id in ad_ids}
     whole = {"user": {"age": "25"}, "context": {"slot": "feed"}, "history": [], "ads": ads, **columns, **changes}
-    return Served(request_id=f"r{number}", ts=ts, model="din", version=1, user_id=f"u{number % 3}", **whole)
+    return ServedRecord(request_id=f"r{number}", ts=ts, model="din", version=1, user_id=f"u{number % 3}", **whole)
 
 
-def rankings(count: int, step: float = 60, ads: int = 3) -> list[Served]:
+def rankings(count: int, step: float = 60, ads: int = 3) -> list[ServedRecord]:
     return [served([f"a{(i + k) % small.ADS}" for k in range(ads)], i, START + i * step) for i in range(count)]
 
 
-def times(data: Log, split: str) -> list[float]:
+def times(data: ImpressionLog, split: str) -> list[float]:
     return [ts for frame in data.frames(split) for ts in frame["ts"]]
 
 
@@ -70,7 +70,7 @@ USERS = st.fixed_dictionaries(
 
 
 @st.composite
-def ranked(draw: st.DrawFn) -> list[Served]:
+def ranked(draw: st.DrawFn) -> list[ServedRecord]:
     found = []
     for number in range(draw(st.integers(1, 5))):
         ad_ids = draw(st.lists(AD_IDS, min_size=1, max_size=4, unique=True))
@@ -95,7 +95,7 @@ def ranked(draw: st.DrawFn) -> list[Served]:
     return found
 
 
-def check_encoded(rankings: list[Served], schema: Schema, encoder: Encoder) -> None:
+def check_encoded(rankings: list[ServedRecord], schema: Schema, encoder: Encoder) -> None:
     """Each row of the log of these rankings is encoded as the ranking was."""
     with TemporaryDirectory() as folder:
         data = open_log(logs.write_log(Path(folder) / "log", rankings, schema, files=2), shares=(1, 0, 0))
@@ -116,13 +116,13 @@ def check_encoded(rankings: list[Served], schema: Schema, encoder: Encoder) -> N
 
 @settings(deadline=None, max_examples=30)
 @given(ranked())
-def test_each_row_is_encoded_as_it_was_served(rankings: list[Served]) -> None:
+def test_each_row_is_encoded_as_it_was_served(rankings: list[ServedRecord]) -> None:
     check_encoded(rankings, small.schema(), small.encoder())
 
 
 @settings(deadline=None, max_examples=15)
 @given(ranked(), st.sampled_from([ONLY_IDS, NO_HISTORY]))
-def test_so_it_is_for_a_schema_of_ids_alone_and_for_one_without_a_history(rankings: list[Served], text: str) -> None:
+def test_so_it_is_for_a_schema_of_ids_alone_and_for_one_without_a_history(rankings: list[ServedRecord], text: str) -> None:
     check_encoded(rankings, small.schema(text), small.encoder(text))
 
 
@@ -235,7 +235,7 @@ def test_a_log_opens_as_data_and_so_does_a_prepared_data_set(tmp_path: Path) -> 
     (tmp_path / "data").mkdir()
     small.data_set(tmp_path / "data")
     folder = logs.write_log(tmp_path / "log", rankings(20), small.schema())
-    assert isinstance(open_data(folder), Log)
+    assert isinstance(open_data(folder), ImpressionLog)
     assert open_data(tmp_path / "data") == open_prepared(tmp_path / "data")
 
 

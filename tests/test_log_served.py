@@ -26,7 +26,7 @@ from features.state import Ad, UserState
 from service.store import RedisStore
 from training.calibrate import Calibration
 from training.datasets.log import open_log
-from training.export import Served, score
+from training.export import ServedNetwork, score
 from training.replay import replay as replayed
 from training.skew import find_skew
 
@@ -38,7 +38,7 @@ EXPLORED = {"policy": "plackett_luce", "temperature": 0.5}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with a DIN, whose random weights make every field matter."""
-    served, folder = Served(small.network("din"), Calibration(), small.schema()).eval(), tmp_path_factory.mktemp("served") / "models"
+    served, folder = ServedNetwork(small.network("din"), Calibration(), small.schema()).eval(), tmp_path_factory.mktemp("served") / "models"
     vocabularies = small.vocabularies()
     goldens = [bundle.Golden("u1", {"age": "25"}, {"slot": "feed"}, ["a1", "gone"], ["a2", "a3"], {"a2": small.ad_features(2)}, [])]
     goldens = [replace(each, p_click=score(served, each.feeds(small.encoder()))[0].tolist()) for each in goldens]

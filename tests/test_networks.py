@@ -11,7 +11,7 @@ from torch import Tensor
 
 from training.calibrate import Calibration
 from training.compare import Gate
-from training.export import Served, all_scores, random_feeds, to_onnx
+from training.export import ServedNetwork, all_scores, random_feeds, to_onnx
 from training.networks import NETWORKS
 from training.networks.contract import CLICK, Labels, Network, Part, RequestTensors
 from training.networks.embeddings import Embeddings
@@ -144,7 +144,7 @@ def test_a_fused_network_gives_the_same_logits(family: str, settings: dict[str, 
 def test_an_exported_network_gives_what_torch_gives(family: str) -> None:
     network = small.network(family)
     others = {head: Calibration(0.5, 0.1) for head in network.heads if head != CLICK}
-    served = Served(network, Calibration(0.3, -0.2, -0.7), small.schema(), others).eval()
+    served = ServedNetwork(network, Calibration(0.3, -0.2, -0.7), small.schema(), others).eval()
     session = onnxruntime.InferenceSession(to_onnx(served), providers=["CPUExecutionProvider"])
     for requests, behaviours, candidates in SHAPES:
         feeds = random_feeds(small.schema(), {}, requests, behaviours, candidates, seed=behaviours)

@@ -15,14 +15,14 @@ from tests.test_fuse import SINGLE, trained
 from training import export
 from training.calibrate import Calibration
 from training.datasets.prepared import Prepared
-from training.evaluate import Metrics, measure
-from training.export import Served, evaluate_bundle, random_feeds, to_onnx
+from training.evaluate import Measures, measure
+from training.export import ServedNetwork, evaluate_bundle, random_feeds, to_onnx
 from training.publish import train_and_publish
 from training.quantise import moved, quantised, refusal
 from training.train import Trained, TrainError
 
 
-def metrics(p: float = 0.1) -> Metrics:
+def metrics(p: float = 0.1) -> Measures:
     labels = np.array([0, 1] * 50)
     return measure(labels, np.where(labels, 0.6 + p, 0.5 - p), np.zeros(100))
 
@@ -30,7 +30,7 @@ def metrics(p: float = 0.1) -> Metrics:
 @pytest.fixture(scope="module")
 def graphs() -> tuple[bytes, bytes]:
     """A graph, and it in int8."""
-    graph = to_onnx(Served(trained("deepfm", SINGLE), Calibration(0.5), small.schema(SINGLE)).eval())
+    graph = to_onnx(ServedNetwork(trained("deepfm", SINGLE), Calibration(0.5), small.schema(SINGLE)).eval())
     return graph, quantised(graph, requests(16))
 
 
@@ -99,7 +99,9 @@ def test_a_graph_that_fails_its_gate_is_not_published(
     published: tuple[Prepared, Trained, Path], traced_export: None, monkeypatch, tmp_path: Path
 ) -> None:
     data, model, _ = published
-    monkeypatch.setattr(export, "quantised", lambda *_: small.traced(Served(model.network, Calibration(3.0, 3.0), data.schema).eval()))
+    monkeypatch.setattr(
+        export, "quantised", lambda *_: small.traced(ServedNetwork(model.network, Calibration(3.0, 3.0), data.schema).eval())
+    )
     bundle = load_bundle(export.export(data, model, tmp_path, "m", small.quiet()))
     assert INT8_MODEL not in bundle.manifest["files"]
     assert "log_loss moves by" in bundle.manifest["int8"]["refused"]

@@ -17,11 +17,11 @@ from test_cli import run
 from features.bundle import MODEL, Bundle, load_bundle
 from features.policy import EpsilonGreedy, PlackettLuce, Policy
 from features.schema import parse_schema
-from features.served import Served
+from features.served import ServedRecord
 from features.state import pack_features
 from training import world
 from training.datasets import open_bandit
-from training.datasets.log import Log, open_log
+from training.datasets.log import ImpressionLog, open_log
 from training.datasets.prepared import SPLITS, DataError, Prepared, open_prepared
 from training.offpolicy import Estimate, Trail, estimate
 from training.publish import train_and_publish
@@ -43,7 +43,7 @@ def drawn(values: np.ndarray, count: int, temperature: float, random: np.random.
     return order, chances
 
 
-def ranking(number: int, candidates: Sequence[str], order: Sequence[int], chances: Sequence[float], **more: Any) -> Served:
+def ranking(number: int, candidates: Sequence[str], order: Sequence[int], chances: Sequence[float], **more: Any) -> ServedRecord:
     ad_ids = [candidates[i] for i in order]
     whole = {
         "user": {},
@@ -56,7 +56,7 @@ def ranking(number: int, candidates: Sequence[str], order: Sequence[int], chance
         "policy": "plackett_luce 0.5",
         **more,
     }
-    return Served(
+    return ServedRecord(
         **{"request_id": f"r{number}", "ts": START + number * 7, "model": "din", "version": 1, "user_id": f"u{number % 9}", **whole}
     )
 
@@ -180,7 +180,7 @@ def _expected(target: np.ndarray, orders: np.ndarray, model: np.ndarray, context
 # --- a log of the test bundle, whose scores can be worked out
 
 
-def explored(count: int, places: int = 3, temperature: float = 0.5, bias: float = 0.0, seed: int = 0) -> list[Served]:
+def explored(count: int, places: int = 3, temperature: float = 0.5, bias: float = 0.0, seed: int = 0) -> list[ServedRecord]:
     """Rankings by the test bundle's scores, with ads that have left, unknown ones, and features sent with one that was shown."""
     random, encoder, found = np.random.default_rng(seed), bundles.encoder(), []
     for number in range(count):
@@ -208,7 +208,7 @@ def explored(count: int, places: int = 3, temperature: float = 0.5, bias: float 
     return found
 
 
-def clicked(rankings: Sequence[Served], seed: int = 1) -> set[tuple[str, str]]:
+def clicked(rankings: Sequence[ServedRecord], seed: int = 1) -> set[tuple[str, str]]:
     random = np.random.default_rng(seed)
     return {(each.request_id, ad_id) for each in rankings for ad_id in each.ad_ids if random.random() < 0.3}
 
@@ -219,15 +219,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture
-def logged(tmp_path: Path) -> Callable[..., Log]:
-    def write(rankings: Sequence[Served], clicks: set[tuple[str, str]] | None = None, files: int = 3) -> Log:
+def logged(tmp_path: Path) -> Callable[..., ImpressionLog]:
+    def write(rankings: Sequence[ServedRecord], clicks: set[tuple[str, str]] | None = None, files: int = 3) -> ImpressionLog:
         schema = bundles.encoder().schema
         return open_log(logs.write_log(tmp_path / "log", rankings, schema, clicked(rankings) if clicks is None else clicks, files=files))
 
     return write
 
 
-def test_the_logging_policy_s_own_value_is_the_log_s_click_rate(bundle: Bundle, logged: Callable[..., Log]) -> None:
+def test_the_logging_policy_s_own_value_is_the_log_s_click_rate(bundle: Bundle, logged: Callable[..., ImpressionLog]) -> None:
     rankings = explored(150)
     clicks = clicked(rankings)
     found = replay(logged(rankings, clicks), bundle, PlackettLuce(0.5))
@@ -240,14 +240,14 @@ def test_the_logging_policy_s_own_value_is_the_log_s_click_rate(bundle: Bundle, 
     assert estimates.dr.low < rate < estimates.dr.high
 
 
-def test_only_the_first_places_count_where_that_is_asked(bundle: Bundle, logged: Callable[..., Log]) -> None:
+def test_only_the_first_places_count_where_that_is_asked(bundle: Bundle, logged: Callable[..., ImpressionLog]) -> None:
     rankings = explored(60)
     clicks = clicked(rankings)
     found = replay(logged(rankings, clicks), bundle, PlackettLuce(0.5), top_k=1)
     assert (found.impressions, found.estimates.log.value) == (60, sum((r.request_id, r.ad_ids[0]) in clicks for r in rankings) / 60)
 
 
-def test_greedy_keeps_the_rankings_that_it_would_have_made(bundle: Bundle, logged: Callable[..., Log]) -> None:
+def test_greedy_keeps_the_rankings_that_it_would_have_made(bundle: Bundle, logged: Callable[..., ImpressionLog]) -> None:
     rankings, encoder = explored(120, places=2), bundles.encoder()
     clicks = clicked(rankings)
     total = 0.0
@@ -263,7 +263,7 @@ def test_greedy_keeps_the_rankings_that_it_would_have_made(bundle: Bundle, logge
     assert found.estimates.ips.value == pytest.approx(total / 240)
 
 
-def test_of_equal_values_the_ad_with_the_lower_id_is_the_better_one(bundle: Bundle, logged: Callable[..., Log]) -> None:
+def test_of_equal_values_the_ad_with_the_lower_id_is_the_better_one(bundle: Bundle, logged: Callable[..., ImpressionLog]) -> None:
     by_id: dict[int, str] = {}
     for name in (f"b{i}" for i in range(1000)):
         number = int(bundles.encoder().vocabularies.categories["ad_id"].id(name))
@@ -279,7 +279,7 @@ def test_of_equal_values_the_ad_with_the_lower_id_is_the_better_one(bundle: Bund
         assert found.estimates.largest_weight == weight
 
 
-def test_the_robust_estimate_is_its_recursion(bundle: Bundle, logged: Callable[..., Log]) -> None:
+def test_the_robust_estimate_is_its_recursion(bundle: Bundle, logged: Callable[..., ImpressionLog]) -> None:
     """Jiang and Li's, with the model's value of the target's own order as what is to come."""
     rankings = explored(60)
     clicks = clicked(rankings)
@@ -307,7 +307,7 @@ def _soft(values: list[float]) -> tuple[list[float], float]:
 
 
 @pytest.mark.parametrize("sent", [{}, {"a1": {"genre": "drama", "tags": ["x", "y"]}}])
-def test_a_shown_ad_is_scored_with_what_was_sent(bundle: Bundle, logged: Callable[..., Log], sent: dict[str, Any]) -> None:
+def test_a_shown_ad_is_scored_with_what_was_sent(bundle: Bundle, logged: Callable[..., ImpressionLog], sent: dict[str, Any]) -> None:
     """The ad is the better one with the features that were sent, and not with its own."""
     ads = {ad_id: pack_features(bundles.ADS[ad_id]) for ad_id in ("a1", "a2")}
     pair = [ranking(i, ["a1", "a2"], [0], [0.5], user_id="u", ads=ads, sent=sent, policy="epsilon_greedy 1.0") for i in range(2)]
@@ -317,7 +317,7 @@ def test_a_shown_ad_is_scored_with_what_was_sent(bundle: Bundle, logged: Callabl
     assert found.estimates.largest_weight == (2 if sent else 0)
 
 
-def test_rankings_that_cannot_be_weighed_are_counted_and_left_out(bundle: Bundle, logged: Callable[..., Log]) -> None:
+def test_rankings_that_cannot_be_weighed_are_counted_and_left_out(bundle: Bundle, logged: Callable[..., ImpressionLog]) -> None:
     rankings = explored(20)
     rankings[0] = changed(rankings[0], policy="greedy", candidates=[], propensity=[1.0] * 3)
     rankings[1] = changed(rankings[1], candidates=[])  # not told
@@ -333,13 +333,15 @@ def test_rankings_that_cannot_be_weighed_are_counted_and_left_out(bundle: Bundle
     assert (found.rankings, found.impressions) == (16, 12 * 3 + 1 + 1 + 1 + 2)
 
 
-def test_a_log_without_exploration_is_refused(bundle: Bundle, logged: Callable[..., Log]) -> None:
+def test_a_log_without_exploration_is_refused(bundle: Bundle, logged: Callable[..., ImpressionLog]) -> None:
     greedy = [changed(each, policy="greedy", candidates=[], propensity=[1.0] * 3) for each in explored(4)]
     with pytest.raises(DataError, match="has 0 rankings that explored, which replay needs at least two of; 12 impressions are of greedy"):
         replay(logged(greedy), bundle, EpsilonGreedy(0.0))
 
 
-def test_how_rankings_lie_in_files_makes_no_difference(bundle: Bundle, logged: Callable[..., Log], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_rankings_lie_in_files_makes_no_difference(
+    bundle: Bundle, logged: Callable[..., ImpressionLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rankings = explored(90)
     one = replay(logged(rankings, files=1), bundle, PlackettLuce(1.0)).estimates
     monkeypatch.setattr("training.replay.AT_ONCE", 20)
@@ -364,7 +366,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[world.World, Bund
     return made, load_bundle(path)
 
 
-def played(made: world.World, count: int, places: int, seed: int) -> tuple[list[Served], set[tuple[str, str]], np.ndarray]:
+def played(made: world.World, count: int, places: int, seed: int) -> tuple[list[ServedRecord], set[tuple[str, str]], np.ndarray]:
     """Rankings of eight ads, drawn by noise over the true p(click), and what came of them; `(count, 8, places)` the true p(click)."""
     random = np.random.default_rng(seed)
     ads = [dict(zip(("category", "brand"), row, strict=True)) for row in made.ads().select("ad.category", "ad.brand").rows()]
@@ -506,7 +508,7 @@ def test_open_bandit_s_own_policy_has_the_log_s_click_rate(tmp_path: Path) -> No
 # --- the command
 
 
-def test_the_command_prints_a_table_or_json(tmp_path: Path, bundle: Bundle, logged: Callable[..., Log]) -> None:
+def test_the_command_prints_a_table_or_json(tmp_path: Path, bundle: Bundle, logged: Callable[..., ImpressionLog]) -> None:
     rankings = explored(40)
     rankings[0] = changed(rankings[0], policy="greedy", candidates=[])
     folder = logged(rankings).folder
@@ -535,7 +537,7 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, bundle: Bundle, logg
         (["--bundle", "nowhere"], "bundle nowhere cannot be read"),
     ],
 )
-def test_mistakes_are_sentences(bundle: Bundle, logged: Callable[..., Log], words: list[str], complaint: str) -> None:
+def test_mistakes_are_sentences(bundle: Bundle, logged: Callable[..., ImpressionLog], words: list[str], complaint: str) -> None:
     code, _, told = run("replay", "--log", logged(explored(5)).folder, "--bundle", bundle.path, *words)
     assert (code, "Traceback" in told) == (2, False)
     assert complaint in told

@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 import small_log
 
-from training.datasets.log import Log, open_log
+from training.datasets.log import ImpressionLog, open_log
 from training.train import TrainError
-from training.window import Limits, Past, Profile, Seen, gaps, profile, reasons_against, slices
+from training.window import Limits, PastLog, Profile, Seen, gaps, profile, reasons_against, slices
 
-BEFORE = Past(rows=1800, click_rate=0.5, varied={"context.slot": True, "user.age": True, "ad.price": True, "history": True})
+BEFORE = PastLog(rows=1800, click_rate=0.5, varied={"context.slot": True, "user.age": True, "ad.price": True, "history": True})
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_log.write(tmp_path_factory.mktemp("log"))
 
 
-def seen(log: Log) -> Profile:
+def seen(log: ImpressionLog) -> Profile:
     return profile(log, slices(log))
 
 
@@ -40,7 +40,7 @@ def test_a_profile_says_what_is_in_a_window(log: Path) -> None:
 
 def test_a_sound_window_has_nothing_against_it(log: Path) -> None:
     assert reasons_against(seen(open_log(log)), BEFORE, Limits()) == []
-    assert reasons_against(seen(open_log(log)), Past(), Limits()) == []
+    assert reasons_against(seen(open_log(log)), PastLog(), Limits()) == []
 
 
 def labels(value: int) -> Callable[[pl.DataFrame], pl.DataFrame]:
@@ -109,7 +109,7 @@ def test_hours_that_are_gone_are_refused(tmp_path: Path) -> None:
     whole = small_log.write(tmp_path / "log")
     for path in small_log.hours_of(whole)[10:30]:
         path.unlink()
-    [reason] = reasons_against(seen(open_log(whole)), Past(), Limits(least_rows=500))
+    [reason] = reasons_against(seen(open_log(whole)), PastLog(), Limits(least_rows=500))
     assert reason.startswith("20 of 38 hours have gaps: 2025-11-22 10:00 with 0 rows instead of about 45, 2025-11-22 11:00 with 0")
     assert reason.endswith("and 17 more; rows_share is 50%, most_gaps 2.0% of the hours")
 
@@ -118,14 +118,14 @@ def test_a_slice_of_one_class_is_refused(tmp_path: Path) -> None:
     log = small_log.write(tmp_path / "log")
     for path in small_log.hours_of(log)[-5:]:
         labels(0)(pl.read_parquet(path)).write_parquet(path)
-    [reason] = reasons_against(seen(open_log(log)), Past(), Limits())
+    [reason] = reasons_against(seen(open_log(log)), PastLog(), Limits())
     assert reason == "all 180 labels of the newest slice, which is held out, are 0"
 
 
 def test_too_little_is_refused(log: Path) -> None:
     window = seen(open_log(log))
     clicks = sum(window.clicks.values())
-    rows, few = reasons_against(window, Past(), Limits(least_rows=1801, least_clicks=1500))
+    rows, few = reasons_against(window, PastLog(), Limits(least_rows=1801, least_clicks=1500))
     assert rows == "the window has 1,800 rows, too few to judge by: least_rows is 1,801"
     assert few == f"the window has {clicks:,} clicks in 1,800 rows, too few of one kind to judge by: least_clicks is 1,500"
 

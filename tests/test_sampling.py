@@ -16,7 +16,7 @@ from test_csv_table import SCHEMA, prepare_csv
 from features import bundle
 from features.bundle import BundleError, check_files, current_path, load_bundle, read_bundle
 from features.policy import parse_policy
-from features.served import Served
+from features.served import ServedRecord
 from features.state import pack_features
 from features.vocabulary import fingerprint
 from service.scorer import Scorer
@@ -68,7 +68,7 @@ def sampled_set(folder: Path, counts: tuple[int, int, int] = (8_000, 6_000, 6_00
     return open_prepared(folder)
 
 
-def served(path: Path, count: int, seed: int) -> tuple[list[Served], set[tuple[str, str]]]:
+def served(path: Path, count: int, seed: int) -> tuple[list[ServedRecord], set[tuple[str, str]]]:
     """Rankings of one ad each by the live version's graph, and which of them were clicked."""
     live, frame = load_bundle(path), impressions(np.random.default_rng(seed), count)
     scorer = Scorer(path / "model.onnx", "cpu", 1)
@@ -76,7 +76,7 @@ def served(path: Path, count: int, seed: int) -> tuple[list[Served], set[tuple[s
     for i, row in enumerate(frame.iter_rows(named=True)):
         ads = {ad_id: PACKED[ad_id] for ad_id in (row["ad_id"], *row["history"]) if ad_id in PACKED}
         user = {name: row[f"user.{name}"] for name in ("age", "interests", "income") if row[f"user.{name}"] is not None}
-        one = Served(
+        one = ServedRecord(
             f"r{i}", START + i * 20.0, "shop", live.version, row["user_id"], user, {"slot": row["context.slot"]}, row["history"][-4:],
             [row["ad_id"]], [0.0], [1.0], ads=ads,
         )  # fmt: skip
@@ -86,7 +86,7 @@ def served(path: Path, count: int, seed: int) -> tuple[list[Served], set[tuple[s
     return rankings, clicks
 
 
-def over_clicks(rankings: list[Served], clicks: set[tuple[str, str]]) -> float:
+def over_clicks(rankings: list[ServedRecord], clicks: set[tuple[str, str]]) -> float:
     return sum(p for each in rankings for p in each.p_click) / len(clicks)
 
 
@@ -104,7 +104,7 @@ def first(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def log(first: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Served], set[tuple[str, str]]]:
+def log(first: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ServedRecord], set[tuple[str, str]]]:
     """What it served, joined, in a log whose schema the joiner took from it."""
     folder = tmp_path_factory.mktemp("log") / "log"
     schema = open_joined(folder, first, "shop").schema
@@ -113,7 +113,7 @@ def log(first: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
 
 
 def test_what_is_served_before_and_after_a_retraining_is_the_click_rate(
-    first: Path, log: tuple[Path, list[Served], set[tuple[str, str]]], tmp_path: Path
+    first: Path, log: tuple[Path, list[ServedRecord], set[tuple[str, str]]], tmp_path: Path
 ) -> None:
     folder, rankings, clicks = log
     assert len(clicks) / len(rankings) < 0.25
@@ -130,7 +130,7 @@ def test_what_is_served_before_and_after_a_retraining_is_the_click_rate(
 
 
 def test_the_gate_sees_a_challenger_that_is_off_by_the_sampling(
-    first: Path, log: tuple[Path, list[Served], set[tuple[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: Path, log: tuple[Path, list[ServedRecord], set[tuple[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = shutil.copytree(first, tmp_path / "models")
     monkeypatch.setattr(training, "fit", lambda logits, labels, _sampling: fit(logits, labels, KEPT))
@@ -143,7 +143,7 @@ def test_the_gate_sees_a_challenger_that_is_off_by_the_sampling(
 
 
 def test_a_bundle_is_measured_by_how_the_rows_were_sampled_not_by_how_it_was_trained(
-    data: Prepared, first: Path, log: tuple[Path, list[Served], set[tuple[str, str]]]
+    data: Prepared, first: Path, log: tuple[Path, list[ServedRecord], set[tuple[str, str]]]
 ) -> None:
     live = load_bundle(current_path(first, "shop"))
     for rows in (data, open_log(log[0])):
@@ -216,7 +216,7 @@ def test_a_data_set_of_before_says_it_in_its_schema(tmp_path: Path) -> None:
 
 
 def test_a_log_whose_schema_was_copied_with_a_share_has_kept_everything(
-    log: tuple[Path, list[Served], set[tuple[str, str]]], tmp_path: Path
+    log: tuple[Path, list[ServedRecord], set[tuple[str, str]]], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(log[0], tmp_path / "log")
     assert "negative_sampling" not in (folder / "schema.toml").read_text()

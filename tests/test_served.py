@@ -7,11 +7,11 @@ import pytest
 
 from features.encode import AdTable, Request, encode_request
 from features.events import Event, pack_event, unpack_event
-from features.served import Served, pack_served, unpack_served
+from features.served import ServedRecord, pack_served, unpack_served
 from features.state import StateError, pack_features
 
 ADS = {ad_id: pack_features(features) for ad_id, features in bundles.ADS.items()}
-SERVED = Served(
+SERVED = ServedRecord(
     request_id="r1",
     ts=1_763_800_000.25,
     model="din",
@@ -31,7 +31,7 @@ SERVED = Served(
 
 def test_a_served_ranking_packed_and_unpacked_is_the_same() -> None:
     again = unpack_served(pack_served(SERVED))
-    assert again == Served(**{name: getattr(again, name) for name in again.__slots__})
+    assert again == ServedRecord(**{name: getattr(again, name) for name in again.__slots__})
     assert [getattr(again, name) for name in again.__slots__] == [
         list(value) if isinstance(value := getattr(SERVED, name), tuple) else value for name in again.__slots__
     ]
@@ -59,7 +59,7 @@ def test_the_ads_to_encode_can_be_chosen() -> None:
 
 
 def test_what_the_schema_does_not_know_is_left_out() -> None:
-    odd = Served(**{**{name: getattr(SERVED, name) for name in SERVED.__slots__}, "context": {"slot": "feed", "later": 1}})
+    odd = ServedRecord(**{**{name: getattr(SERVED, name) for name in SERVED.__slots__}, "context": {"slot": "feed", "later": 1}})
     assert np.array_equal(odd.feeds(bundles.encoder())["user_ids"], SERVED.feeds(bundles.encoder())["user_ids"])
 
 

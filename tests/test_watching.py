@@ -21,7 +21,7 @@ from processes import SERVE, environment, fill
 from test_dashboard import BOARD, QUERIES
 from watching import asked, get, prometheus, rules, tool, unanswered, values
 
-from features.challenger import Bounds, Challenger, challenge
+from features.challenger import CanaryBounds, Challenger, challenge
 from features.repository import CURRENT
 from service import series
 
@@ -62,7 +62,7 @@ def publish(models: Path) -> None:
     for name, mode, share in (("din", "shadow", 1.0), ("other", "canary", 0.5)):
         bundles.publish(models, name, files=reference)
         version = int(bundles.publish(models, name, bias=0.2, files=reference, make_current=False).name)
-        challenge(models, name, Challenger(version, mode, share, Bounds(p99_ratio=1e6)))
+        challenge(models, name, Challenger(version, mode, share, CanaryBounds(p99_ratio=1e6)))
 
 
 def visit(client: httpx.Client, wave: int, store: Server) -> None:

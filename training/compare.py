@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .evaluate import Metrics, bin_starts, measure
+from .evaluate import Measures, bin_starts, measure
 from .train import TrainError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -56,8 +56,8 @@ class Interval:
 class Comparison:
     """What challenger and champion come to on the same rows; without a champion there are no differences."""
 
-    challenger: Metrics
-    champion: Metrics | None
+    challenger: Measures
+    champion: Measures | None
     differences: dict[str, Interval]
     """Challenger less champion, by the names in `METRICS`."""
     calibration: Interval
@@ -192,7 +192,7 @@ def reasons_against(found: Comparison, gate: Gate, rests_on: int = 0) -> list[st
     return [reason for reason in (_calibration(found, gate, rests_on), _loss(found, gate)) if reason]
 
 
-def no_better(metrics: Metrics) -> str | None:
+def no_better(metrics: Measures) -> str | None:
     """That probabilities tell no more than their mean does, or rank no better than chance; None where they do."""
     entropy, auc = metrics.normalised_entropy, metrics.auc
     if not entropy < 1:

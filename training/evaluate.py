@@ -12,7 +12,7 @@ BINS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Metrics:
+class Measures:
     """Of N rows with `labels` and `p_click`."""
 
     auc: float
@@ -35,7 +35,7 @@ class Metrics:
         return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
-def measure(labels: Array, p_click: Array, users: Array) -> Metrics:
+def measure(labels: Array, p_click: Array, users: Array) -> Measures:
     """All metrics of `labels (N,)` in {0, 1}, `p_click (N,)` and `users (N,)`, a number a user.
 
     Raises:
@@ -49,13 +49,13 @@ def measure(labels: Array, p_click: Array, users: Array) -> Metrics:
     clicks = int(labels.sum())
     ratio = float(p.sum() / clicks) if clicks else float("nan")
     error = calibration_error(labels, p)
-    return Metrics(auc(labels, p), gauc(labels, p, users), loss, loss / entropy, error, ratio, len(p), clicks)
+    return Measures(auc(labels, p), gauc(labels, p, users), loss, loss / entropy, error, ratio, len(p), clicks)
 
 
-def unmeasured(labels: Array) -> Metrics:
+def unmeasured(labels: Array) -> Measures:
     """Of rows whose probabilities are no numbers."""
     none = math.nan
-    return Metrics(none, none, none, none, none, none, len(labels), int(labels.sum()))
+    return Measures(none, none, none, none, none, none, len(labels), int(labels.sum()))
 
 
 def auc(labels: Array, p_click: Array) -> float:

@@ -39,7 +39,7 @@ from .datasets.encoded import Rows, catalogue, encode_split
 from .datasets.fields import check_fields
 from .datasets.prepared import Prepared, column_of
 from .drift import REFERENCE, make_reference
-from .evaluate import Metrics, measure
+from .evaluate import Measures, measure
 from .explain import explain_graph, tensors_of
 from .graph import chunks, feeds_of, open_graph
 from .networks import NETWORKS
@@ -67,7 +67,7 @@ SHOWN_ROWS = 16_384
 METRICS = "metrics.json"
 
 
-class Served(nn.Module):
+class ServedNetwork(nn.Module):
     """A network as it is served: logits to calibrated, sampling-corrected probabilities."""
 
     def __init__(
@@ -102,14 +102,14 @@ class Served(nn.Module):
         return p_click, *found
 
 
-def score(served: Served, feeds: Feeds) -> np.ndarray[Any, np.dtype[np.float32]]:
+def score(served: ServedNetwork, feeds: Feeds) -> np.ndarray[Any, np.dtype[np.float32]]:
     """What torch says to a request's tensors: p(click) `(R, C)`."""
     return all_scores(served, feeds)[0]
 
 
-def to_onnx(served: Served, tile: int | None = TILE) -> bytes:
+def to_onnx(served: ServedNetwork, tile: int | None = TILE) -> bytes:
     """The graph of the fused network, through torch's dynamo exporter; `tile` as `networks.fuse` takes it."""
-    served = Served(fused(served.network, tile), served.calibration, served.schema, served.others).eval()
+    served = ServedNetwork(fused(served.network, tile), served.calibration, served.schema, served.others).eval()
     return request_graph(served, served.schema, random_feeds(served.schema, {}, *SAMPLE), served.names)
 
 
@@ -134,7 +134,7 @@ def random_feeds(schema: Schema, sizes: dict[str, int], requests: int, behaviour
     return feeds
 
 
-def verify(graph: bytes, served: Served, sizes: dict[str, int]) -> float:
+def verify(graph: bytes, served: ServedNetwork, sizes: dict[str, int]) -> float:
     """Compare ONNX Runtime with torch over shapes, histories and orders; the largest difference seen.
 
     Raises:
@@ -150,13 +150,13 @@ def verify(graph: bytes, served: Served, sizes: dict[str, int]) -> float:
     return worst
 
 
-def all_scores(served: Served, feeds: Feeds) -> Scores:
+def all_scores(served: ServedNetwork, feeds: Feeds) -> Scores:
     """What torch says to a request's tensors: the probabilities `(R, C)` of each head."""
     with torch.no_grad():
         return tuple(p.numpy() for p in served(tensors_of(feeds)))
 
 
-def _cases(served: Served, sizes: dict[str, int]) -> Iterator[tuple[str, Feeds, Scores]]:
+def _cases(served: ServedNetwork, sizes: dict[str, int]) -> Iterator[tuple[str, Feeds, Scores]]:
     schema = served.schema
     full = max(schema.history_length, 1)
     for requests in SIZES:
@@ -178,7 +178,7 @@ def _cases(served: Served, sizes: dict[str, int]) -> Iterator[tuple[str, Feeds, 
     yield "an empty history", empty, all_scores(served, empty)
 
 
-def make_goldens(data: Prepared, served: Served, encoder: Encoder) -> list[Golden]:
+def make_goldens(data: Prepared, served: ServedNetwork, encoder: Encoder) -> list[Golden]:
     """Real requests of the valid split, the values as they come from outside, with torch's scores."""
     frame = next(data.frames("valid")).head(5_000)
     ads, users = data.table("ad"), data.table("user")
@@ -250,7 +250,7 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
     """
     encoder = trained.encoder
     others = {head: calibration for head, calibration in trained.calibrations.items() if head != CLICK}
-    served = Served(trained.network, trained.calibration, encoder.schema, others).eval()
+    served = ServedNetwork(trained.network, trained.calibration, encoder.schema, others).eval()
     graphs = {MODEL: to_onnx(served)}
     if is_tiled(trained.network):
         graphs[CUDA_MODEL] = to_onnx(served, tile=None)  # tiles are for a processor's cache
@@ -318,7 +318,7 @@ def _int8(data: Prepared, trained: Trained, graph: bytes, progress: Progress) ->
     return coarse, {"moved": moves, "refused": refusal(moves)}
 
 
-def evaluate_bundle(bundle: Bundle, data: Prepared, split: str, progress: Progress, graph: str = MODEL) -> Metrics:
+def evaluate_bundle(bundle: Bundle, data: Prepared, split: str, progress: Progress, graph: str = MODEL) -> Measures:
     """Measure a bundle, by one of its graphs, on a split as it would serve it, its rows encoded with its own vocabularies.
 
     Raises:

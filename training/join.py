@@ -17,11 +17,11 @@ from features.state import StoreError
 from features.streams import EVENTS, SERVED, STREAMS, TOO_OLD, WRONG_TYPE, Batch, Entry, Owner, Stream, StreamLostError, Streams
 
 from .join_clock import Clock
-from .join_log import JoinError, Log, only_joiner
+from .join_log import JoinError, LogWriter, only_joiner
 from .join_plan import JoinSettings, plan, sweep
 from .join_quality import Windows
 from .join_records import DAMAGED, damaged, new_event, new_ranking
-from .join_state import NewEvent, NewRanking, NoRoomError, Part, State
+from .join_state import NewEvent, NewRanking, NoRoomError, State, StatePart
 from .join_told import JoinWatch, Told, held
 from .join_write import PartWriter
 
@@ -42,7 +42,12 @@ log = logging.getLogger(__name__)
 
 
 async def join_log(
-    streams: Callable[[], Streams], into: Log, settings: JoinSettings, watch: JoinWatch, once: str | None = None, take_over: bool = False
+    streams: Callable[[], Streams],
+    into: LogWriter,
+    settings: JoinSettings,
+    watch: JoinWatch,
+    once: str | None = None,
+    take_over: bool = False,
 ) -> str:
     """Join until SIGTERM or SIGINT, or `once`: what is `due`, or `everything`. What was done, and what is held, in a line.
 
@@ -77,7 +82,7 @@ async def join_log(
 class Joiner:
     """Reads, holds, joins and writes until it is stopped."""
 
-    def __init__(self, streams: Streams, log_: Log, settings: JoinSettings, watch: JoinWatch, clock: Clock | None = None) -> None:
+    def __init__(self, streams: Streams, log_: LogWriter, settings: JoinSettings, watch: JoinWatch, clock: Clock | None = None) -> None:
         """The lock of the log is to be held.
 
         Raises:
@@ -274,7 +279,7 @@ class Joiner:
 
     # Writing
 
-    def _plan(self, now: bool, everything: bool) -> Part | None:
+    def _plan(self, now: bool, everything: bool) -> StatePart | None:
         """The next part: one that is planned and could not be written, or one of rows whose window is over, or of stray events.
 
         Of the latter there are to be many, or they have waited for long, or any will do if `now`. An event that came within its
@@ -297,7 +302,7 @@ class Joiner:
             self._write(part)
         return False
 
-    def _write(self, part: Part) -> None:
+    def _write(self, part: StatePart) -> None:
         self._writer.write(part, self._clock.now())
 
     # Telling

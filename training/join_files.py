@@ -14,7 +14,7 @@ import polars as pl
 from features.encode import IDENTITIES, Features, FieldError, clean
 from features.events import Event
 from features.schema import Field, Schema, Side
-from features.served import Served
+from features.served import ServedRecord
 from features.state import StateError, unpack_features
 
 from .datasets.prepared import DTYPES
@@ -175,7 +175,7 @@ class Builder:
         self._troubles: Counter[str] = Counter()
         self._shown: Counter[str] = Counter()
 
-    def add(self, served: Served, came: Came, counted: int) -> None:
+    def add(self, served: ServedRecord, came: Came, counted: int) -> None:
         """Add a ranking's rows: of so many of its ads, from the first, and of those that were reported as shown."""
         indices = [i for i, ad_id in enumerate(served.ad_ids) if i < counted or ad_id in came.shown]
         how = "reported" if not counted else "said" if counted == served.shown else "assumed"
@@ -193,7 +193,7 @@ class Builder:
         if served.tensors:
             self._add_tensors(served, indices, first)
 
-    def _add_ranking(self, served: Served) -> None:
+    def _add_ranking(self, served: ServedRecord) -> None:
         packed = served.ads
         self._ads.update(packed.items())
         known = (packed.get(ad_id) for ad_id in served.history)
@@ -214,7 +214,7 @@ class Builder:
         self._sides["user"].append(self._columns.values("user", served.user, self._troubles))
         self._sides["context"].append(self._columns.values("context", served.context, self._troubles))
 
-    def _add_row(self, served: Served, i: int, came: Came) -> None:
+    def _add_row(self, served: ServedRecord, i: int, came: Came) -> None:
         ad_id = served.ad_ids[i]
         packed = None if ad_id in served.unknown else served.ads.get(ad_id)
         revised, row = (0, 0) if packed is None else self._look_up(packed)
@@ -239,7 +239,7 @@ class Builder:
         self._ad_of.append(row)
         self._ranking_of.append(len(self._rankings["request_id"]) - 1)
 
-    def _revision(self, served: Served, ad_id: str) -> int:
+    def _revision(self, served: ServedRecord, ad_id: str) -> int:
         packed = served.ads.get(ad_id)
         return 0 if packed is None or ad_id in served.unknown else self._look_up(packed)[0]
 
@@ -259,7 +259,7 @@ class Builder:
         ads.append([new if is_sent else old for new, old, is_sent in zip(sent, stored, named, strict=True)])
         return len(ads) - 1
 
-    def _add_tensors(self, served: Served, indices: Sequence[int], first: int) -> None:
+    def _add_tensors(self, served: ServedRecord, indices: Sequence[int], first: int) -> None:
         for name, data in served.tensors.items():
             kind = np.dtype("<i8") if name.endswith("_ids") else np.dtype("<f4")
             ads = len(served.ad_ids) if name.startswith("ad_") else 1

@@ -37,7 +37,7 @@ class NoModelError(JoinError):
 
 
 @dataclass(frozen=True)
-class Log:
+class LogWriter:
     """The folder of a log, and its fields."""
 
     folder: Path
@@ -77,7 +77,7 @@ class Log:
         return 1 + max((int(path.stem) for path in self.folder.rglob("*.parquet") if path.stem.isdecimal()), default=0)
 
 
-def open_log(folder: Path, models: Path, name: str | None) -> Log:
+def open_log(folder: Path, models: Path, name: str | None) -> LogWriter:
     """Open a log's folder, or make it, with the schema of the live version of a model: `name`, or the repository's only one.
 
     Raises:
@@ -97,12 +97,12 @@ def open_log(folder: Path, models: Path, name: str | None) -> Log:
                 several = f"{len(names)} models are live in {models} ({', '.join(names)})"
                 raise JoinError(f"{several}, and a new log takes the schema of one; name it with --name")
             write_file(path, load_bundle(current_path(models, names[0])).schema.to_toml().encode())
-        return Log(folder, parse_schema(path.read_text("utf-8")), models)
+        return LogWriter(folder, parse_schema(path.read_text("utf-8")), models)
     except (OSError, UnicodeDecodeError, SchemaError, BundleError) as error:
         raise JoinError(f"{folder} cannot be used as a log: {error}") from error
 
 
-def wait_for_log(folder: Path, models: Path, name: str | None) -> Log:
+def wait_for_log(folder: Path, models: Path, name: str | None) -> LogWriter:
     """Open a log's folder as `open_log` does, but wait for a model where there is none yet.
 
     Raises:

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from features.events import Event
-from features.served import Served, unpack_served
+from features.served import ServedRecord, unpack_served
 
 from .join_records import read_event
-from .join_state import Held, Part, State
+from .join_state import Held, State, StatePart
 
 SKEW_SECONDS = 60.0
 """An event may seem older than its ranking by so much: the clocks of callers differ."""
@@ -71,13 +71,13 @@ class JoinSettings:
         impression = self.click_window if self.impression_window is None else self.impression_window
         return impression if event_type == "impression" else self.click_window
 
-    def counted(self, served: Served) -> Sequence[str]:
+    def counted(self, served: ServedRecord) -> Sequence[str]:
         """The ads of a ranking that are impressions whether they are reported or not."""
         return served.ad_ids[: {"served": len(served.ad_ids), "told": served.shown}.get(self.shown, 0)]
 
 
 @dataclass(frozen=True, slots=True)
-class Ranking:
+class JoinedRanking:
     """A ranking as far as events need it: of its ads those that events name, and which of them are impressions without being reported.
 
     `mine` if it is of the part that is planned.
@@ -91,7 +91,7 @@ class Ranking:
     mine: bool
 
 
-def plan(state: State, settings: JoinSettings, until: float, force: bool) -> Part | None:
+def plan(state: State, settings: JoinSettings, until: float, force: bool) -> StatePart | None:
     """Plan rows of rankings whose window began at `until` or before, if they are many or have waited, or by `force`; None if not.
 
     Raises:
@@ -107,7 +107,7 @@ def plan(state: State, settings: JoinSettings, until: float, force: bool) -> Par
     return None
 
 
-def sweep(state: State, until: float) -> Part | None:
+def sweep(state: State, until: float) -> StatePart | None:
     """Plan what came until then and no ranking is held for; None where there is nothing.
 
     Raises:
@@ -129,14 +129,14 @@ def _alone(event: Event, written: bool, why: str) -> str:
     return DEFERRED if event.type == "conversion" else LATE
 
 
-def _settled(state: State, part: Part, settings: JoinSettings) -> Iterator[Settled]:
+def _settled(state: State, part: StatePart, settings: JoinSettings) -> Iterator[Settled]:
     held = [(each, read_event(each.packed)) for each in state.events_of(part)]
     rankings = _rankings(state, part, held, settings)
     shown: set[tuple[int, str]] = set()
     # Impressions first: whether a click had one must be known by then.
     for each, event in sorted(held, key=lambda pair: pair[1].type != "impression"):
         found = _of(rankings[each.request_id], event, each)
-        if isinstance(found, Ranking):
+        if isinstance(found, JoinedRanking):
             if not found.mine:
                 continue
             outcome = JOINED if min(event.ts, each.taken) <= found.since + settings.window(event.type) else LATE
@@ -149,21 +149,23 @@ def _settled(state: State, part: Part, settings: JoinSettings) -> Iterator[Settl
             yield each.n, None, _alone(event, state.was_written(each.request_id), found)
 
 
-def _rankings(state: State, part: Part, held: Sequence[tuple[Held, Event]], settings: JoinSettings) -> Mapping[str, Sequence[Ranking]]:
+def _rankings(
+    state: State, part: StatePart, held: Sequence[tuple[Held, Event]], settings: JoinSettings
+) -> Mapping[str, Sequence[JoinedRanking]]:
     """The rankings that the events name, by request id."""
     named: dict[str, set[str]] = defaultdict(set)
     for each, event in held:
         named[each.request_id].add(event.ad_id)
-    rankings: dict[str, list[Ranking]] = defaultdict(list)
+    rankings: dict[str, list[JoinedRanking]] = defaultdict(list)
     for n, request_id, since, record, mine in state.related(part):
         served, ads = unpack_served(record), named[request_id]
         counted = ads.intersection(settings.counted(served))
-        of = Ranking(n, since, served.user_id, frozenset(ads.intersection(served.ad_ids)), frozenset(counted), mine)
+        of = JoinedRanking(n, since, served.user_id, frozenset(ads.intersection(served.ad_ids)), frozenset(counted), mine)
         rankings[request_id].append(of)
     return rankings
 
 
-def _of(rankings: Sequence[Ranking], event: Event, held: Held) -> Ranking | str:
+def _of(rankings: Sequence[JoinedRanking], event: Event, held: Held) -> JoinedRanking | str:
     """The ranking that an event belongs to, or why there is none: the newest before it, or else the first soon after it.
 
     It has to have answered with the event's ad, and to be of the event's user: what names no user may be anybody's.

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from math import isfinite
 
 from features.events import JOINED, Event, unpack_event
-from features.served import Served, unpack_served
+from features.served import ServedRecord, unpack_served
 from features.state import StateError
 from features.streams import Entry, Stream
 
@@ -21,7 +21,7 @@ DAMAGED, FOREIGN = "damaged", "foreign"
 """Outcomes of entries that are no records, and of events that are not for the joiner."""
 
 
-def read_served(value: bytes) -> Served:
+def read_served(value: bytes) -> ServedRecord:
     """The ranking in an entry's value.
 
     Raises:

@@ -106,7 +106,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StatePart:
     """Files that are to be written under one number: rows of an hour (since 1970), or only events, where it is None."""
 
     number: int
@@ -254,9 +254,9 @@ class State:
 
     # What goes out
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[StatePart]:
         """The parts that are planned and not done: at most one, unless a write was given up."""
-        return [Part(*row) for row in self._db.execute("SELECT number, hour FROM parts ORDER BY number")]
+        return [StatePart(*row) for row in self._db.execute("SELECT number, hour FROM parts ORDER BY number")]
 
     def due(self, until: float) -> list[Due]:
         """The hours of rankings whose window began at `until` or before, the oldest ranking's first."""
@@ -274,13 +274,13 @@ class State:
         return self._one("SELECT count(*) FROM rankings"), self._one("SELECT count(*) FROM events")
 
     @contextmanager
-    def planning(self, hour: int | None) -> Iterator[Part]:
+    def planning(self, hour: int | None) -> Iterator[StatePart]:
         """Begin a part; what is claimed and settled inside belongs to it, unless the block fails."""
         with self._changing():
             cursor = self._db.execute("INSERT INTO parts (hour) VALUES (?)", (hour,))
-            yield Part(cursor.lastrowid or 0, hour)
+            yield StatePart(cursor.lastrowid or 0, hour)
 
-    def claim(self, part: Part, until: float, rows: int, size: int) -> None:
+    def claim(self, part: StatePart, until: float, rows: int, size: int) -> None:
         """Give the part the oldest rankings of its hour that are due: the first, and more while they are within both bounds.
 
         `rows` bounds their ads, `size` the bytes of their records.
@@ -294,12 +294,12 @@ class State:
         )
         self._db.execute(statement, (part.number, until, part.hour, rows, size))
 
-    def rankings(self, part: Part) -> Iterator[tuple[int, bytes]]:
+    def rankings(self, part: StatePart) -> Iterator[tuple[int, bytes]]:
         """Number and record of each ranking of a part, the oldest first; one at a time is in memory."""
         for (n,) in self._db.execute("SELECT n FROM rankings WHERE part = ? ORDER BY since, n", (part.number,)).fetchall():
             yield self._db.execute("SELECT n, record FROM rankings WHERE n = ?", (n,)).fetchone()
 
-    def related(self, part: Part) -> Iterator[tuple[int, str, float, bytes, bool]]:
+    def related(self, part: StatePart) -> Iterator[tuple[int, str, float, bytes, bool]]:
         """The rankings with a request id of the part that an event names: number, request id, `since`, record, whether of the part.
 
         One at a time is in memory: they are ordered before their records are read.
@@ -311,7 +311,7 @@ class State:
             row = self._db.execute("SELECT n, request_id, since, record, part IS ? FROM rankings WHERE n = ?", (part.number, n)).fetchone()
             yield (*row[:4], bool(row[4]))
 
-    def events_of(self, part: Part) -> list[Held]:
+    def events_of(self, part: StatePart) -> list[Held]:
         """The events that are not settled and name a request id of the part's rankings."""
         return list(self._held(f"n IN (SELECT e.n {NAMING})", part.number))
 
@@ -332,7 +332,7 @@ class State:
                 break
         return found
 
-    def settled(self, part: Part) -> list[Held]:
+    def settled(self, part: StatePart) -> list[Held]:
         """The events of a part."""
         return list(self._held("part = ?", part.number))
 
@@ -345,7 +345,7 @@ class State:
         """Whether a ranking of that request id is remembered as written."""
         return bool(self._one("SELECT count(*) FROM written WHERE request_id = ?", request_id))
 
-    def settle(self, part: Part, events: Iterable[tuple[int, int | None, str]]) -> None:
+    def settle(self, part: StatePart, events: Iterable[tuple[int, int | None, str]]) -> None:
         """Give events to the part: number, the ranking's number and outcome of each."""
         rows = [(part.number, ranking, outcome, n) for n, ranking, outcome in events]
         self._db.executemany("UPDATE events SET part = ?, ranking = ?, outcome = ? WHERE n = ?", rows)
@@ -355,7 +355,7 @@ class State:
         statement = "SELECT count(*) FROM revisions WHERE ad_id = ? AND revision = ?"
         return {pair for pair in pairs if not self._one(statement, *pair)}
 
-    def done(self, part: Part, revisions: Iterable[tuple[str, bytes]], now: float) -> None:
+    def done(self, part: StatePart, revisions: Iterable[tuple[str, bytes]], now: float) -> None:
         """The part's files stand: forget what they hold, and remember that it was written."""
         number = part.number
         with self._changing():

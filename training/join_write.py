@@ -7,10 +7,10 @@ from features.served import unpack_served
 from features.state import StateError
 
 from .join_files import NOTHING, Builder, Columns, Content, conversions, grouped, unjoined
-from .join_log import JoinError, Log, hour_folder, write_parquet
+from .join_log import JoinError, LogWriter, hour_folder, write_parquet
 from .join_plan import DEFERRED, JOINED, UNKNOWN, JoinSettings
 from .join_records import DAMAGED, read_event, revision_key
-from .join_state import NO_ROOM, Held, NoRoomError, Part, State
+from .join_state import NO_ROOM, Held, NoRoomError, State, StatePart
 from .join_told import Told
 
 Settled = list[tuple[Held, Event | None]]
@@ -19,11 +19,11 @@ Settled = list[tuple[Held, Event | None]]
 class PartWriter:
     """Writes parts of one log."""
 
-    def __init__(self, log: Log, state: State, settings: JoinSettings, told: Told) -> None:
+    def __init__(self, log: LogWriter, state: State, settings: JoinSettings, told: Told) -> None:
         self._folder, self._columns = log.folder, Columns(log.schema)
         self._state, self._settings, self._told = state, settings, told
 
-    def write(self, part: Part, now: float) -> None:
+    def write(self, part: StatePart, now: float) -> None:
         """Write a part's files, the ads before the rows that refer to them, and forget what they hold.
 
         Raises:
@@ -41,7 +41,7 @@ class PartWriter:
         self._state.done(part, new, now)
         self._told.written(content, rankings, settled)
 
-    def _content(self, part: Part, settled: Settled) -> tuple[Content, Counter[str]]:
+    def _content(self, part: StatePart, settled: Settled) -> tuple[Content, Counter[str]]:
         joined = [(held.ranking, event) for held, event in settled if held.outcome == JOINED and event is not None]
         came = grouped((n, event) for n, event in joined if n is not None)
         builder, models = Builder(self._columns), Counter[str]()
@@ -51,7 +51,7 @@ class PartWriter:
             builder.add(served, came.get(n, NOTHING), len(self._settings.counted(served)))
         return builder.content(), models
 
-    def _write(self, part: Part, content: Content, settled: Settled) -> set[tuple[str, bytes]]:
+    def _write(self, part: StatePart, content: Content, settled: Settled) -> set[tuple[str, bytes]]:
         """Write the files; the revisions of ads that are new."""
         keys = {(ad_id, revision_key(packed)): (ad_id, packed) for ad_id, packed in content.ads}
         new = self._state.new_revisions(keys)

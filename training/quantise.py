@@ -14,7 +14,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from features.encode import Feeds
 
-from .evaluate import Metrics
+from .evaluate import Measures
 
 AUC, SHARE = 0.0005, 0.005
 """How far AUC may move, and by which share log loss and the calibration ratio may."""
@@ -54,7 +54,7 @@ def quantised(graph: bytes, requests: Iterable[Feeds]) -> bytes:
         root.setLevel(level)
 
 
-def moved(exact: Metrics, coarse: Metrics) -> dict[str, float]:
+def moved(exact: Measures, coarse: Measures) -> dict[str, float]:
     """What int8 does to the measures that its gate is about: AUC as a difference, the others as a share."""
     shares = {name: _share(getattr(coarse, name), getattr(exact, name)) for name in ("log_loss", "calibration_ratio")}
     return {"auc": coarse.auc - exact.auc, **shares}

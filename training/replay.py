@@ -20,7 +20,7 @@ from features.policy import Policy, places
 
 from .datasets.encoded import Rows, ad_rows, ad_table, encode_frames, versions_of
 from .datasets.fields import check_fields
-from .datasets.log import Log
+from .datasets.log import ImpressionLog
 from .datasets.prepared import DataError, Prepared, check_columns
 from .graph import Graph
 from .offpolicy import Estimate, Estimates, Trail, estimate, joined
@@ -82,7 +82,7 @@ class Weigher:
     """Weighs rankings by what a bundle and a policy had done."""
 
     def __init__(self, data: Prepared, bundle: Bundle, policy: Policy, split: str = "test") -> None:
-        check_fields(data, bundle.schema, [part.path for part in data.parts] if isinstance(data, Log) else data.files(split))
+        check_fields(data, bundle.schema, [part.path for part in data.parts] if isinstance(data, ImpressionLog) else data.files(split))
         self.data: Prepared = replace(data, schema=bundle.schema)
         self.encoder, self.policy = bundle.encoder, policy
         self.ads, self._graph = ad_table(self.data, self.encoder), Graph(bundle)
@@ -162,7 +162,7 @@ def replay(
         kept = f"{data.negative_sampling:g} of its non-clicks (negative_sampling)"
         raise DataError(f"{data.folder} kept {kept}, so no click rate can be estimated from it; replay a log that kept all")
     weigher, counted = Weigher(data, bundle, policy, split), {"greedy": 0, "unfit": 0}
-    source = _of_log(data, weigher, top_k, counted) if isinstance(data, Log) else _of_bandit(data, weigher, split, top_k, counted)
+    source = _of_log(data, weigher, top_k, counted) if isinstance(data, ImpressionLog) else _of_bandit(data, weigher, split, top_k, counted)
     trail = joined([trail for rankings in source for trail in weigher.trails(rankings)])
     if len(trail) < 2:
         told = f"{counted['greedy']:,} impressions are of greedy rankings, {counted['unfit']:,} of rankings that are not whole"
@@ -170,7 +170,7 @@ def replay(
     return Replay(policy, estimate(trail, clip), len(trail), trail.impressions, **counted, clip=clip)
 
 
-def _of_log(data: Log, weigher: Weigher, top_k: int | None, counted: dict[str, int]) -> Iterator[Rankings]:
+def _of_log(data: ImpressionLog, weigher: Weigher, top_k: int | None, counted: dict[str, int]) -> Iterator[Rankings]:
     """The rankings of a log that explored, hour by hour."""
     for frame in data.hours(pl.lit(value=True), (*SHOWN, *OFFERED)):
         check_columns(frame, {**SHOWN, **OFFERED}, data.folder)

@@ -13,9 +13,9 @@ from rich.console import Group
 from rich.table import Table
 
 from .compare import METRICS, Comparison, Gate, Interval
-from .evaluate import Metrics
+from .evaluate import Measures
 from .picture import picture
-from .window import Limits, Past, Profile, click_rate
+from .window import Limits, PastLog, Profile, click_rate
 
 PAGE, PICTURE, DONE = "report.md", "report.svg", "report.json"
 """In the order in which they are written: a report that has the last is whole."""
@@ -44,7 +44,7 @@ class Report:
     training: dict[str, Any]
     """How it was trained: network, start, seed, settings, epochs."""
     window: Profile
-    past: Past
+    past: PastLog
     limits: Limits
     gate: Gate
     comparison: Comparison | None = None
@@ -130,7 +130,7 @@ def metric_rows(found: Comparison) -> list[tuple[str, ...]]:
     return [*rows, ("rows", "", f"{found.challenger.rows:,}", "", ""), ("clicks", "", f"{found.challenger.clicks:,}", "", "")]
 
 
-def _value(metrics: Metrics | None, name: str) -> str:
+def _value(metrics: Measures | None, name: str) -> str:
     if metrics is None:
         return ""
     if name != "calibration_distance":
@@ -143,7 +143,7 @@ def _interval(interval: Interval | None) -> tuple[str, str]:
     return ("", "") if interval is None else (f"{interval.value:+.5f}", f"{interval.low:+.5f} to {interval.high:+.5f}")
 
 
-def window_rows(window: Profile, past: Past) -> list[tuple[str, ...]]:
+def window_rows(window: Profile, past: PastLog) -> list[tuple[str, ...]]:
     """A row a slice of the window, and what is known of before."""
     names = {"train": "to train on", "valid": "for early stopping and calibration", "test": "held out, the newest"}
     rows: list[tuple[str, ...]] = [

@@ -24,7 +24,7 @@ from features.repository import CURRENT
 from features.vocabulary import Vocabulary
 
 from . import compare, gate, window
-from .datasets.log import Log, is_log, open_log
+from .datasets.log import ImpressionLog, is_log, open_log
 from .datasets.prepared import Prepared, open_prepared
 from .export import METRICS, check_int8, contents
 from .networks import NETWORKS
@@ -80,7 +80,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RetrainPlan:
     """An order, settled: what it starts from, with which settings."""
 
     champion: Bundle | None
@@ -120,7 +120,7 @@ def retrain(order: Order, progress: Progress) -> Report:
         return report
 
 
-def _challenge(order: Order, plan: Plan, data: Prepared, report: Report, progress: Progress) -> Report:
+def _challenge(order: Order, plan: RetrainPlan, data: Prepared, report: Report, progress: Progress) -> Report:
     trained = train(data, plan.family, plan.network, plan.loop, progress, plan.start)
     files, facts = contents(data, trained, progress)
     found = gate.compared(plan.champion, data, trained, files[MODEL], progress)
@@ -173,7 +173,7 @@ def _end(log: Path) -> int:
     return int(hour.timestamp()) + window.HOUR
 
 
-def _plan(order: Order, data: Prepared) -> Plan:
+def _plan(order: Order, data: Prepared) -> RetrainPlan:
     champion = load_bundle(current_path(order.models, order.name)) if (order.home / CURRENT).exists() else None
     if champion and METRICS not in champion.files:
         raise RetrainError(f"the live version {champion.path} has no {METRICS}, so nothing can be compared with it; adrank train makes one")
@@ -193,10 +193,10 @@ def _plan(order: Order, data: Prepared) -> Plan:
             f"the fields of {order.log / 'schema.toml'} are not those of the live version {champion.path}, "
             "so its weights do not fit; use --start scratch"
         )
-    return Plan(champion, start_of(champion) if warm and champion else None, family, network, loop, limits, gate)
+    return RetrainPlan(champion, start_of(champion) if warm and champion else None, family, network, loop, limits, gate)
 
 
-def _past(data: Prepared, before: Iterable[pl.DataFrame], champion: Bundle | None) -> window.Past:
+def _past(data: Prepared, before: Iterable[pl.DataFrame], champion: Bundle | None) -> window.PastLog:
     earlier = window.profile(data, {"before": before})
     varied = {path: seen.varied for path, seen in earlier.fields.items()} if earlier.total else {}
     rate = None
@@ -206,7 +206,7 @@ def _past(data: Prepared, before: Iterable[pl.DataFrame], champion: Bundle | Non
         measured = json.loads((champion.path / METRICS).read_text("utf-8")).values()
         clicks, rows = (sum(each[what] for each in measured) for what in ("clicks", "rows"))
         rate = window.click_rate(clicks, rows, sampling_of(champion))
-    return window.Past(earlier.total or None, rate, varied)
+    return window.PastLog(earlier.total or None, rate, varied)
 
 
 def _varied(champion: Bundle) -> dict[str, bool]:
@@ -217,7 +217,7 @@ def _varied(champion: Bundle) -> dict[str, bool]:
     return {each.path: sizes[each.vocabulary] > 1 for each in alone}
 
 
-def _warnings(order: Order, plan: Plan, data: Prepared) -> list[str]:
+def _warnings(order: Order, plan: RetrainPlan, data: Prepared) -> list[str]:
     if plan.champion is None:
         return ["there was no live version to compare with"]
     warnings = []
@@ -240,7 +240,7 @@ def _warnings(order: Order, plan: Plan, data: Prepared) -> list[str]:
 
 
 def _held_out_from(data: Prepared) -> float | None:
-    return data.edges[2] if isinstance(data, Log) else None
+    return data.edges[2] if isinstance(data, ImpressionLog) else None
 
 
 def _live(order: Order) -> int | None:

@@ -21,7 +21,7 @@ from features.schema import AGES, Slot
 
 from .datasets.encoded import Rows, ad_table, encode_frames
 from .datasets.fields import check_fields
-from .datasets.log import Log
+from .datasets.log import ImpressionLog
 from .datasets.prepared import DataError, check_columns
 from .graph import Graph
 
@@ -101,7 +101,7 @@ class Skew:
 class Checker:
     """One version's bundle, and the log's ads as it encodes them."""
 
-    data: Log
+    data: ImpressionLog
     bundle: Bundle
     graph: Graph
     table: AdTable
@@ -111,7 +111,7 @@ class Checker:
         return encode_frames(self.data, [frame], self.bundle.encoder, self.table)
 
 
-def find_skew(data: Log, models: Path, name: str | None = None, sample: int | None = None, precision: str = "float32") -> Skew:
+def find_skew(data: ImpressionLog, models: Path, name: str | None = None, sample: int | None = None, precision: str = "float32") -> Skew:
     """Encode and score the rows of a log again, with the versions in the repository `models`, and compare.
 
     `name` leaves out the rows of other models. Of scores at least a `sample` of so many rows of the window is compared, evenly spread.
@@ -139,14 +139,14 @@ def find_skew(data: Log, models: Path, name: str | None = None, sample: int | No
     return skew
 
 
-def _frames(data: Log, name: str | None) -> Iterator[pl.DataFrame]:
+def _frames(data: ImpressionLog, name: str | None) -> Iterator[pl.DataFrame]:
     tensors = [f"tensors.{part}_{kind}" for part in ("user", "history", "ad") for kind in ("ids", "numbers")] + [f"tensors.{AGES}"]
     for frame in data.between(-np.inf, np.inf, (*MADE_BY, *tensors)):
         check_columns(frame, MADE_BY, data.folder)
         yield frame if name is None else frame.filter(pl.col("model") == name)
 
 
-def _checker(data: Log, models: Path, key: tuple[str, int], graph: str) -> tuple[Checker | None, str | None]:
+def _checker(data: ImpressionLog, models: Path, key: tuple[str, int], graph: str) -> tuple[Checker | None, str | None]:
     """What checks a version's rows, or why nothing does."""
     path = models / key[0] / str(key[1])
     if not path.is_dir():

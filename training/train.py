@@ -21,7 +21,7 @@ from .calibrate import Calibration, fit
 from .cooccurrence import Cooccurrence
 from .datasets.encoded import Rows, encode_split, learn_vocabularies
 from .datasets.prepared import SPLITS, Prepared, wrong_head
-from .evaluate import Metrics, measure, unmeasured
+from .evaluate import Measures, measure, unmeasured
 from .first_order import SHARE, FirstOrder, times
 from .networks import NETWORKS, build
 from .networks.contract import CLICK, Fields, Labels, Network, RequestTensors
@@ -155,7 +155,7 @@ class Epoch:
     number: int
     learning_rate: float
     train_loss: float
-    valid: Metrics
+    valid: Measures
     first_loss: float = 0.0
     """Of its first step."""
 
@@ -175,13 +175,13 @@ class Trained:
     calibrations: dict[str, Calibration]
     """By head."""
     epochs: list[Epoch]
-    metrics: dict[str, Metrics]
+    metrics: dict[str, Measures]
     """By split, of calibrated probabilities."""
     settings: dict[str, Any]
     rows: dict[str, int] = field(default_factory=dict)
     clicks: dict[str, int] = field(default_factory=dict)
     """By split."""
-    head_metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
+    head_metrics: dict[str, dict[str, Measures]] = field(default_factory=dict)
     """Of the heads other than the click, by head and split."""
 
     @property
@@ -328,7 +328,7 @@ def fit_network(
     return epochs
 
 
-def score_of(metrics: Metrics) -> float:
+def score_of(metrics: Measures) -> float:
     """What chooses the epoch: AUC, because Platt scaling repairs the rest; a split with one class only has none."""
     return metrics.auc if np.isfinite(metrics.auc) else -metrics.log_loss
 
@@ -396,7 +396,7 @@ def calibrated(rows: Rows, head: str, logits: Logits, negative_sampling: float) 
     return fit(logits[known], labels[known], negative_sampling if head == CLICK else 1.0)
 
 
-def measured_heads(rows: Rows, logits: Mapping[str, Logits], calibrations: Mapping[str, Calibration]) -> dict[str, Metrics]:
+def measured_heads(rows: Rows, logits: Mapping[str, Logits], calibrations: Mapping[str, Calibration]) -> dict[str, Measures]:
     """By head, what its calibrated probabilities come to on the rows whose label is known."""
     found = {}
     for head, calibration in calibrations.items():

@@ -18,7 +18,7 @@ import polars as pl
 from features.schema import Schema
 
 from .datasets.encoded import joined
-from .datasets.log import Log
+from .datasets.log import ImpressionLog
 from .datasets.prepared import SPLITS, Prepared, column_of
 from .train import TrainError
 
@@ -127,7 +127,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Past:
+class PastLog:
     """What is known of before: the rows of a window as long just before this one, and what the live version was trained on."""
 
     rows: int | None = None
@@ -143,7 +143,7 @@ def click_rate(clicks: int, rows: int, negative_sampling: float) -> float:
 
 def slices(data: Prepared, splits: Iterable[str] = SPLITS) -> dict[str, Iterator[pl.DataFrame]]:
     """The rows of some splits; those of a log with the columns that say which ranking they come from."""
-    if not isinstance(data, Log):
+    if not isinstance(data, ImpressionLog):
         return {split: data.frames(split) for split in splits}
     edges = dict(zip(SPLITS, pairwise(data.edges), strict=True))
     return {split: data.between(*edges[split], more=RANKING) for split in splits}
@@ -157,7 +157,7 @@ def profile(data: Prepared, frames: Mapping[str, Iterable[pl.DataFrame]]) -> Pro
     """
     rows, clicks, hours = Counter(dict.fromkeys(frames, 0)), Counter(dict.fromkeys(frames, 0)), Counter[int]()
     fields, keys, ends = _Fields(data.schema), [], []
-    tables = {} if isinstance(data, Log) else {side: data.table(side) for side in ("user", "ad")}
+    tables = {} if isinstance(data, ImpressionLog) else {side: data.table(side) for side in ("user", "ad")}
     for name, frame in ((name, frame) for name, each in frames.items() for frame in each):
         rows[name] += len(frame)
         clicks[name] += int(frame["label"].sum())
@@ -210,7 +210,7 @@ class _Fields:
         }
 
 
-def reasons_against(window: Profile, past: Past, limits: Limits) -> list[str]:
+def reasons_against(window: Profile, past: PastLog, limits: Limits) -> list[str]:
     """Why a window should not be trained on, a sentence each; none where it may be."""
     return [
         *too_little(window.rows, window.clicks, limits, "window"),
@@ -240,7 +240,7 @@ def too_little(rows_of: Mapping[str, int], clicks_of: Mapping[str, int], enough:
             yield f"all {rows_of[split]:,} labels of the {name} are {int(clicks_of[split] > 0)}"
 
 
-def _click_rate(window: Profile, past: Past, limits: Limits) -> Iterable[str]:
+def _click_rate(window: Profile, past: PastLog, limits: Limits) -> Iterable[str]:
     if not past.click_rate or not 0 < window.click_rate < 1:
         return
     times = window.click_rate / past.click_rate
@@ -251,7 +251,7 @@ def _click_rate(window: Profile, past: Past, limits: Limits) -> Iterable[str]:
         yield f"{rates}; click_rate_factor allows {1 / limits.click_rate_factor:.2f} to {limits.click_rate_factor:.2f}"
 
 
-def _rows(window: Profile, past: Past, limits: Limits) -> Iterable[str]:
+def _rows(window: Profile, past: PastLog, limits: Limits) -> Iterable[str]:
     if past.rows and window.total < limits.rows_share * past.rows:
         share = window.total / past.rows
         asked = f"rows_share asks for {limits.rows_share:.0%}"
@@ -293,7 +293,7 @@ def _hour(hour: int) -> str:
     return f"{datetime.fromtimestamp(hour * HOUR, UTC):%Y-%m-%d %H:00}"
 
 
-def _gone(window: Profile, past: Past, limits: Limits) -> Iterable[str]:
+def _gone(window: Profile, past: PastLog, limits: Limits) -> Iterable[str]:
     allowed = {name.strip() for name in limits.constant.split(",")}
     for path, seen in window.fields.items():
         if not past.varied.get(path) or seen.varied or path in allowed:

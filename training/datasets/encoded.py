@@ -20,7 +20,7 @@ from features.vocabulary import UNKNOWN, HashBuckets, Ids, Moments, Vocabularies
 from training.networks.contract import CLICK, Labels, Part, RequestTensors
 
 from .fields import check_fields
-from .log import Log
+from .log import ImpressionLog
 from .prepared import DataError, Prepared, column_of
 from .spread import NOTHING, Spread
 
@@ -215,9 +215,9 @@ def _columns(frame: pl.DataFrame, fields: Sequence[Field]) -> dict[str, list[Any
 def ad_table(data: Prepared, encoder: Encoder) -> AdTable:
     """The data set's ads, encoded; those of a log in every version, under the keys of `versions_of`."""
     table = AdTable(encoder)
-    ads = data.versions() if isinstance(data, Log) else data.table("ad")
+    ads = data.versions() if isinstance(data, ImpressionLog) else data.table("ad")
     if ads is not None:
-        keys = versions_of(ads["ad_id"], ads["revision"]) if isinstance(data, Log) else ads["ad_id"]
+        keys = versions_of(ads["ad_id"], ads["revision"]) if isinstance(data, ImpressionLog) else ads["ad_id"]
         table.put(keys.to_list(), encoder.encode("ad", _columns(ads, data.schema.side("ad")), len(ads)))
     return table
 
@@ -272,7 +272,7 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
         whole = joined(frame, schema, {"user": users})
         user, context = (encoder.encode(side, _columns(whole, schema.side(side)), len(frame)) for side in sides)
         parts["user"].append(user.beside(context))
-        parts["ad"].append(_served_ads(frame, encoder) if isinstance(data, Log) else _encode_ads(frame, data, encoder, table))
+        parts["ad"].append(_served_ads(frame, encoder) if isinstance(data, ImpressionLog) else _encode_ads(frame, data, encoder, table))
         history.append(_history(frame, data, table))
         if schema.history_ages:
             ages.append(_ages(frame, data))
@@ -346,14 +346,14 @@ def _history(frame: pl.DataFrame, data: Prepared, table: AdTable) -> np.ndarray[
     if not width:
         return np.zeros((len(frame), 1), np.int32)
     whole = frame["history"].fill_null([]).list.drop_nulls()
-    if data.schema.history_padding and not isinstance(data, Log):  # in a log stands what was encoded
+    if data.schema.history_padding and not isinstance(data, ImpressionLog):  # in a log stands what was encoded
         whole = whole.list.eval(pl.element().filter(~pl.element().is_in(data.schema.history_padding)))
     kept = whole.list.tail(width)
     lengths = kept.list.len().to_numpy().astype(np.int64)
     padded = np.zeros((len(frame), width), np.int32)
     if lengths.any():
         keys = kept.explode().drop_nulls()
-        if isinstance(data, Log):
+        if isinstance(data, ImpressionLog):
             keys = versions_of(keys, frame["history_revisions"].list.tail(width).explode().drop_nulls())
         padded[np.arange(width) < lengths[:, None]] = ad_rows(keys, data, table)
     return padded
@@ -361,7 +361,7 @@ def _history(frame: pl.DataFrame, data: Prepared, table: AdTable) -> np.ndarray[
 
 def _ages(frame: pl.DataFrame, data: Prepared) -> Outcome:
     """The ages `(N, T)` of the behaviours that `_history` keeps, oldest first, 0 where there is padding."""
-    width, padding = data.schema.history_length, () if isinstance(data, Log) else data.schema.history_padding
+    width, padding = data.schema.history_length, () if isinstance(data, ImpressionLog) else data.schema.history_padding
     unknown = pl.col("history").list.eval(pl.element().is_null().cast(pl.Float64) * UNKNOWN_TIME)
     times = pl.col("history_ts").cast(pl.List(pl.Float64)).fill_null(unknown)
     pairs = frame.select(pl.int_range(pl.len()).alias("row"), "history", times)
@@ -384,13 +384,13 @@ def ad_rows(keys: pl.Series, data: Prepared, table: AdTable) -> Ids:
     values = unique.to_list()
     missing = [value for value, row in zip(values, table.rows(values), strict=True) if not row]
     if missing:
-        ad_ids = _without_revision(missing, data) if isinstance(data, Log) else missing
+        ad_ids = _without_revision(missing, data) if isinstance(data, ImpressionLog) else missing
         table.put(missing, table.encoder.unknown_ads(ad_ids), active=False)
     rows = keys.replace_strict(unique, table.rows(values), return_dtype=pl.Int64).to_numpy()
     return rows.astype(np.int64, copy=False)  # polars gives an empty column no type
 
 
-def _without_revision(keys: Sequence[str], data: Log) -> list[str]:
+def _without_revision(keys: Sequence[str], data: ImpressionLog) -> list[str]:
     parts = [key.rpartition(SEPARATOR) for key in keys]
     lost = [(ad_id, revision) for ad_id, _, revision in parts if revision != "0"]
     if lost:

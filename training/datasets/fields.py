@@ -5,7 +5,7 @@ from pathlib import Path
 
 from features.schema import IDENTITY, Schema
 
-from .log import Log
+from .log import ImpressionLog
 from .prepared import DataError, Prepared, columns_of, read_parquet
 
 
@@ -22,8 +22,8 @@ def check_fields(data: Prepared, schema: Schema, files: Collection[Path]) -> Non
 
 
 def _absent(data: Prepared, schema: Schema, files: Collection[Path]) -> Iterator[str]:
-    users, ads = (() if isinstance(data, Log) else table_columns(data, side) for side in ("user", "ad"))
-    own = {data.position_as} if isinstance(data, Log) else set()
+    users, ads = (() if isinstance(data, ImpressionLog) else table_columns(data, side) for side in ("user", "ad"))
+    own = {data.position_as} if isinstance(data, ImpressionLog) else set()
     for path in files:
         present = own | set(columns_of(path))
         for side, table in (("user", users), ("context", ()), ("ad", ads)):
@@ -49,7 +49,7 @@ def _blank(data: Prepared, schema: Schema, files: Collection[Path]) -> Iterator[
 
 def table_columns(data: Prepared, side: str) -> Collection[str]:
     """The columns of the table of users or ads; none where there is no such table."""
-    if isinstance(data, Log):
+    if isinstance(data, ImpressionLog):
         return {name for path in data.ads for name in columns_of(path)} if side == "ad" else ()
     path = data.folder / f"{side}s.parquet"
     return columns_of(path) if path.exists() else ()

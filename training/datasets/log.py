@@ -48,7 +48,7 @@ CONVERSIONS = {"event_id": pl.String(), "request_id": pl.String(), "ad_id": pl.S
 
 
 @dataclass(frozen=True)
-class Part:
+class LogPart:
     """A file of the log: how many rows of it lie in the window, from when to when."""
 
     path: Path
@@ -58,10 +58,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Log(Prepared):
+class ImpressionLog(Prepared):
     """A window of a log. `edges` are the times at which the window begins, valid begins, test begins, and the window ends."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[LogPart, ...]
     ads: tuple[Path, ...]
     edges: tuple[float, float, float, float]
     position_as: str | None = None
@@ -210,7 +210,7 @@ def open_log(
     until: int | None = None,
     shares: Sequence[float] = SHARES,
     position_as: str | None = None,
-) -> Log:
+) -> ImpressionLog:
     """Open the rows of a log with `since <= ts < until`: the first share of them trains, the next validates, the last tests.
 
     Splits are cut by time, so that rows of one ranking stay together. `position_as` names a context field, such as
@@ -229,7 +229,7 @@ def open_log(
     paths = _partitions(folder, begin, end)
     ads = tuple(_parquets(folder / "ads"))  # after the rows, whose ads the joiner writes first
     times = [(path, _times(path, begin, end)) for path in paths]
-    parts = tuple(Part(path, len(ts), float(ts.min()), float(ts.max())) for path, ts in times if len(ts))
+    parts = tuple(LogPart(path, len(ts), float(ts.min()), float(ts.max())) for path, ts in times if len(ts))
     if not parts:
         raise DataError(f"{folder} has no row{_window(since, until)}")
     ordered = np.sort(np.concatenate([ts for _, ts in times]))
@@ -240,7 +240,7 @@ def open_log(
     later, edges = tuple(_parquets(folder / "conversions")), (begin, cuts[1], cuts[2], end)
     # The joiner keeps everything. What a schema.toml says of sampling was once copied with the model's schema, and is none of this log's.
     share = 1.0 if sampling is None else sampling
-    return Log(folder, schema, parts, ads, edges, position_as, later, negative_sampling=share)
+    return ImpressionLog(folder, schema, parts, ads, edges, position_as, later, negative_sampling=share)
 
 
 def _window(since: int | None, until: int | None) -> str:
