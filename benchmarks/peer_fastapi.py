@@ -25,7 +25,7 @@ from redis.asyncio import Redis
 
 from features.bundle import load_bundle
 from features.encode import Encoder, Feeds
-from service.store import RedisStore, user_key
+from service.store.redis import RedisStore, user_key
 
 BUNDLE, ROWWISE, REDIS = "PEER_BUNDLE", "PEER_ROWWISE", "PEER_REDIS"
 

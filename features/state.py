@@ -1,6 +1,6 @@
 """What is kept about users and ads between requests: packed user state, the store protocol, and a store in memory.
 
-Knows nothing about Redis (`service/store.py`) or about tensors (`encode.py`).
+Knows nothing about Redis (`service/store/redis.py`) or about tensors (`encode.py`).
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """The streams between the service and the joiner: their names, and what a reader of them promises.
 
-Knows nothing about Redis (`service/streams.py`) or about what stands in the entries (`served.py`, `events.py`).
+Knows nothing about Redis (`service/store/streams.py`) or about what stands in the entries (`served.py`, `events.py`).
 """
 
 from collections.abc import Sequence

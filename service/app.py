@@ -19,7 +19,6 @@ from .api.rank import Direct, rank_routes
 from .api.status import status_routes
 from .batcher import Batcher
 from .edge import Edge, add_error_handlers
-from .event_store import Bounds
 from .events import Ages, Intake
 from .explanations import Explanations
 from .metrics import Metrics, Registry
@@ -30,7 +29,8 @@ from .reload import Reload
 from .scoring import Inline, Pool, Scoring
 from .served import ServedLog
 from .settings import Settings, load_settings
-from .store import RedisStore
+from .store.events import Bounds
+from .store.redis import RedisStore
 from .tokens import METRICS, PROBES, Guard
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from features.policy import COLDEST, HOTTEST
 
-from .store_url import parse_store_url, store_name
+from .store.url import parse_store_url, store_name
 
 PREFIX = "ADRANK_"
 CGROUP = Path("/sys/fs/cgroup")

@@ -18,7 +18,7 @@ from features.events import Event, pack_event
 from features.served import ServedRecord, pack_served
 from features.state import pack_features
 from features.streams import EVENTS, SERVED
-from service.streams import RedisStreams
+from service.store.streams import RedisStreams
 from training.join import Joiner
 from training.join_clock import Clock
 from training.join_log import open_log

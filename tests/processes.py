@@ -14,7 +14,7 @@ import httpx
 from conftest import Client, free_port, until_ready
 
 from features.state import Ad, UserState
-from service.store import RedisStore
+from service.store.redis import RedisStore
 
 ROOT = Path(__file__).parent.parent
 PR_CAPBSET_DROP = 24  # of prctl.h

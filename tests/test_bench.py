@@ -25,7 +25,7 @@ from adrank_bench.measured import LoadPlan, Measured, percentile
 from adrank_bench.traffic import Entities, bodies, draw
 from features.state import Ad, StoreError, UserState
 from service.settings import load_settings
-from service.store import RedisStore
+from service.store.redis import RedisStore
 from tests.test_cli import refused, run
 from tests.test_datasets import ROOT
 

@@ -9,7 +9,7 @@ from processes import SERVE, fill
 
 from adrank_bench.measured import LoadPlan
 from benchmarks import freshness
-from service.store import RedisStore
+from service.store.redis import RedisStore
 
 
 def test_every_click_of_the_measurement_changes_a_ranking(repository: Path, server: Server, tmp_path: Path) -> None:

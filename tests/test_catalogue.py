@@ -15,7 +15,7 @@ from features.state import ACTIVE, Ad, MemoryStore, StoreError, pack_features, u
 from service import catalogue as module
 from service.catalogue import Catalogue, put_ads
 from service.metrics import Metrics
-from service.store import CHANGES, RedisStore
+from service.store.redis import CHANGES, RedisStore
 
 pytestmark = pytest.mark.anyio
 

@@ -20,7 +20,7 @@ from conftest import Server
 
 import adrank
 from features.bundle import EXPLAIN_MODEL, current_path, load_bundle
-from service.store import RedisStore
+from service.store.redis import RedisStore
 from tests.test_datasets import ROOT
 
 SCHEMA = """

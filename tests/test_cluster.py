@@ -15,9 +15,9 @@ from features.events import Event
 from features.state import Ad, StoreError, UserState
 from features.streams import EVENTS, SERVED
 from features.subject import by_subject
-from service.redis_cluster import Cluster, key_of
-from service.store import CHANGES, RedisStore, ads_key, user_key
-from service.streams import RedisStreams
+from service.store.cluster import Cluster, key_of
+from service.store.redis import CHANGES, RedisStore, ads_key, user_key
+from service.store.streams import RedisStreams
 
 pytestmark = pytest.mark.anyio
 USERS = [f"u{i}" for i in range(60)]

@@ -18,14 +18,14 @@ from features import bundle
 from features.challenger import CHALLENGER, CanaryBounds, Challenger, challenge
 from features.events import Event
 from features.subject import by_subject
-from service import store_check
 from service.doctor.examine import examine
 from service.doctor.finding import CODES, Finding, as_dict, exit_code, table
 from service.doctor.machine import check_features, check_files, check_memory
 from service.doctor.store import eviction, memory, persistence, version
 from service.settings import Settings
-from service.store import RedisStore
-from service.streams import RedisStreams
+from service.store import check as store_check
+from service.store.redis import RedisStore
+from service.store.streams import RedisStreams
 from tests.test_cli import run
 
 

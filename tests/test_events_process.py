@@ -14,7 +14,7 @@ from processes import fill, serving
 from features.events import unpack_event
 from features.state import HISTORY_LIMIT, unpack_user
 from features.streams import EVENTS
-from service.store import user_key
+from service.store.redis import user_key
 
 pytestmark = pytest.mark.anyio
 

@@ -17,8 +17,8 @@ from features.events import unpack_event
 from features.state import Ad, StoreError, UserState, pack_user
 from features.streams import EVENTS
 from features.subject import by_subject
-from service.event_store import Bounds, EventStore
-from service.store import CHANGES, RedisStore, ads_key, place, user_key
+from service.store.events import Bounds, EventStore
+from service.store.redis import CHANGES, RedisStore, ads_key, place, user_key
 from tests.test_events import known_events, settled
 from tests.test_store import NOW, ODD, ad, applied, click, shown, user
 
@@ -109,7 +109,7 @@ class TestStream:
         await store.close()
 
     async def test_their_bytes_are_bounded_too(self, raw, shared_server, monkeypatch):
-        monkeypatch.setattr("service.event_store.LOOK_SECONDS", 0.0)
+        monkeypatch.setattr("service.store.events.LOOK_SECONDS", 0.0)
         store = store_at(shared_server.url, bounds=Bounds(waiting_bytes=20_000))
         with contextlib.suppress(StoreError):
             for i in range(1000):

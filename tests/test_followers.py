@@ -13,7 +13,7 @@ from service import app as module
 from service.public import of_store
 from service.reload import Reload
 from service.settings import Settings
-from service.store import CHANGES
+from service.store.redis import CHANGES
 from tests.test_store import ad, applied, everything, raw, redis_store  # noqa: F401  # a fixture
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,7 @@ from joining import T0, Joining, Writer, click, eventually, join_process, rankin
 from features.events import pack_event
 from features.state import StoreError
 from features.streams import BATCH_BYTES, EVENTS, SERVED, Owner
-from service.streams import OWNER, RedisStreams
+from service.store.streams import OWNER, RedisStreams
 from training import join_log, join_state
 from training.join_log import JoinError
 
@@ -177,7 +177,7 @@ async def test_a_server_that_will_not_do_ends_the_joiner(streams, joining, monke
     else:
         wanted = "Redis 7 or later is needed, or Valkey: this server's XINFO STREAM adrank:served tells no entries-added"
         monkeypatch.setattr(
-            "service.streams.fields_of",
+            "service.store.streams.fields_of",
             lambda words: {k: v for k, v in zip(words[::2], words[1::2], strict=True) if k != b"entries-added"},
         )
     async with joining.joiner() as joiner:

@@ -37,7 +37,7 @@ from features.events import pack_event
 from features.served import pack_served
 from features.state import StoreError
 from features.streams import EVENTS, SERVED
-from service.streams import RedisStreams
+from service.store.streams import RedisStreams
 from training import join as join_module
 from training import join_write
 from training.join_state import NoRoomError, State

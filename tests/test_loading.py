@@ -14,8 +14,8 @@ from rich.progress import Progress
 from features.merging import MergeUser
 from features.state import ACTIVE, Ad, MemoryStore, StoreError, UserState, pack_user
 from features.subject import by_subject
-from service import bulk_store
-from service.store import RedisStore, user_key
+from service.store import bulk as bulk_store
+from service.store.redis import RedisStore, user_key
 from tests.test_catalogue import following, one, until
 from tests.test_cli import refused, run, write
 from tests.test_store import NOW, ad, applied, click, everything, raw, redis_store, user  # noqa: F401  # a fixture among them

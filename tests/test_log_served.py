@@ -23,7 +23,7 @@ from features.encode import Encoder
 from features.events import Event
 from features.policy import EpsilonGreedy, PlackettLuce
 from features.state import Ad, UserState
-from service.store import RedisStore
+from service.store.redis import RedisStore
 from training.calibrate import Calibration
 from training.datasets.log import open_log
 from training.export import ServedNetwork, score

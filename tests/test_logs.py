@@ -25,7 +25,7 @@ from features.streams import EVENTS, SERVED
 from service import logs
 from service.logs import DETAILS, REQUEST, Few, JsonLines, TextLines, where
 from service.settings import Settings
-from service.store import RedisStore, user_key
+from service.store.redis import RedisStore, user_key
 
 pytestmark = pytest.mark.anyio
 FORGED = "fine\n2026-11-22 10:00:00,000 ERROR 1 service: forged\r\x1b[2J\u2028\ud800{}"
@@ -254,7 +254,7 @@ async def test_no_line_at_the_default_level_tells_of_a_user(repository, server, 
         (failed,) = [line for line in lines if line.get("status")]
         assert (failed["request_id"], failed["trace_id"], failed["level"]) == (down.json()["request_id"], trace, "warning")
         assert (failed["route"], failed["status"], failed["code"]) == ("/v1/events", 503, "store_down")
-        assert {line["logger"] for line in lines if line.get("request_id") == "r-good"} <= {"service.store_damage"}  # of the damaged user
+        assert {line["logger"] for line in lines if line.get("request_id") == "r-good"} <= {"service.store.damage"}  # of the damaged user
         assert {line["logger"] for line in lines} >= {
             "uvicorn.error",
             "service.workers",

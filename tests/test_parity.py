@@ -17,7 +17,7 @@ from conftest import Client, Server, running
 
 from features.state import Ad, UserState
 from service.settings import Settings
-from service.store import RedisStore
+from service.store.redis import RedisStore
 from training.datasets import movielens
 from training.datasets.encoded import encode_split
 from training.datasets.prepared import Prepared, open_prepared, write_split, write_tables

@@ -12,8 +12,8 @@ from features.merging import ForgetAd, MergeAd
 from features.state import ACTIVE, Ad, StoreError, UserState
 from features.streams import STREAMS
 from features.subject import by_subject
-from service.store import CHANGES, RedisStore
-from service.streams import RedisStreams
+from service.store.redis import CHANGES, RedisStore
+from service.store.streams import RedisStreams
 
 pytestmark = pytest.mark.anyio
 ARRANGED = ("valkey", "sentinel", "cluster")

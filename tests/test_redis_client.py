@@ -12,10 +12,10 @@ from conftest import Server, free_port
 from redis.asyncio.cluster import ClusterNode, NodesManager, PipelineCommand
 from redis.asyncio.connection import RedisSSLContext
 
-from service import redis_server
-from service.redis_client import Client, Reads, open_servers
-from service.store import RedisStore
-from service.store_url import Tls
+from service.store import server as redis_server
+from service.store.client import Client, Reads, open_servers
+from service.store.redis import RedisStore
+from service.store.url import Tls
 
 pytestmark = pytest.mark.anyio
 CLIENTS = 64

@@ -14,8 +14,8 @@ from redis_load import kept, load
 from redis_servers import Sentinels, eventually, start_sentinel
 
 from features.state import StoreError
-from service import redis_sentinel
-from service.store import RedisStore
+from service.store import sentinel as redis_sentinel
+from service.store.redis import RedisStore
 
 pytestmark = pytest.mark.anyio
 USERS = [f"u{i}" for i in range(60)]

@@ -26,7 +26,7 @@ from service.ranker import Query, Ranker
 from service.scoring import Inline
 from service.served import ServedLog, served
 from service.settings import Settings
-from service.store import RedisStore
+from service.store.redis import RedisStore
 
 pytestmark = pytest.mark.anyio
 LEFT = {"left": {"genre": "news", "price": 7.0}, "deleted": {"genre": "drama"}}
@@ -599,7 +599,7 @@ class TestService:
 
     @pytest.mark.parametrize("way", ["pause", "stop"])
     async def test_a_store_that_fails_costs_no_answer(self, run, server, way, monkeypatch):
-        monkeypatch.setattr("service.store.APPEND_SECONDS", 0.2)
+        monkeypatch.setattr("service.store.redis.APPEND_SECONDS", 0.2)
         await fill(server.url)
         async with run(redis=server.url, log_queue=5, store_timeout_ms=20) as client:
             await client.rank()

@@ -12,8 +12,8 @@ from conftest import ARRANGEMENTS, Server, free_port
 from features.events import Event
 from features.state import HISTORY_LIMIT, SEEN_LIMIT, Ad, ChangesLostError, MemoryStore, StoreError, UserState, pack_ad, pack_user
 from features.subject import by_subject
-from service.redis_server import REFUSED_SECONDS
-from service.store import CHANGES, RedisStore, ads_key, user_key
+from service.store.redis import CHANGES, RedisStore, ads_key, user_key
+from service.store.server import REFUSED_SECONDS
 
 pytestmark = pytest.mark.anyio
 ODD = ["u", "u}{", "}", "{x}", "ü😀\u202e", "a\u0000b", "e\u0301", " ", "x" * 256]

@@ -12,9 +12,9 @@ from conftest import running
 from features.events import unpack_event
 from features.state import STATE_BYTES, Ad, StoreError, UserState, pack_ad, pack_user
 from features.streams import EVENTS, SERVED
-from service import store_damage
 from service.settings import Settings
-from service.store import CHANGES, HASHES, ads_key, user_key
+from service.store import damage as store_damage
+from service.store.redis import CHANGES, HASHES, ads_key, user_key
 from tests.test_followers import said
 from tests.test_store import ad, applied, click, everything, raw, redis_only, redis_store, shown, user  # noqa: F401  # fixtures among them
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.store_url import Login, Place, StoreUrl, Tls, parse_store_url, store_name
+from service.store.url import Login, Place, StoreUrl, Tls, parse_store_url, store_name
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from joining import Writer, click, ranking
 
 from features.state import StoreError
 from features.streams import EVENTS, SERVED, Batch, Entry, Extent, StreamLostError
-from service.streams import RedisStreams
+from service.store.streams import RedisStreams
 
 pytestmark = pytest.mark.anyio
 

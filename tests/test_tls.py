@@ -14,8 +14,8 @@ from redis_servers import Nodes, certificates, eventually, start_sentinel, tls
 
 from features.state import StoreError, UserState
 from service.settings import load_settings
-from service.store import RedisStore, user_key
-from service.streams import RedisStreams
+from service.store.redis import RedisStore, user_key
+from service.store.streams import RedisStreams
 
 pytestmark = [pytest.mark.anyio, pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")]
 PASSWORD = "open-sesame"

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..preflight import metrics_wrong, models_wrong, tokens_loose, tokens_wrong, traces_wrong
 from ..settings import PREFIX, Settings, unknown_variables, usable_settings
-from ..store_url import parse_store_url
+from ..store.url import parse_store_url
 from .finding import Finding
 
 

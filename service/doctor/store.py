@@ -9,8 +9,8 @@ from features.state import StoreError
 from features.streams import EVENTS, SERVED
 
 from ..settings import Settings
-from ..store import CHANGES, CHANGES_KEPT
-from ..store_check import Looked, Node, Queue, look
+from ..store.check import Looked, Node, Queue, look
+from ..store.redis import CHANGES, CHANGES_KEPT
 from .finding import Finding, Status
 
 OLDEST = 7

@@ -1,7 +1,7 @@
-"""Users, ads and changes in Redis 7 or later, or Valkey, however its servers are arranged (`redis_client.py`).
+"""Users, ads and changes in Redis 7 or later, or Valkey, however its servers are arranged (`client.py`).
 
 `adrank:user:{<user id>}` is one packed state with a TTL. The catalogue is 64 hashes `adrank:ads:{<n>}`, ad id -> packed ad.
-`adrank:ads:changes` is a stream whose entries name ads that changed. How events change both is said in `event_store.py`. No command
+`adrank:ads:changes` is a stream whose entries name ads that changed. How events change both is said in `events.py`. No command
 and no transaction spans two slots, so a Redis Cluster holds this layout as it is.
 """
 
@@ -35,12 +35,12 @@ from features.state import (
 from features.streams import FIELD, SERVED
 from features.subject import Kind, Outcome, Subject
 
-from .bulk_store import BATCH, BulkStore, batches
-from .event_store import UNTOLD, Bounds, EventStore, Place, room_of
-from .redis_client import Client, Reads, open_servers
-from .redis_server import Command, unrefused
-from .store_damage import Damage, is_wrong_type
-from .store_errors import told
+from .bulk import BATCH, BulkStore, batches
+from .client import Client, Reads, open_servers
+from .damage import Damage, is_wrong_type
+from .errors import told
+from .events import UNTOLD, Bounds, EventStore, Place, room_of
+from .server import Command, unrefused
 
 CHANGES = "adrank:ads:changes"
 HASHES = 64

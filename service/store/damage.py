@@ -11,8 +11,8 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from .redis_client import Client
-from .redis_server import Command
+from .client import Client
+from .server import Command
 
 CLEAR = b"""
 if redis.call('TYPE', KEYS[1])['ok'] == ARGV[1] then return 0 end

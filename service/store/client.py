@@ -10,10 +10,10 @@ from typing import Any
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from .redis_cluster import Cluster
-from .redis_sentinel import Primary
-from .redis_server import Command, Server, Servers, alone, unrefused
-from .store_url import parse_store_url
+from .cluster import Cluster
+from .sentinel import Primary
+from .server import Command, Server, Servers, alone, unrefused
+from .url import parse_store_url
 
 AT_ONCE = 64
 """What one client has on its way at once, each on a connection of its own; more wait for their turn."""

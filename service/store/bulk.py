@@ -13,10 +13,10 @@ from typing import TypeVar
 from features.merging import Rewrite
 from features.state import STATE_BYTES, StoreError
 
-from .event_store import READ, STORED, Place
-from .redis_client import Client
-from .redis_server import Command, unrefused
-from .store_damage import Damage, is_wrong_type
+from .client import Client
+from .damage import Damage, is_wrong_type
+from .events import READ, STORED, Place
+from .server import Command, unrefused
 
 BATCH = 500
 """Users of one pipeline, ads of one stream entry: what is held in memory and on the wire at once."""

@@ -19,9 +19,9 @@ from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, STATE_BYTES, StoreEr
 from features.streams import EVENTS, FIELD
 from features.subject import REPLACED, Change, Outcome, Subject, together
 
-from .redis_client import Client
-from .redis_server import Command, unrefused
-from .store_damage import Damage, is_wrong_type
+from .client import Client
+from .damage import Damage, is_wrong_type
+from .server import Command, unrefused
 
 ATTEMPTS = 60
 """How often a change is tried while others change the same. Of those who try at once, one succeeds each time."""

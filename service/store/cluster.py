@@ -15,8 +15,8 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, MovedError, RedisClusterException, RedisError, ResponseError, TryAgainError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from .redis_server import MOST_CONNECTIONS, Command, Server, TlsConnection, options_of
-from .store_url import StoreUrl
+from .server import MOST_CONNECTIONS, Command, Server, TlsConnection, options_of
+from .url import StoreUrl
 
 SLOTS = 16_384
 LEARN_SECONDS = 2.0

@@ -9,9 +9,9 @@ from redis.exceptions import ResponseError
 
 from features.streams import EVENTS, SERVED, STREAMS
 
-from .redis_client import Client, open_servers
-from .store import CHANGES, HASHES, PROBE, answering, fields_of
-from .store_errors import lacks_permission
+from .client import Client, open_servers
+from .errors import lacks_permission
+from .redis import CHANGES, HASHES, PROBE, answering, fields_of
 from .streams import GROUP
 
 CONNECT_SECONDS = 3.0

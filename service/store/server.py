@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from redis.asyncio.connection import AbstractConnection, Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
 from redis.exceptions import RedisError, ResponseError
 
-from .store_url import Login, StoreUrl, Tls
+from .url import Login, StoreUrl, Tls
 
 CONNECT_SECONDS = 5.0
 REFUSED_SECONDS = 0.1

@@ -8,8 +8,8 @@ from redis.exceptions import ResponseError
 from features.state import StoreError
 from features.streams import BATCH_BYTES, FIELD, TOO_OLD, WRONG_TYPE, Batch, Entry, Extent, Owner, Stream, StreamLostError
 
-from .redis_client import Client, open_servers
-from .store import answering, fields_of
+from .client import Client, open_servers
+from .redis import answering, fields_of
 
 GROUP, CONSUMER = "join", "joiner"
 SECONDS = 30.0

@@ -15,8 +15,8 @@ from redis.asyncio.sentinel import SentinelConnectionPool, SentinelManagedConnec
 from redis.exceptions import AuthenticationError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from .redis_server import MOST_CONNECTIONS, Command, Single, TlsConnection, alone, options_of, unrefused
-from .store_url import Place, StoreUrl
+from .server import MOST_CONNECTIONS, Command, Single, TlsConnection, alone, options_of, unrefused
+from .url import Place, StoreUrl
 
 SENTINEL_SECONDS = 1.0
 """How long a sentinel may take. All are asked at once, and when most have answered nobody waits for the others: one often goes down

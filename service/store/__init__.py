@@ -1,0 +1,1 @@
+"""Users, ads, events and impressions in Redis."""
