@@ -1,7 +1,8 @@
 """How fast is a training step? With a large table against a small one, beside deepctr-torch, and against the machine's arithmetic.
 
 On drawn rows: every id as likely, histories of 1 to `--history` behaviours. All that is compared takes turns, so that whatever else the
-machine does falls on all of it. deepctr-torch 0.3.0 is measured where it is installed, in the plain loop of its own `fit`:
+machine does falls on all of it; `--clock cpu` counts the processor's time alone. deepctr-torch 0.3.0 is measured where it is installed, in
+the loop of its own `fit`: with rows taken by their numbers, and as it loads them itself, one by one. Its MLP in DIN has ReLU, ours Dice:
 
     build/peers/bin/python -m pip install deepctr-torch==0.3.0   (after make peers-test, which makes that environment)
     build/peers/bin/python -m benchmarks.training --rounds 7 --json data/bench/training.json
@@ -22,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils.data import default_collate
 
 from adrank_bench.bench import write
 from features.encode import Block, Encoder
@@ -92,8 +94,8 @@ def ours(data: Drawn, network: Network, **given: Any) -> Step:
     return step
 
 
-def peer(data: Drawn, family: str) -> Step:
-    """A step of deepctr-torch's `fit`, for a network with the same fields, widths and optimiser."""
+def peer(data: Drawn, family: str) -> dict[str, Step]:
+    """Steps of deepctr-torch's `fit`, for a network with the same fields, widths and optimiser."""
     inputs, models = import_module("deepctr_torch.inputs"), import_module("deepctr_torch.models")
 
     settings, history = NETWORKS[family].settings(), data.schema.history_length
@@ -115,27 +117,28 @@ def peer(data: Drawn, family: str) -> Step:
     whole, labels = torch.from_numpy(np.hstack(blocks)), torch.from_numpy(data.rows.labels)
     network.train()
 
-    def step(chosen: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        said = network(whole[chosen].float()).squeeze(-1)
+    def step(chosen: np.ndarray[Any, np.dtype[np.int64]], load: bool = False) -> None:
+        x, y = default_collate([(whole[row], labels[row]) for row in chosen]) if load else (whole[chosen], labels[chosen])
+        said = network(x.float()).squeeze(-1)
         network.optim.zero_grad()
-        loss = network.loss_func(said, labels[chosen], reduction="sum") + network.get_regularization_loss() + network.aux_loss
+        loss = network.loss_func(said, y, reduction="sum") + network.get_regularization_loss() + network.aux_loss
         loss.item()
         loss.backward()
         network.optim.step()
 
-    return step
+    return {"deepctr-torch": step, "deepctr-torch, its DataLoader": lambda chosen: step(chosen, load=True)}
 
 
-def in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
+def in_turns(steps: Mapping[str, Step], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of the median step of each round, each step of a round after the others'."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds):
         times: dict[str, list[float]] = {name: [] for name in steps}
         for chosen in _batches(turn):
             for name, step in steps.items():
-                begun = time.perf_counter()
+                begun = clock()
                 step(chosen)
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(clock() - begun)
         for name, each in times.items():
             found[name].append(median(each[WARM:] if not turn else each))
     return found
@@ -145,13 +148,13 @@ def _batches(seed: int) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
     yield from np.random.default_rng(seed).permutation(ROWS).reshape(-1, BATCH)
 
 
-def matmul_rate(size: int = 1024, tries: int = 20) -> float:
+def matmul_rate(clock: Callable[[], float], size: int = 1024, tries: int = 20) -> float:
     """Multiplications and additions a second of the machine, by the best product of two square matrices."""
     a, b, best = torch.rand(size, size), torch.rand(size, size), np.inf
     for _ in range(tries):
-        begun = time.perf_counter()
+        begun = clock()
         a @ b
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, clock() - begun)
     return 2 * size**3 / best
 
 
@@ -172,43 +175,46 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
     return {"median": median(each), "least": min(each), "most": max(each)}
 
 
-def large_tables(rounds: int, rows: int) -> dict[str, Any]:
+def large_tables(rounds: int, rows: int, clock: Callable[[], float]) -> dict[str, Any]:
     """A step with `rows` in a table against one with 10,000, each batch touching as many as it can."""
     found = {}
-    for family, history in (("deepfm", 0), ("din", 20)):
+    for family, history in (("deepfm", 0), ("deepfm", 20), ("din", 20)):
         steps = {}
         for size in (10_000, rows):
             data = Drawn.of(history, size)
             steps[str(size)] = ours(data, data.network(family))
-        times = in_turns(steps, rounds)
-        found[family] = {"ms": {size: 1e3 * median(each) for size, each in times.items()}, "ratio": ratio(times[str(rows)], times["10000"])}
+        times = in_turns(steps, rounds, clock)
+        found[f"{family}, history {history}"] = {
+            "ms": {size: 1e3 * median(each) for size, each in times.items()},
+            "ratio": ratio(times[str(rows)], times["10000"]),
+        }
     return found
 
 
-def thresholds(rounds: int) -> dict[str, Any]:
+def thresholds(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """Steps of DeepFM with its tables updated densely and sparsely, by their rows."""
     found = {}
     for size in (10_000, 50_000, 100_000, 200_000, 500_000):
         data = Drawn.of(0, size)
-        times = in_turns({str(above): ours(data, data.network("deepfm"), sparse_above=above) for above in (0, 1_000)}, rounds)
+        times = in_turns({str(above): ours(data, data.network("deepfm"), sparse_above=above) for above in (0, 1_000)}, rounds, clock)
         found[f"{size:,}"] = {"dense ms": 1e3 * median(times["0"]), "sparse ms": 1e3 * median(times["1000"])}
     return found
 
 
-def speeds(rounds: int, history: int) -> dict[str, Any]:
+def speeds(rounds: int, history: int, clock: Callable[[], float]) -> dict[str, Any]:
     """Rows a second of ours, of deepctr-torch where it is there, and the share of what the arithmetic alone would allow."""
-    found, rate = {}, matmul_rate()
-    for family, length in (("deepfm", 0), ("din", history)):
+    found, rate = {}, matmul_rate(clock)
+    for family, length in (("deepfm", 0), ("deepfm", history), ("din", history)):
         data = Drawn.of(length)
         network = data.network(family)
-        steps = {"ours": ours(data, network)} | ({"deepctr-torch": peer(data, family)} if find_spec("deepctr_torch") else {})
-        times = in_turns(steps, rounds)
+        steps = {"ours": ours(data, network)} | (peer(data, family) if find_spec("deepctr_torch") else {})
+        times = in_turns(steps, rounds, clock)
         behaviours = float((data.rows.history > 0).sum(1).mean())
         least = floor(network, behaviours) / rate
-        found[family] = {
+        found[f"{family}, history {length}"] = {
             "rows a second": {name: BATCH / median(each) for name, each in times.items()},
             "share of the floor": least * BATCH / median(times["ours"]),
-            **({"ratio": ratio(times["deepctr-torch"], times["ours"])} if len(times) > 1 else {}),
+            "beside ours": {name: ratio(each, times["ours"]) for name, each in times.items() if name != "ours"},
         }
     return {"matmul GFLOP/s": rate / 1e9, **found}
 
@@ -218,18 +224,20 @@ def speeds(rounds: int, history: int) -> dict[str, Any]:
 @click.option("--rows", type=click.IntRange(10_001), default=10_000_000, show_default=True, help="Of the large table.")
 @click.option("--history", type=click.IntRange(1), default=50, show_default=True, help="The longest.")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True, help="cpu: with one thread.")
 @click.option("--what", type=click.Choice(["large", "thresholds", "speeds"]), multiple=True, default=["large", "speeds"])
 @click.option("--json", "target", type=click.Path(path_type=Path))
-def main(rounds: int, rows: int, history: int, threads: int, what: tuple[str, ...], target: Path | None) -> None:
+def main(rounds: int, rows: int, history: int, threads: int, clock: str, what: tuple[str, ...], target: Path | None) -> None:
     """Measure steps of training."""
-    found: dict[str, Any] = {"threads": threads, "batch": BATCH, "rounds": rounds}
+    counted = time.perf_counter if clock == "wall" else time.process_time
+    found: dict[str, Any] = {"threads": threads, "clock": clock, "batch": BATCH, "rounds": rounds}
     with deterministic(TrainSettings(threads=threads)):
         if "large" in what:
-            found["large tables"] = large_tables(rounds, rows)
+            found["large tables"] = large_tables(rounds, rows, counted)
         if "thresholds" in what:
-            found["thresholds"] = thresholds(rounds)
+            found["thresholds"] = thresholds(rounds, counted)
         if "speeds" in what:
-            found["speeds"] = speeds(rounds, history)
+            found["speeds"] = speeds(rounds, history, counted)
     write(found, target)
     console = Console()
     for title, each in found.items():

@@ -48,7 +48,8 @@ class SparseTables:
             parts = torch.split(at, [len(each) for each, _ in table.touched])
             for part, (_, gradient) in zip(parts, table.touched, strict=True):
                 sums.index_add_(0, part, gradient)
-            sums.masked_fill_((rows == PADDING)[:, None], 0)
+            if rows[0] == PADDING:  # they are in order
+                sums[0] = 0
             table.weight.grad = torch.sparse_coo_tensor(rows[None], sums, table.weight.shape, is_coalesced=True)
             table.touched.clear()
 
@@ -90,8 +91,9 @@ class LazyAdam(torch.optim.Optimizer):
         square = state["square"].index_select(0, rows).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         state["mean"].index_copy_(0, rows, mean)
         state["square"].index_copy_(0, rows, square)
-        size = square.div_(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
-        step = -group["lr"] / (1 - beta1 ** state["step"])
+        correction = (1 - beta2 ** state["step"]) ** 0.5
+        size = square.sqrt_().add_(group["eps"] * correction)
+        step = -group["lr"] * correction / (1 - beta1 ** state["step"])
         weight.index_copy_(0, rows, weight.index_select(0, rows).addcdiv_(mean, size, value=step))
 
 
