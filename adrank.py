@@ -29,7 +29,7 @@ MENDABLE = (
     ("features.schema", "SchemaError"),
     ("features.state", "StoreError"),
     ("service.settings", "SettingsError"),
-    ("service.listen", "ListenError"),
+    ("service.serving.listen", "ListenError"),
     ("training.datasets.prepared", "DataError"),
     ("training.report", "ReportError"),
     ("training.retrain", "RetrainError"),
@@ -330,8 +330,8 @@ def load(data: Path, redis: str | None, overwrite: bool, replace: bool, yes: boo
 @click.option("--precision", type=click.Choice(["float32", "int8"]), help="int8 where a bundle has it; default float32.")
 def serve(**flags: Any) -> None:
     """Answer POST /rank. Every flag is also a variable, such as ADRANK_PORT."""
+    from service.serving.workers import serve as run
     from service.settings import load_settings
-    from service.workers import serve as run
 
     run(load_settings(flags))
 
@@ -465,10 +465,10 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 def join(redis: str | None, folder: Path, models: Path, name: str | None, once: bool, drain: bool, **rest: Any) -> None:
     """Join what was served with what came of it, into the log. May be killed at any time; one joiner a log."""
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # of a service with several workers; it would turn these metrics into its files
-    from service import logs
-    from service.metrics import JoinMetrics
     from service.settings import load_settings
     from service.store.streams import RedisStreams
+    from service.telemetry import logs
+    from service.telemetry.metrics import JoinMetrics
     from training.join import join_log
     from training.join_log import open_log, wait_for_log
     from training.join_plan import JoinSettings

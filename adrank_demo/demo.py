@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.app import open_store
-from service.listen import ListenError, listen
+from service.serving.listen import ListenError, listen
 from service.settings import Settings, load_settings
 from training.datasets.prepared import open_prepared
 from training.datasets.states import user_states

@@ -12,7 +12,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 from features.encode import Feeds
-from service.scorer import Scorer
+from service.ranking.scorer import Scorer
 
 WARM_RUNS = 3
 

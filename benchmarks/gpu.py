@@ -22,7 +22,7 @@ from adrank_bench.bench import write
 from features.bundle import CUDA_MODEL
 from features.encode import Feeds
 from features.vocabulary import Numbers
-from service.scorer import CUDA_OPTIONS, PROVIDERS, TiledScorer
+from service.ranking.scorer import CUDA_OPTIONS, PROVIDERS, TiledScorer
 from training.export import ServedNetwork
 from training.progress import progress_bar
 

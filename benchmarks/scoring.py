@@ -19,7 +19,7 @@ from rich.table import Table
 
 from adrank_bench.bench import write
 from features.encode import Feeds
-from service.scorer import Scorer
+from service.ranking.scorer import Scorer
 from training.export import random_feeds
 from training.progress import progress_bar
 

@@ -12,9 +12,18 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from features.schema import Field
-from service.event_wire import AdTold, Click, Conversion, Impression, UserTold
+from service.api.event_wire import AdTold, Click, Conversion, Impression, UserTold
+from service.api.wire import (
+    Candidate,
+    CandidateColumns,
+    ExploreEpsilonGreedy,
+    ExploreGreedy,
+    ExplorePlackettLuce,
+    Options,
+    RankRequest,
+    User,
+)
 from service.settings import PREFIX, Settings
-from service.wire import Candidate, CandidateColumns, ExploreEpsilonGreedy, ExploreGreedy, ExplorePlackettLuce, Options, RankRequest, User
 from training.compare import Gate
 from training.datasets.table_settings import TableSettings
 from training.networks import NETWORKS

@@ -1,6 +1,6 @@
 """What happened after a ranking, as it is kept between the service that took it in and the joiner that reads it.
 
-Knows nothing about the wire format (`service/events.py`) or about what an event leads to.
+Knows nothing about the wire format (`service/feedback/ingest.py`) or about what an event leads to.
 """
 
 from collections.abc import Mapping

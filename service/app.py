@@ -14,27 +14,27 @@ from fastapi import FastAPI
 from features.encode import Encoder
 from features.state import MemoryStore, Store, StoreError
 
+from .api.edge import Edge, add_error_handlers
 from .api.events import EventsCORS, event_routes
+from .api.openapi import describe, openapi_page
 from .api.rank import Direct, rank_routes
 from .api.status import status_routes
-from .batcher import Batcher
-from .edge import Edge, add_error_handlers
-from .events import Ages, Intake
-from .explanations import Explanations
-from .metrics import Metrics, Registry
-from .openapi import describe, openapi_page
+from .api.tokens import METRICS, PROBES, Guard
+from .feedback.impression_log import ServedLog
+from .feedback.ingest import Ages, Intake
+from .models.watcher import Reload
 from .public import of_store, of_store_error
-from .ranker import Ranker
-from .reload import Reload
-from .scoring import Inline, Pool, Scoring
-from .served import ServedLog
+from .ranking.executor import Inline, Pool, Scoring
+from .ranking.explanations import Explanations
+from .ranking.gpu_batching import Batcher
+from .ranking.ranker import Ranker
 from .settings import Settings, load_settings
 from .store.events import Bounds
 from .store.redis import RedisStore
-from .tokens import METRICS, PROBES, Guard
+from .telemetry.metrics import Metrics, Registry
 
 if TYPE_CHECKING:
-    from .traces import Tracer
+    from .telemetry.tracing import Tracer
 
 START_OVER_SECONDS = (0.5, 30.0)
 """How long work of the background that failed waits before it starts over: twice as long each time that it fails soon again."""
@@ -227,7 +227,7 @@ def _guard(settings: Settings) -> Guard | None:
 def _tracer(settings: Settings) -> "Tracer | None":
     if not settings.trace_share:
         return None
-    from .traces import open_tracer  # noqa: PLC0415  # an extra, which takes long to load
+    from .telemetry.tracing import open_tracer  # noqa: PLC0415  # an extra, which takes long to load
 
     return open_tracer(settings.trace_share)
 

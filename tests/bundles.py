@@ -13,7 +13,7 @@ from features.encode import Encoder, Feeds
 from features.repository import model_names
 from features.schema import parse_schema
 from features.vocabulary import Numbers, Vocabularies, Vocabulary, parse_vocabularies
-from service.models import Models, load_model
+from service.models.loaded import Models, load_model
 from service.settings import Settings
 
 SCHEMA = """

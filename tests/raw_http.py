@@ -7,8 +7,8 @@ import socket
 
 import uvicorn
 
-from service.connection import Connection
-from service.server import WorkerServer
+from service.serving.connection import Connection
+from service.serving.server import WorkerServer
 from service.settings import Settings
 
 

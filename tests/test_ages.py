@@ -15,8 +15,8 @@ from features.ages import ages_of
 from features.encode import AdTable, Encoder, Request, encode_request
 from features.schema import SchemaError, parse_schema
 from features.served import ServedRecord, pack_served, unpack_served
-from service.requests import parse_request, to_query
-from service.tiles import fill, runs
+from service.api.requests import parse_request, to_query
+from service.ranking.tiles import fill, runs
 from training.datasets import csv_table, movielens
 from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import SPLITS, DataError, Prepared, open_prepared

@@ -17,12 +17,12 @@ import torch
 from features.schema import parse_schema
 from features.served import pack_served, unpack_served
 from features.state import Ad, MemoryStore, UserState
-from service.catalogue import Catalogue
-from service.metrics import Metrics
-from service.ranker import Made, Query, Ranker
-from service.scoring import Inline
-from service.served import ServedLog, served
+from service.catalogue.catalogue import Catalogue
+from service.feedback.impression_log import ServedLog, served
+from service.ranking.executor import Inline
+from service.ranking.ranker import Made, Query, Ranker
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 from tests.test_ages import NOW, SCHEMA, data_set
 from training.calibrate import Calibration
 from training.datasets.encoded import encode_split

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from features import bundle
 from features.state import Ad, MemoryStore, UserState
 from service import errors
-from service.edge import ROUTES
-from service.requests import parse_request, to_query
-from service.wire import Problem, RankAnswer
+from service.api.edge import ROUTES
+from service.api.requests import parse_request, to_query
+from service.api.wire import Problem, RankAnswer
 
 pytestmark = pytest.mark.anyio
 JSON = {"content-type": "application/json"}

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scorer import feeds
 
-from service import batcher as module
 from service.app import _scoring
-from service.batcher import QUEUE_TILES, Batcher
 from service.errors import DeadlineError, OverLimitError, ScoringError
-from service.metrics import Metrics, Stages
-from service.scorer import TiledScorer
-from service.scoring import Inline
+from service.ranking import gpu_batching as module
+from service.ranking.executor import Inline
+from service.ranking.gpu_batching import QUEUE_TILES, Batcher
+from service.ranking.scorer import TiledScorer
+from service.ranking.tiles import MOST, TILE
 from service.settings import Settings
-from service.tiles import MOST, TILE
+from service.telemetry.metrics import Metrics, Stages
 
 pytestmark = pytest.mark.anyio
 
@@ -252,7 +252,7 @@ async def test_the_service_ranks_through_it(run, ads, monkeypatch):
     async with run(ads) as client:
         alone = [await client.rank(**each) for each in asked]
     monkeypatch.setattr("service.app._scoring", lambda settings, metrics: Batcher(metrics))
-    monkeypatch.setattr("service.models.Scorer", lambda path, device, threads: TiledScorer(path, device, 5))
+    monkeypatch.setattr("service.models.loaded.Scorer", lambda path, device, threads: TiledScorer(path, device, 5))
     async with run(ads) as client:
         together = await asyncio.gather(*(client.rank(**each) for each in asked))
         assert await client.metric("adrank_batch_rows_sum") == sum(len(each["candidates"]) for each in asked)

@@ -8,7 +8,7 @@ from rich.progress import Progress
 from benchmarks.gpu import Device, floor, in_torch, main, measure, rowwise, tiles
 from benchmarks.scoring import requests
 from benchmarks.yardstick import build, deepfm_20, din_100, make
-from service.scorer import PROVIDERS
+from service.ranking.scorer import PROVIDERS
 
 
 @pytest.fixture(scope="module", params=["din", "deepfm"])

@@ -12,7 +12,7 @@ from benchmarks.rowwise import repeated
 from benchmarks.yardstick import Built, Yardstick, build
 from features.bundle import GOLDEN_TOLERANCE, current_path, load_bundle
 from features.schema import parse_schema
-from service.scorer import Scorer
+from service.ranking.scorer import Scorer
 from service.store.redis import RedisStore
 from training.networks.deepfm import DeepFMSettings
 from training.networks.din import DINSettings

@@ -12,10 +12,10 @@ import redis.asyncio
 from features.encode import AdTable
 from features.merging import RetireAd
 from features.state import ACTIVE, Ad, MemoryStore, StoreError, pack_features, unpack_features
-from service import catalogue as module
-from service.catalogue import Catalogue, put_ads
-from service.metrics import Metrics
+from service.catalogue import catalogue as module
+from service.catalogue.catalogue import Catalogue, put_ads
 from service.store.redis import CHANGES, RedisStore
+from service.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 

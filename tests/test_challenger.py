@@ -28,10 +28,10 @@ from features.challenger import (
 )
 from features.releases import promote, rollback, stop
 from features.state import UserState
-from service import challenger as at_work
-from service import reload
-from service.challenger import at_least, hopeless, judge
-from service.evidence import CHALLENGING, LATE, LIVE, SLOT_SECONDS, SLOTS, EvidenceWindow
+from service.models import canary as at_work
+from service.models import watcher as reload
+from service.models.canary import at_least, hopeless, judge
+from service.models.evidence import CHALLENGING, LATE, LIVE, SLOT_SECONDS, SLOTS, EvidenceWindow
 from service.settings import Settings
 from tests.test_cli import refused, run
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from raw_http import raw, shut
 
-from service.connection import Joined
+from service.serving.connection import Joined
 
 pytestmark = pytest.mark.anyio
 

@@ -12,8 +12,8 @@ import pytest
 from conftest import free_port, running, until_ready
 from processes import ROOT, SERVE, environment, serving, workers_of
 
-from service import reload
-from service.default_model import FILE, DefaultModel
+from service.models import watcher as reload
+from service.models.default_model import FILE, DefaultModel
 from service.settings import Settings
 from tests.test_bad_configuration import one_line
 from tests.test_cli import refused, run

@@ -8,11 +8,11 @@ import stat
 
 import pytest
 
+from service.api.edge import METHODS
 from service.doctor.port import check_port
-from service.edge import METHODS
-from service.listen import ListenError, listen, name, unlisten
-from service.scrapes import Scrapes
+from service.serving.listen import ListenError, listen, name, unlisten
 from service.settings import Settings, SettingsError, load_settings
+from service.telemetry.scrapes import Scrapes
 
 pytestmark = pytest.mark.anyio
 REQUEST = {"user": {"id": "u1"}, "candidates": ["a1", "a2"]}

@@ -12,9 +12,9 @@ from prometheus_client import CollectorRegistry
 from features.events import TYPES, Event
 from features.state import MemoryStore, StoreError
 from features.subject import KINDS
-from service.event_wire import EventsAnswer
-from service.events import Ages, Intake
-from service.metrics import Metrics
+from service.api.event_wire import EventsAnswer
+from service.feedback.ingest import Ages, Intake
+from service.telemetry.metrics import Metrics
 from tests.test_api import check
 from tests.test_fuzz import Portal
 

@@ -21,10 +21,10 @@ from features import bundle
 from features.bundle import ATTENTION, CONTRIBUTIONS, EXPLAIN_MODEL, REST, current_path
 from features.encode import Feeds
 from features.state import Ad, MemoryStore
-from service import explanations
-from service.scorer import ExplainGraph
+from service.api.wire import RankAnswer
+from service.ranking import explanations
+from service.ranking.scorer import ExplainGraph
 from service.settings import Settings
-from service.wire import RankAnswer
 from tests.test_networks import CASES, ONLY_AD_NUMBER, SCHEMAS, fits
 from training.calibrate import Calibration
 from training.datasets.states import ads

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from features.policy import FLOOR, EpsilonGreedy, PlackettLuce
-from service.explore import arrange as arrange_rows
-from service.explore import best_first
-from service.wire import RankAnswer
+from service.api.wire import RankAnswer
+from service.ranking.ordering import arrange as arrange_rows
+from service.ranking.ordering import best_first
 
 VALUES = st.lists(st.floats(0, 1) | st.sampled_from([0.0, 0.5]), min_size=1, max_size=12)
 POLICIES = st.builds(EpsilonGreedy, st.floats(0, 1)) | st.builds(PlackettLuce, st.floats(0.01, 100))

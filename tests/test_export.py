@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from features.bundle import BundleError, load_bundle
 from features.encode import Feeds
 from features.graph_file import graph_facts
-from service.scorer import Scorer
+from service.ranking.scorer import Scorer
 from tests.test_networks import HISTORY_AND_ADS, ONLY_AD_NUMBER
 from training import export
 from training.calibrate import Calibration

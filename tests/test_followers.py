@@ -10,8 +10,8 @@ from older_redis import editing, without
 from features.challenger import Challenger, challenge
 from features.state import Ad, ChangesLostError, MemoryStore
 from service import app as module
+from service.models.watcher import Reload
 from service.public import of_store
-from service.reload import Reload
 from service.settings import Settings
 from service.store.redis import CHANGES
 from tests.test_store import ad, applied, everything, raw, redis_store  # noqa: F401  # a fixture

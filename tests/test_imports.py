@@ -34,5 +34,5 @@ def test_training_never_loads_the_service(module: str) -> None:
 
 
 def test_the_joiner_loads_no_torch() -> None:
-    found = loaded("import training.join, service.store.streams, service.metrics")
+    found = loaded("import training.join, service.store.streams, service.telemetry.metrics")
     assert found & {"torch", "sklearn", "scipy", "onnxruntime", "fastapi"} == set()

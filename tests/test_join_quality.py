@@ -12,7 +12,7 @@ from conftest import free_port
 from joining import T0, Joining, Writer, click, ranking
 
 from features.bundle import load_bundle
-from service.metrics import JoinMetrics
+from service.telemetry.metrics import JoinMetrics
 from training import join_quality
 from training.datasets.encoded import learn_vocabularies
 from training.drift import LEAST_ROWS, REFERENCE, make_reference

@@ -19,8 +19,8 @@ from joining import eventually
 from rolling import tool
 
 import adrank
-from service.metrics import JoinMetrics, Metrics
 from service.settings import Settings, SettingsError, load_settings
+from service.telemetry.metrics import JoinMetrics, Metrics
 
 ROOT = Path(__file__).parent.parent
 K8S = ROOT / "k8s"
@@ -137,7 +137,7 @@ def test_service_links_would_stop_the_ranker(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_grace_is_enough_for_the_whole_end(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found, pod = settings(overlay, monkeypatch), templates(overlay)["adrank"]["spec"]
     wait = container(overlay)["lifecycle"]["preStop"]["sleep"]["seconds"]
-    killing, logging = 5, 1  # service/workers.py gives workers so much more; what was served is written for so long
+    killing, logging = 5, 1  # service/serving/workers.py gives workers so much more; what was served is written for so long
     assert pod["terminationGracePeriodSeconds"] >= wait + found.farewell_seconds + found.drain_seconds + killing + logging
     probe = container(overlay)["readinessProbe"]
     assert wait > probe["periodSeconds"] * probe["failureThreshold"]

@@ -22,10 +22,10 @@ from features.events import pack_event
 from features.served import pack_served
 from features.state import Ad, StoreError, UserState
 from features.streams import EVENTS, SERVED
-from service import logs
-from service.logs import DETAILS, REQUEST, Few, JsonLines, TextLines, where
 from service.settings import Settings
 from service.store.redis import RedisStore, user_key
+from service.telemetry import logs
+from service.telemetry.logs import DETAILS, REQUEST, Few, JsonLines, TextLines, where
 
 pytestmark = pytest.mark.anyio
 FORGED = "fine\n2026-11-22 10:00:00,000 ERROR 1 service: forged\r\x1b[2J\u2028\ud800{}"
@@ -137,8 +137,8 @@ def test_few_records_pass_and_the_next_tells_of_the_others(lines, monkeypatch):
 )
 @pytest.mark.parametrize("private", [True, False])
 def test_what_ends_a_process_is_a_line_too_and_so_is_a_warning(crash, private):
-    begin = f"import warnings; from service import logs, settings; logs.start(settings.load_settings(), {private})"
-    code = f"{begin}; warnings.warn('beware'); {crash}"
+    begin = "import warnings; from service import settings; from service.telemetry import logs"
+    code = f"{begin}; logs.start(settings.load_settings(), {private}); warnings.warn('beware'); {crash}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(log_format="json"), capture_output=True, text=True, check=False
     )
@@ -257,10 +257,10 @@ async def test_no_line_at_the_default_level_tells_of_a_user(repository, server, 
         assert {line["logger"] for line in lines if line.get("request_id") == "r-good"} <= {"service.store.damage"}  # of the damaged user
         assert {line["logger"] for line in lines} >= {
             "uvicorn.error",
-            "service.workers",
-            "service.catalogue",
-            "service.reload",
-            "service.events",
+            "service.serving.workers",
+            "service.catalogue.catalogue",
+            "service.models.watcher",
+            "service.feedback.ingest",
         }
         assert len({line["process"] for line in lines}) == 3
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from service import metrics as module
-from service import series
-from service.metrics import CLICKS, SECONDS, JoinMetrics, Metrics
+from service.telemetry import metrics as module
+from service.telemetry import series
+from service.telemetry.metrics import CLICKS, SECONDS, JoinMetrics, Metrics
 
 
 def lines(metrics: Metrics, start: str) -> list[str]:

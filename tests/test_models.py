@@ -11,8 +11,8 @@ from onnx import ModelProto
 
 from features.bundle import CUDA_MODEL, GOLDENS, INT8_MODEL, MODEL, BundleError, goldens_json, load_bundle
 from service.errors import ScoringError
-from service.models import graph_of
-from service.scorer import too_new
+from service.models.loaded import graph_of
+from service.ranking.scorer import too_new
 from service.settings import Settings
 from training.graph import Graph
 

@@ -16,9 +16,9 @@ from features.schema import Schema, parse_schema
 from features.state import MemoryStore, UserState
 from features.values import plain, plain_all
 from features.vocabulary import fingerprint
-from service.events import Ages, Intake
-from service.metrics import Metrics
-from service.ranker import Query, _usable
+from service.feedback.ingest import Ages, Intake
+from service.ranking.ranker import Query, _usable
+from service.telemetry.metrics import Metrics
 from tests.test_datasets import patient, rows
 from tests.test_plausible import HISTORY, SCHEMA, ZEROS, line, prepare
 from training.datasets.encoded import ad_table, encode_split, learn_vocabularies

@@ -9,7 +9,7 @@ from features.bundle import BundleError
 from features.state import StoreError
 from service.errors import DeviceError, ScoringError
 from service.public import MODELS, STORE, Refused, of_store
-from service.series import STORE_FAULTS
+from service.telemetry.series import STORE_FAULTS
 
 pytestmark = pytest.mark.anyio
 SECRET = "ONNXRuntimeError at /srv/models/din/model.onnx, 10.0.0.7:6379"

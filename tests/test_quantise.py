@@ -10,7 +10,7 @@ import small
 
 from features.bundle import INT8_MODEL, BundleError, load_bundle
 from features.encode import Feeds
-from service.scorer import Scorer
+from service.ranking.scorer import Scorer
 from tests.test_fuse import SINGLE, trained
 from training import export
 from training.calibrate import Calibration

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from features.encode import AdTable, Request, encode_request
 from features.state import Ad, MemoryStore, StoreError, UserState
-from service.catalogue import Catalogue, put_ads
+from service.catalogue.catalogue import Catalogue, put_ads
 from service.errors import DeadlineError, InvalidError, NotReadyError, UnknownModelError
-from service.explore import EpsilonGreedy, best_first
-from service.metrics import Metrics
-from service.models import Models
-from service.ranker import Degraded, Query, Ranker
-from service.scoring import Inline, Pool
+from service.models.loaded import Models
+from service.ranking.executor import Inline, Pool
+from service.ranking.ordering import EpsilonGreedy, best_first
+from service.ranking.ranker import Degraded, Query, Ranker
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 AD_IDS = st.sampled_from([*bundles.ADS, "new", "ünknown", "é\u0000"])

@@ -10,8 +10,8 @@ import pytest
 
 import adrank
 from features.events import TYPES
+from service.api.wire import Options
 from service.settings import PREFIX, Settings
-from service.wire import Options
 from training.networks import NETWORKS
 from training.train import TrainSettings
 

@@ -9,8 +9,8 @@ from features.renumber import Renumbering
 from features.schema import parse_schema
 from features.state import Ad, pack_features
 from features.vocabulary import HashBuckets, Moments, Vocabularies, Vocabulary
-from service.ads import Ads
-from service.catalogue import put_ads
+from service.catalogue.ads import Ads
+from service.catalogue.catalogue import put_ads
 
 SCHEMA = """
 name = "test"

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from test_cli import refused, run
 
 from features.bundle import VOCABULARIES, current_path, load_bundle, publish
-from service.scorer import Scorer
+from service.ranking.scorer import Scorer
 from tests.test_datasets import ROOT
 from training import gate
 from training import retrain as retraining

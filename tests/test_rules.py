@@ -15,8 +15,8 @@ from joining import Writer, click, eventually, join_process, ranking
 from watching import RULES, asked, prometheus, rules, tool
 
 from service.errors import KINDS, UNEXPECTED, BacklogError, MetricsGoneError, OverLimitError, StoreDownError
-from service.metrics import SECONDS
-from service.series import FAULTS
+from service.telemetry.metrics import SECONDS
+from service.telemetry.series import FAULTS
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,7 +19,7 @@ from features.policy import parse_policy
 from features.served import ServedRecord
 from features.state import pack_features
 from features.vocabulary import fingerprint
-from service.scorer import Scorer
+from service.ranking.scorer import Scorer
 from training import retrain as retraining
 from training import train as training
 from training.calibrate import as_sampled, fit

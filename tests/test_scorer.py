@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from features.encode import AdTable, Request, encode_request
 from service.errors import ScoringError
-from service.scorer import SLICE, Scorer, TiledScorer
-from service.tiles import MOST, TILE, shapes
+from service.ranking.scorer import SLICE, Scorer, TiledScorer
+from service.ranking.tiles import MOST, TILE, shapes
 
 
 @pytest.fixture

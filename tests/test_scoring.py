@@ -9,11 +9,11 @@ import pytest
 from features.bundle import MODEL
 from features.encode import AdTable, Request, encode_request
 from features.state import Ad
-from service.catalogue import put_ads
+from service.catalogue.catalogue import put_ads
 from service.errors import DeadlineError, ScoringError
-from service.metrics import Stages
-from service.scorer import SLICE, Scorer
-from service.scoring import TOGETHER, Inline, Pool
+from service.ranking.executor import TOGETHER, Inline, Pool
+from service.ranking.scorer import SLICE, Scorer
+from service.telemetry.metrics import Stages
 
 pytestmark = pytest.mark.anyio
 

@@ -18,15 +18,15 @@ from redis_servers import client_of
 from features.served import pack_served, unpack_served
 from features.state import Ad, MemoryStore, StoreError, StoreRoom, UserState, unpack_features
 from features.streams import SERVED
-from service import served as module
-from service.catalogue import Catalogue
-from service.explore import EpsilonGreedy, PlackettLuce
-from service.metrics import Metrics
-from service.ranker import Query, Ranker
-from service.scoring import Inline
-from service.served import ServedLog, served
+from service.catalogue.catalogue import Catalogue
+from service.feedback import impression_log as module
+from service.feedback.impression_log import ServedLog, served
+from service.ranking.executor import Inline
+from service.ranking.ordering import EpsilonGreedy, PlackettLuce
+from service.ranking.ranker import Query, Ranker
 from service.settings import Settings
 from service.store.redis import RedisStore
+from service.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 LEFT = {"left": {"genre": "news", "price": 7.0}, "deleted": {"genre": "drama"}}

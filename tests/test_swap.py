@@ -22,9 +22,10 @@ from features.encode import AdTable, Encoder, Request, encode_request
 from features.schema import parse_schema
 from features.state import Ad, UserState
 from features.vocabulary import Vocabularies, Vocabulary, parse_vocabularies
-from service import models as service_models
-from service import reload, scorer
-from service.catalogue import put_ads
+from service.catalogue.catalogue import put_ads
+from service.models import loaded as service_models
+from service.models import watcher as reload
+from service.ranking import scorer
 from service.settings import Settings
 from tests.test_bundle_places import external
 from tests.test_models import rewritten

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.tiles import MOST, TILE, Shape, candidates_of, fill, lengths, runs, shape_of, shapes, take_apart, tiles_of
+from service.ranking.tiles import MOST, TILE, Shape, candidates_of, fill, lengths, runs, shape_of, shapes, take_apart, tiles_of
 
 
 def request(candidates, behaviours=3, seed=0):

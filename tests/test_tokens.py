@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from processes import PATIENCE
 
 import adrank
-from service.preflight import tokens_loose
+from service.api.tokens import MOST_BYTES, Guard, TokenError, parse_tokens
 from service.settings import Settings
-from service.tokens import MOST_BYTES, Guard, TokenError, parse_tokens
+from service.startup_checks import tokens_loose
 
 RANK, EVENTS, READ, ALL = (letter * 32 for letter in "abcd")
 FILE = f"# bidders\nrank {RANK}\n\nevents\t{EVENTS}\nread {READ}\n  rank,events,read {ALL}==\n"

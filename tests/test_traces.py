@@ -13,9 +13,9 @@ from collector import collecting
 from conftest import free_port
 from processes import ROOT, SERVE, environment, fill, serving, workers_of
 
-from service.metrics import Stages
 from service.settings import SettingsError
-from service.traces import FLUSH_SECONDS, Tracer, caller, open_tracer
+from service.telemetry.metrics import Stages
+from service.telemetry.tracing import FLUSH_SECONDS, Tracer, caller, open_tracer
 
 pytestmark = pytest.mark.anyio
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -211,8 +211,10 @@ def test_who_traces_nothing_loads_nothing_of_it():
         [sys.executable, "-c", "import sys, service.app; print(*sys.modules)"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = done.stdout.split()
-    assert "service.edge" in loaded
-    assert [name for name in loaded if name.startswith(("opentelemetry.sdk.trace", "opentelemetry.exporter", "service.traces"))] == []
+    assert "service.api.edge" in loaded
+    assert [
+        name for name in loaded if name.startswith(("opentelemetry.sdk.trace", "opentelemetry.exporter", "service.telemetry.tracing"))
+    ] == []
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from features.encode import AdTable, Encoder, FieldError, Request, clean, encode
 from features.schema import Field
 from features.values import ValueTextError, plain, plain_all, text_of
 from features.vocabulary import HashBuckets, Vocabulary
-from service.requests import parse_request, to_query
+from service.api.requests import parse_request, to_query
 from tests.test_datasets import patient, rows
 from training.datasets import csv_table
 from training.datasets.encoded import ad_table, encode_split, learn_vocabularies

@@ -23,7 +23,7 @@ from watching import asked, get, prometheus, rules, tool, unanswered, values
 
 from features.challenger import CanaryBounds, Challenger, challenge
 from features.repository import CURRENT
-from service import series
+from service.telemetry import series
 
 SELECTOR = re.compile(r"(?<![\w:\"])(?:up|(?:\w+:)?adrank[\w:]*)(?:\{[^}]*\})?")
 USERS = 40

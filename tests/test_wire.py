@@ -7,9 +7,9 @@ import pydantic_core
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.metrics import Stages
-from service.ranker import Degraded, Ranking, shortest
-from service.wire import TIMED, RankAnswer, answer
+from service.api.wire import TIMED, RankAnswer, answer
+from service.ranking.ranker import Degraded, Ranking, shortest
+from service.telemetry.metrics import Stages
 
 IDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6) | st.sampled_from(['a",', '"', "\\", "\u0000", "\u2028", "😀", 'x","y'])
 BIDS = st.none() | st.floats(0, 1e9)

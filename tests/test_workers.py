@@ -18,9 +18,9 @@ from conftest import free_port
 from processes import PATIENCE, SERVE, environment, serving, workers_of
 from prometheus_client.mmap_dict import MmapedDict
 
-from service.listen import ListenError, listen
+from service.serving.listen import ListenError, listen
+from service.serving.workers import SILENT_SECONDS
 from service.settings import Settings
-from service.workers import SILENT_SECONDS
 
 pytestmark = pytest.mark.anyio
 

@@ -6,12 +6,12 @@ from fastapi import APIRouter, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..bodies import Reader
-from ..event_wire import events_answer, read_batch
-from ..events import Intake
-from ..openapi import EVENTS, OF_RANKINGS, content, errors_of, reads
+from ..feedback.ingest import Intake
+from ..serving.shares import Shares
 from ..settings import Settings
-from ..shares import Shares
+from .bodies import Reader
+from .event_wire import events_answer, read_batch
+from .openapi import EVENTS, OF_RANKINGS, content, errors_of, reads
 
 
 def event_routes(intake: Intake, settings: Settings) -> APIRouter:

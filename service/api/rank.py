@@ -6,16 +6,16 @@ from starlette.background import BackgroundTask
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import errors
-from ..bodies import Reader, peer
-from ..explanations import Explanations
-from ..metrics import Metrics, Stages
-from ..openapi import OF_EVENTS, RANKED, content, errors_of, reads
-from ..ranker import Made, Query, Ranker
-from ..requests import as_sent, default_policy, locate, parse_request, sent_request_id, to_query
-from ..served import ServedLog
+from ..feedback.impression_log import ServedLog
+from ..ranking.explanations import Explanations
+from ..ranking.ranker import Made, Query, Ranker
+from ..serving.shares import Shares
 from ..settings import Settings
-from ..shares import Shares
-from ..wire import RankRequest, answer
+from ..telemetry.metrics import Metrics, Stages
+from .bodies import Reader, peer
+from .openapi import OF_EVENTS, RANKED, content, errors_of, reads
+from .requests import as_sent, default_policy, locate, parse_request, sent_request_id, to_query
+from .wire import RankRequest, answer
 
 
 def rank_routes(ranker: Ranker, explanations: Explanations, served: ServedLog, metrics: Metrics, settings: Settings) -> APIRouter:

@@ -8,9 +8,9 @@ from typing import Any
 import pydantic_core
 from fastapi import APIRouter, Request, Response
 
-from ..metrics import CONTENT_TYPE, Metrics
-from ..ranker import Ranker
-from ..scrapes import Scrapes
+from ..ranking.ranker import Ranker
+from ..telemetry.metrics import CONTENT_TYPE, Metrics
+from ..telemetry.scrapes import Scrapes
 
 DOCS = Path(__file__).with_name("docs.html")
 

@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..preflight import metrics_wrong, models_wrong, tokens_loose, tokens_wrong, traces_wrong
 from ..settings import PREFIX, Settings, unknown_variables, usable_settings
+from ..startup_checks import metrics_wrong, models_wrong, tokens_loose, tokens_wrong, traces_wrong
 from ..store.url import parse_store_url
 from .finding import Finding
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DeviceError
-from ..preflight import device_wrong
-from ..scorer import try_device
+from ..ranking.scorer import try_device
 from ..settings import CGROUP, Settings, processors
+from ..startup_checks import device_wrong
 from .finding import Area, Finding, Status
 from .memory import Room
 

@@ -5,7 +5,7 @@ import json
 import socket
 from typing import Any
 
-from ..listen import ABSENT, reason, uds_wrong
+from ..serving.listen import ABSENT, reason, uds_wrong
 from ..settings import Settings
 from .finding import Finding, Status
 

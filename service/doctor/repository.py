@@ -11,8 +11,8 @@ from features.bundle import INT8_MODEL, BundleError
 from features.repository import ambiguous
 
 from ..errors import ScoringError
-from ..models import Model, load_model
-from ..reload import Found, look
+from ..models.loaded import Model, load_model
+from ..models.watcher import Found, look
 from ..settings import Settings
 from .finding import Finding, Status
 from .memory import Room, resident

@@ -17,8 +17,8 @@ from features.ages import UNKNOWN_TIME, ages_of
 from features.encode import IDENTITIES, AdTable, Block, Encoder
 from features.schema import Field, Schema, Side
 from features.vocabulary import UNKNOWN, HashBuckets, Ids, Moments, Vocabularies, Vocabulary
-from training.networks.contract import CLICK, Labels, Part, RequestTensors
 
+from ..networks.contract import CLICK, Labels, Part, RequestTensors
 from .fields import check_fields
 from .log import ImpressionLog
 from .prepared import DataError, Prepared, column_of

@@ -1,0 +1,343 @@
+"""The wire format of `POST /rank`: one definition, from which come validation, the OpenAPI schema and every error's pointer."""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainValidator, Tag, WithJsonSchema
+
+from features.policy import COLDEST, HOTTEST
+from features.state import HISTORY_LIMIT
+
+from ..ranking.ranker import Ranking
+from ..telemetry.metrics import Stages
+
+TEXT_LENGTH, LIST_LENGTH, FEATURES, CANDIDATES, ID_LENGTH = 1_024, 1_000, 256, 100_000, 256
+LOWEST, HIGHEST = -(2**63), 2**64 - 1
+"""The whole numbers that msgpack, and so the store, can hold."""
+TIMED = ("parse", "features", "queue", "inference")
+
+
+def _value(value: object) -> object:
+    """Written by hand: pydantic would report a value that fits no type of a union once for each of them."""
+    if isinstance(value, str):
+        fits = len(value) <= TEXT_LENGTH
+    elif isinstance(value, list):
+        fits = len(value) <= LIST_LENGTH and all(_is_scalar(element) for element in value)
+    else:
+        fits = value is None or _is_scalar(value)
+    if not fits:
+        of = f"a text of at most {TEXT_LENGTH} characters, a finite number, true or false"
+        raise ValueError(f"expected {of}, a list of at most {LIST_LENGTH} of these, or null")
+    return value
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, str):
+        return len(value) <= TEXT_LENGTH
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and LOWEST <= value <= HIGHEST
+
+
+def _few(features: object) -> object:
+    """Asked first: pydantic would check each of a million features before it counts them."""
+    if isinstance(features, dict) and len(features) > FEATURES:
+        raise ValueError(f"{len(features)} features; at most {FEATURES} are taken")
+    return features
+
+
+def _form(candidates: object) -> str | None:
+    if isinstance(candidates, dict | CandidateColumns):
+        return "columns"
+    if isinstance(candidates, list):
+        return "rows" if candidates and isinstance(candidates[0], dict | Candidate) else "ids"
+    return None
+
+
+_SCALARS: list[dict[str, Any]] = [
+    {"type": "string", "maxLength": TEXT_LENGTH},
+    {"type": "integer", "minimum": LOWEST, "maximum": HIGHEST},
+    {"type": "number"},
+    {"type": "boolean"},
+]
+_LIST = {"type": "array", "maxItems": LIST_LENGTH, "items": {"anyOf": _SCALARS}}
+Value = Annotated[Any, PlainValidator(_value), WithJsonSchema({"anyOf": [*_SCALARS, _LIST, {"type": "null"}]})]
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+FeatureMap = Annotated[dict[Name, Value], Field(max_length=FEATURES), BeforeValidator(_few)]
+Id = Annotated[str, Field(min_length=1, max_length=ID_LENGTH)]
+Bid = Annotated[float, Field(ge=0, le=1e9)]
+RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
+
+
+class Wire(BaseModel):
+    """Strict, closed and finite: what is not described here is refused by name."""
+
+    # Ids are too many to be found in pydantic's cache of strings: each would only push another one out of it.
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, cache_strings="keys", use_attribute_docstrings=True
+    )
+
+
+class Behaviour(Wire):
+    """An ad that the user clicked."""
+
+    ad_id: Id
+    """Which."""
+    ts: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    """When, in seconds since 1970; a model that is given ages takes one without for older than all others."""
+
+
+class User(Wire):
+    """Who is asked for. Features replace the stored ones name by name, a history replaces the stored history as a whole."""
+
+    id: Id
+    """Their id in the store, in the log and among a model's features."""
+    features: FeatureMap = {}
+    """By the schema's names; null is missing."""
+    history: Annotated[list[Behaviour], Field(max_length=HISTORY_LIMIT, fail_fast=True)] | None = None
+    """The ads that they clicked, oldest first: `{"ad_id": …, "ts": …}`."""
+
+
+class Candidate(Wire):
+    """An ad to rank; where there is nothing to say but its id, candidates may be a list of ids."""
+
+    ad_id: Id
+    """Its id in the catalogue; one that the catalogue lacks is ranked too, and marked `known: false`."""
+    bid: Bid | None = None
+    """What a click on it pays, for `objective: ecpm`."""
+    features: FeatureMap | None = None
+    """In place of the catalogue's, name by name; null is missing."""
+
+
+class CandidateColumns(Wire):
+    """The candidates as columns of equal length, the quickest form where there is more to say than ids."""
+
+    ad_id: Annotated[list[Id], Field(min_length=1, max_length=CANDIDATES, fail_fast=True)]
+    """Of each."""
+    bid: Annotated[list[Bid | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
+    """Of each; null for those without."""
+    features: Annotated[list[FeatureMap | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
+    """Of each; null for those without."""
+
+
+class ExploreGreedy(Wire):
+    """The best first."""
+
+    policy: Literal["greedy"]
+    """This one, whatever the service's setting is."""
+
+
+class ExploreEpsilonGreedy(Wire):
+    """At each place the best ad that is left, but with the probability `epsilon` any one of those left."""
+
+    policy: Literal["epsilon_greedy"]
+    """This one."""
+    epsilon: Annotated[float, Field(ge=0, le=1)]
+    """The share of places that are drawn."""
+
+
+class ExplorePlackettLuce(Wire):
+    """At each place one of the ads left, in proportion to what it is ordered by ** (1 / `temperature`)."""
+
+    policy: Literal["plackett_luce"]
+    """This one."""
+    temperature: Annotated[float, Field(ge=COLDEST, le=HOTTEST)]
+    """The higher, the more is left to chance; towards 0 it is greedy."""
+
+
+def _known_policy(explore: object) -> str | None:
+    named = explore.get("policy") if isinstance(explore, dict) else getattr(explore, "policy", None)
+    return named if named in ("greedy", "epsilon_greedy", "plackett_luce") else None
+
+
+_POLICIES = "an object with policy: greedy, epsilon_greedy (and epsilon), or plackett_luce (and temperature)"
+Explore = Annotated[
+    Annotated[ExploreGreedy, Tag("greedy")]
+    | Annotated[ExploreEpsilonGreedy, Tag("epsilon_greedy")]
+    | Annotated[ExplorePlackettLuce, Tag("plackett_luce")],
+    Discriminator(_known_policy, custom_error_type="no_such_policy", custom_error_message=f"expected {_POLICIES}"),
+]
+
+
+class Options(Wire):
+    """How to rank."""
+
+    model: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    """The name of the model to rank with; without it the service's default."""
+    top_k: Annotated[int, Field(ge=1, le=CANDIDATES)] | None = None
+    """Answer with the first so many; the others are in `omitted`. Without `shown` it says that so many are shown."""
+    shown: Annotated[int, Field(ge=0, le=CANDIDATES)] | None = None
+    """How many ads of the answer, from the first, are shown; 0: what is shown will be reported. Only what is said so, or reported by an
+    impression event, is trained on."""
+    objective: Literal["pctr", "ecpm"] = "pctr"
+    """Order by p(click), or by 1,000 · p(click) · bid, for which every candidate needs a bid."""
+    explain: bool = False
+    """Answer too with what the model was given, the user's features and behaviours and each ad's features, and with what it made of it:
+    each behaviour's weight and what each field added to the logit, of networks that have such (docs/models.md)."""
+    unknown_ads: Literal["rank", "omit"] = "rank"
+    """What becomes of an ad that the catalogue does not have and that comes without a feature that is not null: `rank` puts it
+    among the others, about in the middle; `omit` leaves it out, into `omitted` as `unknown_ad`."""
+    explore: Explore | None = None
+    """Rank by chance, and say with which probability; without it the service's setting counts."""
+    deadline_ms: Annotated[float, Field(gt=0, le=60_000)] | None = None
+    """From the arrival of the request; a ranking that has not been scored by then is answered with 504."""
+
+
+_IDS = Annotated[list[Id], Field(min_length=1, max_length=CANDIDATES, fail_fast=True), Tag("ids")]
+_ROWS = Annotated[list[Candidate], Field(min_length=1, max_length=CANDIDATES, fail_fast=True), Tag("rows")]
+Candidates = Annotated[_IDS | _ROWS | Annotated[CandidateColumns, Tag("columns")], Discriminator(_form)]
+
+
+class RankRequest(Wire):
+    """A user and the ads to rank for them."""
+
+    request_id: RequestId | None = None
+    """Comes back in the answer and stands in the log, for events to name; made up where it is not sent. Never the same for two rankings."""
+    user: User
+    """Who the ads are ranked for."""
+    context: FeatureMap = {}
+    """Features of the request, by the schema's names: page, slot, device, time."""
+    candidates: Candidates
+    """The ads: a list of ids, a list of objects, or an object of columns."""
+    options: Options = Options()
+    """How to rank."""
+
+
+class ModelFacts(Wire):
+    """The model that ranked; `schema` is the fingerprint of its features."""
+
+    name: str
+    version: str
+    fingerprint: Annotated[str, Field(alias="schema")]
+
+
+class AdAnswer(Wire):
+    """A ranked ad. `known` is there, and false, for an ad that the catalogue does not have; `propensity` where the ranking explored:
+    the probability with which the policy puts this ad at this place, given the ads above it. The last three are there where the request
+    said `explain`: `explain` is what the model was given, and what it made of it are `attention`, the weight of each behaviour, oldest
+    first, and `contributions`, what fields, pairs of fields and the `rest` add to the logit before calibration.
+    """
+
+    ad_id: str
+    rank: int
+    p_click: float
+    ecpm: float | None = None
+    propensity: float | None = None
+    known: bool = True
+    explain: dict[str, Any] | None = None
+    attention: list[float] | None = None
+    contributions: dict[str, float] | None = None
+
+
+class OmittedAnswer(Wire):
+    """A candidate that is not ranked, and why."""
+
+    ad_id: str
+    reason: Literal["duplicate", "not_scored", "top_k", "unknown_ad"]
+
+
+class DegradedAnswer(Wire):
+    """Something the ranking did without."""
+
+    stage: str
+    reason: str
+    fallback: str
+
+
+class RankAnswer(Wire):
+    """The ads, best first. Each candidate is in `ads` or in `omitted`, once. `explain` has what the model was given of `user`, `context`
+    and `history`, and a `notice`, a sentence, where not all ads could be explained.
+    """
+
+    request_id: str
+    model: ModelFacts
+    ads: list[AdAnswer]
+    omitted: list[OmittedAnswer]
+    degraded: list[DegradedAnswer]
+    timings_ms: dict[str, float]
+    explain: dict[str, Any] | None = None
+
+
+class ErrorAnswer(Wire):
+    """One thing wrong: a JSON pointer into the request, and what is wrong there."""
+
+    pointer: str
+    detail: str
+
+
+class Problem(Wire):
+    """An error, as RFC 9457 has it."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: list[ErrorAnswer]
+
+
+_ranks: list[bytes] = []
+
+
+def answer(request_id: str, ranking: Ranking, stages: Stages) -> bytes:
+    """The ranking as the JSON of a `RankAnswer`; `ads` goes from columns to bytes, without an object for each ad."""
+    timed = [*TIMED, *(["explain"] if "explain" in stages.seconds else [])]
+    seconds = {**{name: stages.seconds.get(name, 0.0) for name in timed}, "total": stages.total}
+    before = {"request_id": request_id, "model": ranking.model}
+    after: dict[str, Any] = {
+        "omitted": [{"ad_id": ad_id, "reason": reason} for ad_id, reason in ranking.omitted],
+        "degraded": [entry._asdict() for entry in ranking.degraded],
+        "timings_ms": {name: round(spent * 1000, 3) for name, spent in seconds.items()},
+    }
+    if ranking.seen is not None:
+        after["explain"] = ranking.seen
+    return b"".join((orjson.dumps(before)[:-1], b',"ads":[', *_ads(ranking), b"],", orjson.dumps(after)[1:]))
+
+
+def _ads(ranking: Ranking) -> list[bytes]:
+    """The pieces of the array: for each ad what stands between two ads, its id, its rank, and its numbers."""
+    count = len(ranking.ad_ids)
+    if not count:
+        return []
+    while len(_ranks) < count:
+        _ranks.append(b'","rank":%d,"p_click":' % (len(_ranks) + 1))
+    pieces = [b'},{"ad_id":"'] * (4 * count)
+    pieces[0] = b'{"ad_id":"'
+    pieces[1::4] = _escaped(ranking.ad_ids)
+    pieces[2::4] = _ranks[:count]
+    pieces[3::4] = _numbers(ranking)
+    return [*pieces, b"}"]
+
+
+def _numbers(ranking: Ranking) -> list[bytes]:
+    """What an ad says after its rank. All of it but p_click is there for some rankings only."""
+    texts = _listed(ranking.p_click)
+    if ranking.ecpm is not None:
+        texts = [
+            text if ecpm == b"null" else b'%s,"ecpm":%s' % (text, ecpm) for text, ecpm in zip(texts, _listed(ranking.ecpm), strict=True)
+        ]
+    if ranking.propensity is not None:
+        chances = _listed(ranking.propensity)
+        texts = [b'%s,"propensity":%s' % (text, chance) for text, chance in zip(texts, chances, strict=True)]
+    if ranking.known is not None:
+        texts = [text if known else text + b',"known":false' for text, known in zip(texts, ranking.known, strict=True)]
+    if ranking.ads_seen is not None:
+        texts = [b'%s,"explain":%s' % (text, orjson.dumps(seen)) for text, seen in zip(texts, ranking.ads_seen, strict=True)]
+    if ranking.why:
+        texts[: len(ranking.why)] = [b"%s,%s" % (text, orjson.dumps(why)[1:-1]) for text, why in zip(texts, ranking.why, strict=False)]
+    return texts
+
+
+def _listed(numbers: Sequence[float | None]) -> list[bytes]:
+    return orjson.dumps(numbers)[1:-1].split(b",")
+
+
+def _escaped(texts: Sequence[str]) -> list[bytes]:
+    """Each as JSON, without its quotes."""
+    together = orjson.dumps(texts)
+    if b"\\" not in together:  # nothing had to be escaped, so no text holds a quote
+        return together[2:-2].split(b'","')
+    return [orjson.dumps(text)[1:-1] for text in texts]

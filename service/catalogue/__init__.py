@@ -1,0 +1,1 @@
+"""All ads in memory, encoded for each model version, and kept up with the store."""

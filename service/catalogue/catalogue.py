@@ -1,0 +1,206 @@
+"""The ad catalogue in memory: read whole from the store, then kept in step with its change stream.
+
+Knows nothing about requests. Everything here runs on the event loop, so that a table never changes under a reader.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from features.encode import AdTable, Encoder, FieldError, clean
+from features.merging import ForgetAd, left_before
+from features.schema import IDENTITY, Field
+from features.state import Ad, ChangesLostError, Store, StoreError
+
+from ..telemetry.metrics import Metrics
+from .ads import Ads, View
+
+AT_ONCE = 200
+"""Ads encoded before other work gets a turn on the event loop: about a millisecond."""
+AT_ONCE_UNDER_LOAD = 50
+"""The same for a table that is not needed yet: what it takes is taken from requests."""
+POLL_SECONDS = 1.0
+BACK_OFF_SECONDS = (0.1, 5.0)
+GONE_SECONDS = 90 * 24 * 3600.0
+FREE_SECONDS = 60.0
+"""How often it is looked whether there is enough to free."""
+FREE_AT_LEAST, FREE_SHARE = 1_000, 0.1
+"""Ads to free, and their share of the active ones, that are worth reading the catalogue anew: tables have no holes."""
+
+log = logging.getLogger(__name__)
+
+
+class Catalogue:
+    """Encoded ads, one table for each distinct fingerprint among the models."""
+
+    def __init__(self, store: Store, encoders: Mapping[str, Encoder], metrics: Metrics) -> None:
+        self._store, self._encoders, self._metrics = store, dict(encoders), metrics
+        self._ads = self._empty()
+        self._in_step = self._looked = time.monotonic()
+        self.gone_seconds = GONE_SECONDS
+        """How long an ad that left is kept, for the histories that hold it."""
+        self.loaded = False
+        """Whether all ads have been read once."""
+        self._emptied = False
+        self.reason: str | None = None
+        """Why the catalogue is not in step with the store, None while it is."""
+        self.detail: str | None = None
+        """The same as a sentence, where the store has one."""
+
+    def _empty(self) -> Ads:
+        return Ads({fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()})
+
+    def table(self, fingerprint: str) -> AdTable:
+        """The ads as the encoder of that fingerprint encodes them. Ask anew for each request: a re-read replaces it."""
+        return self._ads.tables[fingerprint]
+
+    def view(self, fingerprint: str) -> View:
+        """That table and the features that its rows are encoded from now. It stays good when the catalogue is read anew or drops it."""
+        return View(self._ads, fingerprint)
+
+    async def add(self, fingerprint: str, encoder: Encoder) -> None:
+        """Encode all ads for one more fingerprint while ranking goes on; when it returns, that table is in step with the others."""
+        if fingerprint in self._encoders:
+            return
+        self._encoders[fingerprint] = encoder
+        ads = self._ads
+        # Changes reach it from now on: an ad may be encoded twice, each time as it is then.
+        ads.tables[fingerprint] = AdTable(encoder, len(ads.packed))
+        try:
+            await self._fill(ads, fingerprint)
+        except BaseException:  # else whoever asks for it again would be given a table that is half full
+            self.keep(self._encoders.keys() - {fingerprint})
+            raise
+
+    def keep(self, fingerprints: Collection[str]) -> None:
+        """Let go of the tables of all other fingerprints."""
+        for fingerprint in self._encoders.keys() - set(fingerprints):
+            del self._encoders[fingerprint]
+            self._ads.drop(fingerprint)
+
+    async def _fill(self, ads: Ads, fingerprint: str) -> None:
+        for _ in ads.fill(fingerprint, AT_ONCE_UNDER_LOAD, self._encode):
+            await asyncio.sleep(0)
+
+    @property
+    def ads(self) -> int:
+        """Active ads, as the table that has been there longest has them."""
+        return len(next(iter(self._ads.tables.values()), ()))
+
+    @property
+    def lag(self) -> float:
+        """Seconds since the catalogue was last known to be in step with the store, or since the start."""
+        return time.monotonic() - self._in_step
+
+    def observe(self) -> None:
+        """Set the gauges."""
+        self._metrics.catalogue(self.ads, self.lag)
+
+    async def follow(self) -> None:
+        """Load, then follow, for ever; what goes wrong with the store is waited out."""
+        pause, cursor = BACK_OFF_SECONDS[0], None
+        while True:
+            try:
+                cursor = await self.load() if cursor is None else await self._step(cursor)
+                pause, self.reason, self.detail = BACK_OFF_SECONDS[0], "store_emptied" if self._emptied else None, None
+                continue
+            except ChangesLostError as error:
+                log.warning("reading the catalogue again: %s", error)
+                cursor = None
+            except StoreError as error:
+                if self.reason != error.reason:
+                    log.warning("the catalogue is not followed for now: %s", error)
+                self.reason, self.detail = error.reason, str(error)
+            self.observe()
+            await asyncio.sleep(pause * random.uniform(0.5, 1))
+            pause = min(pause * 2, BACK_OFF_SECONDS[1])
+
+    async def load(self) -> str:
+        """Read all ads into fresh tables and swap them in, unless the store has lost them; the cursor to follow from."""
+        began, cursor, fresh, forgotten = time.monotonic(), await self._store.cursor(), self._empty(), list[str]()
+        before = time.time() - self.gone_seconds
+        async for ads in self._store.all_ads():
+            forgotten += [ad.ad_id for ad in ads if left_before(ad, before)]
+            await self._put(fresh, [ad for ad in ads if not left_before(ad, before)])
+        while added := self._encoders.keys() - fresh.tables.keys():  # meanwhile
+            fingerprint = added.pop()
+            fresh.tables[fingerprint] = AdTable(self._encoders[fingerprint])
+            await self._fill(fresh, fingerprint)
+        for dropped in fresh.tables.keys() - self._encoders.keys():  # meanwhile, too
+            fresh.drop(dropped)
+        # No turn of the event loop from here to the swap.
+        # A store that lost its data, by a restart without persistence say, must not take the ads from a service that has them.
+        self._emptied = self.ads > 0 and not any(len(table) for table in fresh.tables.values())
+        if self._emptied:
+            log.warning("the store has no ads any more; ranking goes on with the %d that are in memory: load them again", self.ads)
+            return cursor
+        self._ads, self.loaded, self._in_step = fresh, True, began
+        self.observe()
+        log.info("catalogue loaded: %d active ads in %.1f s", self.ads, time.monotonic() - began)
+        if forgotten:
+            await self._forget(forgotten, before)
+        return cursor
+
+    async def _forget(self, ad_ids: Sequence[str], before: float) -> None:
+        """Delete ads that left before a time from the store. What is not deleted now is at the next reading."""
+        try:
+            await self._store.rewrite("ad", [ForgetAd(ad_id, before) for ad_id in ad_ids])
+            log.info("%d ads that left more than %.0f days ago are deleted", len(ad_ids), self.gone_seconds / 86_400)
+        except StoreError as error:
+            log.warning("%d ads that left long ago could not be deleted: %s", len(ad_ids), error)
+
+    @property
+    def _has_much_to_free(self) -> bool:
+        """Whether many ads in memory left long ago, or are not in the store any more. Counted once in `FREE_SECONDS`."""
+        now = time.monotonic()
+        if now - self._looked < FREE_SECONDS:
+            return False
+        self._looked, before = now, time.time() - self.gone_seconds
+        return sum(left < before for left in self._ads.gone.values()) > max(FREE_AT_LEAST, FREE_SHARE * self.ads)
+
+    async def _step(self, cursor: str) -> str | None:
+        """Take over what changed; the next cursor, or None where the catalogue had better be read anew."""
+        ads, cursor_after = await self._store.changed_ads(cursor, POLL_SECONDS)
+        asked = time.monotonic()
+        await self._put(self._ads, ads)
+        self._emptied &= not ads
+        self._in_step = asked
+        self.observe()
+        return None if self._has_much_to_free else cursor_after
+
+    async def _put(self, into: Ads, ads: Sequence[Ad]) -> None:
+        for start in range(0, len(ads), AT_ONCE):
+            into.change(ads[start : start + AT_ONCE], self._encode)
+            await asyncio.sleep(0)
+
+    def _encode(self, table: AdTable, ads: Sequence[Ad]) -> Collection[str]:
+        if mistyped := put_ads(table, ads):
+            first = next(iter(mistyped.items()))
+            log.warning("%d ads are left out, they do not fit the schema; the first: %r (%s)", len(mistyped), *first)
+            self._metrics.degraded("catalogue", "ad_mistyped", len(mistyped))
+        return mistyped
+
+
+def put_ads(table: AdTable, ads: Sequence[Ad]) -> dict[str, str]:
+    """Encode ads into a table; those that do not fit the schema and were left out, and why."""
+    mistyped, fields = {}, table.encoder.schema.side("ad")
+    for active in (True, False):
+        # An ad that was deleted outright has no features: those it had stay, for the histories that hold it.
+        kept: list[tuple[str, list[Any]]] = []
+        for ad in ads:
+            if ad.active == active and (active or ad.features):
+                try:
+                    kept.append((ad.ad_id, _clean(fields, ad)))
+                except FieldError as error:
+                    mistyped[ad.ad_id] = str(error)
+        columns = dict(zip([field.name for field in fields], zip(*(row for _, row in kept), strict=True), strict=False))
+        table.put([ad_id for ad_id, _ in kept], table.encoder.encode("ad", columns, len(kept)), active)
+    table.remove([ad.ad_id for ad in ads if not ad.active])
+    return mistyped
+
+
+def _clean(fields: Sequence[Field], ad: Ad) -> list[Any]:
+    return [ad.ad_id if field.name == IDENTITY["ad"] else clean(field, ad.features.get(field.name)) for field in fields]

@@ -1,0 +1,1 @@
+"""What comes back: events that are taken in, and the log of what was served."""

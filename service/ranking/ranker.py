@@ -1,0 +1,394 @@
+"""From a request to a ranking: fetch the user, encode, score, sort. Knows nothing about HTTP, Redis or ONNX Runtime.
+
+Candidates are columns from the request to the answer: nothing here makes an object for each.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import orjson
+
+from features.encode import Features, Feeds, FieldError, Mask, Request, encode_request
+from features.policy import Policy
+from features.schema import IDENTITY
+from features.state import Store, StoreError, UserState
+from features.vocabulary import Numbers
+
+from ..catalogue.ads import View
+from ..catalogue.catalogue import Catalogue
+from ..errors import DeadlineError, InvalidError, Mistake, ScoringError, ServiceError
+from ..models.canary import Challenge
+from ..models.loaded import Model, Models
+from ..telemetry.metrics import Metrics, Stages
+from .executor import Scoring
+from .explain import Seen, explain_ad, explain_request
+from .ordering import arrange, best_first
+
+Bids = np.ndarray[Any, np.dtype[np.float64]]
+MISTAKES_TOLD = 20
+
+
+@dataclass(slots=True, kw_only=True)
+class Query:
+    """A request to rank. `bids` stand beside `ad_ids`, NaN where there is none, or None where no candidate has one; `sent` holds
+    candidates' features by position; no history: the stored one.
+    """
+
+    user_id: str
+    user: Features = field(default_factory=dict)
+    history: Sequence[str] | None = None
+    history_ts: Sequence[float] = ()
+    """When the behaviours of `history` were; empty: not known."""
+    context: Features = field(default_factory=dict)
+    ad_ids: Sequence[str]
+    names: Sequence[str] | None = None
+    """The ads' ids as the caller wrote them, where those are other texts (`features/values.py`)."""
+    bids: Bids | None = None
+    sent: Mapping[int, Features] = field(default_factory=dict)
+    model: str | None = None
+    top_k: int | None = None
+    shown: int | None = None
+    """How many ads of the answer are shown, if that is not `top_k`; not known where neither is there."""
+    objective: Literal["pctr", "ecpm"] = "pctr"
+    explain: bool = False
+    unknown_ads: Literal["rank", "omit"] = "rank"
+    """What becomes of an ad that the catalogue does not have and that comes without features."""
+    policy: Policy | None = None
+    """How to explore; None: not at all."""
+    deadline: float | None = None
+    """Seconds from the request's beginning."""
+    request_id: str = ""
+
+
+class Degraded(NamedTuple):
+    """What a ranking did without, why, and what stood in."""
+
+    stage: str
+    reason: str
+    fallback: str
+
+
+@dataclass(slots=True)
+class Ranking:
+    """The answer: every candidate once, in the columns of the ranked (best first) or in `omitted` as (ad id, reason)."""
+
+    model: Mapping[str, str]
+    ad_ids: Sequence[str]
+    p_click: Sequence[float]
+    """The shortest decimals that are the model's float32: no digit that it did not mean, none lost."""
+    ecpm: Sequence[float | None] | None
+    """In the bid's currency for a thousand impressions; None for all where there is no bid."""
+    known: Sequence[bool] | None
+    """Whether the catalogue has the ad; None where it has all."""
+    omitted: Sequence[tuple[str, str]]
+    degraded: Sequence[Degraded]
+    seen: Mapping[str, Any] | None = None
+    ads_seen: Sequence[Seen] | None = None
+    propensity: Sequence[float] | None = None
+    """How likely the policy was to put each ad at its place, given those above it; None where it did not explore."""
+    why: Sequence[Mapping[str, Any]] = ()
+    """What `explanations` has to say of the first ads."""
+
+
+class Encoded(NamedTuple):
+    """A request as the model takes it: each candidate once."""
+
+    request: Request
+    feeds: Feeds
+    known: Mask
+    view: View
+    """The features that the ads' rows were encoded from."""
+    repeated: Sequence[int] | None
+    """The positions of the request's candidates in the query, None where they are the same."""
+    behaviours: int
+
+
+class Scored(NamedTuple):
+    """Probabilities `(C,)`, and which of them are numbers."""
+
+    scores: Numbers
+    finite: Mask
+
+
+class Made(NamedTuple):
+    """A ranking and all that it was made of. Nothing here changes any more."""
+
+    query: Query
+    model: Model
+    encoded: Encoded
+    scored: Scored
+    ranking: Ranking
+
+
+class Ranker:
+    """Ranks with the models and the catalogue of the moment."""
+
+    def __init__(
+        self,
+        store: Store,
+        metrics: Metrics,
+        scoring: Scoring,
+        random: np.random.Generator | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`random` is by default seeded by the system; `clock` gives seconds since 1970."""
+        self._store, self._scoring, self._clock = store, scoring, clock
+        self._random = random or np.random.default_rng()
+        self.models, self.catalogue = Models({}, {}), Catalogue(store, {}, metrics)
+        self.challenges: Mapping[str, Challenge] = {}
+
+    def use(self, models: Models, catalogue: Catalogue, challenges: Mapping[str, Challenge] | None = None) -> None:
+        """Rank with these from the next request on; those on their way are ranked with what they began with."""
+        self.models, self.catalogue, self.challenges = models, catalogue, challenges or {}
+
+    def close(self) -> None:
+        """Let the scoring threads end."""
+        self._scoring.close()
+
+    async def rank(self, query: Query, stages: Stages) -> Made:
+        """The ranking, and all that it was made of.
+
+        Raises:
+            ServiceError: an unknown model, no model, an invalid request, a deadline that passed, a model that failed.
+        """
+        model, catalogue = self.models.get(query.model), self.catalogue
+        challenge = self.challenges.get(model.name)
+        canary = challenge.canary(query.user_id) if challenge else None
+        _check_bids(query)
+        # The catalogue may let go of them while the store is asked.
+        views = {each: catalogue.view(each.bundle.fingerprint) for each in (model, canary) if each is not None}
+        stages.enter("features")
+        asked = Asked(query, stages, catalogue, await self._user(query, stages), self._clock())
+        if challenge is None:
+            return await self._by_live(asked, model, views[model], None)
+        failure: ServiceError | None = None
+        if canary is not None and challenge.model is canary:  # it may have been stopped meanwhile
+            try:
+                return await self._by_canary(asked, canary, views[canary], challenge)
+            except (ScoringError, InvalidError) as error:
+                failure = error
+        made = await self._by_live(asked, model, views[model], challenge if canary is None else None)
+        if failure is not None:
+            challenge.failed(failure)
+        return made
+
+    async def _by_live(self, asked: "Asked", model: Model, view: View, challenge: Challenge | None) -> Made:
+        query, stages = asked.query, asked.stages
+        stages.enter("features")
+        encoded, degraded = asked.encoded(model, view)
+        asked.note(model, encoded)
+        scores = await self._scoring.score(model.scorer, encoded.feeds, stages, query.deadline)
+        stages.enter("post")
+        if challenge is not None:
+
+            def encode(other: Model) -> Feeds:
+                if other.bundle.fingerprint == model.bundle.fingerprint:
+                    return encoded.feeds
+                return asked.encoded(other, asked.catalogue.view(other.bundle.fingerprint))[0].feeds
+
+            challenge.beside(query.user_id, stages.seconds["inference"], scores, encode)
+        return self._made(asked, model, encoded, scores, degraded)
+
+    async def _by_canary(self, asked: "Asked", canary: Model, view: View, challenge: Challenge) -> Made:
+        """By the challenger; what is waited for it in vain counts as waiting, so that the stages are those of the version that ranks."""
+        query, stages = asked.query, asked.stages
+        encoded, degraded = asked.encoded(canary, view)
+        asked.note(canary, encoded)
+        patience = None if query.deadline is None else (query.deadline - stages.total) / 2
+        stages.enter(None)
+        began, stage = time.perf_counter(), "queue"
+        try:
+            scores = await challenge.score(canary, encoded.feeds, patience)
+            stage = "inference"
+        finally:
+            stages.add(stage, began, time.perf_counter())
+        stages.enter("post")
+        return self._made(asked, canary, encoded, scores, degraded)
+
+    def _made(self, asked: "Asked", model: Model, encoded: Encoded, scores: Numbers, degraded: list[Degraded]) -> Made:
+        stages, finite = asked.stages, np.isfinite(scores)
+        stages.scores = scores
+        if np.count_nonzero(finite) < len(finite):
+            degraded.append(Degraded("inference", "not_finite", "omitted"))
+        stages.degraded = [(entry.stage, entry.reason) for entry in degraded]
+        scored = Scored(scores, finite)
+        ranking = _ranking(asked.query, model, encoded, scored, degraded, self._random)
+        return Made(asked.query, model, encoded, scored, ranking)
+
+    async def _user(self, query: Query, stages: Stages) -> UserState | StoreError:
+        """The user's state, or why the store does not give it. It is asked once, whichever version ranks in the end."""
+        stages.user = "error"
+        try:
+            state = await self._stored(query, stages)
+        except TimeoutError:
+            raise DeadlineError("the deadline passed while the store was asked for the user") from None
+        except StoreError as error:
+            return error
+        stages.user = "hit" if state else "miss"
+        return state or UserState()
+
+    async def _stored(self, query: Query, stages: Stages) -> UserState | None:
+        if query.deadline is None:
+            return await self._store.get_user(query.user_id)
+        async with asyncio.timeout(query.deadline - stages.total):
+            return await self._store.get_user(query.user_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request with what the store gave for it, to be encoded for any of the models."""
+
+    query: Query
+    stages: Stages
+    catalogue: Catalogue
+    stored: UserState | StoreError
+    ts: float
+    """When, in seconds since 1970: whichever version ranks sees the same ages."""
+
+    def encoded(self, model: Model, view: View) -> tuple[Encoded, list[Degraded]]:
+        """The request as a model takes it, and what that does without.
+
+        Raises:
+            InvalidError: a feature does not fit the model's schema.
+        """
+        degraded = [] if self.catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
+        if isinstance(self.stored, StoreError):
+            degraded += self._without_user(model, self.stored.reason)
+        stored = UserState() if isinstance(self.stored, StoreError) else self.stored
+        return _encode(self.query, view, _usable(model, self.query, stored, degraded), self.ts), degraded
+
+    def note(self, model: Model, encoded: Encoded) -> None:
+        """Tell the metrics what is about to be scored, and by which version."""
+        self.stages.version = model.bundle.version
+        self.stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
+
+    def _without_user(self, model: Model, reason: str) -> list[Degraded]:
+        schema = model.bundle.schema
+        without = []
+        if self.query.history is None and schema.history_fields:
+            without.append(Degraded("history", reason, "empty_history"))
+        if any(known.name not in IDENTITY.values() for known in schema.side("user")):
+            without.append(Degraded("user", reason, "sent_features"))
+        return without
+
+
+def _usable(model: Model, query: Query, stored: UserState, degraded: list[Degraded]) -> UserState:
+    """The user's state as far as the model's schema can use it; nobody has none, whatever is stored under such an id."""
+    if model.bundle.encoder.is_nobody(query.user_id):
+        return UserState()
+    features, mistyped = model.bundle.encoder.usable("user", stored.features)
+    if mistyped:
+        degraded.append(Degraded("user", "stored_feature_mistyped", "missing_feature"))
+    times = stored.ts
+    if model.bundle.encoder.schema.history_ages and query.history is None and not set(map(type, times)) <= {int, float}:
+        degraded.append(Degraded("history", "stored_times_mistyped", "unknown_ages"))
+        times = ()
+    return UserState(features, stored.ad_ids, times)
+
+
+def _check_bids(query: Query) -> None:
+    if query.objective == "ecpm" and (query.bids is None or np.isnan(query.bids).any()):
+        missing = range(len(query.ad_ids)) if query.bids is None else np.flatnonzero(np.isnan(query.bids)).tolist()
+        mistakes = [Mistake(("candidates", i, "bid"), "missing; the objective ecpm needs it") for i in missing[:MISTAKES_TOLD]]
+        raise InvalidError(f"the objective ecpm needs a bid for each candidate; {len(missing)} have none", mistakes)
+
+
+def _first_of_each(query: Query) -> list[int] | None:
+    """Positions of the candidates to rank where some are named twice, None where all are."""
+    if len(set(query.ad_ids)) == len(query.ad_ids):
+        return None
+    first: dict[str, int] = {}
+    for i, ad_id in enumerate(query.ad_ids):
+        first.setdefault(ad_id, i)
+    return list(first.values())
+
+
+def _request(query: Query, state: UserState, repeated: Sequence[int] | None, ts: float) -> Request:
+    ad_ids, sent = query.ad_ids, query.sent
+    if repeated is not None:
+        ad_ids = [ad_ids[i] for i in repeated]
+        sent = {row: sent[i] for row, i in enumerate(repeated) if i in sent}
+    history, times = (state.ad_ids, state.ts) if query.history is None else (query.history, query.history_ts)
+    return Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features, times, ts)
+
+
+def _encode(query: Query, view: View, state: UserState, ts: float) -> Encoded:
+    repeated = _first_of_each(query)
+    request = _request(query, state, repeated, ts)
+    try:
+        feeds, known = encode_request(view.table, request)
+        view.renew()
+        behaviours = min(len(request.history), view.table.encoder.schema.history_length)
+        return Encoded(request, feeds, known, view, repeated, behaviours)
+    except FieldError as error:
+        raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
+
+
+def _ranking(
+    query: Query, model: Model, encoded: Encoded, scored: Scored, degraded: list[Degraded], random: np.random.Generator
+) -> Ranking:
+    """Ads best first, or as the policy drew them, those beyond `top_k` omitted, and those without a finite score. Ties go by ad id."""
+    ad_ids, repeated = encoded.request.candidates, encoded.repeated
+    bids = query.bids if query.bids is None or repeated is None else query.bids[repeated]
+    told = _told(query, encoded, degraded)
+    (rows,) = (scored.finite & told).nonzero()
+    clicks = shortest(scored.scores) if len(rows) == len(ad_ids) else shortest(np.where(scored.finite, scored.scores, np.float32(0)))
+    ecpm = None if bids is None else clicks * bids * 1000
+    by = scored.scores if query.objective == "pctr" or ecpm is None else ecpm
+    order, propensity = arrange(best_first(rows, by, ad_ids), by, query.policy, query.top_k, random)
+    kept = order[: query.top_k]
+    places, known = kept.tolist(), encoded.known.take(kept)
+    omitted = [] if repeated is None else [(ad_id, "duplicate") for ad_id in _others(query.ad_ids, repeated)]
+    if len(places) < len(ad_ids):
+        omitted += [(ad_ids[row], "unknown_ad") for row in np.flatnonzero(~told).tolist()]
+        omitted += [(ad_ids[row], "not_scored") for row in np.flatnonzero(told & ~scored.finite).tolist()]
+        omitted += [(ad_ids[row], "top_k") for row in order[len(kept) :].tolist()]
+    ranking = Ranking(
+        model.facts(),
+        list(map(ad_ids.__getitem__, places)),
+        clicks.take(kept).tolist(),
+        None if ecpm is None else [None if value != value else value for value in ecpm.take(kept).tolist()],  # noqa: PLR0124
+        None if np.count_nonzero(known) == len(known) else known.tolist(),
+        omitted,
+        degraded,
+        propensity=None if propensity is None else propensity.tolist(),
+    )
+    if query.explain:
+        encoder = model.bundle.encoder
+        ranking.seen = explain_request(encoder, encoded.feeds, encoded.behaviours)
+        ranking.ads_seen = [explain_ad(encoder, encoded.feeds, row) for row in places]
+    return ranking
+
+
+def _told(query: Query, encoded: Encoded, degraded: Sequence[Degraded]) -> Mask:
+    """Which candidates may be ranked: all but those of which nothing is known, where the request wants those omitted.
+
+    While the catalogue has not been read, no ad can be told from an unknown one: then all are ranked, as `degraded` says.
+    """
+    if query.unknown_ads == "rank" or any(entry.stage == "catalogue" for entry in degraded):
+        return np.ones(len(encoded.known), np.bool_)
+    told = encoded.known.copy()
+    told[[row for row, features in encoded.request.sent.items() if any(value is not None for value in features.values())]] = True
+    return told
+
+
+def _others(ad_ids: Sequence[str], ranked: Sequence[int]) -> list[str]:
+    places = set(ranked)
+    return [ad_id for i, ad_id in enumerate(ad_ids) if i not in places]
+
+
+def shortest(scores: Numbers) -> Bids:
+    """The shortest decimals that are these finite float32, as float64."""
+    return np.array(orjson.loads(orjson.dumps(np.ascontiguousarray(scores), option=orjson.OPT_SERIALIZE_NUMPY)), np.float64)
+
+
+def _mistake(error: FieldError, positions: Sequence[int] | None) -> Mistake:
+    """Where in the caller's document the field is."""
+    if error.side == "ad" and error.row is not None:
+        position = error.row if positions is None else positions[error.row]
+        return Mistake(("candidates", position, "features", error.name), error.detail)
+    return Mistake((error.side, error.name) if error.side == "context" else (error.side, "features", error.name), error.detail)

@@ -1,0 +1,1 @@
+"""Processes and connections: uvicorn, with limits on what a client may hold."""
