@@ -60,7 +60,7 @@ SWITCHES: Mapping[str, Callable[[], None]] = {EACH: each_alone}
 
 
 @dataclass(frozen=True)
-class Row:
+class Compared:
     """A subject at one load: medians over the rounds, and of the ratios to the first subject of the same round."""
 
     yardstick: str
@@ -98,7 +98,7 @@ def subjects(built: Built, redis: str, folder: Path) -> Iterator[Bench]:
         subprocess.run(["git", "worktree", "remove", "--force", str(own)], cwd=ROOT, check=True)
 
 
-def rounds_of(bench: Bench, candidates: int, connections: int, rounds: int, seconds: float) -> list[Row]:
+def rounds_of(bench: Bench, candidates: int, connections: int, rounds: int, seconds: float) -> list[Compared]:
     """All subjects in turn, their order changing from round to round."""
     names, requests = list(bench.subjects), bench.requests(candidates)
     taken = {name: list[tuple[float, float, float, int]]() for name in names}
@@ -118,7 +118,7 @@ def rounds_of(bench: Bench, candidates: int, connections: int, rounds: int, seco
         low, high = np.quantile(ratio[:, 1], (0.1, 0.9)).round(3).tolist()
         errors = int(table[:, 3].sum())
         at = (bench.built.yardstick.name, candidates, connections, name)
-        rows.append(Row(*at, round(pace), pace_to, round(cpu), cpu_to, low, high, round(p99, 2), p99_to, errors))
+        rows.append(Compared(*at, round(pace), pace_to, round(cpu), cpu_to, low, high, round(p99, 2), p99_to, errors))
     return rows
 
 

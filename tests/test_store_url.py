@@ -2,27 +2,27 @@
 
 import pytest
 
-from service.store.url import Login, Place, StoreUrl, Tls, parse_store_url, store_name
+from service.store.url import HostPort, Login, StoreUrl, Tls, parse_store_url, store_name
 
 
 @pytest.mark.parametrize(
     ("url", "read"),
     [
         ("memory://", StoreUrl("memory")),
-        ("redis://h", StoreUrl("alone", (Place("h", 6379),))),
-        ("redis://:p%40ss@h:1/3", StoreUrl("alone", (Place("h", 1),), db=3, login=Login("", "p@ss"))),
-        ("redis://u:p@[::1]:7/?db=2", StoreUrl("alone", (Place("::1", 7),), db=2, login=Login("u", "p"))),
-        ("rediss://h/1", StoreUrl("alone", (Place("h", 6379),), db=1, tls=Tls())),
-        ("rediss://h?ssl_cert_reqs=none", StoreUrl("alone", (Place("h", 6379),), tls=Tls(verify="none"))),
+        ("redis://h", StoreUrl("alone", (HostPort("h", 6379),))),
+        ("redis://:p%40ss@h:1/3", StoreUrl("alone", (HostPort("h", 1),), db=3, login=Login("", "p@ss"))),
+        ("redis://u:p@[::1]:7/?db=2", StoreUrl("alone", (HostPort("::1", 7),), db=2, login=Login("u", "p"))),
+        ("rediss://h/1", StoreUrl("alone", (HostPort("h", 6379),), db=1, tls=Tls())),
+        ("rediss://h?ssl_cert_reqs=none", StoreUrl("alone", (HostPort("h", 6379),), tls=Tls(verify="none"))),
         ("unix:///run/r%20s?db=2", StoreUrl("alone", path="/run/r s", db=2)),
         ("unix://u:p@/run/r", StoreUrl("alone", path="/run/r", login=Login("u", "p"))),
-        ("redis+sentinel://a,b:2/m", StoreUrl("sentinel", (Place("a", 26379), Place("b", 2)), name="m")),
+        ("redis+sentinel://a,b:2/m", StoreUrl("sentinel", (HostPort("a", 26379), HostPort("b", 2)), name="m")),
         (
             "rediss+sentinel://u:p@a/m/4?sentinel_user=v&sentinel_password=q",
-            StoreUrl("sentinel", (Place("a", 26379),), name="m", db=4, login=Login("u", "p"), sentinel_login=Login("v", "q"), tls=Tls()),
+            StoreUrl("sentinel", (HostPort("a", 26379),), name="m", db=4, login=Login("u", "p"), sentinel_login=Login("v", "q"), tls=Tls()),
         ),
-        ("redis+cluster://:p@a:1,[::2]:3", StoreUrl("cluster", (Place("a", 1), Place("::2", 3)), login=Login("", "p"))),
-        ("redis+cluster://a/0", StoreUrl("cluster", (Place("a", 6379),))),
+        ("redis+cluster://:p@a:1,[::2]:3", StoreUrl("cluster", (HostPort("a", 1), HostPort("::2", 3)), login=Login("", "p"))),
+        ("redis+cluster://a/0", StoreUrl("cluster", (HostPort("a", 6379),))),
     ],
 )
 def test_each_form_is_read(url, read):

@@ -5,6 +5,7 @@ one round trip.
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -60,12 +61,14 @@ class Client:
             OSError, RedisError: there were none in time. Some commands may have been carried out.
         """
         async with asyncio.timeout(self._timeout), self._turns:
-            try:
-                return await self._server.send(commands)
-            except RedisConnectionError:
-                if self._once:
-                    raise
-            return await self._server.send(commands)
+            return await (self._server.send(commands) if self._once else again(self._server, commands))
+
+
+async def again(server: Server, commands: Sequence[Command]) -> list[Any]:
+    """The replies; where the connection is lost, of a second attempt. Raises as `Server.send` does."""
+    with suppress(RedisConnectionError):
+        return await server.send(commands)
+    return await server.send(commands)
 
 
 Read = tuple[str, "asyncio.Future[bytes]"]
@@ -81,7 +84,6 @@ class Reads:
     def __init__(self, servers: Servers, timeout: float, most: int) -> None:
         """Whom to ask, how many seconds a read may take, and how many bytes of a value are read."""
         self._servers, self._timeout, self._end = servers, timeout, str(most).encode()
-        self._client = Client(servers, max(timeout, SILENT_SECONDS))
         self._turn = list[Read]()
         self._waiting, self._busy = defaultdict[Hashable, list[Read]](list), Counter[Hashable]()
         self._tasks = set[asyncio.Task[None]]()
@@ -116,11 +118,13 @@ class Reads:
             task = asyncio.get_running_loop().create_task(self._ask(owner, batch))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            silence = asyncio.get_running_loop().call_later(max(self._timeout, SILENT_SECONDS), task.cancel)
+            task.add_done_callback(lambda _: silence.cancel())
 
     async def _ask(self, owner: Hashable, batch: Sequence[Read]) -> None:
         replies: Sequence[Any]
         try:
-            replies = await self._client.ask_all([(b"GETRANGE", key, b"0", self._end) for key, _ in batch])
+            replies = await again(self._servers, [(b"GETRANGE", key, b"0", self._end) for key, _ in batch])
         except (OSError, RedisError) as error:
             replies = [error] * len(batch)
         finally:

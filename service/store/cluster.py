@@ -41,7 +41,7 @@ def key_of(command: Command) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class ClusterServer:
     """One of the servers."""
 
     node: ClusterNode
@@ -100,7 +100,7 @@ class Cluster:
         await self._known()
         if len(self._nodes.slots_cache) < SLOTS:
             raise RedisConnectionError("a part of the cluster's slots has no node")
-        return [Node(node) for node in self._nodes.get_nodes_by_server_type("primary")]
+        return [ClusterServer(node) for node in self._nodes.get_nodes_by_server_type("primary")]
 
     def owner(self, key: str) -> Hashable:
         """See `Server`."""
@@ -135,8 +135,8 @@ class Cluster:
     async def _ask_node(self, node: ClusterNode, asking: bool, commands: Sequence[Command]) -> list[Any]:
         try:
             if not asking:
-                return await Node(node).send(commands)
-            return (await Node(node).send([word for command in commands for word in ((b"ASKING",), command)]))[1::2]
+                return await ClusterServer(node).send(commands)
+            return (await ClusterServer(node).send([word for command in commands for word in ((b"ASKING",), command)]))[1::2]
         except BaseException:  # one that is silent is noticed by who stops waiting for it
             self._doubt(node.name)
             raise

@@ -16,7 +16,7 @@ from redis.exceptions import AuthenticationError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from .server import MOST_CONNECTIONS, Command, Single, TlsConnection, alone, options_of, unrefused
-from .url import Place, StoreUrl
+from .url import HostPort, StoreUrl
 
 SENTINEL_SECONDS = 1.0
 """How long a sentinel may take. All are asked at once, and when most have answered nobody waits for the others: one often goes down
@@ -31,7 +31,7 @@ class Primary(Single):
     def __init__(self, url: StoreUrl) -> None:
         self._sentinels = [alone(StoreUrl("alone", (place,), login=url.sentinel_login, tls=url.tls)) for place in url.places]
         self._connections = weakref.WeakSet[SentinelManagedConnection]()
-        self._asking: asyncio.Task[Place] | None = None
+        self._asking: asyncio.Task[HostPort] | None = None
         self._watching: asyncio.Task[None] | None = None
         kind = _TlsConnection if url.tls else SentinelManagedConnection
         options = {**options_of(url.login, url.tls), "db": url.db, "connection_class": kind, "redis_connect_func": self._greet}
@@ -52,7 +52,7 @@ class Primary(Single):
         for sentinel in self._sentinels:
             await sentinel.close()
 
-    async def discover_master(self, _name: str) -> Place:
+    async def discover_master(self, _name: str) -> HostPort:
         """The pool asks for it: the primary by the sentinel that knows of the latest fail-over.
 
         Raises:
@@ -63,9 +63,9 @@ class Primary(Single):
             self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # all who asked may have left
         return await asyncio.shield(self._asking)
 
-    async def _ask(self) -> Place:
+    async def _ask(self) -> HostPort:
         asking = [asyncio.create_task(_named(sentinel, self.name)) for sentinel in self._sentinels]
-        known, complaints = list[tuple[int, Place]](), list[str]()
+        known, complaints = list[tuple[int, HostPort]](), list[str]()
         try:
             for answered in asyncio.as_completed(asking):
                 try:
@@ -104,7 +104,7 @@ class _TlsConnection(SentinelManagedConnection, TlsConnection):
     """Both."""
 
 
-async def _named(sentinel: Single, name: str) -> tuple[int, Place]:
+async def _named(sentinel: Single, name: str) -> tuple[int, HostPort]:
     """How many fail-overs a sentinel knows of, and the primary since then."""
     # The first tells of a new primary sooner.
     questions: list[Command] = [(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name), (b"SENTINEL", b"MASTER", name)]
@@ -119,4 +119,4 @@ async def _named(sentinel: Single, name: str) -> tuple[int, Place]:
     if place is None:
         raise RedisConnectionError(f"{sentinel.name}: it knows none of that name")
     said = dict(zip(state[::2], state[1::2], strict=True))
-    return int(said.get(b"config-epoch", 0)), Place(place[0].decode(), int(place[1]))
+    return int(said.get(b"config-epoch", 0)), HostPort(place[0].decode(), int(place[1]))

@@ -29,7 +29,7 @@ YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 Kind = Literal["alone", "sentinel", "cluster", "memory"]
 
 
-class Place(NamedTuple):
+class HostPort(NamedTuple):
     """Where a server listens."""
 
     host: str
@@ -98,7 +98,7 @@ class StoreUrl:
     """A store's URL, read. `places` are those of the server, the sentinels, or some nodes of the cluster; a `path` is a Unix socket's."""
 
     kind: Kind
-    places: tuple[Place, ...] = ()
+    places: tuple[HostPort, ...] = ()
     path: str = ""
     name: str = ""
     """Of the primary, as the sentinels call it."""
@@ -175,13 +175,13 @@ def _split(url: str) -> _Parts:
     return _Parts(scheme.lower(), netloc, slash + path, query)
 
 
-def _alone(places: Sequence[Place], path: str, options: Mapping[str, str]) -> StoreUrl:
+def _alone(places: Sequence[HostPort], path: str, options: Mapping[str, str]) -> StoreUrl:
     if len(places) > 1:
         raise ValueError("several hosts are for redis+sentinel:// and redis+cluster://")
     return StoreUrl("alone", tuple(places), db=_db(options.get("db", path)))
 
 
-def _sentinel(places: Sequence[Place], path: str, options: Mapping[str, str]) -> StoreUrl:
+def _sentinel(places: Sequence[HostPort], path: str, options: Mapping[str, str]) -> StoreUrl:
     name, _, db = path.partition("/")
     if not name:
         raise ValueError("the primary's name is missing, as the sentinels call it: redis+sentinel://host:26379/name")
@@ -189,7 +189,7 @@ def _sentinel(places: Sequence[Place], path: str, options: Mapping[str, str]) ->
     return StoreUrl("sentinel", tuple(places), name=name, db=_db(db), sentinel_login=asking)
 
 
-def _cluster(places: Sequence[Place], path: str, _options: Mapping[str, str]) -> StoreUrl:
+def _cluster(places: Sequence[HostPort], path: str, _options: Mapping[str, str]) -> StoreUrl:
     if path not in ("", "0"):
         raise ValueError("a cluster has no database but 0: leave the path out")
     return StoreUrl("cluster", tuple(places))
@@ -213,7 +213,7 @@ def _check_names(options: Mapping[str, str], kind: Kind, tls: bool) -> None:
             raise ValueError(f"the URL has an option that is none{'; there are ' + ', '.join(known) if known else ''}")
 
 
-def _netloc(netloc: str, port: int) -> tuple[Login, tuple[Place, ...]]:
+def _netloc(netloc: str, port: int) -> tuple[Login, tuple[HostPort, ...]]:
     userinfo, _, hosts = netloc.rpartition("@")
     user, _, password = userinfo.partition(":")
     given = hosts.split(",") if hosts else []
@@ -222,7 +222,7 @@ def _netloc(netloc: str, port: int) -> tuple[Login, tuple[Place, ...]]:
     return Login(unquote(user), unquote(password)), tuple(_place(host, port) for host in given)
 
 
-def _place(text: str, port: int) -> Place:
+def _place(text: str, port: int) -> HostPort:
     try:
         parts = urlsplit(f"//{text.strip()}")
         host, given = parts.hostname, parts.port
@@ -230,7 +230,7 @@ def _place(text: str, port: int) -> Place:
         host, given = None, 0
     if not host or given == 0:
         raise ValueError(FORMS)
-    return Place(unquote(host), given or port)
+    return HostPort(unquote(host), given or port)
 
 
 def _db(text: str) -> int:
