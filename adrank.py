@@ -31,12 +31,12 @@ MENDABLE = (
     ("service.settings", "SettingsError"),
     ("service.serving.listen", "ListenError"),
     ("training.datasets.prepared", "DataError"),
-    ("training.report", "ReportError"),
-    ("training.retrain", "RetrainError"),
+    ("training.retrain.report", "ReportError"),
+    ("training.retrain.pipeline", "RetrainError"),
     ("training.train", "TrainError"),
-    ("training.join_log", "JoinError"),
-    ("training.join_state", "HeldError"),
-    ("training.join_state", "NoRoomError"),
+    ("training.join.log", "JoinError"),
+    ("training.join.state", "HeldError"),
+    ("training.join.state", "NoRoomError"),
     ("adrank_demo.demo", "DemoError"),
     ("adrank_bench.load", "LoadError"),
 )
@@ -173,7 +173,7 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
     from features.bundle import check_name, read_manifest
     from training.datasets.log import open_data
     from training.progress import progress_bar
-    from training.publish import train_and_publish
+    from training.retrain.publish import train_and_publish
 
     check_name(name or model)
     promote, opened = flags.pop("promote"), open_data(data)
@@ -237,7 +237,7 @@ def evaluate(bundle: Path, data: Path, split: str, importance: bool, as_json: bo
     """Measure a published bundle on a split, through ONNX Runtime."""
     from features.bundle import load_bundle
     from training.datasets.log import open_data
-    from training.export import evaluate_bundle
+    from training.export.export import evaluate_bundle
     from training.progress import progress_bar
 
     if importance:
@@ -405,7 +405,7 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
     from features.policy import parse_policy
     from training.datasets.log import is_log, open_log
     from training.datasets.prepared import open_prepared
-    from training.replay import replay, show
+    from training.offpolicy.replay import replay, show
 
     target = parse_policy(policy)
     if not is_log(folder) and (since is not None or until is not None):
@@ -469,9 +469,9 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
     from service.store.streams import RedisStreams
     from service.telemetry import logs
     from service.telemetry.metrics import JoinMetrics
-    from training.join import join_log
-    from training.join_log import open_log, wait_for_log
-    from training.join_plan import JoinSettings
+    from training.join.log import open_log, wait_for_log
+    from training.join.plan import JoinSettings
+    from training.join.run import join_log
 
     metrics_host, metrics_port, take_over = rest.pop("metrics_host"), rest.pop("metrics_port"), rest.pop("take_over")
     settings, metrics = load_settings({"redis": redis}), JoinMetrics()
@@ -516,8 +516,8 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
 def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Train on a window of the log, and publish if the new version stands up to the live one; exit code 3 if not."""
     from training.progress import progress_bar
-    from training.retrain import Order
-    from training.retrain import retrain as run
+    from training.retrain.pipeline import Order
+    from training.retrain.pipeline import retrain as run
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     given = dict(_pair(text) for text in settings)

@@ -20,7 +20,7 @@ from features.encode import Encoder
 from training.calibrate import Calibration
 from training.datasets.encoded import Rows, encode_split, learn_vocabularies
 from training.datasets.prepared import SPLITS, DataError, Prepared
-from training.export import ServedNetwork, random_feeds, to_onnx
+from training.export.export import ServedNetwork, random_feeds, to_onnx
 from training.networks import NETWORKS, build
 from training.networks.contract import CLICK, Fields, Network
 from training.train import (

@@ -26,8 +26,8 @@ from training.datasets.prepared import open_prepared
 from training.datasets.states import user_states
 from training.loading import fill_store
 from training.progress import progress_bar
-from training.publish import train_and_publish
-from training.world import DAYS, SLOTS, World, make_world, write_log
+from training.retrain.publish import train_and_publish
+from training.simulation import DAYS, SLOTS, World, make_world, write_log
 
 LOOP = {"epochs": "4", "batch": "512", "learning_rate": "0.003", "embedding_l2": "0.00001", "embedding": "8", "threads": "1"}
 NETWORKS = {"deepfm": LOOP, "din": {**LOOP, "attention": "32-16", "hidden": "64-32"}}

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from features.bundle import current_path, publish, read_manifest
 from service.settings import Settings
-from training.world import DAYS, SLOTS, World, make_world
+from training.simulation import DAYS, SLOTS, World, make_world
 
 from .demo import NETWORKS, DemoError, stage
 from .visits import post, tell

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from training.world import AGES, DAYS, SLOTS, World, make_world
+from training.simulation import AGES, DAYS, SLOTS, World, make_world
 
 CANDIDATES, SHOWN = 30, 5
 STRANGERS, UNKNOWN_ADS, EXPLORING = 0.05, 0.1, 0.2

@@ -22,8 +22,8 @@ from features.bundle import EXPLAIN_MODEL, MANIFEST, publish
 from features.state import MemoryStore
 from service.app import create_app
 from service.settings import Settings
-from training.explain import explain_graph
-from training.export import FEW, random_feeds
+from training.export.explain import explain_graph
+from training.export.export import FEW, random_feeds
 
 from .yardstick import YARDSTICKS, Yardstick, build, make
 

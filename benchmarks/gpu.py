@@ -23,7 +23,7 @@ from features.bundle import CUDA_MODEL
 from features.encode import Feeds
 from features.vocabulary import Numbers
 from service.ranking.scorer import CUDA_OPTIONS, PROVIDERS, TiledScorer
-from training.export import ServedNetwork
+from training.export.export import ServedNetwork
 from training.progress import progress_bar
 
 from .rowwise import repeated

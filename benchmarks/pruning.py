@@ -18,7 +18,7 @@ from rich.table import Table
 
 from features.schema import parse_schema
 from training.calibrate import Calibration
-from training.export import ServedNetwork, random_feeds, score, to_onnx
+from training.export.export import ServedNetwork, random_feeds, score, to_onnx
 from training.networks.contract import Fields
 from training.networks.deeplight import DeepLight, DeepLightSettings
 

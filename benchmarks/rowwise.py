@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from features.encode import Feeds
-from training.export import ServedNetwork, random_feeds
+from training.export.export import ServedNetwork, random_feeds
+from training.export.onnx import exported
 from training.networks.deepfm import DeepFM
 from training.networks.din import DIN
 from training.networks.embeddings import Embeddings
 from training.networks.layers import BatchNorm, Dice, Tower
-from training.onnx_export import exported
 
 
 class Table(nn.Module):

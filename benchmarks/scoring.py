@@ -20,7 +20,7 @@ from rich.table import Table
 from adrank_bench.bench import write
 from features.encode import Feeds
 from service.ranking.scorer import Scorer
-from training.export import random_feeds
+from training.export.export import random_feeds
 from training.progress import progress_bar
 
 from .rowwise import repeated

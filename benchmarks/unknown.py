@@ -29,8 +29,8 @@ from training.datasets.prepared import Prepared, open_prepared
 from training.networks import NETWORKS
 from training.networks.contract import CLICK, Part, RequestTensors
 from training.progress import progress_bar
-from training.world import make_world
-from training.world import write_log as write_world
+from training.simulation import make_world
+from training.simulation import write_log as write_world
 
 from . import avazu_like
 from .defaults import Encoded, Found, cut, measured

@@ -20,13 +20,13 @@ from features.bundle import CUDA_MODEL, GOLDENS, INT8_MODEL, MODEL, SCHEMA, VOCA
 from features.encode import Encoder, Feeds
 from features.schema import Schema, parse_schema
 from training.calibrate import Calibration
-from training.export import ServedNetwork, random_feeds, score, to_onnx
+from training.export.export import ServedNetwork, random_feeds, score, to_onnx
+from training.export.int8 import quantised
 from training.networks import NETWORKS
 from training.networks.contract import Fields
 from training.networks.deepfm import DeepFMSettings
 from training.networks.din import DINSettings
 from training.networks.layers import Dice
-from training.quantise import quantised
 
 from .population import Population
 from .rowwise import rowwise_onnx
@@ -35,9 +35,9 @@ FOLDER = Path("data/bench")
 ROOT = Path(__file__).parent.parent
 SOURCES = (
     "training/networks",
-    "training/export.py",
-    "training/onnx_export.py",
-    "training/quantise.py",
+    "training/export/export.py",
+    "training/export/onnx.py",
+    "training/export/int8.py",
     "features",
     *(f"benchmarks/{name}.py" for name in ("population", "rowwise", "yardstick")),
 )

@@ -24,11 +24,11 @@ from service.api.wire import (
     User,
 )
 from service.settings import PREFIX, Settings
-from training.compare import Gate
 from training.datasets.table_settings import TableSettings
 from training.networks import NETWORKS
+from training.retrain.compare import Gate
+from training.retrain.data_checks import Enough, Limits
 from training.train import TrainSettings
-from training.window import Enough, Limits
 
 PAGE = Path(__file__).with_name("reference.md")
 HEAD = """# Reference

@@ -98,7 +98,7 @@ class Server:
 def unexplained() -> Iterator[None]:
     """For tests that need a bundle's own graph and no `explain.onnx`, whose export takes as long."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("training.export.explain_graph", lambda *_: ({}, []))
+        patched.setattr("training.export.export.explain_graph", lambda *_: ({}, []))
         yield
 
 
@@ -112,8 +112,8 @@ def traced_export(unexplained: None) -> Iterator[None]:
     import small  # noqa: PLC0415  # tests of the service know nothing of torch
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("training.export.to_onnx", small.traced)
-        patched.setattr("training.export.SIZES", (1, 7))
+        patched.setattr("training.export.export.to_onnx", small.traced)
+        patched.setattr("training.export.export.SIZES", (1, 7))
         yield
 
 

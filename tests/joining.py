@@ -19,10 +19,10 @@ from features.served import ServedRecord, pack_served
 from features.state import pack_features
 from features.streams import EVENTS, SERVED
 from service.store.streams import RedisStreams
-from training.join import Joiner
-from training.join_clock import Clock
-from training.join_log import open_log
-from training.join_plan import JoinSettings
+from training.join.clock import Clock
+from training.join.log import open_log
+from training.join.plan import JoinSettings
+from training.join.run import Joiner
 
 JOIN = (sys.executable, "-m", "adrank", "join")
 T0 = 1_763_800_200.0

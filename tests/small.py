@@ -18,11 +18,11 @@ from features.encode import Encoder, Features, Feeds
 from features.schema import Schema, parse_schema
 from features.vocabulary import Vocabularies, Vocabulary, parse_vocabularies
 from training.datasets.prepared import Prepared, open_prepared
-from training.export import SAMPLE, ServedNetwork, random_feeds
+from training.export.export import SAMPLE, ServedNetwork, random_feeds
+from training.export.onnx import OPSET
 from training.networks import NETWORKS, build
 from training.networks.contract import CLICK, Fields, Network, Part, RequestTensors
 from training.networks.fuse import fused
-from training.onnx_export import OPSET
 from training.train import Trained, TrainSettings, train
 
 torch.set_num_threads(1)

@@ -20,10 +20,10 @@ from service.ranking.tiles import fill, runs
 from training.datasets import csv_table, movielens
 from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import SPLITS, DataError, Prepared, open_prepared
-from training.export import random_feeds
-from training.graph import feeds_of
+from training.export.export import random_feeds
+from training.export.graph import feeds_of
 from training.importance import dealt
-from training.join_files import NOTHING, Builder, Columns
+from training.join.files import NOTHING, Builder, Columns
 from training.unknown import Hiding
 
 HISTORY = 'history = { length = 4, fields = ["ad_id", "genre", "tags", "price"], ages = true }\n'

@@ -29,9 +29,9 @@ from training.datasets.encoded import encode_split
 from training.datasets.log import open_log
 from training.datasets.prepared import Prepared
 from training.datasets.states import ads
-from training.export import ServedNetwork, export, random_feeds, score, scores_of, to_onnx
-from training.graph import feeds_of
-from training.join_files import NOTHING, Builder, Columns
+from training.export.export import ServedNetwork, export, random_feeds, score, scores_of, to_onnx
+from training.export.graph import feeds_of
+from training.join.files import NOTHING, Builder, Columns
 from training.networks import NETWORKS
 from training.networks.ages import BUCKETS, AgeVectors
 from training.networks.contract import Fields, Network, RequestTensors

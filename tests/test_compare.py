@@ -9,10 +9,10 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn
 
-from training.compare import METRICS, Comparison, Gate, Interval, _Resampled, bootstrap, compare, reasons_against, reliability
 from training.evaluate import Measures, measure
-from training.quantise import moved, refusal
-from training.report import metric_rows
+from training.export.int8 import moved, refusal
+from training.retrain.compare import METRICS, Comparison, Gate, Interval, _Resampled, bootstrap, compare, reasons_against, reliability
+from training.retrain.report import metric_rows
 from training.train import TrainError
 
 N, USERS = 600, 60

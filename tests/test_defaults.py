@@ -18,7 +18,7 @@ from features.encode import Encoder
 from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared, open_prepared
 from training.networks.layers import Tower
-from training.publish import train_and_publish
+from training.retrain.publish import train_and_publish
 from training.train import TrainError, TrainSettings, fit_network
 from training.updates import EmbeddingDecay
 from training.weights import settings_of

@@ -14,7 +14,7 @@ from conftest import free_port
 
 import adrank
 from adrank_demo import demo, loop
-from training.world import make_world, write_log
+from training.simulation import make_world, write_log
 
 pytestmark = pytest.mark.usefixtures("traced_export")
 

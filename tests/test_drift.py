@@ -10,7 +10,7 @@ import small
 
 from features.bundle import load_bundle
 from features.vocabulary import Vocabulary
-from training.drift import LONGEST_VALUE, VALUES, Reference, UnfitReferenceError, make_reference, read_reference, stability
+from training.retrain.drift import LONGEST_VALUE, VALUES, Reference, UnfitReferenceError, make_reference, read_reference, stability
 
 
 def test_the_index_is_that_worked_out_by_hand():

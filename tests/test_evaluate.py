@@ -11,8 +11,8 @@ from sklearn import metrics as sklearn
 from sklearn.calibration import calibration_curve
 
 from tests.test_datasets import patient
-from training.compare import reliability
 from training.evaluate import auc, calibration_error, gauc, log_loss, measure
+from training.retrain.compare import reliability
 
 # Few distinct probabilities, so that ties are common.
 rows = st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.9, 1.0]), st.integers(0, 3)), min_size=1, max_size=40)

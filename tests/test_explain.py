@@ -28,8 +28,8 @@ from service.settings import Settings
 from tests.test_networks import CASES, ONLY_AD_NUMBER, SCHEMAS, fits
 from training.calibrate import Calibration
 from training.datasets.states import ads
-from training.explain import explain_graph, explained
-from training.export import FEW, ServedNetwork, export, random_feeds
+from training.export.explain import explain_graph, explained
+from training.export.export import FEW, ServedNetwork, export, random_feeds
 from training.networks import NETWORKS
 from training.networks.contract import CLICK, Part, RequestTensors
 from training.networks.deepfm import DeepFM
@@ -165,7 +165,7 @@ def run(graph: bytes, feeds: Feeds) -> list[np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize("family", sorted({*ADDITIVE, *ATTENTIVE} - {"dien"}))
 def test_the_graph_gives_what_torch_gives_and_adds_up_to_the_logit_of_p_click(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.explain.request_graph", small.traced_request)
+    monkeypatch.setattr("training.export.explain.request_graph", small.traced_request)
     settings = {"crosses": "user_id*ad_id,history.genre*genre", "cross_rows": 50} if family == "wide_deep" else {}
     network = small.network(family, **settings)
     files, outputs = explain_graph(network, small.schema(), [some_feeds(*shape) for shape in FEW])
@@ -362,7 +362,11 @@ async def test_what_is_told_has_a_limit_and_so_has_the_wait(tmp_path: Path, monk
 @pytest.mark.anyio
 async def test_a_trained_bundle_s_contributions_add_up_to_what_it_ranks_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the formula of docs/models.md: p(click) = σ(scale · logit + shift + sampling)."""
-    for name, stand_in in (("export.to_onnx", small.traced), ("explain.request_graph", small.traced_request), ("export.SIZES", (1, 7))):
+    for name, stand_in in (
+        ("export.export.to_onnx", small.traced),
+        ("export.explain.request_graph", small.traced_request),
+        ("export.export.SIZES", (1, 7)),
+    ):
         monkeypatch.setattr(f"training.{name}", stand_in)
     (tmp_path / "data").mkdir()
     data = small.data_set(tmp_path / "data")

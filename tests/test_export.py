@@ -16,13 +16,13 @@ from features.encode import Feeds
 from features.graph_file import graph_facts
 from service.ranking.scorer import Scorer
 from tests.test_networks import HISTORY_AND_ADS, ONLY_AD_NUMBER
-from training import export
 from training.calibrate import Calibration
 from training.datasets.prepared import Prepared, open_prepared
-from training.drift import REFERENCE, make_reference, read_reference
-from training.export import ServedNetwork, evaluate_bundle, random_feeds, score, to_onnx, verify
+from training.export import export
+from training.export.export import ServedNetwork, evaluate_bundle, random_feeds, score, to_onnx, verify
+from training.export.onnx import IR, OPSET
 from training.networks.contract import CLICK, Part, RequestTensors
-from training.onnx_export import IR, OPSET
+from training.retrain.drift import REFERENCE, make_reference, read_reference
 from training.train import Trained
 
 CALIBRATION = Calibration(0.7, -0.4, float(np.log(0.2)))

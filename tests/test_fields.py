@@ -17,8 +17,8 @@ from features.schema import parse_schema
 from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.log import open_log
 from training.datasets.prepared import DataError, Prepared, open_prepared
-from training.export import evaluate_bundle
-from training.replay import replay
+from training.export.export import evaluate_bundle
+from training.offpolicy.replay import replay
 from training.skew import find_skew
 
 

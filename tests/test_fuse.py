@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.test_networks import HISTORY_AND_ADS, ONLY_ADS
 from training.calibrate import Calibration
-from training.export import ServedNetwork, random_feeds, score, to_onnx
+from training.export.export import ServedNetwork, random_feeds, score, to_onnx
 from training.networks.deepfm import FusedDeepFM
 from training.networks.din import FusedActivation, LocalActivation
 from training.networks.embeddings import Embeddings

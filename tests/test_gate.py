@@ -13,13 +13,13 @@ import small
 from test_cli import run
 
 from features.bundle import current_path, read_manifest
-from training import gate, publish
-from training.compare import Gate, compare, no_better, reasons_against
 from training.datasets.prepared import Prepared, open_prepared
 from training.evaluate import measure, unmeasured
-from training.export import contents
+from training.export.export import contents
+from training.retrain import gate, publish
+from training.retrain.compare import Gate, compare, no_better, reasons_against
+from training.retrain.data_checks import Enough, Limits, too_little
 from training.train import Epoch, Trained
-from training.window import Enough, Limits, too_little
 
 pytestmark = pytest.mark.usefixtures("traced_export")
 Made = tuple[Trained, dict[str, bytes], dict[str, Any]]

@@ -11,11 +11,11 @@ import small
 import torch
 
 from features.bundle import load_bundle
-from training import export
 from training.calibrate import Calibration
 from training.datasets.encoded import encode_split
 from training.datasets.prepared import DataError, Prepared, open_prepared
-from training.export import ServedNetwork, all_scores, random_feeds
+from training.export import export
+from training.export.export import ServedNetwork, all_scores, random_feeds
 from training.networks import build
 from training.networks.contract import CLICK, Labels, cross_entropy
 from training.networks.esmm import both

@@ -8,9 +8,10 @@ import small
 
 from features.bundle import Bundle, load_bundle
 from tests.test_cli import run
-from training import export, importance
+from training import importance
 from training.datasets.encoded import encode_split
 from training.datasets.prepared import Prepared
+from training.export import export
 from training.importance import dealt, fields_of, importances
 
 

@@ -10,7 +10,7 @@ from joining import ADS, T0, Joining, Writer, click, conversion, impression, ran
 from features.events import Event, pack_event
 from features.served import pack_served
 from features.streams import EVENTS, SERVED
-from training.join_records import revision
+from training.join.records import revision
 
 pytestmark = pytest.mark.anyio
 

@@ -14,8 +14,9 @@ from features.events import pack_event
 from features.state import StoreError
 from features.streams import BATCH_BYTES, EVENTS, SERVED, Owner
 from service.store.streams import OWNER, RedisStreams
-from training import join_log, join_state
-from training.join_log import JoinError
+from training.join import log as join_log
+from training.join import state as join_state
+from training.join.log import JoinError
 
 pytestmark = pytest.mark.anyio
 MB = 2**20

@@ -13,11 +13,11 @@ from joining import T0, Joining, Writer, click, ranking
 
 from features.bundle import load_bundle
 from service.telemetry.metrics import JoinMetrics
-from training import join_quality
 from training.datasets.encoded import learn_vocabularies
-from training.drift import LEAST_ROWS, REFERENCE, make_reference
 from training.evaluate import measure
-from training.join_quality import OTHER, Window, Windows
+from training.join import quality as join_quality
+from training.join.quality import OTHER, Window, Windows
+from training.retrain.drift import LEAST_ROWS, REFERENCE, make_reference
 
 pytestmark = pytest.mark.anyio
 

@@ -38,9 +38,9 @@ from features.served import pack_served
 from features.state import StoreError
 from features.streams import EVENTS, SERVED
 from service.store.streams import RedisStreams
-from training import join as join_module
-from training import join_write
-from training.join_state import NoRoomError, State
+from training.join import run as join_module
+from training.join import write as join_write
+from training.join.state import NoRoomError, State
 
 pytestmark = pytest.mark.anyio
 

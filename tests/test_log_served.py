@@ -26,8 +26,8 @@ from features.state import Ad, UserState
 from service.store.redis import RedisStore
 from training.calibrate import Calibration
 from training.datasets.log import open_log
-from training.export import ServedNetwork, score
-from training.replay import replay as replayed
+from training.export.export import ServedNetwork, score
+from training.offpolicy.replay import replay as replayed
 from training.skew import find_skew
 
 pytestmark = pytest.mark.anyio

@@ -14,7 +14,7 @@ from service.errors import ScoringError
 from service.models.loaded import graph_of
 from service.ranking.scorer import too_new
 from service.settings import Settings
-from training.graph import Graph
+from training.export.graph import Graph
 
 ROUGH = 0.25
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from training.calibrate import Calibration
-from training.compare import Gate
-from training.export import ServedNetwork, all_scores, random_feeds, to_onnx
+from training.export.export import ServedNetwork, all_scores, random_feeds, to_onnx
 from training.networks import NETWORKS
 from training.networks.contract import CLICK, Labels, Network, Part, RequestTensors
 from training.networks.embeddings import Embeddings
 from training.networks.fuse import fused
+from training.retrain.compare import Gate
+from training.retrain.data_checks import Enough
 from training.train import TrainSettings
-from training.window import Enough
 
 WITHOUT_HISTORY = small.SCHEMA.replace(small.HISTORY, "")
 ONLY_ADS = 'name = "ads"\n' + small.AD

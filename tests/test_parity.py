@@ -22,7 +22,7 @@ from training.datasets import movielens
 from training.datasets.encoded import encode_split
 from training.datasets.prepared import Prepared, open_prepared, write_split, write_tables
 from training.datasets.states import ads
-from training.export import export
+from training.export.export import export
 from training.networks import NETWORKS
 from training.networks.contract import CLICK
 from training.train import Trained, predict

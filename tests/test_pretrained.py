@@ -20,7 +20,7 @@ from training.networks.embeddings import Embeddings
 from training.networks.fnn import FNN
 from training.networks.mf import MF
 from training.networks.pretrained import copy_embeddings
-from training.publish import train_and_publish
+from training.retrain.publish import train_and_publish
 from training.train import TrainError
 from training.weights import start_of
 

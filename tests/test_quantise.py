@@ -12,13 +12,13 @@ from features.bundle import INT8_MODEL, BundleError, load_bundle
 from features.encode import Feeds
 from service.ranking.scorer import Scorer
 from tests.test_fuse import SINGLE, trained
-from training import export
 from training.calibrate import Calibration
 from training.datasets.prepared import Prepared
 from training.evaluate import Measures, measure
-from training.export import ServedNetwork, evaluate_bundle, random_feeds, to_onnx
-from training.publish import train_and_publish
-from training.quantise import moved, quantised, refusal
+from training.export import export
+from training.export.export import ServedNetwork, evaluate_bundle, random_feeds, to_onnx
+from training.export.int8 import moved, quantised, refusal
+from training.retrain.publish import train_and_publish
 from training.train import Trained, TrainError
 
 

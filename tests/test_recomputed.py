@@ -20,7 +20,7 @@ from features.encode import AdTable, Request, encode_request
 from training.datasets import csv_table
 from training.datasets.encoded import learn_vocabularies
 from training.datasets.prepared import open_prepared
-from training.export import export
+from training.export.export import export
 
 pytestmark = pytest.mark.usefixtures("traced_export")
 USER = {"age": "35", "interests": ["news", "drama", "opera"], "income": 7.0}

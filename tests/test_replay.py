@@ -19,13 +19,13 @@ from features.policy import EpsilonGreedy, PlackettLuce, Policy
 from features.schema import parse_schema
 from features.served import ServedRecord
 from features.state import pack_features
-from training import world
+from training import simulation
 from training.datasets import open_bandit
 from training.datasets.log import ImpressionLog, open_log
 from training.datasets.prepared import SPLITS, DataError, Prepared, open_prepared
-from training.offpolicy import Estimate, Trail, estimate
-from training.publish import train_and_publish
-from training.replay import replay
+from training.offpolicy.estimators import Estimate, Trail, estimate
+from training.offpolicy.replay import replay
+from training.retrain.publish import train_and_publish
 
 pytestmark = pytest.mark.usefixtures("traced_export")
 START = 1_763_798_400
@@ -344,8 +344,8 @@ def test_how_rankings_lie_in_files_makes_no_difference(
 ) -> None:
     rankings = explored(90)
     one = replay(logged(rankings, files=1), bundle, PlackettLuce(1.0)).estimates
-    monkeypatch.setattr("training.replay.AT_ONCE", 20)
-    monkeypatch.setattr("training.graph.PAIRS", 16)
+    monkeypatch.setattr("training.offpolicy.replay.AT_ONCE", 20)
+    monkeypatch.setattr("training.export.graph.PAIRS", 16)
     many = replay(logged(rankings, files=7), bundle, PlackettLuce(1.0)).estimates
     for name in ("ips", "snips", "dr"):
         assert getattr(many, name).value == pytest.approx(getattr(one, name).value, rel=1e-5)
@@ -356,17 +356,17 @@ def test_how_rankings_lie_in_files_makes_no_difference(
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[world.World, Bundle]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[simulation.World, Bundle]:
     """A small world and a network that was trained on a log of it."""
     folder = tmp_path_factory.mktemp("world")
-    made = world.make_world(users=60, ads=30, seed=3)
-    world.write_log(made, folder / "data", impressions=12_000, seed=4)
+    made = simulation.make_world(users=60, ads=30, seed=3)
+    simulation.write_log(made, folder / "data", impressions=12_000, seed=4)
     given = {"epochs": "2", "batch": "128", "threads": "1", "embedding": "4", "hidden": "16", "learning_rate": "0.01"}
     path, _ = train_and_publish(open_prepared(folder / "data"), "deepfm", folder / "models", "deepfm", given, small.quiet())
     return made, load_bundle(path)
 
 
-def played(made: world.World, count: int, places: int, seed: int) -> tuple[list[ServedRecord], set[tuple[str, str]], np.ndarray]:
+def played(made: simulation.World, count: int, places: int, seed: int) -> tuple[list[ServedRecord], set[tuple[str, str]], np.ndarray]:
     """Rankings of eight ads, drawn by noise over the true p(click), and what came of them; `(count, 8, places)` the true p(click)."""
     random = np.random.default_rng(seed)
     ads = [dict(zip(("category", "brand"), row, strict=True)) for row in made.ads().select("ad.category", "ad.brand").rows()]
@@ -378,7 +378,7 @@ def played(made: world.World, count: int, places: int, seed: int) -> tuple[list[
         truth = made.p_click(day, user, chosen[:, None], slot, np.arange(places)[None, :])
         order, chances = drawn(truth[:, 0] * np.exp(random.normal(0, 0.5, 8)), places, 1.0, random)
         ids = [f"a{ad}" for ad in chosen]
-        context = {"slot": world.SLOTS[slot], "position": "1"}
+        context = {"slot": simulation.SLOTS[slot], "position": "1"}
         packed = {ad_id: pack_features(ads[ad]) for ad_id, ad in zip(ids, chosen, strict=True)}
         plain = ranking(number, ids, order, chances, context=context, ads=packed, policy="plackett_luce 1.0")
         rankings.append(changed(plain, user_id=f"u{user}", user={"age": ages[user]}))
@@ -389,7 +389,7 @@ def played(made: world.World, count: int, places: int, seed: int) -> tuple[list[
 
 @pytest.mark.parametrize(("policy", "places"), [(EpsilonGreedy(0.0), 1), (PlackettLuce(0.5), 3)])
 def test_the_world_s_true_click_rate_is_within_the_intervals(
-    trained: tuple[world.World, Bundle], tmp_path: Path, policy: Policy, places: int
+    trained: tuple[simulation.World, Bundle], tmp_path: Path, policy: Policy, places: int
 ) -> None:
     made, bundle = trained
     rankings, clicks, truths = played(made, 2500, places, seed=places)
@@ -403,7 +403,7 @@ def test_the_world_s_true_click_rate_is_within_the_intervals(
     chances = _order_chances(orders, weights).prod(2)
     clicking = np.stack([truths[:, orders[:, place], place] for place in range(places)], 2).mean(2)
     truth = float((chances * clicking).sum(1).mean())
-    data = open_log(logs.write_log(tmp_path / "log", rankings, parse_schema(world.SCHEMA), clicks, files=2))
+    data = open_log(logs.write_log(tmp_path / "log", rankings, parse_schema(simulation.SCHEMA), clicks, files=2))
     estimates = replay(data, bundle, policy).estimates
     assert not estimates.warnings
     for found in (estimates.ips, estimates.snips, estimates.dr):

@@ -24,14 +24,14 @@ from test_cli import refused, run
 from features.bundle import VOCABULARIES, current_path, load_bundle, publish
 from service.ranking.scorer import Scorer
 from tests.test_datasets import ROOT
-from training import gate
-from training import retrain as retraining
 from training.datasets.log import open_log
-from training.export import CALIBRATION, Calibration
-from training.gate import users_of
-from training.publish import train_and_publish
-from training.report import Report
-from training.retrain import Order, RetrainError, open_window, retrain
+from training.export.export import CALIBRATION, Calibration
+from training.retrain import gate
+from training.retrain import pipeline as retraining
+from training.retrain.gate import users_of
+from training.retrain.pipeline import Order, RetrainError, open_window, retrain
+from training.retrain.publish import train_and_publish
+from training.retrain.report import Report
 from training.train import Trained
 from training.weights import WEIGHTS, start_of
 

@@ -12,9 +12,9 @@ import torch
 from features.bundle import BundleError, load_bundle
 from features.encode import Encoder
 from features.vocabulary import Vocabularies, Vocabulary
-from training import export
 from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared
+from training.export import export
 from training.networks import NETWORKS
 from training.networks.contract import Fields
 from training.networks.embeddings import Embeddings

@@ -9,8 +9,8 @@ import pytest
 import small_log
 
 from training.datasets.log import ImpressionLog, open_log
+from training.retrain.data_checks import Limits, PastLog, Profile, Seen, gaps, profile, reasons_against, slices
 from training.train import TrainError
-from training.window import Limits, PastLog, Profile, Seen, gaps, profile, reasons_against, slices
 
 BEFORE = PastLog(rows=1800, click_rate=0.5, varied={"context.slot": True, "user.age": True, "ad.price": True, "history": True})
 

@@ -8,11 +8,11 @@ import small
 import torch
 
 from features.encode import AdTable, Request, encode_request
-from training.export import export
+from training.export.export import export
+from training.export.retrieval import AD_VECTORS, REQUEST_VECTOR, ad_vectors
 from training.networks import build
 from training.networks.contract import Fields, Part, RequestTensors
 from training.networks.heads import SharedEmbeddings
-from training.retrieval import AD_VECTORS, REQUEST_VECTOR, ad_vectors
 
 pytestmark = pytest.mark.usefixtures("traced_export")
 

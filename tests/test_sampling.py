@@ -20,21 +20,21 @@ from features.served import ServedRecord
 from features.state import pack_features
 from features.vocabulary import fingerprint
 from service.ranking.scorer import Scorer
-from training import retrain as retraining
 from training import train as training
 from training.calibrate import as_sampled, fit
 from training.datasets.encoded import encode_split
 from training.datasets.log import open_log
 from training.datasets.prepared import DataError, Prepared, open_prepared
-from training.drift import make_reference
-from training.export import evaluate_bundle
-from training.join_log import open_log as open_joined
+from training.export.export import evaluate_bundle
+from training.join.log import open_log as open_joined
 from training.networks import NETWORKS
 from training.networks.contract import Fields
 from training.networks.grown import take_over
-from training.publish import train_and_publish
-from training.replay import replay
-from training.retrain import Order, retrain
+from training.offpolicy.replay import replay
+from training.retrain import pipeline as retraining
+from training.retrain.drift import make_reference
+from training.retrain.pipeline import Order, retrain
+from training.retrain.publish import train_and_publish
 from training.train import predict
 from training.weights import sampling_of
 

@@ -14,11 +14,11 @@ from training.datasets.encoded import Rows, encode_split
 from training.datasets.prepared import Prepared
 from training.networks.ftrl import FTRL
 from training.networks.lookup import Table, look_up, sum_up
+from training.simulation import make_world, write_log
 from training.sparse import LazyAdam, SparseTables, lazily
 from training.train import TrainSettings, batch_loss, fit_network
 from training.unknown import parts_of
 from training.updates import Updates
-from training.world import make_world, write_log
 
 RATE, L2 = 0.02, 0.3
 STILL: dict[str, Any] = {"learning_rate": RATE, "embedding_l2": L2, "unknown_rate": 0.0, "clip": 1e9, "threads": 1}

@@ -12,14 +12,14 @@ from training.calibrate import Calibration
 from training.datasets.encoded import Rows, encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared
 from training.evaluate import auc
-from training.gate import diverged
 from training.networks.contract import Part
 from training.networks.deepfm import DeepFMSettings
 from training.networks.din import DINSettings
 from training.networks.embeddings import Embeddings
+from training.retrain.gate import diverged
+from training.simulation import make_world, write_log
 from training.train import Trained, TrainSettings, fit_network, override, predict
 from training.updates import EmbeddingDecay
-from training.world import make_world, write_log
 
 ALONE: dict[str, Any] = {"epochs": 1, "threads": 1, "unknown_rate": 0}
 """An epoch in which nothing is hidden: see `small.quick`."""

@@ -106,7 +106,7 @@ def test_the_retrain_job_ends_as_the_command_does(tmp_path: Path, code: int) -> 
 
 def test_without_a_log_the_retrain_job_makes_a_world(tmp_path: Path) -> None:
     _, called = retrain(tmp_path, 0)
-    assert called[:6] == ["python", "-m", "training.world", "data/world", "adrank", "retrain"]
+    assert called[:6] == ["python", "-m", "training.simulation", "data/world", "adrank", "retrain"]
     options = adrank.retrain.make_context("retrain", called[6:]).params
     assert (options["log"], options["days"], options["epochs"]) == (Path("data/world"), None, 4)
 

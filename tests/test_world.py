@@ -7,7 +7,7 @@ import pytest
 
 from training.datasets.prepared import SPLITS, Prepared, open_prepared
 from training.datasets.states import ads, user_states
-from training.world import (
+from training.simulation import (
     BASE,
     CATEGORIES,
     DAY,

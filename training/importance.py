@@ -16,7 +16,7 @@ from .datasets.encoded import Rows, encode_split
 from .datasets.fields import check_fields
 from .datasets.prepared import Prepared
 from .evaluate import auc
-from .graph import Graph
+from .export.graph import Graph
 
 ROWS, REPEATS, SURE = 20_000, 5, 0.95
 Order = np.ndarray[Any, np.dtype[np.int64]]

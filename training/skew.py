@@ -23,7 +23,7 @@ from .datasets.encoded import Rows, ad_table, encode_frames
 from .datasets.fields import check_fields
 from .datasets.log import ImpressionLog
 from .datasets.prepared import DataError, check_columns
-from .graph import Graph
+from .export.graph import Graph
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TOLERANCES = {MODEL: GOLDEN_TOLERANCE, INT8_MODEL: INT8_TOLERANCE}

@@ -22,13 +22,13 @@ from rich.progress import Progress
 
 from features.encode import Encoder
 
-from .compare import Gate
 from .datasets.encoded import encode_split, learn_vocabularies
 from .datasets.prepared import Prepared
 from .networks import NETWORKS, build
 from .networks.contract import Fields
+from .retrain.compare import Gate
+from .retrain.data_checks import Enough
 from .train import Epoch, TrainError, TrainSettings, deterministic, fit_network, heads_of, overridden, score_of
-from .window import Enough
 
 SPACE: dict[str, Callable[[optuna.Trial, Any], Any]] = {
     "batch": lambda trial, _: trial.suggest_int("batch", 32, 4096, log=True),

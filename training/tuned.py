@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-from .compare import Gate
 from .networks import NETWORKS
+from .retrain.compare import Gate
+from .retrain.data_checks import Enough
 from .train import TrainError, TrainSettings
-from .window import Enough
 
 FOLDER = Path(__file__).parent / "settings"
 """A file a data set, by the name in its schema, with a table a network."""

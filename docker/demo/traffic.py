@@ -5,7 +5,7 @@ import time
 from http.client import HTTPConnection, HTTPException
 
 from adrank_demo.visits import visit
-from training.world import make_world
+from training.simulation import make_world
 
 VISITS_A_SECOND = 10.0
 TELL_EVERY = 60.0

@@ -15,8 +15,8 @@ from service.settings import load_settings
 from training.datasets.prepared import open_prepared
 from training.loading import fill_store
 from training.progress import progress_bar
-from training.publish import train_and_publish
-from training.world import make_world, write_log
+from training.retrain.publish import train_and_publish
+from training.simulation import make_world, write_log
 
 DATA, MODEL = Path("/data/world"), "din"
 STORE_TIMEOUT_MS = 2_000.0

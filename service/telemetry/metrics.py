@@ -348,7 +348,9 @@ def _moment(version: int) -> float:
 
 
 class JoinMetrics:
-    """The metrics of the joiner, on a registry of its own: a `training.join.JoinWatch`. `model` is a name of the repository or `_other`."""
+    """The metrics of the joiner, on a registry of its own: a `JoinWatch` of `training.join.run`. `model` is a name of the repository, or
+    `_other`.
+    """
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()

@@ -10,14 +10,14 @@ from rich.progress import Progress
 from features.bundle import MODEL, Bundle, check_publishable, current_path, load_bundle, publish
 from features.repository import CURRENT
 
+from ..datasets.prepared import Prepared
+from ..export.export import check_int8, contents
+from ..networks import NETWORKS
+from ..train import Trained, TrainError, TrainSettings, overridden, train
+from ..weights import start_of
 from . import gate as gates
 from .compare import Gate
-from .datasets.prepared import Prepared
-from .export import check_int8, contents
-from .networks import NETWORKS
-from .train import Trained, TrainError, TrainSettings, overridden, train
-from .weights import start_of
-from .window import Enough
+from .data_checks import Enough
 
 PROMOTIONS = ("gate", "always", "if-better", "never")
 """When a new version becomes the live one: if it is fit by itself, always, if it is better than the live one too, or never."""

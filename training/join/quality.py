@@ -15,7 +15,7 @@ import polars as pl
 from features.bundle import Bundle, BundleError, load_bundle
 from features.repository import model_names
 
-from .drift import LEAST_ROWS, Counts, Reference, UnfitReferenceError, read_reference, stability, vocabulary_of, watched
+from ..retrain.drift import LEAST_ROWS, Counts, Reference, UnfitReferenceError, read_reference, stability, vocabulary_of, watched
 
 IMPRESSIONS = 100_000
 POSITIONS = 10

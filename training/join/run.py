@@ -16,14 +16,14 @@ from features.state import StateError as RecordError
 from features.state import StoreError
 from features.streams import EVENTS, SERVED, STREAMS, TOO_OLD, WRONG_TYPE, Batch, Entry, Owner, Stream, StreamLostError, Streams
 
-from .join_clock import Clock
-from .join_log import JoinError, LogWriter, only_joiner
-from .join_plan import JoinSettings, plan, sweep
-from .join_quality import Windows
-from .join_records import DAMAGED, damaged, new_event, new_ranking
-from .join_state import NewEvent, NewRanking, NoRoomError, State, StatePart
-from .join_told import JoinWatch, Told, held
-from .join_write import PartWriter
+from .clock import Clock
+from .log import JoinError, LogWriter, only_joiner
+from .plan import JoinSettings, plan, sweep
+from .quality import Windows
+from .records import DAMAGED, damaged, new_event, new_ranking
+from .state import NewEvent, NewRanking, NoRoomError, State, StatePart
+from .summary import JoinWatch, Told, held
+from .write import PartWriter
 
 READ = 500
 """Entries of a read, of `BATCH_BYTES` at most: what is in memory and in one transaction at once."""

@@ -11,7 +11,7 @@ from features.encode import Block, Feeds
 from features.graph_file import GraphFileError, graph_facts
 from features.schema import AGES, Schema
 
-from .datasets.encoded import Rows
+from ..datasets.encoded import Rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 REQUESTS, PAIRS = 128, 8192

@@ -12,7 +12,7 @@ from features.served import ServedRecord, unpack_served
 from features.state import StateError
 from features.streams import Entry, Stream
 
-from .join_state import NewEvent, NewRanking
+from .state import NewEvent, NewRanking
 
 LATEST = 253_402_300_799
 """The last second of the year 9999."""

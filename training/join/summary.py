@@ -7,11 +7,11 @@ from typing import Protocol
 
 from features.events import Event
 
-from .join_files import Content
-from .join_plan import JoinSettings
-from .join_quality import PLACES, Windows
-from .join_records import DAMAGED
-from .join_state import Held
+from .files import Content
+from .plan import JoinSettings
+from .quality import PLACES, Windows
+from .records import DAMAGED
+from .state import Held
 
 
 def held(rankings: int, events: int, oldest: float | None, settings: JoinSettings) -> str:

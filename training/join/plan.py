@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from features.events import Event
 from features.served import ServedRecord, unpack_served
 
-from .join_records import read_event
-from .join_state import Held, State, StatePart
+from .records import read_event
+from .state import Held, State, StatePart
 
 SKEW_SECONDS = 60.0
 """An event may seem older than its ranking by so much: the clocks of callers differ."""

@@ -23,14 +23,14 @@ from features.bundle import MODEL, Bundle, check_name, clear_abandoned, current_
 from features.repository import CURRENT
 from features.vocabulary import Vocabulary
 
-from . import compare, gate, window
-from .datasets.log import ImpressionLog, is_log, open_log
-from .datasets.prepared import Prepared, open_prepared
-from .export import METRICS, check_int8, contents
-from .networks import NETWORKS
+from ..datasets.log import ImpressionLog, is_log, open_log
+from ..datasets.prepared import Prepared, open_prepared
+from ..export.export import METRICS, check_int8, contents
+from ..networks import NETWORKS
+from ..train import Start, TrainSettings, overridden, train
+from ..weights import sampling_of, settings_of, start_of
+from . import compare, data_checks, gate
 from .report import DONE, Report, brief
-from .train import Start, TrainSettings, overridden, train
-from .weights import sampling_of, settings_of, start_of
 
 DAY = 86_400
 REPORTS, LOCK = "reports", ".retrain.lock"
@@ -60,7 +60,7 @@ class Order:
     start: str = "warm"
     report: Path | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
-    """As texts: of training, of the network, of `window.Limits` and of `compare.Gate`."""
+    """As texts: of training, of the network, of `data_checks.Limits` and of `compare.Gate`."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -88,7 +88,7 @@ class RetrainPlan:
     family: str
     network: Any
     loop: TrainSettings
-    limits: window.Limits
+    limits: data_checks.Limits
     gate: compare.Gate
 
     def told(self) -> dict[str, Any]:
@@ -110,9 +110,9 @@ def retrain(order: Order, progress: Progress) -> Report:
         started = int(time.time())
         data, before = open_window(order)
         plan = _plan(order, data)
-        seen, past = window.profile(data, window.slices(data)), _past(data, before, plan.champion)
+        seen, past = data_checks.profile(data, data_checks.slices(data)), _past(data, before, plan.champion)
         version = plan.champion.version if plan.champion else None
-        reasons = window.reasons_against(seen, past, plan.limits)
+        reasons = data_checks.reasons_against(seen, past, plan.limits)
         report = Report(order.name, started, None, version, reasons, plan.told(), seen, past, plan.limits, plan.gate)
         if not reasons:
             report = _challenge(order, plan, data, report, progress)
@@ -170,7 +170,7 @@ def _end(log: Path) -> int:
         hour = datetime.strptime(f"{newest.parent.name} {newest.name} +0000", "day=%Y-%m-%d hour=%H %z")
     except ValueError as error:
         raise RetrainError(f"{newest} is not an hour of a log, such as day=2026-11-22/hour=17") from error
-    return int(hour.timestamp()) + window.HOUR
+    return int(hour.timestamp()) + data_checks.HOUR
 
 
 def _plan(order: Order, data: Prepared) -> RetrainPlan:
@@ -182,7 +182,7 @@ def _plan(order: Order, data: Prepared) -> RetrainPlan:
         raise RetrainError(f"there is no network {family!r}; name one with --model: {', '.join(NETWORKS)}")
     same = champion if champion and champion.manifest.get("network") == family else None
     base = settings_of(same) if same else (NETWORKS[family].settings(), TrainSettings())
-    network, loop, limits, gate = overridden(order.settings, *base, window.Limits(), compare.Gate())
+    network, loop, limits, gate = overridden(order.settings, *base, data_checks.Limits(), compare.Gate())
     check_int8(family, loop)
     warm = champion is not None and order.start == "warm"
     if warm and (changed := [f.name for f in fields(network) if same is None or getattr(network, f.name) != getattr(base[0], f.name)]):
@@ -196,8 +196,8 @@ def _plan(order: Order, data: Prepared) -> RetrainPlan:
     return RetrainPlan(champion, start_of(champion) if warm and champion else None, family, network, loop, limits, gate)
 
 
-def _past(data: Prepared, before: Iterable[pl.DataFrame], champion: Bundle | None) -> window.PastLog:
-    earlier = window.profile(data, {"before": before})
+def _past(data: Prepared, before: Iterable[pl.DataFrame], champion: Bundle | None) -> data_checks.PastLog:
+    earlier = data_checks.profile(data, {"before": before})
     varied = {path: seen.varied for path, seen in earlier.fields.items()} if earlier.total else {}
     rate = None
     if champion is not None:
@@ -205,8 +205,8 @@ def _past(data: Prepared, before: Iterable[pl.DataFrame], champion: Bundle | Non
         varied |= {path: bool(seen["varied"]) for path, seen in told.items()} if told else _varied(champion)
         measured = json.loads((champion.path / METRICS).read_text("utf-8")).values()
         clicks, rows = (sum(each[what] for each in measured) for what in ("clicks", "rows"))
-        rate = window.click_rate(clicks, rows, sampling_of(champion))
-    return window.PastLog(earlier.total or None, rate, varied)
+        rate = data_checks.click_rate(clicks, rows, sampling_of(champion))
+    return data_checks.PastLog(earlier.total or None, rate, varied)
 
 
 def _varied(champion: Bundle) -> dict[str, bool]:
@@ -222,7 +222,7 @@ def _warnings(order: Order, plan: RetrainPlan, data: Prepared) -> list[str]:
         return ["there was no live version to compare with"]
     warnings = []
     rows, served = 0, 0
-    for frame in window.slices(data, ("test",))["test"]:
+    for frame in data_checks.slices(data, ("test",))["test"]:
         rows += len(frame)
         if {"model", "version"} <= set(frame.columns):
             served += len(frame.filter(pl.col("model") == order.name, pl.col("version") == plan.champion.version))

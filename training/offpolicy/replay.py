@@ -1,6 +1,6 @@
 """What another bundle's click rate would have been on a log: its policy's propensities at the places that were shown.
 
-The reward model of the doubly robust estimate is that bundle's own p(click). Knows no estimators (`offpolicy.py`).
+The reward model of the doubly robust estimate is that bundle's own p(click). Knows no estimators (`estimators.py`).
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from features.bundle import Bundle
 from features.encode import AdTable
 from features.policy import Policy, places
 
-from .datasets.encoded import Rows, ad_rows, ad_table, encode_frames, versions_of
-from .datasets.fields import check_fields
-from .datasets.log import ImpressionLog
-from .datasets.prepared import DataError, Prepared, check_columns
-from .graph import Graph
-from .offpolicy import Estimate, Estimates, Trail, estimate, joined
+from ..datasets.encoded import Rows, ad_rows, ad_table, encode_frames, versions_of
+from ..datasets.fields import check_fields
+from ..datasets.log import ImpressionLog
+from ..datasets.prepared import DataError, Prepared, check_columns
+from ..export.graph import Graph
+from .estimators import Estimate, Estimates, Trail, estimate, joined
 
 Array = np.ndarray[Any, np.dtype[Any]]
 AT_ONCE = 65_536

@@ -14,7 +14,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from features.encode import Feeds
 
-from .evaluate import Measures
+from ..evaluate import Measures
 
 AUC, SHARE = 0.0005, 0.005
 """How far AUC may move, and by which share log loss and the calibration ratio may."""

@@ -22,7 +22,7 @@ from features.encode import IDENTITIES
 from features.schema import Field, Schema
 from features.vocabulary import UNKNOWN, HashBuckets, Vocabularies, Vocabulary
 
-from .datasets.prepared import DTYPES, Prepared, column_of
+from ..datasets.prepared import DTYPES, Prepared, column_of
 
 REFERENCE = "reference.json"
 """The file of a bundle with its training reference; bundles of before have none."""

@@ -8,7 +8,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from .networks.contract import Network, Part, RequestTensors
+from ..networks.contract import Network, Part, RequestTensors
 
 AD_VECTORS, REQUEST_VECTOR = "ad_vectors.parquet", "request_vector.onnx"
 AT_ONCE = 8192

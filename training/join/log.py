@@ -19,7 +19,7 @@ from features.bundle import SCHEMA, BundleError, current_path, load_bundle
 from features.repository import model_names
 from features.schema import Schema, SchemaError, parse_schema
 
-from .join_state import NO_ROOM, NoRoomError
+from .state import NO_ROOM, NoRoomError
 
 LOOK_SECONDS = 0.5
 FILE_MODE, FOLDER_MODE, STATE_MODE = 0o640, 0o750, 0o700

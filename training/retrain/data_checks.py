@@ -17,10 +17,10 @@ import polars as pl
 
 from features.schema import Schema
 
-from .datasets.encoded import joined
-from .datasets.log import ImpressionLog
-from .datasets.prepared import SPLITS, Prepared, column_of
-from .train import TrainError
+from ..datasets.encoded import joined
+from ..datasets.log import ImpressionLog
+from ..datasets.prepared import SPLITS, Prepared, column_of
+from ..train import TrainError
 
 HOUR = 3600
 SAME_HOURS = 3

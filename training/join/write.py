@@ -6,12 +6,12 @@ from features.events import Event
 from features.served import unpack_served
 from features.state import StateError
 
-from .join_files import NOTHING, Builder, Columns, Content, conversions, grouped, unjoined
-from .join_log import JoinError, LogWriter, hour_folder, write_parquet
-from .join_plan import DEFERRED, JOINED, UNKNOWN, JoinSettings
-from .join_records import DAMAGED, read_event, revision_key
-from .join_state import NO_ROOM, Held, NoRoomError, State, StatePart
-from .join_told import Told
+from .files import NOTHING, Builder, Columns, Content, conversions, grouped, unjoined
+from .log import JoinError, LogWriter, hour_folder, write_parquet
+from .plan import DEFERRED, JOINED, UNKNOWN, JoinSettings
+from .records import DAMAGED, read_event, revision_key
+from .state import NO_ROOM, Held, NoRoomError, State, StatePart
+from .summary import Told
 
 Settled = list[tuple[Held, Event | None]]
 

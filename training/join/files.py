@@ -17,9 +17,9 @@ from features.schema import Field, Schema, Side
 from features.served import ServedRecord
 from features.state import StateError, unpack_features
 
-from .datasets.prepared import DTYPES
-from .join_records import revision
-from .join_state import Held
+from ..datasets.prepared import DTYPES
+from .records import revision
+from .state import Held
 
 REVISIONS = pl.List(pl.UInt64())
 ROW_TYPES: Mapping[str, pl.DataType] = {

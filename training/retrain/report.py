@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from ..evaluate import Measures
 from .compare import METRICS, Comparison, Gate, Interval
-from .evaluate import Measures
-from .picture import picture
-from .window import Limits, PastLog, Profile, click_rate
+from .data_checks import Limits, PastLog, Profile, click_rate
+from .report_plot import picture
 
 PAGE, PICTURE, DONE = "report.md", "report.svg", "report.json"
 """In the order in which they are written: a report that has the last is whole."""

@@ -34,22 +34,22 @@ from features.bundle import (
 from features.encode import Encoder, Features, Feeds
 from features.schema import AGES, Schema, Side
 
-from .calibrate import Calibration, as_sampled
-from .datasets.encoded import Rows, catalogue, encode_split
-from .datasets.fields import check_fields
-from .datasets.prepared import Prepared, column_of
-from .drift import REFERENCE, make_reference
-from .evaluate import Measures, measure
+from ..calibrate import Calibration, as_sampled
+from ..datasets.encoded import Rows, catalogue, encode_split
+from ..datasets.fields import check_fields
+from ..datasets.prepared import Prepared, column_of
+from ..evaluate import Measures, measure
+from ..networks import NETWORKS
+from ..networks.contract import CLICK, RequestTensors
+from ..networks.fuse import TILE, fused, is_tiled
+from ..retrain.drift import REFERENCE, make_reference
+from ..train import Trained, TrainError, TrainSettings
+from ..weights import CALIBRATION, WEIGHTS, packed
 from .explain import explain_graph, tensors_of
 from .graph import chunks, feeds_of, open_graph
-from .networks import NETWORKS
-from .networks.contract import CLICK, RequestTensors
-from .networks.fuse import TILE, fused, is_tiled
-from .onnx_export import request_graph
-from .quantise import moved, quantised, refusal
+from .int8 import moved, quantised, refusal
+from .onnx import request_graph
 from .retrieval import AD_VECTORS, REQUEST_VECTOR, RequestVectors, ad_vectors
-from .train import Trained, TrainError, TrainSettings
-from .weights import CALIBRATION, WEIGHTS, packed
 
 Scores = tuple[np.ndarray[Any, np.dtype[np.float32]], ...]
 TOLERANCE = 1e-5

@@ -11,10 +11,10 @@ from features.bundle import ATTENTION, CONTRIBUTIONS, EXPLAIN_MODEL, REST, Bundl
 from features.encode import Feeds
 from features.schema import Schema
 
+from ..networks.contract import CLICK, Network, RequestTensors
+from ..networks.fuse import fused
 from .graph import Array, open_graph
-from .networks.contract import CLICK, Network, RequestTensors
-from .networks.fuse import fused
-from .onnx_export import request_graph
+from .onnx import request_graph
 
 TOLERANCE = 1e-5
 """Largest difference between ONNX Runtime and torch, of the largest number there or of 1, whichever is more: see `export.TOLERANCE`."""

@@ -13,11 +13,11 @@ from rich.progress import Progress
 
 from features.bundle import Bundle
 
-from . import compare, window
-from .datasets.encoded import encode_split
-from .datasets.prepared import DataError, Prepared
-from .export import scores, scores_of
-from .train import Epoch, Trained
+from ..datasets.encoded import encode_split
+from ..datasets.prepared import DataError, Prepared
+from ..export.export import scores, scores_of
+from ..train import Epoch, Trained
+from . import compare, data_checks
 
 COIN, WORSE = math.log(2), 1.5
 """The log loss of who says one half to everything, and how many times the loss at the start is no noise of a batch."""
@@ -38,7 +38,7 @@ def compared(champion: Bundle | None, data: Prepared, trained: Trained, graph: b
 def users_of(data: Prepared) -> np.ndarray[Any, np.dtype[np.int64]]:
     """A number a user for each row held out; a ranking without a user is a user of its own, and so is a row without either."""
     keys = []
-    for i, frame in enumerate(window.slices(data, ("test",))["test"]):
+    for i, frame in enumerate(data_checks.slices(data, ("test",))["test"]):
         nobody = pl.col("request_id") if "request_id" in frame.columns else pl.format(f"{i} {{}}", pl.int_range(pl.len()))
         user = pl.when(pl.col("user_id") == "").then(pl.lit("\x1f") + nobody).otherwise(pl.col("user_id"))
         keys.append(frame.select(user.alias("key"))["key"])
@@ -46,9 +46,9 @@ def users_of(data: Prepared) -> np.ndarray[Any, np.dtype[np.int64]]:
     return numbers
 
 
-def flaws(trained: Trained, enough: window.Enough) -> list[str]:
+def flaws(trained: Trained, enough: data_checks.Enough) -> list[str]:
     """Why a training is not to be relied on whatever it measures: it diverged, or had too little to learn from or to be judged by."""
-    return [*diverged(trained.epochs), *window.too_little(trained.rows, trained.clicks, enough, "data set")]
+    return [*diverged(trained.epochs), *data_checks.too_little(trained.rows, trained.clicks, enough, "data set")]
 
 
 def diverged(epochs: Sequence[Epoch]) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""What another bundle or policy would have earned, estimated from a log that explored."""
