@@ -114,7 +114,7 @@ def test_ctrl_c_ends_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> N
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("adrank_bench.load.Run.loop", stop)
+    monkeypatch.setattr("adrank_bench.load.LoadRun.loop", stop)
     with pytest.raises(KeyboardInterrupt):
         service.load(bench.subjects[OURS], [b"{}"], LoadPlan(None, 1, 0, 1))
 
