@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from features.errors import AdrankError
+
 from .measured import LoadPlan, Measured
 
 CONNECT_SECONDS = 5.0
@@ -30,7 +32,7 @@ DEGRADED = b'"degraded":[{'
 clock = time.perf_counter
 
 
-class LoadError(RuntimeError):
+class LoadError(AdrankError, RuntimeError):
     """The service cannot be measured; the message says why."""
 
 

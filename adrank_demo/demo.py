@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from features.errors import AdrankError
 from service.app import open_store
 from service.serving.listen import ListenError, listen
 from service.settings import Settings, load_settings
@@ -40,7 +41,7 @@ START_SECONDS = 60
 MARK = ".adrank-demo"
 
 
-class DemoError(RuntimeError):
+class DemoError(AdrankError, RuntimeError):
     """The demo cannot be as asked for, or its service did not start; the message says why or where to look."""
 
 

@@ -12,6 +12,7 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     && docker/pip.sh --python /opt/adrank/bin/python install --no-deps --require-hashes --only-binary :all: --requirement docker/service.txt
 COPY *.py pyproject.toml README.md LICENSE ./
 COPY adrank_bench adrank_bench
+COPY adrank_cli adrank_cli
 COPY adrank_demo adrank_demo
 COPY features features
 COPY service service

@@ -17,6 +17,7 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     && if grep -q '^Requires-Dist: nvidia' /opt/adrank/lib/python3*/site-packages/torch-*.dist-info/METADATA; then install docker/cuda.txt; fi
 COPY *.py pyproject.toml README.md LICENSE ./
 COPY adrank_bench adrank_bench
+COPY adrank_cli adrank_cli
 COPY adrank_demo adrank_demo
 COPY features features
 COPY service service

@@ -24,6 +24,7 @@ import numpy as np
 
 from . import files
 from .encode import AdTable, Block, Encoder, Features, Feeds, Request, encode_request
+from .errors import AdrankError
 from .graph_file import GraphFacts, GraphFileError, graph_facts
 from .repository import CURRENT, NAME, model_names
 from .schema import Schema, SchemaError, parse_schema, sampling_in
@@ -52,7 +53,7 @@ MOST_GOLDENS_BYTES, MOST_MANIFEST_BYTES, MOST_CURRENT_BYTES = 2**26, 2**24, 64
 Score = Callable[[Feeds], Numbers]
 
 
-class BundleError(RuntimeError):
+class BundleError(AdrankError, RuntimeError):
     """A bundle cannot be published or used; the message says which and why, `code` in a word what is wrong, for those who may not know
     more.
     """

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from .errors import AdrankError
 from .vocabulary import Ids
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -22,7 +23,7 @@ FLOOR = 1e-12
 EXAMPLES = "greedy, epsilon_greedy:0.1 or plackett_luce:0.5"
 
 
-class PolicyError(ValueError):
+class PolicyError(AdrankError, ValueError):
     """A text names no policy; the message says what would."""
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import tomli_w
 
+from .errors import AdrankError
+
 T = TypeVar("T")
 Side = Literal["user", "context", "ad"]
 SIDES: tuple[Side, ...] = ("user", "context", "ad")
@@ -27,7 +29,7 @@ AGES = "history_ages"
 """The tensor of the behaviours' ages."""
 
 
-class SchemaError(ValueError):
+class SchemaError(AdrankError, ValueError):
     """A schema says something impossible; the message names the field and the mend."""
 
 

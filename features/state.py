@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import msgpack
 
 from .encode import Features
+from .errors import AdrankError
 
 if TYPE_CHECKING:  # it is made of what stands here
     from .merging import Rewrite
@@ -42,7 +43,7 @@ class StateError(ValueError):
     """A packed value is not a state, or is another user's."""
 
 
-class StoreError(RuntimeError):
+class StoreError(AdrankError, RuntimeError):
     """The store did not answer; `reason` is a metric label, such as `store_timeout`."""
 
     def __init__(self, reason: str, detail: str) -> None:

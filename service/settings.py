@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from features.errors import AdrankError
 from features.policy import COLDEST, HOTTEST
 
 from .store.url import parse_store_url, store_name
@@ -20,7 +21,7 @@ ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\
 SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
 
 
-class SettingsError(ValueError):
+class SettingsError(AdrankError, ValueError):
     """A setting is unknown or impossible. The message is one sentence a person can act on."""
 
 

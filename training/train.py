@@ -15,6 +15,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from features.encode import Encoder
+from features.errors import AdrankError
 from features.vocabulary import Vocabularies
 
 from .calibrate import Calibration, fit
@@ -42,7 +43,7 @@ RATES = (1e-3, 3e-3)
 EPOCHS = 30
 
 
-class TrainError(ValueError):
+class TrainError(AdrankError, ValueError):
     """A training cannot be as asked for; the message says why."""
 
 

@@ -7,6 +7,8 @@ import socket
 import stat
 from pathlib import Path
 
+from features.errors import AdrankError
+
 from ..settings import Settings
 
 BACKLOG = 2048
@@ -15,7 +17,7 @@ ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 PROBE_SECONDS = 1.0
 
 
-class ListenError(RuntimeError):
+class ListenError(AdrankError, RuntimeError):
     """The address cannot be listened on; the message says why and what to do."""
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 import polars as pl
 import tomli_w
 
+from features.errors import AdrankError
 from features.schema import FLOAT32_MAX, Field, Schema, SchemaError, parse_schema, sampling_in
 
 from .texts import plain_values
@@ -53,7 +54,7 @@ Progress = Callable[[int, int], None]
 """Told how many rows of a preparation are written, and how many there are."""
 
 
-class DataError(RuntimeError):
+class DataError(AdrankError, RuntimeError):
     """A data set cannot be read or prepared; the message says where and what was wrong."""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import polars as pl
 
 from features.bundle import SCHEMA, BundleError, current_path, load_bundle
+from features.errors import AdrankError
 from features.repository import model_names
 from features.schema import Schema, SchemaError, parse_schema
 
@@ -28,7 +29,7 @@ FILE_MODE, FOLDER_MODE, STATE_MODE = 0o640, 0o750, 0o700
 log = logging.getLogger(__name__)
 
 
-class JoinError(RuntimeError):
+class JoinError(AdrankError, RuntimeError):
     """The joiner cannot work; the message says why and what to do."""
 
 

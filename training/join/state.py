@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from features.errors import AdrankError
 from features.streams import Stream
 
 REMEMBERED_SECONDS = 24 * 3600
@@ -57,11 +58,11 @@ NAMING = "FROM rankings m CROSS JOIN events e ON e.request_id = m.request_id WHE
 """Events that name a request id of a part. CROSS and + tell the planner to go from the part's rankings to their events, one by one."""
 
 
-class HeldError(RuntimeError):
+class HeldError(AdrankError, RuntimeError):
     """The joiner's state cannot be used; the message says why."""
 
 
-class NoRoomError(RuntimeError):
+class NoRoomError(AdrankError, RuntimeError):
     """The disk is full: nothing was changed, and it may be tried again when there is room."""
 
 

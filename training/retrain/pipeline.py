@@ -20,6 +20,7 @@ import polars as pl
 from rich.progress import Progress
 
 from features.bundle import MODEL, Bundle, check_name, clear_abandoned, current_path, load_bundle, publish
+from features.errors import AdrankError
 from features.repository import CURRENT
 from features.vocabulary import Vocabulary
 
@@ -37,7 +38,7 @@ REPORTS, LOCK = "reports", ".retrain.lock"
 FACTS = "retrain"
 
 
-class RetrainError(ValueError):
+class RetrainError(AdrankError, ValueError):
     """A retraining cannot be as asked for; the message says why."""
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from features.errors import AdrankError
+
 from ..evaluate import Measures
 from .compare import METRICS, Comparison, Gate, Interval
 from .data_checks import Limits, PastLog, Profile, click_rate
@@ -24,7 +26,7 @@ TITLES = dict(
 )
 
 
-class ReportError(RuntimeError):
+class ReportError(AdrankError, RuntimeError):
     """A report cannot be written; the message says where and why."""
 
 

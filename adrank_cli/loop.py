@@ -1,0 +1,180 @@
+"""From what was served to the next version: `join`, `skew`, `replay`, `retrain`."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import FOLDER, Refusal, console, moment, needs, pair
+
+
+@click.command(epilog="Example: adrank join --redis redis://127.0.0.1:6379/0 --log data/log --models models --metrics-port 9109")
+@click.option("--redis", help="The service's store; default: ADRANK_REDIS, then redis://127.0.0.1:6379/0.")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log, made where there is none; docs/log.md says what it holds.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
+@click.option("--name", help="The model whose schema a new log takes; default: ADRANK_MODEL, then the only live one.")
+@click.option(
+    "--window",
+    "--click-window",
+    "click_window",
+    type=click.FloatRange(0, 30 * 86_400),
+    default=1800,
+    show_default=True,
+    help="Seconds a click may take.",
+)
+@click.option("--impression-window", type=click.FloatRange(0, 30 * 86_400), help="Seconds an impression may take; default: as a click.")
+@click.option(
+    "--conversion-window",
+    type=click.FloatRange(0, 90 * 86_400),
+    default=7 * 86_400,
+    show_default=True,
+    help="Seconds a conversion may take; rows do not wait for it.",
+)
+@click.option("--lateness", type=click.FloatRange(0, 86_400), default=60, show_default=True, help="Seconds to wait for events beyond it.")
+@click.option(
+    "--shown",
+    type=click.Choice(["told", "reported", "served"]),
+    default="told",
+    show_default=True,
+    help="What an impression is: what callers say (top_k, shown) or report, what they report, or all that was answered.",
+)
+@click.option("--rows-per-file", type=click.IntRange(1, 10_000_000), default=100_000, show_default=True)
+@click.option(
+    "--bytes-per-file",
+    type=click.IntRange(2**16, 2**30),
+    default=32 * 2**20,
+    show_default=True,
+    help="Of the records behind a file: what is in memory at once.",
+)
+@click.option("--take-over", is_flag=True, help="Join even if another log's joiner is at work on the same streams.")
+@click.option("--metrics-port", type=click.IntRange(0, 65_535), default=0, show_default=True, help="Where scrapes are answered; 0 is none.")
+@click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address that the metrics are answered on.")
+@click.option("--once", is_flag=True, help="Take what there is, write what is due, and exit.")
+@click.option("--drain", is_flag=True, help="As --once, and write everything, whether its window is over or not.")
+@needs("train")
+def join(redis: str | None, folder: Path, models: Path, name: str | None, once: bool, drain: bool, **rest: Any) -> None:
+    """Join what was served with what came of it, into the log. May be killed at any time; one joiner a log."""
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # of a service with several workers; it would turn these metrics into its files
+    from service.settings import load_settings
+    from service.store.streams import RedisStreams
+    from service.telemetry import logs
+    from service.telemetry.metrics import JoinMetrics
+    from training.join.log import open_log, wait_for_log
+    from training.join.plan import JoinSettings
+    from training.join.run import join_log
+
+    metrics_host, metrics_port, take_over = rest.pop("metrics_host"), rest.pop("metrics_port"), rest.pop("take_over")
+    settings, metrics = load_settings({"redis": redis}), JoinMetrics()
+    logs.start(settings, private=True)
+    url = settings.redis
+    if url.startswith("memory:"):
+        raise Refusal("a store in memory has no streams to join; name a Redis with --redis")
+    once_what = "everything" if drain else "due" if once else None
+    try:
+        stop = metrics.serve(metrics_port, metrics_host) if metrics_port else None
+    except OSError as error:
+        raise Refusal(f"--metrics-port {metrics_port} cannot be listened on at {metrics_host}: {error.strerror}") from error
+    try:
+        into = (open_log if once_what else wait_for_log)(folder, models, name or settings.model)
+        print(asyncio.run(join_log(lambda: RedisStreams(url), into, JoinSettings(**rest), metrics, once_what, take_over)))
+    finally:
+        if stop:
+            stop()
+
+
+@click.command(epilog="Example: adrank skew --log log --models models --since 2026-11-22")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository that served.")
+@click.option("--name", help="Check the rows of this model alone.")
+@click.option("--since", callback=moment, help="Rows from that time on, UTC: 2026-11-22, 2026-11-22T17:00, or seconds since 1970.")
+@click.option("--until", callback=moment, help="Rows before that time.")
+@click.option("--sample", type=click.IntRange(min=1), help="Compare the scores of about so many rows; default: of all.")
+@click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True, help="Of the graph that served.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@needs("train")
+def skew(folder: Path, models: Path, name: str | None, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
+    """Encode and score logged rows again: exit code 0 if that comes to what was served, 3 if it does not."""
+    from training.datasets.log import open_log
+    from training.skew import find_skew, show
+
+    found = find_skew(open_log(folder, since, until), models, name, **options)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        show(found, console())
+    sys.exit(3 if found.found else 0)
+
+
+@click.command("replay", epilog="Example: adrank replay --log log --bundle models/din/20261122101500 --policy plackett_luce:0.5 --top-k 3")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes, or a data set with propensities.")
+@click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
+@click.option("--policy", default="greedy", show_default=True, help="How it shows ads: greedy, epsilon_greedy:E, plackett_luce:T.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Only the first so many places; default: all that were shown.")
+@click.option("--since", callback=moment, help="Rows of a log from that time on, as for skew.")
+@click.option("--until", callback=moment, help="Rows of a log before that time.")
+@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True, help="Of a prepared data set.")
+@click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="The largest weight; it makes estimates biased.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@needs("train")
+def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
+    """Estimate the click rate that another bundle would have had on a log whose rankings explored."""
+    from features.bundle import load_bundle
+    from features.policy import parse_policy
+    from training.datasets.log import is_log, open_log
+    from training.datasets.prepared import open_prepared
+    from training.offpolicy.replay import replay, show
+
+    target = parse_policy(policy)
+    if not is_log(folder) and (since is not None or until is not None):
+        raise Refusal(f"--since and --until are for a log; {folder} is none")
+    data = open_log(folder, since, until) if is_log(folder) else open_prepared(folder)
+    found = replay(data, load_bundle(bundle), target, **options)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        show(found, console())
+
+
+@click.command(epilog="Example: adrank retrain --log log --models models --name din --days 14 --gate not-worse")
+@click.option("--log", type=FOLDER, required=True, help="The log that adrank join writes; or a prepared data set, taken as it is.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
+@click.option("--name", required=True, help="Name in the repository; its live version is the champion.")
+@click.option(
+    "--since", callback=moment, metavar="TIME", help="Begin of the window: 2026-11-22T17:00:00Z, or seconds since 1970. Default: the log's."
+)
+@click.option("--until", callback=moment, metavar="TIME", help="End of the window. Default: the log's.")
+@click.option("--days", type=click.IntRange(1, 36_500), help="Length of the window, in place of --since.")
+@click.option("--start", type=click.Choice(["warm", "scratch"]), default="warm", show_default=True, help="Weights to begin with.")
+@click.option("--model", "network", help="The network, where it is not the live version's: deepfm or din.")
+@click.option("--holdout", type=float, default=0.1, show_default=True, help="Share of the rows, the newest, to compare on.")
+@click.option("--valid", type=float, default=0.1, show_default=True, help="Share before them, for early stopping and calibration.")
+@click.option("--gate", type=click.Choice(["better", "not-worse"]), help="What log loss has to be; default better.")
+@click.option("--report", type=FOLDER, help="Folder for the report; default MODELS/NAME/reports/TIME.")
+@click.option("--position-as", metavar="CONTEXT.FIELD", help="The context field that takes the position where an ad was shown.")
+@click.option("--seed", type=int, help="One seed makes a run repeatable to the last bit on one machine.")
+@click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the rows.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the checks or of the gate.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
+@needs("train")
+def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Train on a window of the log, and publish if the new version stands up to the live one; exit code 3 if not."""
+    from training.progress import progress_bar
+    from training.retrain.pipeline import Order
+    from training.retrain.pipeline import retrain as run
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    given = dict(pair(text) for text in settings)
+    given |= {name: str(value) for name in ("seed", "epochs", "gate") if (value := flags.pop(name)) is not None}
+    with progress_bar() as progress:
+        report = run(Order(settings=given, **flags), progress)
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        console().print(report.tables())
+        print(report.verdict)
+    sys.exit(0 if report.published else 3)

@@ -1,0 +1,179 @@
+"""From a data set to a bundle: `prepare`, `train`, `tune`, `evaluate`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import FILE, FOLDER, Refusal, WithNetworks, console, needs, pair, print_metrics, settings_of
+
+DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
+
+
+@click.command(epilog="Example: adrank prepare movielens --source ml-1m --out data/ml-1m")
+@click.argument("data_set", type=click.Choice(DATA_SETS))
+@click.option(
+    "--source", type=click.Path(path_type=Path), required=True, help="The data set as published: a folder or a file; - is standard input."
+)
+@click.option("--out", type=FOLDER, required=True, help="The prepared data set; must not exist yet.")
+@click.option("--schema", type=click.Path(dir_okay=False, path_type=Path), help="For csv: the schema file, see docs/data.md.")
+@needs("train")
+def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None:
+    """Turn a data set as published into a prepared one."""
+    from importlib import import_module
+
+    from training.progress import progress_bar
+
+    if (data_set == "csv") != (schema is not None):
+        raise Refusal("csv needs --schema FILE (see docs/data.md)" if schema is None else f"--schema is for csv; {data_set} has its own")
+    module = import_module("training.datasets." + {"csv": "csv_table", "open-bandit": "open_bandit"}.get(data_set, data_set))
+    doubts: list[str] = []
+    with progress_bar() as progress:
+        task = progress.add_task(f"preparing {data_set}", total=None)
+
+        def told(done: int, total: int) -> None:
+            progress.update(task, description=f"{'preparing' if total else 'reading'} {data_set}", completed=done, total=total or None)
+
+        rows = module.prepare(source, out, schema, told, doubts.append) if schema else module.prepare(source, out, told)
+    for doubt in doubts:
+        click.echo(f"warning: {doubt}", err=True)
+    _print_profile(out)
+    print(f"{out}: " + ", ".join(f"{split} {count:,}" for split, count in rows.items()) + " rows")
+
+
+def _print_profile(folder: Path) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from training.datasets.prepared import open_prepared
+    from training.datasets.profile import RULE, profile
+
+    table = Table("field", "kind", "missing", "values", "most frequent, or the mean")
+    for column in profile(open_prepared(folder)):
+        table.add_row(column.field.path, column.field.kind, f"{column.missing:.1%}", f"{column.distinct:,}", escape(column.usual[:40]))
+    out = console()
+    out.print(f"The train split. {RULE}")
+    out.print(table)
+
+
+@click.command(cls=WithNetworks, epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
+@click.option("--model", required=True, help="The network, one of those below.")
+@click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
+@click.option("--name", help="Name in the repository; default: the network's.")
+@click.option("--seed", type=int, help="One seed makes a run repeatable to the last bit on one machine.")
+@click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the train split.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the network or of the gate.")
+@click.option("--settings", "file", type=FILE, help="Settings in a TOML file; --set goes before. Default: those known for the data set.")
+@click.option("--init-from", type=FOLDER, metavar="BUNDLE", help="A bundle whose embeddings are where this network's begin.")
+@click.option(
+    "--promote",
+    type=click.Choice(["gate", "always", "if-better", "never"]),
+    default="gate",
+    show_default=True,
+    help="When it is the new live version: if it is fit by itself, always, if it is better than the live one too, never.",
+)
+@needs("train")
+def train(data: Path, model: str, models: Path, name: str | None, settings: tuple[str, ...], file: Path | None, **flags: Any) -> None:
+    """Train a network and publish it as a bundle, the new live version if it is fit to be; exit code 3 if not."""
+    from features.bundle import check_name, read_manifest
+    from training.datasets.log import open_data
+    from training.progress import progress_bar
+    from training.retrain.publish import train_and_publish
+
+    check_name(name or model)
+    promote, opened = flags.pop("promote"), open_data(data)
+    given = settings_of(opened.schema.name, model, file, settings)
+    given |= {key: str(value) for key, value in flags.items() if value is not None}
+    with progress_bar() as progress:
+        path, verdict = train_and_publish(opened, model, models, name or model, given, progress, promote)
+    print_metrics(verdict.trained.metrics)
+    print(verdict.trained.calibration.line())
+    print(f"published {path}")
+    if int8 := read_manifest(path).get("int8"):
+        moves = ", ".join(f"{name} {move:+.2g}" for name, move in int8["moved"].items())
+        print(f"int8 is not served: {int8['refused']}" if int8["refused"] else f"int8 may be served; on test it moves {moves}")
+    for reason in verdict.reasons:
+        print(f"{'live all the same' if verdict.live else 'not live'}: {reason}")
+    if not verdict.live:
+        cure = f"adrank promote --models {models} --name {name or model} --version {path.name}"
+        print(f"{path.name} is published and not live; {cure} makes it so")
+    sys.exit(3 if verdict.refused else 0)
+
+
+@click.command(cls=WithNetworks, epilog="Example: adrank tune --data data/ml-1m --model din --minutes 60 --set epochs=5")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
+@click.option("--model", "family", required=True, help="The network, one of those below.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), required=True, help="How long to search; the file goes on from before.")
+@click.option("--trials", "path", type=FILE, help="The file of trials; default data/tune/DATA-MODEL.log.")
+@click.option("--most", type=click.IntRange(min=1), help="Stop after so many trials.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting that is not tried but fixed.")
+@click.option("--settings", "file", type=FILE, help="Where to begin, in a TOML file. Default: those known for the data set.")
+@click.option("--write", "target", type=FILE, help="Write the best settings there, for --settings of adrank train.")
+@needs("tune")
+def tune(data: Path, family: str, minutes: float, path: Path | None, most: int | None, **given: Any) -> None:
+    """Search settings of a network that are good on the valid split. Goes on where it was stopped; Ctrl-C keeps what is done."""
+    from training.datasets.log import open_data
+    from training.progress import progress_bar
+    from training.tune import Tuning
+
+    opened, fixed = open_data(data), dict(pair(text) for text in given["settings"])
+    path = path or Path("data/tune") / f"{opened.schema.name}-{family}.log"
+    tuning = Tuning(opened, family, settings_of(opened.schema.name, family, given["file"], given["settings"]), fixed, path)
+    with progress_bar() as progress:
+        stopped = tuning.search(minutes, most, progress)
+    best = tuning.best()
+    print(f"best of {best.ended} trials that ended ({best.pruned} were cut short): {best.valid:.5f} on valid; all are in {path}")
+    print(best.command(data, family))
+    if target := given["target"]:
+        best.write(target, family)
+        print(f"written to {target}")
+    if stopped:
+        raise click.Abort
+
+
+@click.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")
+@click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
+@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
+@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
+@click.option("--importance", is_flag=True, help="Say what each field is worth: how far AUC falls when its values are dealt anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@needs("train")
+def evaluate(bundle: Path, data: Path, split: str, importance: bool, as_json: bool) -> None:
+    """Measure a published bundle on a split, through ONNX Runtime."""
+    from features.bundle import load_bundle
+    from training.datasets.log import open_data
+    from training.export.export import evaluate_bundle
+    from training.progress import progress_bar
+
+    if importance:
+        _print_importance(load_bundle(bundle), open_data(data), split, as_json)
+        return
+    with progress_bar() as progress:
+        metrics = evaluate_bundle(load_bundle(bundle), open_data(data), split, progress)
+    if as_json:
+        print(json.dumps(metrics.as_dict()))
+    else:
+        print_metrics({split: metrics})
+
+
+def _print_importance(bundle: Any, data: Any, split: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from training.importance import importances
+    from training.progress import progress_bar
+
+    with progress_bar() as progress:
+        auc, rows, found = importances(bundle, data, split, progress)
+    if as_json:
+        print(json.dumps({"auc": auc, "rows": rows, "fields": [asdict(each) for each in found]}))
+        return
+    table = Table("field", "AUC falls by", "95 % interval")
+    for each in found:
+        table.add_row(each.field, f"{each.drop:+.5f}", f"{each.low:+.5f} to {each.high:+.5f}")
+    console().print(f"AUC {auc:.5f} on {rows:,} rows of {split}; the fall is the mean of 5 deals of the field's values")
+    console().print(table)

@@ -1,0 +1,106 @@
+"""What subcommands share: types of options, settings given as texts, what is printed."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import click
+
+P = ParamSpec("P")
+OURS = ("adrank_bench", "adrank_cli", "adrank_demo", "features", "service", "training")
+SHARE = click.FloatRange(0, 1, min_open=True)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+PLACE = click.Path(readable=False, path_type=Path)
+"""What a service is pointed at is for the service to judge: it may wait for it."""
+
+
+class Refusal(click.ClickException):
+    """Something a person can mend: one sentence, exit code 2."""
+
+    exit_code = 2
+
+
+def needs(extra: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Say which extra to install where a subcommand's libraries are missing: the base installation has what serving takes."""
+
+    def with_sentence(command: Callable[P, None]) -> Callable[P, None]:
+        @wraps(command)
+        def run(*words: P.args, **options: P.kwargs) -> None:
+            try:
+                command(*words, **options)
+            except ModuleNotFoundError as missing:
+                library = str(missing.name).partition(".")[0]
+                if library in OURS:
+                    raise
+                what = f"adrank {click.get_current_context().info_name} needs {library}, which is not installed"
+                raise Refusal(f"{what}: pip install 'adrank[{extra}]', which has all that it needs") from missing
+
+        return run
+
+    return with_sentence
+
+
+def moment(_context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """A time in seconds since 1970: given so, or as a date with perhaps a time of day, UTC."""
+    try:
+        if text is None or text.isdecimal():
+            return None if text is None else int(text)
+        at = datetime.fromisoformat(text)
+        return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+    except ValueError:
+        raise click.BadParameter(f"{text}: expected a time such as 2026-11-22, 2026-11-22T17:00 or 1795366800", param=option) from None
+
+
+class WithNetworks(click.Command):
+    """A command whose help lists the networks."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options, and then the networks, a line each."""
+        super().format_options(ctx, formatter)
+        with contextlib.suppress(ModuleNotFoundError):  # the base installation trains none
+            from training.networks import NETWORKS
+
+            with formatter.section("Networks"):
+                formatter.write_dl([(name, str(network.__doc__).partition("\n")[0]) for name, network in NETWORKS.items()])
+
+
+def settings_of(data_set: str, family: str, file: Path | None, told: Sequence[str]) -> dict[str, str]:
+    """The settings of a training as texts: those of the command, before those of a file, or else those known for the data set."""
+    from training.networks import NETWORKS
+    from training.tuned import known, settings_in
+
+    found = file or known(data_set)
+    kept = settings_in(found, family) if found and family in NETWORKS else {}
+    if kept and not file:
+        click.echo(f"settings known for {data_set}: " + ", ".join(f"{key}={value}" for key, value in kept.items()), err=True)
+    return {**kept, **dict(pair(text) for text in told)}
+
+
+def pair(text: str) -> tuple[str, str]:
+    """A setting that was given as KEY=VALUE."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise Refusal(f"--set {text}: expected KEY=VALUE")
+    return key, value
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """Print the `Measures` of splits as a table."""
+    from rich.table import Table
+
+    table = Table("split", "rows", "AUC", "GAUC", "log loss", "normalised entropy", "calibration error", "p(click) / clicks")
+    for split, m in metrics.items():
+        rates = (m.auc, m.gauc, m.log_loss, m.normalised_entropy, m.calibration_error, m.calibration_ratio)
+        table.add_row(split, f"{m.rows:,}", *(f"{value:.5f}" for value in rates))
+    console().print(table)
+
+
+def console() -> Any:
+    """Where tables are printed: as wide as they are, since a terminal wraps lines, and rich would cut values off."""
+    from rich.console import Console
+
+    return Console(width=max(Console().width, 200), soft_wrap=True)
