@@ -164,14 +164,14 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Train on a window of the log, and publish if the new version stands up to the live one; exit code 3 if not."""
     from training.progress import progress_bar
-    from training.retrain.pipeline import Order
+    from training.retrain.pipeline import RetrainRequest
     from training.retrain.pipeline import retrain as run
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     given = dict(pair(text) for text in settings)
     given |= {name: str(value) for name in ("seed", "epochs", "gate") if (value := flags.pop(name)) is not None}
     with progress_bar() as progress:
-        report = run(Order(settings=given, **flags), progress)
+        report = run(RetrainRequest(settings=given, **flags), progress)
     if as_json:
         print(json.dumps(report.as_dict()))
     else:

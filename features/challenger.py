@@ -58,7 +58,7 @@ class Challenger:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class CanaryDecision:
     """Why a challenger was stopped: a word for metrics, and the numbers."""
 
     reason: Literal["errors", "late", "p99", "p_click"]
@@ -112,16 +112,16 @@ def read_challenger(home: Path) -> Challenger | None:
         raise BundleError(f"{path} does not name a challenger: {error!r}; announce it again with adrank promote", "challenger") from error
 
 
-def read_verdict(home: Path, challenger: Challenger) -> Verdict | None:
+def read_verdict(home: Path, challenger: Challenger) -> CanaryDecision | None:
     """Why the challenger was stopped, None while it is not."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         document = _document(home / VERDICT) or {}
         if document.pop("since", None) == challenger.since:
-            return Verdict(document["reason"], str(document["detail"]))
+            return CanaryDecision(document["reason"], str(document["detail"]))
     return None
 
 
-def write_verdict(home: Path, challenger: Challenger, verdict: Verdict) -> None:
+def write_verdict(home: Path, challenger: Challenger, verdict: CanaryDecision) -> None:
     """Tell all services that the challenger is to be stopped, unless another challenges by now.
 
     Raises:

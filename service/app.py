@@ -22,7 +22,7 @@ from .api.status import status_routes
 from .api.tokens import METRICS, PROBES, Guard
 from .feedback.impression_log import ServedLog
 from .feedback.ingest import Ages, Intake
-from .models.watcher import Reload
+from .models.watcher import ModelWatcher
 from .public import of_store, of_store_error
 from .ranking.executor import Inline, Pool, Scoring
 from .ranking.explanations import Explanations
@@ -57,7 +57,7 @@ class Service:
         self.ranker = Ranker(store, metrics, _scoring(settings, metrics))
         self.explanations = Explanations()
         self.ranker.catalogue.gone_seconds = settings.ad_gone_seconds
-        self.reload = Reload(settings, self.ranker, metrics)
+        self.reload = ModelWatcher(settings, self.ranker, metrics)
         self.guard = _guard(settings)
         self.failing: dict[str, str] = {}
         """Work of the background that failed in a way nobody foresaw and has not gone well since, and a sentence about it."""

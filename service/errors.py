@@ -7,7 +7,7 @@ import pydantic_core
 
 
 @dataclass(frozen=True, slots=True)
-class Mistake:
+class FieldProblem:
     """One thing wrong in a request: the path to it in the caller's document, and what is wrong."""
 
     path: Sequence[str | int]
@@ -22,7 +22,7 @@ class Mistake:
 class ServiceError(Exception):
     """A request cannot be answered; `detail` says why and what to do, `mistakes` where."""
 
-    def __init__(self, detail: str, mistakes: Sequence[Mistake] = ()) -> None:
+    def __init__(self, detail: str, mistakes: Sequence[FieldProblem] = ()) -> None:
         super().__init__(detail)
         self.detail = detail
         self.mistakes = tuple(mistakes)
@@ -147,7 +147,7 @@ WRONG_METHOD = Kind(405, "wrong_method", "The page does not take this method")
 UNEXPECTED = Kind(500, "unexpected", "The service made a mistake")
 
 
-def document(kind: Kind, detail: str, request_id: str, mistakes: Sequence[Mistake] = ()) -> bytes:
+def document(kind: Kind, detail: str, request_id: str, mistakes: Sequence[FieldProblem] = ()) -> bytes:
     """The JSON of an error (RFC 9457), the same wherever it was found."""
     return pydantic_core.to_json(
         {

@@ -19,8 +19,8 @@ from features.challenger import (
     CHALLENGER,
     VERDICT,
     CanaryBounds,
+    CanaryDecision,
     Challenger,
-    Verdict,
     challenge,
     read_challenger,
     read_verdict,
@@ -123,7 +123,7 @@ class TestFile:
         facts = Challenger(int(other), "shadow", 0.25, CanaryBounds(0.02, 2.0, (0.8, 1.25), 50))
         challenge(tmp_path, "din", facts)
         assert read_challenger(tmp_path / "din") == facts
-        verdict = Verdict("p99", "slow")
+        verdict = CanaryDecision("p99", "slow")
         write_verdict(tmp_path / "din", facts, verdict)
         assert read_verdict(tmp_path / "din", facts) == verdict
         again = Challenger(int(other), "shadow", 0.25)
@@ -204,7 +204,7 @@ class TestFile:
         publish(tmp_path)
         _, other, _ = two(tmp_path)
         challenge(tmp_path, "din", facts := Challenger(int(other), "shadow", 0.25))
-        write_verdict(tmp_path / "din", facts, Verdict("p99", "slow"))
+        write_verdict(tmp_path / "din", facts, CanaryDecision("p99", "slow"))
         end(tmp_path, "din")
         assert not {CHALLENGER, VERDICT} & {path.name for path in (tmp_path / "din").iterdir()}
 
@@ -324,7 +324,7 @@ class TestCanary:
             monkeypatch.setattr(ads, "get_user", waiting)
             asking = asyncio.create_task(client.rank("u1", CANDIDATES))
             await arrived.wait()
-            client.app.state.service.ranker.challenges["din"].stop(Verdict("p99", "slow"))
+            client.app.state.service.ranker.challenges["din"].stop(CanaryDecision("p99", "slow"))
             go_on.set()
             assert (await asking)["model"]["version"] == live
 
@@ -491,7 +491,7 @@ class TestStop:
         publish(models)
         set_current(models, "din", int(live))
         challenge(models, "din", facts := Challenger(int(other), "canary", 1.0, FEW))
-        write_verdict(models / "din", facts, Verdict("p99", "slow"))
+        write_verdict(models / "din", facts, CanaryDecision("p99", "slow"))
         async with running(Settings(models=models, redis="memory://"), ads) as client:  # as after a restart
             told = await until(client, stopped)
             assert told["verdict"] == {"reason": "p99", "detail": "slow"}

@@ -10,7 +10,7 @@ from older_redis import editing, without
 from features.challenger import Challenger, challenge
 from features.state import Ad, ChangesLostError, MemoryStore
 from service import app as module
-from service.models.watcher import Reload
+from service.models.watcher import ModelWatcher
 from service.public import of_store
 from service.settings import Settings
 from service.store.redis import CHANGES
@@ -51,13 +51,13 @@ class TestFollowers:
         bundles.publish(tmp_path, "din")
         store, judged = Odd(), asyncio.Event()
         await store.put_ads([Ad("a1", bundles.ADS["a1"])])
-        judge = Reload.judge
+        judge = ModelWatcher.judge
 
         async def judging(self):
             judged.set()
             await judge(self)
 
-        monkeypatch.setattr(Reload, "judge", judging)
+        monkeypatch.setattr(ModelWatcher, "judge", judging)
         async with running(Settings(models=tmp_path, redis="memory://"), store, ready=False) as client:
             told = await said(client, "/readyz", lambda told: any("catalogue" in reason for reason in told["reasons"]))
             assert "following the catalogue failed (RuntimeError) and starts over; the log says where" in told["reasons"]
@@ -77,8 +77,8 @@ class TestFollowers:
         async def fails(_):
             raise RuntimeError("nobody foresaw this")
 
-        monkeypatch.setattr(Reload, "judge", fails)
-        monkeypatch.setattr(Reload, "follow", fails)
+        monkeypatch.setattr(ModelWatcher, "judge", fails)
+        monkeypatch.setattr(ModelWatcher, "follow", fails)
         async with running(Settings(models=repository, redis="memory://"), ads) as client:
             await ads.put_ads([Ad("new", {"genre": "news"})])
             told = await said(client, "/readyz", lambda told: told["catalogue"]["ads"] == len(bundles.ADS) + 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import bundles
 
 from features import bundle
-from features.challenger import Challenger, Verdict, challenge, write_verdict
+from features.challenger import CanaryDecision, Challenger, challenge, write_verdict
 from features.listing import METRICS, list_models, table
 from tests.test_cli import refused, run
 
@@ -32,7 +32,7 @@ def test_each_version_with_its_role_and_how_it_did(tmp_path: Path) -> None:
     assert lines[0].split()[:5] == ["model", "version", "role", "network", "created"]
     assert f"din    {first}  live        -" in lines[3]
     assert lines[3].endswith("0.75000  0.30000   1.01000")
-    write_verdict(tmp_path / "din", facts, Verdict("p99", "slow"))
+    write_verdict(tmp_path / "din", facts, CanaryDecision("p99", "slow"))
     assert list_models(tmp_path).versions[1].role == "stopped"
 
 

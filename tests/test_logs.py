@@ -25,7 +25,7 @@ from features.streams import EVENTS, SERVED
 from service.settings import Settings
 from service.store.redis import RedisStore, user_key
 from service.telemetry import logs
-from service.telemetry.logs import DETAILS, REQUEST, Few, JsonLines, TextLines, where
+from service.telemetry.logs import DETAILS, REQUEST, JsonLines, RateLimitFilter, TextLines, where
 
 pytestmark = pytest.mark.anyio
 FORGED = "fine\n2026-11-22 10:00:00,000 ERROR 1 service: forged\r\x1b[2J\u2028\ud800{}"
@@ -124,7 +124,7 @@ def test_few_records_pass_and_the_next_tells_of_the_others(lines, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
     logger, told = lines(JsonLines(None))
-    logger.addFilter(Few(2, 10.0))
+    logger.addFilter(RateLimitFilter(2, 10.0))
     for second in (100, 101, 102, 109, 110, 111, 125):
         now[0] = second
         logger.info("%d", second)

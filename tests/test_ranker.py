@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from features.encode import AdTable, Request, encode_request
+from features.policy import EpsilonGreedy
 from features.state import Ad, MemoryStore, StoreError, UserState
 from service.catalogue.catalogue import Catalogue, put_ads
 from service.errors import DeadlineError, InvalidError, NotReadyError, UnknownModelError
 from service.models.loaded import Models
 from service.ranking.executor import Inline, Pool
-from service.ranking.ordering import EpsilonGreedy, best_first
+from service.ranking.ordering import best_first
 from service.ranking.ranker import Degraded, Query, Ranker
 from service.settings import Settings
 from service.telemetry.metrics import Metrics

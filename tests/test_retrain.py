@@ -29,7 +29,7 @@ from training.export.export import CALIBRATION, Calibration
 from training.retrain import gate
 from training.retrain import pipeline as retraining
 from training.retrain.gate import users_of
-from training.retrain.pipeline import Order, RetrainError, open_window, retrain
+from training.retrain.pipeline import RetrainError, RetrainRequest, open_window, retrain
 from training.retrain.publish import train_and_publish
 from training.retrain.report import Report
 from training.train import Trained
@@ -71,7 +71,7 @@ def better(log: Path, poor: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     models = tmp_path_factory.mktemp("better") / "models"
     shutil.copytree(poor, models)
     since = small_log.START
-    report = retrain(Order(log, models, "shop", since=since, holdout=0.3, settings=SETTINGS), small.quiet())
+    report = retrain(RetrainRequest(log, models, "shop", since=since, holdout=0.3, settings=SETTINGS), small.quiet())
     return models, report
 
 
@@ -203,7 +203,7 @@ def test_a_live_version_that_changed_meanwhile_voids_the_comparison(
     with pytest.raises(
         RetrainError, match=rf"the live version of shop was {champion} and is \d+ now: the comparison is void; run it again"
     ):
-        retrain(Order(log, models, "shop", holdout=0.3), small.quiet())
+        retrain(RetrainRequest(log, models, "shop", holdout=0.3), small.quiet())
     assert len(versions(models)) == 2
 
 
@@ -213,12 +213,12 @@ def test_what_was_served_by_the_champion_and_what_it_was_trained_on_is_told(
     served = int(current_path(models, "shop").name)
     shutil.copytree(log, tmp_path / "log")
     shown = small_log.rewrite(tmp_path / "log", lambda frame: frame.with_columns(model=pl.lit("shop"), version=pl.lit(served, pl.Int64)))
-    report = retrain(Order(shown, models, "shop", holdout=0.3), small.quiet())
+    report = retrain(RetrainRequest(shown, models, "shop", holdout=0.3), small.quiet())
     assert report.published
     [warning] = report.warnings
     assert warning.startswith("100% of the rows that were held out were served by the live version, which chose what was shown")
     shutil.copytree(better[0], tmp_path / "other")
-    report = retrain(Order(log, tmp_path / "other", "shop", holdout=0.5), small.quiet())
+    report = retrain(RetrainRequest(log, tmp_path / "other", "shop", holdout=0.5), small.quiet())
     assert report.published is None
     assert [warning for warning in report.warnings if "was trained on rows up to" in warning and "it knows some" in warning]
 
@@ -235,7 +235,7 @@ def test_rows_without_a_user_are_users_of_their_own(tmp_path: Path) -> None:
 
 
 def test_the_first_version_needs_no_champion(log: Path, tmp_path: Path, trained: None) -> None:
-    report = retrain(Order(log, tmp_path, "shop", network="deepfm", holdout=0.3), small.quiet())
+    report = retrain(RetrainRequest(log, tmp_path, "shop", network="deepfm", holdout=0.3), small.quiet())
     assert report.verdict == f"Published shop {report.published}, its first version"
     assert report.training["start"] == "scratch"
     assert (tmp_path / "shop" / "current").read_text() == f"{report.published}\n"
@@ -248,7 +248,7 @@ def test_a_first_version_that_knows_nothing_is_refused(log: Path, poor: Path, tm
     monkeypatch.setattr(retraining, "train", lambda *_: off)
     monkeypatch.setattr(retraining, "contents", lambda *_: (files, {}))
     monkeypatch.setattr(gate, "scores", lambda *_: np.full(540, 0.05))
-    report = retrain(Order(log, tmp_path, "shop", network="deepfm", holdout=0.3), small.quiet())
+    report = retrain(RetrainRequest(log, tmp_path, "shop", network="deepfm", holdout=0.3), small.quiet())
     assert report.published is None
     assert [reason.split(":")[0] for reason in report.reasons] == ["calibration is off", "it is no better than the click rate alone"]
     assert not (tmp_path / "shop" / "current").exists()
@@ -278,7 +278,7 @@ def test_the_window_before_tells_how_many_rows_to_expect(tmp_path: Path, models:
     since = small_log.START + 20 * 3600
     for path in small_log.hours_of(log)[20:]:
         pl.read_parquet(path).gather_every(3).write_parquet(path)
-    order = Order(log, models, "shop", since=since, settings={"least_rows": "100"})
+    order = RetrainRequest(log, models, "shop", since=since, settings={"least_rows": "100"})
     report = retrain(order, small.quiet())
     assert report.reasons == ["300 rows, 33% of the 900 in the window of the same length before it; rows_share asks for 50%"]
     assert "| the window before | 900 |" in (only_report(models) / "report.md").read_text()
@@ -294,13 +294,13 @@ def test_the_window_before_tells_how_many_rows_to_expect(tmp_path: Path, models:
     ],
 )
 def test_a_window_is_a_span_of_time(log: Path, given: dict[str, int], rows: int, before: int) -> None:
-    data, earlier = open_window(Order(log, Path("models"), "shop", **given))  # type: ignore[arg-type]
+    data, earlier = open_window(RetrainRequest(log, Path("models"), "shop", **given))  # type: ignore[arg-type]
     assert sum(len(frame) for split in ("train", "valid", "test") for frame in data.frames(split)) == 45 * rows
     assert sum(map(len, earlier)) == 45 * before
 
 
 def test_a_position_may_be_a_feature(log: Path) -> None:
-    data, _ = open_window(Order(log, Path("models"), "shop", position_as="context.slot"))
+    data, _ = open_window(RetrainRequest(log, Path("models"), "shop", position_as="context.slot"))
     assert set(next(data.frames("train"))["context.slot"]) == {"1", "2", "3"}
 
 
@@ -334,7 +334,7 @@ def test_other_fields_need_a_start_from_scratch(tmp_path: Path, models: Path) ->
     with pytest.raises(
         RetrainError, match=r"the fields of .*schema\.toml are not those of the live version .*, so its weights do not fit; use"
     ):
-        retrain(Order(log, models, "shop"), small.quiet())
+        retrain(RetrainRequest(log, models, "shop"), small.quiet())
 
 
 def test_a_live_version_that_training_did_not_make_is_a_sentence(log: Path, tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_a_run_that_is_killed_while_publishing_leaves_the_live_version(log: Path
     assert current_path(models, "shop") == live
     [whole] = set(versions(models)) - set(before)
     load_bundle(models / "shop" / whole)  # nobody's live version, but one that may be promoted
-    report = retrain(Order(log, models, "shop", settings={"least_rows": "9999"}), small.quiet())
+    report = retrain(RetrainRequest(log, models, "shop", settings={"least_rows": "9999"}), small.quiet())
     assert report.champion == int(live.name)
     assert left(models) == []
 
@@ -425,6 +425,6 @@ def test_a_full_disk_in_the_first_step_is_said_where_it_is(tmp_path: Path) -> No
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))
     try:
         with pytest.raises(RetrainError, match=rf"cannot write to {tmp_path / 'models/shop/.retrain.lock'}: File too large"):
-            retraining.retrain(Order(tmp_path / "log", tmp_path / "models", "shop"), Progress())
+            retraining.retrain(RetrainRequest(tmp_path / "log", tmp_path / "models", "shop"), Progress())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

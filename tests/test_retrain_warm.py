@@ -18,7 +18,7 @@ from training.export import export
 from training.networks import NETWORKS
 from training.networks.contract import Fields
 from training.networks.embeddings import Embeddings
-from training.networks.grown import take_over
+from training.networks.warm_start import warm_start
 from training.train import Start, TrainError, TrainSettings, fit_network, predict, train
 from training.weights import packed, settings_of, start_of
 
@@ -82,7 +82,7 @@ def test_a_network_that_takes_over_scores_every_row_as_the_old_one(data: Prepare
     rows = {name: encode_split(data, "test", Encoder(data.schema, v)) for name, v in (("old", base), ("new", grown))}
     before = predict(built["old"], rows["old"])
     assert not np.allclose(predict(built["new"], rows["new"]), before, atol=1e-3)
-    take_over(built["old"], built["new"])
+    warm_start(built["old"], built["new"])
     assert (predict(built["new"], rows["new"]) == before).all()
 
 

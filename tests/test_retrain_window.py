@@ -9,7 +9,7 @@ import pytest
 import small_log
 
 from training.datasets.log import ImpressionLog, open_log
-from training.retrain.data_checks import Limits, PastLog, Profile, Seen, gaps, profile, reasons_against, slices
+from training.retrain.data_checks import Limits, PastLog, Profile, Seen, gaps, profile, slices, violations
 from training.train import TrainError
 
 BEFORE = PastLog(rows=1800, click_rate=0.5, varied={"context.slot": True, "user.age": True, "ad.price": True, "history": True})
@@ -39,8 +39,8 @@ def test_a_profile_says_what_is_in_a_window(log: Path) -> None:
 
 
 def test_a_sound_window_has_nothing_against_it(log: Path) -> None:
-    assert reasons_against(seen(open_log(log)), BEFORE, Limits()) == []
-    assert reasons_against(seen(open_log(log)), PastLog(), Limits()) == []
+    assert violations(seen(open_log(log)), BEFORE, Limits()) == []
+    assert violations(seen(open_log(log)), PastLog(), Limits()) == []
 
 
 def labels(value: int) -> Callable[[pl.DataFrame], pl.DataFrame]:
@@ -94,22 +94,22 @@ def test_a_poisoned_window_is_refused_with_its_numbers(
 ) -> None:
     poisoned = small_log.rewrite(small_log.write(tmp_path / "log"), poison)
     limits = Limits(least_rows=500)
-    [reason] = reasons_against(seen(open_log(poisoned)), BEFORE, limits)
+    [reason] = violations(seen(open_log(poisoned)), BEFORE, limits)
     assert re.search(message, reason), reason
 
 
 def test_a_field_that_may_be_constant_is_let_through(tmp_path: Path) -> None:
     poisoned = small_log.rewrite(small_log.write(tmp_path / "log"), lambda frame: price(slot(frame)))
     window = seen(open_log(poisoned))
-    assert len(reasons_against(window, BEFORE, Limits(constant="ad.price"))) == 1
-    assert reasons_against(window, BEFORE, Limits(constant="context.slot, ad.price")) == []
+    assert len(violations(window, BEFORE, Limits(constant="ad.price"))) == 1
+    assert violations(window, BEFORE, Limits(constant="context.slot, ad.price")) == []
 
 
 def test_hours_that_are_gone_are_refused(tmp_path: Path) -> None:
     whole = small_log.write(tmp_path / "log")
     for path in small_log.hours_of(whole)[10:30]:
         path.unlink()
-    [reason] = reasons_against(seen(open_log(whole)), PastLog(), Limits(least_rows=500))
+    [reason] = violations(seen(open_log(whole)), PastLog(), Limits(least_rows=500))
     assert reason.startswith("20 of 38 hours have gaps: 2025-11-22 10:00 with 0 rows instead of about 45, 2025-11-22 11:00 with 0")
     assert reason.endswith("and 17 more; rows_share is 50%, most_gaps 2.0% of the hours")
 
@@ -118,14 +118,14 @@ def test_a_slice_of_one_class_is_refused(tmp_path: Path) -> None:
     log = small_log.write(tmp_path / "log")
     for path in small_log.hours_of(log)[-5:]:
         labels(0)(pl.read_parquet(path)).write_parquet(path)
-    [reason] = reasons_against(seen(open_log(log)), PastLog(), Limits())
+    [reason] = violations(seen(open_log(log)), PastLog(), Limits())
     assert reason == "all 180 labels of the newest slice, which is held out, are 0"
 
 
 def test_too_little_is_refused(log: Path) -> None:
     window = seen(open_log(log))
     clicks = sum(window.clicks.values())
-    rows, few = reasons_against(window, PastLog(), Limits(least_rows=1801, least_clicks=1500))
+    rows, few = violations(window, PastLog(), Limits(least_rows=1801, least_clicks=1500))
     assert rows == "the window has 1,800 rows, too few to judge by: least_rows is 1,801"
     assert few == f"the window has {clicks:,} clicks in 1,800 rows, too few of one kind to judge by: least_clicks is 1,500"
 

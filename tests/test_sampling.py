@@ -29,11 +29,11 @@ from training.export.export import evaluate_bundle
 from training.join.log import open_log as open_joined
 from training.networks import NETWORKS
 from training.networks.contract import Fields
-from training.networks.grown import take_over
+from training.networks.warm_start import warm_start
 from training.offpolicy.replay import replay
 from training.retrain import pipeline as retraining
 from training.retrain.drift import make_reference
-from training.retrain.pipeline import Order, retrain
+from training.retrain.pipeline import RetrainRequest, retrain
 from training.retrain.publish import train_and_publish
 from training.train import predict
 from training.weights import sampling_of
@@ -119,7 +119,7 @@ def test_what_is_served_before_and_after_a_retraining_is_the_click_rate(
     assert len(clicks) / len(rankings) < 0.25
     assert over_clicks(rankings, clicks) == pytest.approx(1, rel=0.05)
     models = shutil.copytree(first, tmp_path / "models")
-    report = retrain(Order(folder, models, "shop", holdout=0.2, valid=0.4, settings=LENIENT), small.quiet())
+    report = retrain(RetrainRequest(folder, models, "shop", holdout=0.2, valid=0.4, settings=LENIENT), small.quiet())
     assert report.published, report.reasons
     assert report.comparison
     assert report.comparison.champion
@@ -134,7 +134,7 @@ def test_the_gate_sees_a_challenger_that_is_off_by_the_sampling(
 ) -> None:
     models = shutil.copytree(first, tmp_path / "models")
     monkeypatch.setattr(training, "fit", lambda logits, labels, _sampling: fit(logits, labels, KEPT))
-    order = Order(log[0], models, "shop", holdout=0.2, valid=0.4, settings=LENIENT)
+    order = RetrainRequest(log[0], models, "shop", holdout=0.2, valid=0.4, settings=LENIENT)
     report = retrain(order, small.quiet())
     assert report.published is None
     assert "calibration is worse" in report.reasons[0]
@@ -164,7 +164,7 @@ def test_a_warm_start_on_rows_sampled_otherwise_begins_at_their_scale(data: Prep
     assert retraining.start_of(live).negative_sampling == KEPT
     for family in ("deepfm", "din"):
         old, new = (NETWORKS[family](Fields.of(data.schema, live.vocabularies), small.NETWORK_SETTINGS[family]).eval() for _ in range(2))
-        take_over(old, new, shift)
+        warm_start(old, new, shift)
         assert np.abs(predict(new, rows) - predict(old, rows) - shift).max() < 1e-5
     still = training.TrainSettings(epochs=1, learning_rate=1e-12, embedding_l2=0.0, unknown_rate=0.0, threads=1)
     again = training.train(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from processes import fill, serving, workers_of
 from redis_servers import client_of
 
+from features.policy import EpsilonGreedy, PlackettLuce
 from features.served import pack_served, unpack_served
 from features.state import Ad, MemoryStore, StoreError, StoreRoom, UserState, unpack_features
 from features.streams import SERVED
@@ -22,7 +23,6 @@ from service.catalogue.catalogue import Catalogue
 from service.feedback import impression_log as module
 from service.feedback.impression_log import ServedLog, served
 from service.ranking.executor import Inline
-from service.ranking.ordering import EpsilonGreedy, PlackettLuce
 from service.ranking.ranker import Query, Ranker
 from service.settings import Settings
 from service.store.redis import RedisStore

@@ -91,7 +91,7 @@ def test_the_retrain_job_ends_as_the_command_does(tmp_path: Path, code: int) -> 
     ended, called = retrain(tmp_path, code, LOG="/mnt/the log")
     assert ended == code
     assert called[:2] == ["adrank", "retrain"]
-    options = adrank.retrain.make_context("retrain", called[2:]).params
+    options = adrank.cli.commands["retrain"].make_context("retrain", called[2:]).params
     given = {name: options[name] for name in ("log", "models", "name", "days", "start", "gate", "report")}
     assert given == {
         "log": Path("/mnt/the log"),
@@ -107,7 +107,7 @@ def test_the_retrain_job_ends_as_the_command_does(tmp_path: Path, code: int) -> 
 def test_without_a_log_the_retrain_job_makes_a_world(tmp_path: Path) -> None:
     _, called = retrain(tmp_path, 0)
     assert called[:6] == ["python", "-m", "training.simulation", "data/world", "adrank", "retrain"]
-    options = adrank.retrain.make_context("retrain", called[6:]).params
+    options = adrank.cli.commands["retrain"].make_context("retrain", called[6:]).params
     assert (options["log"], options["days"], options["epochs"]) == (Path("data/world"), None, 4)
 
 

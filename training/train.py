@@ -26,8 +26,8 @@ from .evaluate import Measures, measure, unmeasured
 from .first_order import SHARE, FirstOrder, times
 from .networks import NETWORKS, build
 from .networks.contract import CLICK, Fields, Labels, Network, RequestTensors
-from .networks.grown import take_over
 from .networks.pretrained import copy_embeddings
+from .networks.warm_start import warm_start
 from .unknown import Hiding, Unseen
 from .updates import Updates
 
@@ -225,7 +225,7 @@ def train(
         try:
             network = build(family, Fields.of(data.schema, encoder.vocabularies, heads), network_settings)
             if whole:
-                take_over(whole.network, network, math.log(whole.negative_sampling / data.negative_sampling))
+                warm_start(whole.network, network, math.log(whole.negative_sampling / data.negative_sampling))
             else:
                 _begin_embeddings(network, encoder.vocabularies, start, progress)
         except ValueError as error:

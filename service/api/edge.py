@@ -10,9 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import errors
-from ..errors import Kind, Mistake
+from ..errors import FieldProblem, Kind
 from ..public import SCORING
-from ..telemetry.logs import DETAILS, REQUEST, Few
+from ..telemetry.logs import DETAILS, REQUEST, RateLimitFilter
 from ..telemetry.metrics import Metrics, Stages
 from .openapi import EVENTS, RANKED
 from .tokens import Guard
@@ -35,10 +35,12 @@ TOLD = (10, 1.0)
 
 log = logging.getLogger(__name__)
 failures = logging.getLogger(f"{__name__}.failures")
-failures.addFilter(Few(*TOLD))
+failures.addFilter(RateLimitFilter(*TOLD))
 
 
-def problem(scope: Scope, kind: Kind, detail: str, mistakes: Sequence[Mistake] = (), headers: Mapping[str, str] | None = None) -> Response:
+def problem(
+    scope: Scope, kind: Kind, detail: str, mistakes: Sequence[FieldProblem] = (), headers: Mapping[str, str] | None = None
+) -> Response:
     """An error as problem+json; notes its code as the outcome of the request."""
     scope["state"]["observed"].outcome = kind.code
     scope["state"]["detail"] = detail

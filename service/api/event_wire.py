@@ -11,7 +11,7 @@ from features.events import TYPES, Event
 from features.subject import AT_ONCE, Outcome
 from features.values import plain
 
-from ..errors import InvalidError, Mistake
+from ..errors import FieldProblem, InvalidError
 from ..feedback.ingest import Malformed
 from .requests import ERRORS_LISTED, refusal, short
 from .wire import CANDIDATES, ID_LENGTH, FeatureMap, Id, RequestId, Wire
@@ -144,7 +144,7 @@ async def read_batch(body: bytes, most: int) -> list[Event | Malformed]:
         raise refusal(error) from None
     if len(sent) > most:
         detail = f"{len(sent)} events; at most {most} are taken in one request"
-        raise InvalidError(detail, [Mistake(("events",), detail)])
+        raise InvalidError(detail, [FieldProblem(("events",), detail)])
     read: list[Event | Malformed] = []
     for start in range(0, len(sent), AT_ONCE):
         read += [_read(item, i) for i, item in enumerate(sent[start : start + AT_ONCE], start)]
@@ -177,7 +177,7 @@ def _malformed(item: object, place: int, error: ValidationError) -> Malformed:
         elif path[-1:] == ("[key]",):
             path, detail = path[:-1], f"its name: {detail}"
     more = f"; {count} things are wrong with it" if count > 1 else ""
-    pointer = Mistake(("events", place, *map(short, path)), "").pointer
+    pointer = FieldProblem(("events", place, *map(short, path)), "").pointer
     return Malformed(readable, kind, f"{detail}{more}".removeprefix("; "), pointer)
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from features.policy import EpsilonGreedy, PlackettLuce, Policy
 from features.values import plain, plain_all
 
-from ..errors import InvalidError, Mistake, NotJsonError
+from ..errors import FieldProblem, InvalidError, NotJsonError
 from ..ranking.ranker import MISTAKES_TOLD, Bids, Query, Ranking
 from ..settings import Settings
 from . import wire
@@ -63,7 +63,7 @@ def sent_request_id(body: bytes) -> str | None:
     return sent if isinstance(sent, str) and REQUEST_ID.fullmatch(sent) else None
 
 
-def _mistake(loc: Sequence[str | int], kind: str, message: str) -> Mistake:
+def _mistake(loc: Sequence[str | int], kind: str, message: str) -> FieldProblem:
     tag = next((len(union) for union in UNIONS if tuple(loc[: len(union)]) == union), len(loc))
     path = [*loc[:tag], *loc[tag + 1 :]]
     detail = message.removeprefix("Value error, ")
@@ -73,7 +73,7 @@ def _mistake(loc: Sequence[str | int], kind: str, message: str) -> Mistake:
         detail = "unknown field"
     elif kind == "union_tag_not_found":
         detail = f"expected {FORMS}"
-    return Mistake(tuple(map(short, path)), detail)
+    return FieldProblem(tuple(map(short, path)), detail)
 
 
 def short(step: str | int) -> str | int:
@@ -93,7 +93,7 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None) -> 
     ad_ids = plain_all(names)
     if len(ad_ids) > most:
         detail = f"{len(ad_ids)} candidates; at most {most} are ranked in one request"
-        raise InvalidError(detail, [Mistake(("candidates",), detail)])
+        raise InvalidError(detail, [FieldProblem(("candidates",), detail)])
     user, options = request.user, request.options
     history, times = (None, ()) if user.history is None else _in_time(user.history)
     deadline = None if options.deadline_ms is None else options.deadline_ms / 1000
@@ -137,7 +137,7 @@ def _columns(candidates: CandidateColumns | list[Candidate] | list[str]) -> tupl
         for name, column in (("bid", bids), ("features", features)):
             if column is not None and len(column) != len(ad_ids):
                 detail = f"{len(column)} values, but ad_id has {len(ad_ids)}"
-                raise InvalidError("the columns are not equally long", [Mistake(("candidates", name), detail)])
+                raise InvalidError("the columns are not equally long", [FieldProblem(("candidates", name), detail)])
         return ad_ids, _bids(bids), {i: sent for i, sent in enumerate(features or ()) if sent}
     if isinstance(candidates[0], str):
         return cast("list[str]", candidates), None, {}  # type: ignore[redundant-cast]  # mypy takes the first for all of them
@@ -159,7 +159,7 @@ def _in_time(history: list[Behaviour]) -> tuple[Sequence[str], Sequence[float]]:
     if times and len(times) < len(history):
         absent = next(i for i, behaviour in enumerate(history) if behaviour.ts is None)
         detail = "missing, though other behaviours have one: send all times, or none"
-        raise InvalidError("the history has times for some behaviours only", [Mistake(("user", "history", absent, "ts"), detail)])
+        raise InvalidError("the history has times for some behaviours only", [FieldProblem(("user", "history", absent, "ts"), detail)])
     ordered = sorted(history, key=lambda behaviour: behaviour.ts or 0)
     return plain_all([behaviour.ad_id for behaviour in ordered]), [behaviour.ts or 0 for behaviour in ordered] if times else ()
 
@@ -176,11 +176,11 @@ def as_sent(ranking: Ranking, query: Query) -> Ranking:
     return replace(ranking, ad_ids=[first[ad_id] for ad_id in ranking.ad_ids], omitted=omitted)
 
 
-def locate(request: RankRequest, mistake: Mistake) -> Mistake:
+def locate(request: RankRequest, mistake: FieldProblem) -> FieldProblem:
     """A mistake's path, which speaks of rows, in the form that this caller sent."""
     if isinstance(request.candidates, CandidateColumns) and mistake.path[0] == "candidates" and len(mistake.path) > 2:
         _, row, name, *rest = mistake.path
-        return Mistake(("candidates", name, row, *rest), mistake.detail)
+        return FieldProblem(("candidates", name, row, *rest), mistake.detail)
     if mistake.path[0] == "candidates" and isinstance(request.candidates, list) and isinstance(request.candidates[0], str):
-        return Mistake(mistake.path[:2], f"{'.'.join(map(str, mistake.path[2:]))} {mistake.detail}")
+        return FieldProblem(mistake.path[:2], f"{'.'.join(map(str, mistake.path[2:]))} {mistake.detail}")
     return mistake

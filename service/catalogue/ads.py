@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 from features.encode import AdTable
-from features.renumber import Renumbering
+from features.id_remap import Renumbering
 from features.state import ACTIVE, NEVER, Ad, pack_features, unpack_features
 
 AT_ONCE = 1_000

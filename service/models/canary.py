@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from features.challenger import CanaryBounds, Challenger, Verdict
+from features.challenger import CanaryBounds, CanaryDecision, Challenger
 from features.encode import Feeds
 from features.vocabulary import Numbers
 
@@ -48,7 +48,7 @@ class LateError(ScoringError):
     """The challenger was not done in time, or too many wait for it already."""
 
 
-def judge(period: Period, bounds: CanaryBounds) -> Verdict | None:
+def judge(period: Period, bounds: CanaryBounds) -> CanaryDecision | None:
     """Why the challenger is to be stopped, None if it is not."""
     requests = period.count(CHALLENGING, REQUESTS)
     if requests < bounds.min_requests:
@@ -56,23 +56,23 @@ def judge(period: Period, bounds: CanaryBounds) -> Verdict | None:
     for what, reason, did in ((ERRORS, "errors", "failed"), (LATE, "late", f"took over {bounds.max_seconds:g} s")):
         if at_least(period.count(CHALLENGING, what), requests) > bounds.error_share:
             share = f"a share of {bounds.error_share:g} is allowed"
-            return Verdict(reason, f"{period.count(CHALLENGING, what):.0f} of {requests:.0f} requests {did}, {share}")  # type: ignore[arg-type]
+            return CanaryDecision(reason, f"{period.count(CHALLENGING, what):.0f} of {requests:.0f} requests {did}, {share}")  # type: ignore[arg-type]
     scored, live = period.scored(CHALLENGING), period.scored(LIVE)
     if min(scored, live) < bounds.min_requests:
         return None
     beside = f"over {scored:.0f} requests, beside {live:.0f} of the live version"
     if at_least(period.slower(CHALLENGING, period.p99(LIVE) * bounds.p99_ratio), scored) > 0.01:
         p99s = f"{period.p99(CHALLENGING) * 1e3:.3g} ms against {period.p99(LIVE) * 1e3:.3g} ms"
-        return Verdict("p99", f"p99 {p99s}, {bounds.p99_ratio:g} times is allowed, {beside}")
+        return CanaryDecision("p99", f"p99 {p99s}, {bounds.p99_ratio:g} times is allowed, {beside}")
     mean, base, (low, high) = period.mean(CHALLENGING), period.mean(LIVE), bounds.p_click_ratio
     for bound, sign in ((low, -1), (high, 1)):
         off = sign * (mean - bound * base)
         if off > CERTAIN * math.hypot(period.error(CHALLENGING), bound * period.error(LIVE)):
-            return Verdict("p_click", f"mean p(click) {mean:.4g} against {base:.4g}, {low:g} to {high:g} times is allowed, {beside}")
+            return CanaryDecision("p_click", f"mean p(click) {mean:.4g} against {base:.4g}, {low:g} to {high:g} times is allowed, {beside}")
     return None
 
 
-def hopeless(period: Period, bounds: CanaryBounds) -> Verdict | None:
+def hopeless(period: Period, bounds: CanaryBounds) -> CanaryDecision | None:
     """Why the challenger is to be stopped however few requests it has had, None if it is not."""
     requests, live = period.count(CHALLENGING, REQUESTS), period.scored(LIVE)
     allowed = period.p99(LIVE) * bounds.p99_ratio * EARLY_RATIO
@@ -86,7 +86,7 @@ def hopeless(period: Period, bounds: CanaryBounds) -> Verdict | None:
     reason = max(wrong, key=lambda each: wrong[each])
     slow = f"{wrong['p99']:.0f} took over {allowed * 1e3:.3g} ms, {EARLY_RATIO:g} times what is allowed beside the live version"
     did = f"{wrong['errors']:.0f} failed, {wrong['late']:.0f} took over {bounds.max_seconds:g} s, {slow}"
-    return Verdict(reason, f"of its first {requests:.0f} requests {did}")  # type: ignore[arg-type]
+    return CanaryDecision(reason, f"of its first {requests:.0f} requests {did}")  # type: ignore[arg-type]
 
 
 def at_least(some: float, of: float) -> float:
@@ -111,7 +111,7 @@ class Challenge:
     def __init__(self, name: str, facts: Challenger, model: Model | None, metrics: Metrics, folder: Path | None = None) -> None:
         """`folder` is that which the workers of a service share."""
         self.name, self.facts, self.model = name, facts, model
-        self.verdict: Verdict | None = None
+        self.verdict: CanaryDecision | None = None
         self._metrics = metrics
         key = f"{name}.{facts.version}.{facts.mark}"
         self._told = folder / f"{key}.verdict" if folder else None
@@ -229,17 +229,17 @@ class Challenge:
         self._window.scored(LIVE, live_seconds, float(live[both].mean()))
         self._window.scored(CHALLENGING, seconds, float(scores[both].mean()))
 
-    def judged(self) -> Verdict | None:
+    def judged(self) -> CanaryDecision | None:
         """Why it is to be stopped now, None if it is not, or has been already."""
         if self.model is None:
             return None
         bounds, window = self.facts.bounds, self._window
         if (hangs := max((time.monotonic() - run.since for run in self._runs), default=0.0)) > HANGS_SECONDS:
-            return Verdict("late", f"a run has taken {hangs:.1f} s, {bounds.max_seconds:g} s are allowed")
+            return CanaryDecision("late", f"a run has taken {hangs:.1f} s, {bounds.max_seconds:g} s are allowed")
         just_now, newest, all_ = window.periods(EARLY_REQUESTS, bounds.min_requests)
         return hopeless(just_now, bounds) or hopeless(all_, bounds) or judge(newest, bounds) or judge(all_, bounds)
 
-    def stop(self, verdict: Verdict | None = None) -> None:
+    def stop(self, verdict: CanaryDecision | None = None) -> None:
         """Rank with the live version alone from the next request on; the verdict says why, if the challenger is at fault."""
         self.verdict, self.model = verdict, None
         if self._thread is not None:

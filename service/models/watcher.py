@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 from features.bundle import BundleError, current_path
-from features.challenger import Challenger, Verdict, read_challenger, read_verdict, write_verdict
+from features.challenger import CanaryDecision, Challenger, read_challenger, read_verdict, write_verdict
 from features.repository import NAME, is_live
 
 from ..errors import ScoringError
@@ -57,7 +57,7 @@ class Found:
     wrong: Refused | None = None
     challenger: Challenger | None = None
     challenger_wrong: Refused | None = None
-    verdict: Verdict | None = None
+    verdict: CanaryDecision | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Tried:
     reason: Refused
 
 
-class Reload:
+class ModelWatcher:
     """Loads models and lets go of them, in one process."""
 
     def __init__(self, settings: Settings, ranker: Ranker, metrics: Metrics) -> None:
@@ -331,7 +331,7 @@ def mark_of(path: Path) -> Mark:
     return tuple(sorted(found))
 
 
-def _tell_others(home: Path, challenger: Challenger, verdict: Verdict) -> None:
+def _tell_others(home: Path, challenger: Challenger, verdict: CanaryDecision) -> None:
     try:
         write_verdict(home, challenger, verdict)
     except OSError as error:

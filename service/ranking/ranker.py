@@ -20,7 +20,7 @@ from features.vocabulary import Numbers
 
 from ..catalogue.ads import View
 from ..catalogue.catalogue import Catalogue
-from ..errors import DeadlineError, InvalidError, Mistake, ScoringError, ServiceError
+from ..errors import DeadlineError, FieldProblem, InvalidError, ScoringError, ServiceError
 from ..models.canary import Challenge
 from ..models.loaded import Model, Models
 from ..telemetry.metrics import Metrics, Stages
@@ -293,7 +293,7 @@ def _usable(model: Model, query: Query, stored: UserState, degraded: list[Degrad
 def _check_bids(query: Query) -> None:
     if query.objective == "ecpm" and (query.bids is None or np.isnan(query.bids).any()):
         missing = range(len(query.ad_ids)) if query.bids is None else np.flatnonzero(np.isnan(query.bids)).tolist()
-        mistakes = [Mistake(("candidates", i, "bid"), "missing; the objective ecpm needs it") for i in missing[:MISTAKES_TOLD]]
+        mistakes = [FieldProblem(("candidates", i, "bid"), "missing; the objective ecpm needs it") for i in missing[:MISTAKES_TOLD]]
         raise InvalidError(f"the objective ecpm needs a bid for each candidate; {len(missing)} have none", mistakes)
 
 
@@ -386,9 +386,9 @@ def shortest(scores: Numbers) -> Bids:
     return np.array(orjson.loads(orjson.dumps(np.ascontiguousarray(scores), option=orjson.OPT_SERIALIZE_NUMPY)), np.float64)
 
 
-def _mistake(error: FieldError, positions: Sequence[int] | None) -> Mistake:
+def _mistake(error: FieldError, positions: Sequence[int] | None) -> FieldProblem:
     """Where in the caller's document the field is."""
     if error.side == "ad" and error.row is not None:
         position = error.row if positions is None else positions[error.row]
-        return Mistake(("candidates", position, "features", error.name), error.detail)
-    return Mistake((error.side, error.name) if error.side == "context" else (error.side, "features", error.name), error.detail)
+        return FieldProblem(("candidates", position, "features", error.name), error.detail)
+    return FieldProblem((error.side, error.name) if error.side == "context" else (error.side, "features", error.name), error.detail)

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from .. import errors
 from ..errors import Kind
 from ..settings import Settings
-from ..telemetry.logs import Few
+from ..telemetry.logs import RateLimitFilter
 
 HEAD_END = b"\r\n\r\n"
 UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
@@ -26,7 +26,7 @@ NO_REQUEST = contextvars.Context()
 ENDED_EARLY = "the connection ended before the request did"
 
 log = logging.getLogger(__name__)
-log.addFilter(Few(10, 1.0))
+log.addFilter(RateLimitFilter(10, 1.0))
 
 
 class RefusedError(Exception):

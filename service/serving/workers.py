@@ -42,7 +42,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 log = logging.getLogger(__name__)
 crowded = logging.getLogger(f"{__name__}.crowded")
-crowded.addFilter(logs.Few(10, 1.0))
+crowded.addFilter(logs.RateLimitFilter(10, 1.0))
 
 
 def serve(settings: Settings) -> None:

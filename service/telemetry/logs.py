@@ -71,7 +71,7 @@ class JsonLines(logging.Formatter):
             return orjson.dumps({name: printable(str(value)) for name, value in fields.items()}).decode()
 
 
-class Few(logging.Filter):
+class RateLimitFilter(logging.Filter):
     """Lets so many records pass in so many seconds; the next one that passes tells how many did not."""
 
     def __init__(self, most: int, seconds: float) -> None:

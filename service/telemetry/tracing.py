@@ -25,7 +25,7 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ..settings import SettingsError
-from .logs import Few
+from .logs import RateLimitFilter
 from .metrics import Stages
 
 CHILDREN = ("features", "queue", "inference")
@@ -48,7 +48,7 @@ NOISY = (trace_exporter.__name__, "opentelemetry.sdk._shared_internal")
 """Loggers that tell of each batch that could not be sent, and of each span that was dropped."""
 
 log = logging.getLogger(__name__)
-_few = Few(2, TELL_SECONDS)
+_few = RateLimitFilter(2, TELL_SECONDS)
 _propagator = TraceContextTextMapPropagator()
 
 

@@ -210,7 +210,7 @@ class _Fields:
         }
 
 
-def reasons_against(window: Profile, past: PastLog, limits: Limits) -> list[str]:
+def violations(window: Profile, past: PastLog, limits: Limits) -> list[str]:
     """Why a window should not be trained on, a sentence each; none where it may be."""
     return [
         *too_little(window.rows, window.clicks, limits, "window"),

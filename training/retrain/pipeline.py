@@ -43,7 +43,7 @@ class RetrainError(AdrankError, ValueError):
 
 
 @dataclass(frozen=True)
-class Order:
+class RetrainRequest:
     """What is to be retrained, on what, and how. Times are in seconds since 1970."""
 
     log: Path
@@ -98,7 +98,7 @@ class RetrainPlan:
         return {"network": self.family, "start": start, "seed": self.loop.seed}
 
 
-def retrain(order: Order, progress: Progress) -> Report:
+def retrain(order: RetrainRequest, progress: Progress) -> Report:
     """Check, train, compare, and publish or refuse; the report, which has been written.
 
     Raises:
@@ -113,7 +113,7 @@ def retrain(order: Order, progress: Progress) -> Report:
         plan = _plan(order, data)
         seen, past = data_checks.profile(data, data_checks.slices(data)), _past(data, before, plan.champion)
         version = plan.champion.version if plan.champion else None
-        reasons = data_checks.reasons_against(seen, past, plan.limits)
+        reasons = data_checks.violations(seen, past, plan.limits)
         report = Report(order.name, started, None, version, reasons, plan.told(), seen, past, plan.limits, plan.gate)
         if not reasons:
             report = _challenge(order, plan, data, report, progress)
@@ -121,7 +121,7 @@ def retrain(order: Order, progress: Progress) -> Report:
         return report
 
 
-def _challenge(order: Order, plan: RetrainPlan, data: Prepared, report: Report, progress: Progress) -> Report:
+def _challenge(order: RetrainRequest, plan: RetrainPlan, data: Prepared, report: Report, progress: Progress) -> Report:
     trained = train(data, plan.family, plan.network, plan.loop, progress, plan.start)
     files, facts = contents(data, trained, progress)
     found = gate.compared(plan.champion, data, trained, files[MODEL], progress)
@@ -138,7 +138,7 @@ def _challenge(order: Order, plan: RetrainPlan, data: Prepared, report: Report, 
     return replace(report, published=int(publish(order.models, order.name, files, facts).name))
 
 
-def open_window(order: Order) -> tuple[Prepared, Iterable[pl.DataFrame]]:
+def open_window(order: RetrainRequest) -> tuple[Prepared, Iterable[pl.DataFrame]]:
     """The window, in slices of time, and the rows of a window as long just before it, none where the log does not say.
 
     A prepared data set in place of a log is taken as it is.
@@ -174,7 +174,7 @@ def _end(log: Path) -> int:
     return int(hour.timestamp()) + data_checks.HOUR
 
 
-def _plan(order: Order, data: Prepared) -> RetrainPlan:
+def _plan(order: RetrainRequest, data: Prepared) -> RetrainPlan:
     champion = load_bundle(current_path(order.models, order.name)) if (order.home / CURRENT).exists() else None
     if champion and METRICS not in champion.files:
         raise RetrainError(f"the live version {champion.path} has no {METRICS}, so nothing can be compared with it; adrank train makes one")
@@ -218,7 +218,7 @@ def _varied(champion: Bundle) -> dict[str, bool]:
     return {each.path: sizes[each.vocabulary] > 1 for each in alone}
 
 
-def _warnings(order: Order, plan: RetrainPlan, data: Prepared) -> list[str]:
+def _warnings(order: RetrainRequest, plan: RetrainPlan, data: Prepared) -> list[str]:
     if plan.champion is None:
         return ["there was no live version to compare with"]
     warnings = []
@@ -244,18 +244,18 @@ def _held_out_from(data: Prepared) -> float | None:
     return data.edges[2] if isinstance(data, ImpressionLog) else None
 
 
-def _live(order: Order) -> int | None:
+def _live(order: RetrainRequest) -> int | None:
     return int(current_path(order.models, order.name).name) if (order.home / CURRENT).exists() else None
 
 
-def _clear_reports(order: Order) -> None:
+def _clear_reports(order: RetrainRequest) -> None:
     """Remove reports that were not finished."""
     for folder in (order.home / REPORTS).glob("[0-9]*"):
         if not (folder / DONE).exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _report_folder(order: Order, started: int) -> Path:
+def _report_folder(order: RetrainRequest, started: int) -> Path:
     """A new folder, named by the time."""
     version = int(f"{datetime.fromtimestamp(started, UTC):%Y%m%d%H%M%S}")
     while (folder := order.home / REPORTS / str(version)).exists():
@@ -264,7 +264,7 @@ def _report_folder(order: Order, started: int) -> Path:
 
 
 @contextmanager
-def _alone(order: Order) -> Iterator[None]:
+def _alone(order: RetrainRequest) -> Iterator[None]:
     """Hold the model's lock, which the kernel lets go of when this process ends, however it ends."""
     try:
         order.home.mkdir(parents=True, exist_ok=True)

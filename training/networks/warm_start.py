@@ -10,7 +10,7 @@ from .embeddings import Embeddings
 
 
 @torch.no_grad()
-def take_over(old: Network, new: Network, shift: float = 0.0) -> None:
+def warm_start(old: Network, new: Network, shift: float = 0.0) -> None:
     """Give a network the weights of an older one whose vocabularies it extends: it scores every row as that one did, plus `shift`.
 
     Values that are new begin with the row of the unknown, as which they have been served until now. A shift is needed where the rows

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.encode import AdTable, Encoder
-from features.renumber import Renumbering
+from features.id_remap import Renumbering
 from features.schema import parse_schema
 from features.state import Ad, pack_features
 from features.vocabulary import HashBuckets, Moments, Vocabularies, Vocabulary
