@@ -55,8 +55,8 @@ peers-test:  ## the blocks of other libraries, with the same weights, give the s
 	build/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps deepctr-torch==0.3.0  # without the TensorFlow it asks for
 	build/peers/bin/python -m pytest tests/peers $(ARGS)
 
-parity-test: $(INSTALLED)  ## that /rank says what training says of real rows, for every network rather than two
-	NETWORKS=all $(BIN)/python -m pytest tests/test_parity.py $(ARGS)
+parity-test: $(INSTALLED)  ## that /rank says what training says of real rows, and a graph what torch does, for every network
+	NETWORKS=all $(BIN)/python -m pytest tests/test_parity.py tests/test_networks.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info data/demo data/bench

@@ -85,7 +85,7 @@ def test_in_tiles_all_behaviours_are_weighed_once_whatever_the_sizes() -> None:
 
 @pytest.mark.parametrize(
     ("family", "text", "settings", "tile"),
-    [(*CASES[case], tile) for case, tile in ((1, None), (2, 512), (3, None), (3, 512), (4, None), (4, 512))],
+    [(*CASES[case], tile) for case, tile in ((1, None), (2, 512), (3, None), (3, 512), (4, None))],
 )
 def test_the_exported_graph_gives_what_torch_gives_over_tiles(family: str, text: str, settings: dict, tile: int | None) -> None:
     """By the exporter where it has a loop or parts without columns to export; all at once, by the tracer, which has neither."""
