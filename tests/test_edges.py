@@ -132,6 +132,13 @@ class TestPages:
                 assert beacon.headers["access-control-allow-origin"] == "https://shop.example"
                 assert "Origin" in beacon.headers["vary"]
 
+    async def test_they_may_read_what_is_wrong_with_theirs(self, run, ads):
+        async with run(ads, allowed_origins="https://shop.example") as client:
+            for body, status in ((b"no JSON", 400), (b"{}", 422)):
+                answer = await client.post("/v1/events", content=body, headers={**SHOP, **TYPE})
+                assert answer.status_code == status
+                assert answer.headers["access-control-allow-origin"] == "https://shop.example"
+
     @pytest.mark.parametrize("origin", ["https://shop.example.evil", "http://shop.example", "null", "https://SHOP.example", ""])
     async def test_pages_of_others_may_not(self, run, ads, origin):
         async with run(ads, allowed_origins="https://shop.example") as client:

@@ -50,6 +50,11 @@ def problem(
     return Response(body, kind.status, {**kind.headers, **(headers or {}), **wait}, media_type="application/problem+json")
 
 
+def foreseen(scope: Scope, error: errors.ServiceError) -> Response:
+    """What `errors.py` knows, as problem+json."""
+    return problem(scope, errors.KINDS[type(error)], error.detail, error.mistakes)
+
+
 class Edge:
     """The middleware around all routes: every request gets an id, is counted and timed, and whatever goes wrong inside becomes a problem.
 
@@ -116,11 +121,11 @@ class Edge:
 
     def _failed(self, scope: Scope, error: Exception) -> Response:
         """The answer to a request that went wrong."""
-        if isinstance(error, errors.ServiceError):
+        if isinstance(error, errors.ServiceError):  # of a ranking, which takes a short way past the handlers of routes
             kind = errors.KINDS[type(error)]
-            if kind.retry_after is not None and scope["path"] in RANKED:
+            if kind.retry_after is not None:
                 self._metrics.shed(kind.code)
-            return problem(scope, kind, error.detail, error.mistakes)
+            return foreseen(scope, error)
         response = problem(scope, errors.UNEXPECTED, "the service made a mistake; its log has it under this request_id")
         failures.error("the request failed in a way nobody foresaw", exc_info=error, extra=_details(scope, errors.UNEXPECTED.status))
         return response
@@ -150,7 +155,12 @@ def _details(scope: Scope, status: int) -> dict[str, Any]:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Errors of routing, as problems."""
+    """Errors of the service and of routing, as problems: below the middleware, so that what that adds to answers is on them too."""
+
+    async def service(request: Request, error: Exception) -> Response:
+        if not isinstance(error, errors.ServiceError):
+            raise error
+        return foreseen(request.scope, error)
 
     async def routing(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
@@ -164,3 +174,4 @@ def add_error_handlers(app: FastAPI) -> None:
         return problem(request.scope, errors.NOT_FOUND, "see /docs for what there is", headers=error.headers)
 
     app.add_exception_handler(HTTPException, routing)
+    app.add_exception_handler(errors.ServiceError, service)

@@ -62,8 +62,8 @@ def rank_routes(ranker: Ranker, explanations: Explanations, served: ServedLog, m
         else:
             served.put(made)
 
+    answers = {"200": {"description": "Successful Response", **content("application/json", "RankAnswer")}, **errors_of(OF_EVENTS)}
     for path, name in RANKED.items():
-        answers = {"200": {"description": "Successful Response", **content("application/json", "RankAnswer")}, **errors_of(OF_EVENTS)}
         router.add_api_route(
             path, rank, methods=["POST"], operation_id=name, response_class=Response, responses=answers, openapi_extra=reads("RankRequest")
         )
