@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from training.datasets.encoded import Rows, encode_split
 from training.datasets.prepared import Prepared
 from training.networks.ftrl import FTRL
-from training.networks.lookup import Table, look_up, sum_up
+from training.networks.lookup import EmbeddingTable, look_up, sum_up
 from training.simulation import make_world, write_log
 from training.sparse import LazyAdam, SparseTables, lazily
 from training.train import TrainSettings, batch_loss, fit_network
@@ -30,13 +30,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, Rows]:
     return encode_split(data, "train", small.encoder()), encode_split(data, "valid", small.encoder())
 
 
-def lookups(table: Table, ids: torch.Tensor) -> torch.Tensor:
+def lookups(table: EmbeddingTable, ids: torch.Tensor) -> torch.Tensor:
     return (table(ids) * torch.arange(1.0, 1 + ids.numel()).view(*ids.shape, 1)).square().sum()
 
 
 def test_a_lookup_is_torch_s_own_and_so_is_its_gradient() -> None:
     torch.manual_seed(1)
-    table, ids = Table(9, 3), torch.tensor([[4, 4, 0], [8, 1, 4]])
+    table, ids = EmbeddingTable(9, 3), torch.tensor([[4, 4, 0], [8, 1, 4]])
     lookups(table, ids).backward()
     plain = torch.nn.Embedding(9, 3, padding_idx=0)
     plain.load_state_dict(table.state_dict())
@@ -52,7 +52,7 @@ def test_a_lookup_is_torch_s_own_and_so_is_its_gradient() -> None:
 
 def test_a_gathered_gradient_has_each_row_once_and_none_of_padding() -> None:
     torch.manual_seed(1)
-    dense, large = Table(9, 3), Table(9, 3)
+    dense, large = EmbeddingTable(9, 3), EmbeddingTable(9, 3)
     large.load_state_dict(dense.state_dict())
     tables = SparseTables([large])
     for table in (dense, large):
@@ -89,7 +89,7 @@ def test_ftrl_and_adagrad_are_the_same_with_a_sparse_gradient(kind: Callable[...
     found = []
     for above in (0, 1):
         torch.manual_seed(3)
-        table = Table(9, 2)
+        table = EmbeddingTable(9, 2)
         tables = SparseTables.among([table], above)
         optimisers = lazily([kind(table.parameters())], tables)
         for ids in ([7, 2, 7], [2, 5, 1]):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .datasets.encoded import Rows
 from .networks.contract import Network
 from .networks.embeddings import Embeddings
-from .networks.lookup import Table
+from .networks.lookup import EmbeddingTable
 
 WINDOW = 10
 """Behaviours before a click that count as of one session."""
@@ -60,7 +60,7 @@ class Cooccurrence(nn.Module):
         pairs, times = counted(rows, column)
         self.pairs, self.times = torch.from_numpy(pairs) + first, torch.from_numpy(times)
         self.share, self.weight = (self.times / FULL).pow(POWER).clamp(max=1.0), weight
-        self.bias = Table(len(self.table.weight), 1)
+        self.bias = EmbeddingTable(len(self.table.weight), 1)
         nn.init.zeros_(self.bias.weight)
         self.random = torch.Generator().manual_seed(seed)
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from features.vocabulary import PADDING, Ids
 
-from .networks.lookup import Table
+from .networks.lookup import EmbeddingTable
 
 
 class SparseTables:
     """Tables whose gradients are sparse ones, of the rows that were looked up."""
 
-    def __init__(self, tables: Sequence[Table]) -> None:
+    def __init__(self, tables: Sequence[EmbeddingTable]) -> None:
         self.tables = tables
         for table in tables:
             table.touched = []
@@ -30,7 +30,7 @@ class SparseTables:
     @classmethod
     def among(cls, modules: Iterable[nn.Module], above: int) -> "SparseTables":
         """Those of more than so many rows; 0: none."""
-        found = {id(each): each for module in modules for each in module.modules() if isinstance(each, Table)}
+        found = {id(each): each for module in modules for each in module.modules() if isinstance(each, EmbeddingTable)}
         return cls([each for each in found.values() if above and each.num_embeddings > above])
 
     def gather(self) -> None:

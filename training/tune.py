@@ -20,6 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 from rich.progress import Progress
 
+from features.bundle import replace_file
 from features.encode import Encoder
 
 from .datasets.encoded import encode_split, learn_vocabularies
@@ -67,7 +68,8 @@ class Tuned:
         """
         try:
             document = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
-            path.write_text(tomli_w.dumps({**document, family: {name: _plain(text) for name, text in self.settings.items()}}), "utf-8")
+            whole = tomli_w.dumps({**document, family: {name: _plain(text) for name, text in self.settings.items()}})
+            replace_file(path, whole.encode())  # its other entries are not to be lost on a full disk
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise TrainError(f"cannot write the settings {path}: {error}") from error
 

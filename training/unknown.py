@@ -16,7 +16,7 @@ from features.vocabulary import PADDING, UNKNOWN
 from .datasets.encoded import Rows
 from .networks.contract import CLICK, Network, Part, RequestTensors
 from .networks.embeddings import Embeddings
-from .networks.lookup import Table
+from .networks.lookup import EmbeddingTable
 from .sparse import SparseTables, lazily
 
 ROWS_AT_ONCE = 4096
@@ -88,7 +88,9 @@ class Hiding:
         network.eval()
         blocks = [module for module in network.modules() if isinstance(module, Embeddings)]
         found = [(block.table.weight, _movable(block)) for block in blocks]
-        tables = SparseTables([block.table for block in blocks if isinstance(block.table, Table) and block.table.touched is not None])
+        tables = SparseTables(
+            [block.table for block in blocks if isinstance(block.table, EmbeddingTable) and block.table.touched is not None]
+        )
         optimisers = lazily([torch.optim.Adam([weight for weight, _ in found], lr=SETTLING_RATE)], tables)
         for step in range(SETTLING_STEPS):
             for group in [group for optimiser in optimisers for group in optimiser.param_groups]:

@@ -10,7 +10,7 @@ from features.schema import Slot
 from features.vocabulary import PADDING, UNKNOWN
 
 from .contract import Fields, Part, RequestTensors, full_name
-from .lookup import Table
+from .lookup import EmbeddingTable
 
 PRIME = 2**31 - 1
 """Numbers below it multiply without overflow in int64, so that torch and ONNX Runtime hash alike."""
@@ -69,7 +69,7 @@ class Crosses(nn.Module):
     def __init__(self, crosses: list[tuple[Side, Side]], size: int) -> None:
         super().__init__()
         self.crosses, self.size = crosses, size
-        self.table = Table(1 + size, 1)
+        self.table = EmbeddingTable(1 + size, 1)
         nn.init.zeros_(self.table.weight)
 
     def rows(self, number: int, first: Tensor, second: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from features.schema import Layout, lay_out
 from features.vocabulary import PADDING
 
 from .contract import Fields, Part, RequestTensors, full_name
-from .lookup import Table, sum_up
+from .lookup import EmbeddingTable, sum_up
 
 
 class Embeddings(nn.Module):
@@ -27,7 +27,7 @@ class Embeddings(nn.Module):
         for vocabulary, size in self.sizes.items():
             starts[vocabulary] = rows - 1  # id 1 is the vocabulary's first row
             rows += size - 1
-        self.table: nn.Embedding = Table(rows, width)
+        self.table: nn.Embedding = EmbeddingTable(rows, width)
         nn.init.normal_(self.table.weight, std=deviation)
         with torch.no_grad():
             self.table.weight[PADDING].zero_()

@@ -23,7 +23,7 @@ def sum_up(values: Tensor, rows: Tensor) -> Tensor:
     return sums
 
 
-class Table(nn.Embedding):
+class EmbeddingTable(nn.Embedding):
     """An embedding table with a row 0 for padding, which no gradient moves.
 
     Where there is a list `touched`, a backward pass adds to it what it would add to the gradient of the weights, which stays None.
