@@ -25,7 +25,7 @@ from features.streams import EVENTS, SERVED
 from service.settings import Settings
 from service.store.redis import RedisStore, user_key
 from service.telemetry import logs
-from service.telemetry.logs import DETAILS, REQUEST, JsonLines, RateLimitFilter, TextLines, where
+from service.telemetry.logs import REQUEST, JsonLines, RateLimitFilter, RequestFilter, TextLines, where
 
 pytestmark = pytest.mark.anyio
 FORGED = "fine\n2026-11-22 10:00:00,000 ERROR 1 service: forged\r\x1b[2J\u2028\ud800{}"
@@ -39,6 +39,7 @@ def lines():
         out, made = io.StringIO(), logging.Logger("service.made")
         handler = logging.StreamHandler(out)
         handler.setFormatter(formatter)
+        handler.addFilter(RequestFilter())
         made.addHandler(handler)
         return made, lambda: out.getvalue().removesuffix("\n").split("\n")
 
@@ -64,7 +65,7 @@ def fail(message="MARK"):
 
 def test_a_json_line_says_when_where_and_for_which_request(lines, request_at_hand):
     logger, told = lines(JsonLines(None))
-    logger.warning("%d of %s", 3, "x", extra={DETAILS: {"route": "/rank", "status": 503}})
+    logger.warning("%d of %s", 3, "x", extra={"route": "/rank", "status": 503, "color_message": "no"})
     (line,) = map(json.loads, told())
     at = line.pop("time")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", at)
@@ -84,7 +85,7 @@ def test_outside_of_requests_there_is_no_request(lines):
 def test_nobody_forges_a_line(lines, formatter):
     logger, told = lines(formatter(False))
     logger.info("%s", FORGED)
-    logger.error("x", exc_info=fail(FORGED), extra={DETAILS: {"detail": FORGED}})
+    logger.error("x", exc_info=fail(FORGED), extra={"detail": FORGED})
     records = told() if formatter is JsonLines else [line for line in told() if not line.startswith("    ")]
     assert len(records) == 2
     for line in told():
@@ -237,7 +238,7 @@ async def test_no_line_at_the_default_level_tells_of_a_user(repository, server, 
         assert statuses[:4] == [200, 400, 422, 422]
         assert {200, 202, 404} < set(statuses)
         async with asyncio.timeout(90):  # until both workers have met the ad
-            while len(set(re.findall(r'"process":(\d+),"message":"[^"]*ad-mistyped', client.log.read_text()))) < 2:
+            while len(set(re.findall(r'"process": (\d+), "message": "[^"]*ad-mistyped', client.log.read_text()))) < 2:
                 await asyncio.sleep(0.05)
         await asyncio.to_thread(server.stop)
         headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}

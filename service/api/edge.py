@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import errors
 from ..errors import FieldProblem, Kind
 from ..public import SCORING
-from ..telemetry.logs import DETAILS, REQUEST, RateLimitFilter
+from ..telemetry.logs import REQUEST, RateLimitFilter
 from ..telemetry.metrics import Metrics, Stages
 from .openapi import EVENTS, RANKED
 from .tokens import Guard
@@ -151,7 +151,7 @@ def _details(scope: Scope, status: int) -> dict[str, Any]:
     told = {"request_id": scope["state"]["request_id"], "route": stages.route, "status": status, "code": stages.outcome}
     if stages.outcome in PLAIN:
         told["detail"] = scope["state"]["detail"]
-    return {DETAILS: told}
+    return told
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -7,6 +7,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from features.bundle import INT8_MODEL, BundleError
 from features.repository import ambiguous
 
@@ -15,7 +17,7 @@ from ..models.loaded import Model, load_model
 from ..models.watcher import Found, look
 from ..settings import Settings
 from .finding import Finding, Status
-from .memory import Room, resident
+from .memory import Room
 
 FREE_BYTES = 2**30
 LOADED = 3
@@ -56,11 +58,12 @@ class Repository:
             yield _found("repository", "problem", said, "name one of these, or train it")
         elif wrong := ambiguous(found) if not chosen else None:
             yield _found("repository", "problem", *_halves(wrong))
-        before, kept = resident(), list[Model]()
+        own, kept = psutil.Process(), list[Model]()
+        before = own.memory_info().rss
         with ThreadPoolExecutor(1) as beside:
             for name, each in sorted(found.items()):
                 yield from self._model(name, each, beside, kept)
-        self.weight = max(resident() - before, sum(_size(model.bundle.path) for model in kept))
+        self.weight = max(own.memory_info().rss - before, sum(_size(model.bundle.path) for model in kept))
 
     def _model(self, name: str, found: Found, beside: Executor, kept: list[Model]) -> Iterator[Finding]:
         if found.path is None:

@@ -12,63 +12,74 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-import orjson
+from pythonjsonlogger.core import RESERVED_ATTRS, merge_record_extra
+from pythonjsonlogger.json import JsonFormatter
 
 from ..settings import Settings
 
 REQUEST: ContextVar[Mapping[str, Any] | None] = ContextVar("request", default=None)
 """The request that is being answered: its `request_id` and, where it is in a trace, its `trace_id`."""
-DETAILS = "details"
-"""The key of `extra` under which a record brings fields of its own."""
+RESERVED = {*RESERVED_ATTRS, "color_message"}
+"""What a record brings that is no field of its own: the latter is Uvicorn's, its message once more."""
+NAMES = {"asctime": "time", "levelname": "level", "name": "logger", "exc_info": "exception"}
 SYSTEM_ERRORS = (OSError, MemoryError)
 """What these say is the system's word, and holds nothing that a caller sent."""
 
 
-class TextLines(logging.Formatter):
+class PrivateFormatter(logging.Formatter):
+    """Leaves out messages of exceptions, if it is `private`; None: of those within a request."""
+
+    private: bool | None
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  # the library's name
+        """See `logging.Formatter`."""
+        hidden = REQUEST.get() is not None if self.private is None else self.private
+        return "".join(_places(ei[1], set()) if hidden else traceback.format_exception(ei[1])).rstrip()
+
+
+class TextLines(PrivateFormatter):
     """A line of text; those of an exception follow, indented, so that whatever begins at the margin is a record."""
 
     def __init__(self, private: bool | None) -> None:
-        """Whether messages of exceptions stay out; None: of those within a request."""
-        super().__init__()
-        self._private = private
+        super().__init__("%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+        self.private = private
 
-    def format(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """See `logging.Formatter`."""
-        at, facts = self.formatTime(record), _facts(record)
-        told = " ".join(f"{name}={value}" for name, value in facts.items())
-        line = f"{at} {record.levelname} {record.process} {record.name}: {record.getMessage()}{f' [{told}]' if told else ''}"
-        below = "".join(f"\n    {printable(each)}" for each in _exception(record, self._private).splitlines())
-        return printable(line) + below
+        told = " ".join(f"{name}={value}" for name, value in merge_record_extra(record, {}, RESERVED).items())
+        return printable(super().formatMessage(record) + (f" [{told}]" if told else ""))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """See `logging.Formatter`."""
+        return "\n".join(f"    {printable(line)}" for line in super().formatException(ei).splitlines())
 
 
-class JsonLines(logging.Formatter):
+class JsonLines(PrivateFormatter, JsonFormatter):
     """A JSON object, in UTC."""
 
-    def __init__(self, private: bool | None) -> None:
-        """As for `TextLines`."""
-        super().__init__()
-        self._private = private
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
-    def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter`."""
-        fields = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "process": record.process,
-            "message": record.getMessage(),
-            **_facts(record),
-        }
-        if exception := _exception(record, self._private):
-            fields["exception"] = exception
-        try:
-            return orjson.dumps(fields, default=str).decode()
-        except TypeError:  # a text that is no Unicode
-            return orjson.dumps({name: printable(str(value)) for name, value in fields.items()}).decode()
+    def __init__(self, private: bool | None) -> None:
+        fields = ["asctime", "levelname", "name", "process", "message"]
+        JsonFormatter.__init__(self, fields, rename_fields=NAMES, reserved_attrs=[*RESERVED])
+        self.private, self.converter = private, time.gmtime
+
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        """See `JsonFormatter`."""
+        return log_data | {"level": log_data["level"].lower()}
+
+
+class RequestFilter(logging.Filter):
+    """Gives a record the ids of the request that it belongs to."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter`."""
+        request = REQUEST.get() or {}
+        record.__dict__ |= {name: request[name] for name in ("request_id", "trace_id") if name in request}
+        return True
 
 
 class RateLimitFilter(logging.Filter):
@@ -89,7 +100,7 @@ class RateLimitFilter(logging.Filter):
             return False
         self._passed += 1
         if self._left_out:
-            record.left_out, self._left_out = self._left_out, 0
+            record.left_out_before, self._left_out = self._left_out, 0
         return True
 
 
@@ -105,7 +116,8 @@ def start(settings: Settings, private: bool = False) -> None:
             "version": 1,
             "disable_existing_loggers": False,
             "formatters": {"line": {"()": lines, "private": hidden}},
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+            "filters": {"request": {"()": RequestFilter}},
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["request"]}},
             "root": {"handlers": ["stderr"], "level": settings.log_level.upper()},
         }
     )
@@ -132,24 +144,6 @@ def _escaped(char: str) -> str:
 def _ended(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
     if not issubclass(kind, KeyboardInterrupt | SystemExit):
         logging.getLogger("adrank").critical("it ended in a way nobody foresaw", exc_info=(kind, error or kind(), trace))
-
-
-def _facts(record: logging.LogRecord) -> dict[str, Any]:
-    """What a record says besides its message."""
-    request, facts = REQUEST.get(), dict[str, Any](getattr(record, DETAILS, {}))
-    if request is not None:
-        facts |= {name: request[name] for name in ("request_id", "trace_id") if name in request}
-    if left_out := getattr(record, "left_out", 0):
-        facts["left_out_before"] = left_out
-    return facts
-
-
-def _exception(record: logging.LogRecord, private: bool | None) -> str:
-    error = record.exc_info[1] if record.exc_info else None
-    if error is None:
-        return ""
-    hidden = REQUEST.get() is not None if private is None else private
-    return "".join(_places(error, set()) if hidden else traceback.format_exception(error)).rstrip()
 
 
 def _places(error: BaseException, seen: set[int]) -> Iterator[str]:

@@ -17,7 +17,6 @@ from features.errors import AdrankError
 from ..evaluate import Measures
 from .compare import METRICS, Comparison, Gate, Interval
 from .data_checks import Limits, PastLog, Profile, click_rate
-from .report_plot import picture
 
 PAGE, PICTURE, DONE = "report.md", "report.svg", "report.json"
 """In the order in which they are written: a report that has the last is whole."""
@@ -161,7 +160,9 @@ def window_rows(window: Profile, past: PastLog) -> list[tuple[str, ...]]:
 
 def drawn(found: Comparison) -> str:
     """The picture of a comparison."""
-    return picture(
+    from .report_plot import plot  # noqa: PLC0415  # matplotlib takes a second to import
+
+    return plot(
         found.reliability, {TITLES[name]: interval for name, interval in found.differences.items()}, (TITLES["auc"], TITLES["gauc"])
     )
 
