@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+import tomllib
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Workers take one file after the other: the long ones first, so that none is left to one worker while others have nothing to do."""
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+ALLOWED_SKIPS = tomllib.loads((Path(__file__).parent / "allowed_skips.toml").read_text())
+
+
+def strict(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Where CI_STRICT=1, a skip whose reason is not in allowed_skips.toml is a failure: what is not there to test with is to be had."""
+    why = str(report.longrepr)
+    if report.skipped and os.environ.get("CI_STRICT") == "1" and not any(words in why for words in ALLOWED_SKIPS):
+        report.outcome, report.longrepr = "failed", f"skipped, which tests/allowed_skips.toml does not allow: {why}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    strict(report := (yield))
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    strict(report := (yield))
+    return report
 
 
 PORTS = range(10_000, 22_000)

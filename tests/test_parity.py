@@ -28,7 +28,7 @@ from training.networks.contract import CLICK
 from training.train import Trained, predict
 
 SOURCE = Path(__file__).parent.parent.parent / "shared" / "data" / "ml-1m"
-pytestmark = [pytest.mark.anyio, pytest.mark.skipif(not SOURCE.is_dir(), reason=f"MovieLens-1M is not in {SOURCE}")]
+pytestmark = pytest.mark.anyio
 TOLERANCE = 1e-5
 """Both sides encode with the same code and compute in float32, torch there and ONNX Runtime here, with sums in another order: that
 comes to about 1e-7. A wrong id, or a history off by one, moves a probability by 1e-3 and more."""
@@ -36,33 +36,51 @@ QUICK = ("deepfm", "din")
 ASKED = os.environ.get("NETWORKS", " ".join(QUICK)).replace("all", " ".join(NETWORKS))
 FAMILIES = tuple(family for family in ASKED.split() if NETWORKS[family].own_heads == (CLICK,))
 """Two in every run; `make parity-test` has all that learn from clicks alone."""
-ROWS = 200
 
 
 @dataclass(frozen=True)
 class Trial:
-    """200 rows of the test split, two models that were trained, and what each says of the rows."""
+    """Rows of the test split, each with its user's features; two models that were trained, and what each says of the rows."""
 
     data: Prepared
     rows: pl.DataFrame
-    users: dict[str, dict[str, str]]
+    others: tuple[str, ...]
     models: Path
     expected: dict[str, np.ndarray[Any, Any]]
 
 
-@pytest.fixture(scope="module")
-def trial(unexplained: None, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+@pytest.fixture(scope="module", params=["made", "movielens"])
+def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """By the exporter where all networks are asked for: some have what its quick stand-in does not take."""
+    request.getfixturevalue("unexplained" if "NETWORKS" in os.environ else "traced_export")
     folder = tmp_path_factory.mktemp("parity")
-    movielens.prepare(_some(folder / "source"), folder / "whole")
-    data, rows = _part(open_prepared(folder / "whole"), folder / "part")
-    users = {row.pop("user_id"): {name[5:]: value for name, value in row.items()} for row in data.table("user").to_dicts()}
+    (folder / "data").mkdir()
+    data, rows, others = {"made": _made, "movielens": _movielens}[request.param](folder)
     expected = {}
     for family in FAMILIES:
         epochs = 40 if family == "deeplight" else 1  # it is pruned for 800 steps, of which an epoch here has 24
-        trained = small.quick(data, family, epochs=epochs, batch=512, learning_rate=0.01)
+        trained = small.quick(data, family, epochs=epochs, batch=len(next(data.frames("train"))) // 24, learning_rate=0.01)
         export(data, trained, folder / "models", family, small.quiet())
         expected[family] = _of_training(data, trained)
-    return Trial(data, rows, users, folder / "models", expected)
+    return Trial(data, rows, others, folder / "models", expected)
+
+
+def _made(folder: Path) -> tuple[Prepared, pl.DataFrame, tuple[str, ...]]:
+    """60 rows with a field of every kind, and values that are missing or unknown; four ads are in histories alone."""
+    data = small.data_set(folder / "data", (2_400, 100, 120))
+    rows = next(data.frames("test")).filter(~pl.col("ad_id").is_in(["a8", "a9", "a10", "a11"])).head(60)
+    rows.write_parquet(folder / "data" / "test" / "0.parquet")
+    return data, rows, ("a1", "a5", "a0", "no-such-ad")
+
+
+def _movielens(folder: Path) -> tuple[Prepared, pl.DataFrame, tuple[str, ...]]:
+    if not SOURCE.is_dir():
+        pytest.skip(f"a set of public data is not in {SOURCE}")
+    movielens.prepare(_some(folder / "source"), folder / "whole")
+    data, rows = _part(open_prepared(folder / "whole"), folder / "data")
+    users = data.table("user")
+    assert users is not None
+    return data, rows.join(users, "user_id", "left", maintain_order="left"), ("1", "50", "2858", "no-such-ad")
 
 
 def _some(folder: Path) -> Path:
@@ -76,7 +94,6 @@ def _some(folder: Path) -> Path:
 
 def _part(whole: Prepared, out: Path) -> tuple[Prepared, pl.DataFrame]:
     """A few of the train and valid rows, to be quick, and 200 rows of test: of empty, short and full histories, and of new users."""
-    out.mkdir()
     write_tables(out, whole.schema, whole.table("ad"), whole.table("user"))
     train = next(whole.frames("train")).sample(12_000, seed=1)
     test = pl.concat(whole.frames("test"))
@@ -98,13 +115,12 @@ def _of_training(data: Prepared, trained: Trained) -> np.ndarray[Any, Any]:
 
 
 def test_the_rows_are_of_every_kind(trial: Trial) -> None:
-    lengths = trial.rows["history"].list.len()
-    assert (len(trial.rows), lengths.min(), lengths.max(), (lengths == 0).sum(), (lengths == 50).sum()) == (ROWS, 0, 50, 20, 80)
-    known = set(next(trial.data.frames("train"))["user_id"])
-    assert 60 <= (~trial.rows["user_id"].is_in(list(known))).sum() < ROWS
+    longest, lengths = trial.data.schema.history_length, trial.rows["history"].list.len()
+    assert lengths.min() == 0 < longest <= lengths.max()
+    assert len(set(lengths)) > 4
     for p_click in trial.expected.values():
         assert p_click.std() > 0.01
-        assert len(np.unique(p_click.round(6))) > 150
+        assert len(np.unique(p_click.round(6))) > 0.75 * len(p_click)
 
 
 @pytest.fixture
@@ -118,70 +134,69 @@ async def store(server: Server, trial: Trial) -> AsyncIterator[RedisStore]:
 
 @asynccontextmanager
 async def serving(trial: Trial, server: Server) -> AsyncIterator[Client]:
-    async with running(Settings(models=trial.models, redis=server.url, store_timeout_ms=10_000)) as client:
+    settings = Settings(models=trial.models, redis=server.url, store_timeout_ms=10_000)
+    async with running(settings) as client:
         yield client
 
 
-async def scores(client: Client, family: str, user: dict[str, Any], ad_id: str) -> float:
-    """p(click) of one ad among others."""
-    others = [other for other in ("1", "50", "2858", "no-such-ad") if other != ad_id]
-    answer = await client.rank(user, [*others[:2], ad_id, *others[2:]], options={"model": family})
-    assert answer["degraded"] == []
-    assert answer["model"]["name"] == family
+async def scores(trial: Trial, client: Client, family: str, row: dict[str, Any], user: dict[str, Any]) -> float:
+    """p(click) of a row's ad among others."""
+    context = {name[8:]: value for name, value in row.items() if name.startswith("context.")}
+    others = [other for other in trial.others if other != row["ad_id"]]
+    ranked = [*others[:2], row["ad_id"], *others[2:]]
+    answer = await client.rank({"id": row["user_id"], **user}, ranked, context=context, options={"model": family})
+    assert (answer["degraded"], answer["model"]["name"]) == ([], family)
     found = {ad["ad_id"]: ad["p_click"] for ad in answer["ads"]}
-    assert len(found) == len(others) + 1
-    return float(found[ad_id])
+    assert len(found) == len(ranked)
+    return float(found[row["ad_id"]])
 
 
-async def differences(trial: Trial, client: Client, store: RedisStore | None) -> dict[str, float]:
-    """The largest of the 200 differences, with each row's state in the store, or else sent along."""
+def state_of(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A row's user: features and history."""
+    return {name[5:]: value for name, value in row.items() if name.startswith("user.") and value is not None}, row["history"]
+
+
+def sent(features: dict[str, Any], history: list[str]) -> dict[str, Any]:
+    return {"features": features, "history": [{"ad_id": ad_id} for ad_id in history]}
+
+
+async def check_all(trial: Trial, client: Client, store: RedisStore | None) -> None:
+    """Every row has the score of training, with its user's state in the store, or else sent along."""
     got: dict[str, list[float]] = {family: [] for family in FAMILIES}
     for row in trial.rows.iter_rows(named=True):
-        user: dict[str, Any] = {"id": row["user_id"]}
-        features, history = trial.users[row["user_id"]], row["history"]
-        if store is None:
-            user |= {"features": features, "history": [{"ad_id": ad_id} for ad_id in history]}
-        else:
+        features, history = state_of(row)
+        if store:
             await store.put_users([(row["user_id"], UserState(features, history, range(len(history))))])
         for family in FAMILIES:
-            got[family].append(await scores(client, family, user, row["ad_id"]))
-    return {family: float(np.abs(np.array(got[family]) - trial.expected[family]).max()) for family in FAMILIES}
+            got[family].append(await scores(trial, client, family, row, {} if store else sent(features, history)))
+    for family in FAMILIES:
+        assert np.abs(np.array(got[family]) - trial.expected[family]).max() < TOLERANCE, family
 
 
-async def test_stored_users_are_scored_as_in_training(trial: Trial, server: Server, store: RedisStore) -> None:
-    async with serving(trial, server) as client:
-        for family, off in (await differences(trial, client, store)).items():
-            assert off < TOLERANCE, family
-
-
-async def test_sent_histories_are_scored_as_in_training_and_so_are_those_of_ads_that_left(
+async def test_users_are_scored_as_in_training_stored_or_sent_and_so_are_histories_of_ads_that_left(
     trial: Trial, server: Server, store: RedisStore
 ) -> None:
-    candidates = {"1", "50", "2858", *trial.rows["ad_id"]}
-    gone = sorted(set(trial.rows["history"].explode().drop_nulls()) - candidates)
-    assert len(gone) > 500
     features = {ad.ad_id: ad.features for ad in ads(trial.data)}
+    gone = sorted({*trial.rows["history"].explode()} & features.keys() - {*trial.others, *trial.rows["ad_id"]})
+    assert len(gone) >= 4
     async with serving(trial, server) as client:
-        for family, off in (await differences(trial, client, None)).items():
-            assert off < TOLERANCE, family
-
+        await check_all(trial, client, store)
+        await check_all(trial, client, None)
         await store.put_ads(Ad(ad_id, features[ad_id], active=False) for ad_id in gone)
         async with asyncio.timeout(90):
             while await client.metric("adrank_catalogue_ads") != len(features) - len(gone):
                 await asyncio.sleep(0.05)
-        answer = await client.rank("nobody", [gone[0], "1"])
-        assert {ad["ad_id"]: ad.get("known", True) for ad in answer["ads"]} == {gone[0]: False, "1": True}
-        for family, off in (await differences(trial, client, store)).items():
-            assert off < TOLERANCE, family
+        answer = await client.rank("nobody", [gone[0], trial.others[0]])
+        assert {ad["ad_id"]: ad.get("known", True) for ad in answer["ads"]} == {gone[0]: False, trial.others[0]: True}
+        await check_all(trial, client, store)
 
 
 async def test_another_state_is_another_score(trial: Trial, server: Server, store: RedisStore) -> None:
     """The comparison can fail: a history without its newest behaviour is off by more than the tolerance."""
-    row = trial.rows.row(-1, named=True)
-    user = {"id": row["user_id"], "features": trial.users[row["user_id"]]}
+    at = next(i for i in reversed(range(len(trial.rows))) if len(trial.rows["history"][i]) > 2)
+    row = trial.rows.row(at, named=True)
+    features, history = state_of(row)
     async with serving(trial, server) as client:
         for family in QUICK:  # others need not look at a history
-            history = [{"ad_id": ad_id} for ad_id in row["history"]]
-            whole = await scores(client, family, {**user, "history": history}, row["ad_id"])
-            shorter = await scores(client, family, {**user, "history": history[:-1]}, row["ad_id"])
-            assert abs(whole - trial.expected[family][-1]) < TOLERANCE < abs(shorter - trial.expected[family][-1])
+            whole, shorter = [await scores(trial, client, family, row, sent(features, past)) for past in (history, history[:-1])]
+            assert abs(whole - trial.expected[family][at]) < TOLERANCE < abs(shorter - trial.expected[family][at])

@@ -12,7 +12,7 @@ from training.datasets.prepared import SPLITS, Prepared, open_prepared
 from training.datasets.states import ads, user_states
 
 SOURCES = Path(__file__).parent.parent.parent / "shared" / "data"
-pytestmark = pytest.mark.skipif(not SOURCES.is_dir(), reason=f"the public data sets are not in {SOURCES}")
+pytestmark = pytest.mark.skipif(not SOURCES.is_dir(), reason=f"a set of public data is not in {SOURCES}")
 
 
 def whole(data: Prepared, *columns: str) -> pl.DataFrame:

@@ -486,7 +486,7 @@ def test_rows_may_have_candidates_and_positions_of_their_own(bandit: Prepared, b
         replay(bandit, bundle, EpsilonGreedy(1.0), top_k=1, split="train")
 
 
-@pytest.mark.skipif(not SOURCE.is_dir(), reason=f"Open Bandit is not in {SOURCE}")
+@pytest.mark.skipif(not SOURCE.is_dir(), reason=f"a set of public data is not in {SOURCE}")
 def test_open_bandit_s_own_policy_has_the_log_s_click_rate(tmp_path: Path) -> None:
     open_bandit.prepare(SOURCE, tmp_path / "data")
     given = {"epochs": "1", "threads": "1", "embedding": "4", "hidden": "8"}
