@@ -389,7 +389,7 @@ import os, signal, sys
 from features import bundle
 import adrank
 import small
-from training import export
+from training.export import export
 export.to_onnx = small.traced
 export.explain_graph = lambda *_: ({}, [])
 write = bundle._write
