@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,11 @@ from test_cli import refused, run
 from features.bundle import VOCABULARIES, current_path, load_bundle, publish
 from service.ranking.scorer import Scorer
 from tests.test_datasets import ROOT
+from training import train as training
+from training.datasets.encoded import encode_split
 from training.datasets.log import open_log
+from training.datasets.prepared import Prepared
+from training.export import export
 from training.export.export import CALIBRATION, Calibration
 from training.retrain import gate
 from training.retrain import pipeline as retraining
@@ -71,7 +76,12 @@ def better(log: Path, poor: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     models = tmp_path_factory.mktemp("better") / "models"
     shutil.copytree(poor, models)
     since = small_log.START
-    report = retrain(RetrainRequest(log, models, "shop", since=since, holdout=0.3, settings=SETTINGS), small.quiet())
+    splits, once = list[str](), encode_split
+    with pytest.MonkeyPatch.context() as patch:
+        for user in (training, export):
+            patch.setattr(user, "encode_split", lambda data, split, *more: splits.append(split) or once(data, split, *more))
+        report = retrain(RetrainRequest(log, models, "shop", since=since, holdout=0.3, settings=SETTINGS), small.quiet())
+    assert sorted(splits) == ["test", "test", "train", "valid"], "once, and what is held out once more as the live version knows it"
     return models, report
 
 
@@ -147,11 +157,16 @@ def test_the_same_seed_gives_the_same_challenger(log: Path, models: Path, better
     assert printed.splitlines()[-1].startswith(f"Published shop {again.name}: log loss -")
 
 
-def trained_of(models: Path) -> tuple[Trained, dict[str, bytes]]:
-    """The live version as if it had just been trained."""
+def trained_of(models: Path) -> tuple[Callable[..., Trained], dict[str, bytes]]:
+    """What trains the live version again at once, on whatever data."""
     bundle = load_bundle(current_path(models, "shop"))
     calibration = Calibration(**json.loads((bundle.path / CALIBRATION).read_text()))
-    trained = Trained("deepfm", start_of(bundle).network, bundle.encoder, {"click": calibration}, [], {}, {"int8": False})
+    network = start_of(bundle).network
+
+    def trained(data: Prepared, *_: Any) -> Trained:
+        held_out = encode_split(data, "test", bundle.encoder)
+        return Trained("deepfm", network, bundle.encoder, {"click": calibration}, [], {}, {"int8": False}, held_out)
+
     return trained, {file: (bundle.path / file).read_bytes() for file in bundle.files}
 
 
@@ -159,7 +174,7 @@ def trained_of(models: Path) -> tuple[Trained, dict[str, bytes]]:
 def trained(better: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings that end at once, with what `better` has."""
     made, files = trained_of(better[0])
-    monkeypatch.setattr(retraining, "train", lambda *_: made)
+    monkeypatch.setattr(retraining, "train", made)
     monkeypatch.setattr(retraining, "contents", lambda *_: (files, {}))
 
 
@@ -244,8 +259,12 @@ def test_the_first_version_needs_no_champion(log: Path, tmp_path: Path, trained:
 
 def test_a_first_version_that_knows_nothing_is_refused(log: Path, poor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, files = trained_of(poor)
-    off = replace(made, calibrations={"click": replace(made.calibration, shift=-3.0)})
-    monkeypatch.setattr(retraining, "train", lambda *_: off)
+
+    def off(*arguments: Any) -> Trained:
+        trained = made(*arguments)
+        return replace(trained, calibrations={"click": replace(trained.calibration, shift=-3.0)})
+
+    monkeypatch.setattr(retraining, "train", off)
     monkeypatch.setattr(retraining, "contents", lambda *_: (files, {}))
     monkeypatch.setattr(gate, "scores", lambda *_: np.full(540, 0.05))
     report = retrain(RetrainRequest(log, tmp_path, "shop", network="deepfm", holdout=0.3), small.quiet())

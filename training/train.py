@@ -179,6 +179,8 @@ class Trained:
     metrics: dict[str, Measures]
     """By split, of calibrated probabilities."""
     settings: dict[str, Any]
+    held_out: Rows
+    """The test split, encoded: what int8, the gate and the report ask about it needs no second encoding."""
     rows: dict[str, int] = field(default_factory=dict)
     clicks: dict[str, int] = field(default_factory=dict)
     """By split."""
@@ -245,7 +247,7 @@ def train(
     by_split = ({split: counts[i] for split, counts in counted.items()} for i in range(2))
     others = {head: {split: found[head] for split, found in measured.items()} for head in heads if head != CLICK}
     rows_by_split, clicks_by_split = by_split
-    return Trained(family, network, encoder, calibrations, epochs, metrics, facts, rows_by_split, clicks_by_split, others)
+    return Trained(family, network, encoder, calibrations, epochs, metrics, facts, test, rows_by_split, clicks_by_split, others)
 
 
 def _begin_embeddings(network: Network, vocabularies: Vocabularies, start: Start | None, progress: Progress) -> None:

@@ -307,7 +307,7 @@ def _retrieval(data: Prepared, trained: Trained, sizes: dict[str, int]) -> dict[
 
 def _int8(data: Prepared, trained: Trained, graph: bytes, progress: Progress) -> tuple[bytes, dict[str, Any]]:
     """The graph in int8, and how it does on test beside the graph itself."""
-    shown, judged = encode_split(data, "train", trained.encoder), encode_split(data, "test", trained.encoder)
+    shown, judged = encode_split(data, "train", trained.encoder), trained.held_out
     some = np.random.default_rng(1).permutation(len(shown))[:SHOWN_ROWS]
     schema = trained.encoder.schema
     coarse = quantised(graph, (feeds_of(schema, shown, chunk) for chunk in chunks(np.sort(some))))

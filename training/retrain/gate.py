@@ -13,7 +13,6 @@ from rich.progress import Progress
 
 from features.bundle import Bundle
 
-from ..datasets.encoded import encode_split
 from ..datasets.prepared import DataError, Prepared
 from ..export.export import scores, scores_of
 from ..train import Epoch, Trained
@@ -29,10 +28,9 @@ def compared(champion: Bundle | None, data: Prepared, trained: Trained, graph: b
     Raises:
         DataError: the rows do not fit the live version's schema.
     """
-    rows = encode_split(data, "test", trained.encoder)
-    ours = scores(graph, data.schema, data.negative_sampling, rows, progress)
+    ours = scores(graph, data.schema, data.negative_sampling, trained.held_out, progress)
     theirs = scores_of(champion, data, "test", progress)[1] if champion else None
-    return compare.compare(rows.labels, users_of(data), ours, theirs)
+    return compare.compare(trained.held_out.labels, users_of(data), ours, theirs)
 
 
 def users_of(data: Prepared) -> np.ndarray[Any, np.dtype[np.int64]]:
