@@ -247,10 +247,6 @@ class TestBadInput:
     async def test_numbers_that_are_not_finite(self, client, body, pointer, number):
         check(await client.post("/rank", content=body % number, headers=JSON), 422, "invalid", pointer)
 
-    async def test_a_lone_surrogate_cannot_get_in(self, client):
-        body = b'{"user": {"id": "\\ud83d"}, "candidates": ["a"]}'
-        check(await client.post("/rank", content=body, headers=JSON), 400, "not_json")
-
     async def test_a_body_over_the_limit(self, client):
         body = b'{"user": "' + b"x" * (4 * 2**20) + b'"}'
         check(await client.post("/rank", content=body, headers=JSON), 413, "too_large")
@@ -394,8 +390,8 @@ class TestLimits:
         problem = check(answer, 500, "unexpected")
         assert "Traceback" not in answer.text
         assert "NoneType" not in answer.text
-        (told,) = [record.details for record in caplog.records if record.exc_info]
-        assert told == {"request_id": problem.request_id, "route": "/rank", "status": 500, "code": "unexpected"}
+        (told,) = [record for record in caplog.records if record.exc_info]
+        assert (told.request_id, told.route, told.status, told.code) == (problem.request_id, "/rank", 500, "unexpected")
         assert await client.metric('adrank_requests_total{model="din",outcome="unexpected",route="/rank"}') == 1
 
 
@@ -472,10 +468,6 @@ class TestReadiness:
             answer = await client.get("/readyz")
             assert answer.status_code == 503
             assert "model absent is not usable" in answer.json()["reasons"][0]
-
-    async def test_a_chosen_model(self, run, ads):
-        async with run(ads, model="other") as client:
-            assert (await client.rank())["model"]["name"] == "other"
 
     async def test_a_device_that_is_not_there(self, run, ads):
         async with run(ads, device="cuda", ready=False) as client:
@@ -587,11 +579,3 @@ class TestForms:
             pointers = []
             assert all(isinstance(value, str | int | list | None) or math.isfinite(value) for value in query.context.values())
         assert all(pointer.startswith(("/candidates", "/context")) for pointer in pointers)
-
-
-async def test_many_at_once_over_a_real_transport(client):
-    answers = await asyncio.gather(*(client.rank(f"u{i}", ["a1", f"mine-{i}"], request_id=f"r{i}") for i in range(60)))
-    for i, answer in enumerate(answers):
-        assert answer["request_id"] == f"r{i}"
-        assert {ad["ad_id"] for ad in answer["ads"]} == {"a1", f"mine-{i}"}
-    assert isinstance(client, httpx.AsyncClient)

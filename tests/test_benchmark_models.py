@@ -31,6 +31,7 @@ def test_what_is_measured_stays_and_what_cannot_be_trained_says_why(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "SCORING_SECONDS", 0.05)
+    monkeypatch.setattr(models, "to_onnx", small.traced)
     target = tmp_path / "bench" / "small.json"
     first = measure(data, ["deepfm", "esmm"], 1, said, target, small.quiet())
     assert [each.family for each in first] == ["deepfm", "esmm"]

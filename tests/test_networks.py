@@ -141,35 +141,24 @@ def test_a_fused_network_gives_the_same_logits(family: str, settings: dict[str, 
         assert torch.allclose(small.click(fused(network), *parts), small.click(network, *parts), **CLOSE)
 
 
-EXPORTED = {
-    "mf",
-    "ffm",
-    "wide_deep",
-    "dcn_v2",
-    "dlrm",
-    "tab_transformer",
-    "youtube_dnn",
-    "dien",
-    "dkt",
-    "bst",
-    "two_tower",
-    "vae_cf",
-    "mmoe",
-}
-"""Networks that every run gives to torch's exporter, which takes 4 to 11 s for one; the others, made of the same blocks, are traced as
-quickly as an older torch would. `make parity-test` exports and compares all."""
+EXPORTED = {"ffm", "wide_deep", "dien", "vae_cf"}
+"""Networks that every run gives to torch's exporter, which takes 6 to 22 s for one: between them they have every kind of block, pairs,
+crosses, scans and bags; attention of BST is in `test_ages_trained`. The others are traced, in no time. `make parity-test` exports all."""
+EVERY = os.environ.get("NETWORKS") == "all"
 
 
-@pytest.mark.parametrize("family", sorted(set(NETWORKS) - {"deepfm", "din"}))  # which test_export exports
+# test_export exports two, and the tracer takes no scan: that of DKT is in DIEN too
+@pytest.mark.parametrize("family", sorted(set(NETWORKS) - {"deepfm", "din"} - (set() if EVERY else {"dkt"})))
 def test_an_exported_network_gives_what_torch_gives(family: str) -> None:
     network = small.network(family)
     others = {head: Calibration(0.5, 0.1) for head in network.heads if head != CLICK}
     served = ServedNetwork(network, Calibration(0.3, -0.2, -0.7), small.schema(), others).eval()
-    graph = to_onnx(served) if family in EXPORTED or os.environ.get("NETWORKS") == "all" else small.traced(served)
+    graph = to_onnx(served) if EVERY or family in EXPORTED else small.traced(served)
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     for requests, behaviours, candidates in SHAPES:
         feeds = random_feeds(small.schema(), {}, requests, behaviours, candidates, seed=behaviours)
-        for ours, theirs in zip(session.run(served.names, feeds), all_scores(served, feeds), strict=True):
+        scores = session.run(served.names, {entry.name: feeds[entry.name] for entry in session.get_inputs()})  # some need no history
+        for ours, theirs in zip(scores, all_scores(served, feeds), strict=True):
             assert np.abs(ours - theirs).max() < 1e-5
 
 

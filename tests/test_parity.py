@@ -93,12 +93,12 @@ def _some(folder: Path) -> Path:
 
 
 def _part(whole: Prepared, out: Path) -> tuple[Prepared, pl.DataFrame]:
-    """A few of the train and valid rows, to be quick, and 200 rows of test: of empty, short and full histories, and of new users."""
+    """A few of the train and valid rows, to be quick, and 80 rows of test: of empty, short and full histories, and of new users."""
     write_tables(out, whole.schema, whole.table("ad"), whole.table("user"))
     train = next(whole.frames("train")).sample(12_000, seed=1)
     test = pl.concat(whole.frames("test"))
     length, new = pl.col("history").list.len(), ~pl.col("user_id").is_in(train["user_id"].unique().to_list())
-    kinds = ((length == 0, 20), (length.is_between(1, 49) & new, 60), (length.is_between(1, 49) & ~new, 40), (length == 50, 80))
+    kinds = ((length == 0, 10), (length.is_between(1, 49) & new, 20), (length.is_between(1, 49) & ~new, 20), (length == 50, 30))
     rows = pl.concat([test.filter(kind).sample(count, seed=2) for kind, count in kinds])
     for split, frame in (("train", train), ("valid", next(whole.frames("valid")).head(1_000)), ("test", rows)):
         write_split(out, split, [frame])

@@ -28,7 +28,7 @@ class TestAnswers:
         check(answer, 500, "scoring_failed")
         assert answer.json()["detail"].startswith("the model failed on this request; the service's log says more")
         assert "ONNX" not in answer.text
-        assert [record.details["detail"] for record in caplog.records if hasattr(record, "details")] == [f"the model failed: {SECRET}"]
+        assert [record.detail for record in caplog.records if hasattr(record, "detail")] == [f"the model failed: {SECRET}"]
 
     async def test_a_store_that_fails(self, client, monkeypatch):
         async def failing(*_):

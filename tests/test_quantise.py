@@ -71,7 +71,7 @@ def test_the_gate_names_what_moves_too_far() -> None:
 
 
 @pytest.fixture(scope="module")
-def published(unexplained: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Trained, Path]:
+def published(traced_export: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Trained, Path]:
     folder = tmp_path_factory.mktemp("int8")
     (folder / "data").mkdir()
     data = small.data_set(folder / "data", (300, 100, 400))

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Client, until_ready
-from processes import ROOT, SERVE, environment, fill, serving
+from processes import ROOT, fill, serving
 
 pytestmark = pytest.mark.anyio
 TIMEOUT_MS = 100
@@ -32,23 +31,6 @@ def test_the_service_never_imports_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_a_wrong_setting_stops_the_start():
-    done = subprocess.run(SERVE, env=environment(prot=1), capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "ADRANK_PROT is not a setting; did you mean ADRANK_PORT?" in done.stderr
-
-
-def test_a_port_in_use_is_one_sentence():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        done = subprocess.run(SERVE, env=environment(port=port), capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    why = f"cannot listen on 127.0.0.1 port {port}: Address already in use"
-    assert done.stderr == f"Error: {why}; choose another with --host and --port, or ADRANK_HOST and ADRANK_PORT\n"
 
 
 async def test_two_workers_are_counted_together_and_drain(repository, filled):

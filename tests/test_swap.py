@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 import weakref
@@ -14,7 +13,7 @@ from dataclasses import replace
 import bundles
 import pytest
 from conftest import running, until_ready
-from processes import ROOT, environment, fill, serving
+from processes import fill, serving
 
 from features import bundle
 from features.bundle import goldens_json, load_bundle, set_current
@@ -28,6 +27,7 @@ from service.models import watcher as reload
 from service.ranking import scorer
 from service.settings import Settings
 from tests.test_bundle_places import external
+from tests.test_cli import run
 from tests.test_models import rewritten
 
 pytestmark = pytest.mark.anyio
@@ -109,9 +109,8 @@ class Load:
             assert not failed, failed
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-async def test_versions_are_swapped_under_load_and_no_request_fails(tmp_path, server, workers):
-    models = tmp_path / "models"
+async def test_versions_are_swapped_under_load_and_no_request_fails(tmp_path, server):
+    models, workers = tmp_path / "models", 2
     await fill(server.url)
     expected = dict([publish(models)])
     async with serving(models, server.url, workers=workers, store_timeout_ms=5000) as client, Load(client, expected).running() as load:
@@ -153,9 +152,8 @@ async def test_promote_and_rollback_are_followed(tmp_path, ads):
         assert await version_of(client) == first
         second, _ = publish(models, bias=1.0, make_current=False)
         for words, version in ((("promote",), second), (("rollback",), first), (("promote", "--version", second), second)):
-            command = [sys.executable, "-m", "adrank", *words, "--models", str(models), "--name", "din"]
-            done = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            code, _, complaint = run(*words, "--models", models, "--name", "din")
+            assert code == 0, complaint
             await until_version(client, version)
         assert (await client.get("/v1/models")).json()["refused"] == {}
 
