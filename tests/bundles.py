@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper
 
 from features import bundle
 from features.bundle import current_path
-from features.encode import Encoder, Feeds
+from features.encode import Encoder, Features, Feeds
 from features.repository import model_names
 from features.schema import parse_schema
 from features.vocabulary import Numbers, Vocabularies, Vocabulary, parse_vocabularies
@@ -82,7 +83,8 @@ def expected(feeds: Feeds, bias: float = 0.0) -> Numbers:
 
 def model(bias: float = 0.0) -> bytes:
     """The ONNX model of `expected`."""
-    nodes, constants = [], []
+    nodes: list[Any] = []
+    constants: list[Any] = []
 
     def constant(value: float | list[int], name: str) -> str:
         kind = TensorProto.INT64 if isinstance(value, list) else TensorProto.FLOAT
@@ -90,9 +92,9 @@ def model(bias: float = 0.0) -> bytes:
         constants.append(helper.make_tensor(name, kind, dims, value if isinstance(value, list) else [value]))
         return name
 
-    def apply(operator: str, *inputs: str, **attributes: object) -> str:
+    def apply(operator: str, *inputs: str, **attributes: int) -> str:
         output = f"n{len(nodes)}"
-        nodes.append(helper.make_node(operator, list(inputs), [output], **attributes))
+        nodes.append(helper.make_node(operator, list(inputs), [output], None, None, None, None, **attributes))
         return output
 
     def waves(ids: str, factor: float, axes: list[int]) -> str:
@@ -116,12 +118,13 @@ def model(bias: float = 0.0) -> bytes:
     ]
     outputs = [helper.make_tensor_value_info("p_click", TensorProto.FLOAT, ["R", "C"])]
     graph = helper.make_graph(nodes, "test", inputs, outputs, constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
+    made: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
+    return made
 
 
 def goldens(bias: float = 0.0) -> list[bundle.Golden]:
     """Requests with the probabilities that `expected` gives."""
-    user = {"age": "25", "interests": ["news"], "income": 10.0}
+    user: Features = {"age": "25", "interests": ["news"], "income": 10.0}
     unscored = [
         bundle.Golden("u1", user, {"slot": "feed"}, ["a2", "a3", "zz"], ["a1", "a2", "new"], ADS, []),
         bundle.Golden("u2", {}, {}, [], ["a5"], ADS, []),

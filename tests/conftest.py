@@ -212,9 +212,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Client(httpx.AsyncClient):
-    """Asks a service that runs in this process."""
+    """Asks a service that runs in this process, or in one of its own that logs into a file."""
 
     app: Any
+    process: "subprocess.Popen[bytes]"
+    log: Path
 
     async def rank(self, user: str | dict[str, Any] = "u1", candidates: object = ("a1", "a2"), **more: object) -> dict[str, Any]:
         """A ranking that must succeed."""

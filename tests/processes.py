@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import bundles
 import httpx
@@ -25,14 +27,14 @@ FOREIGN = ("ADRANK_", "PROMETHEUS_", "OMP_")
 SERVE = (sys.executable, "-m", "adrank", "serve")
 
 
-def environment(**settings):
+def environment(**settings: Any) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     settings = {**bundles.settled(settings.get("models")), **settings}
     return clean | {"PYTHONPATH": str(ROOT)} | {f"ADRANK_{name.upper()}": str(value) for name, value in settings.items()}
 
 
 @contextlib.asynccontextmanager
-async def serving(models, redis, **settings):
+async def serving(models: Path, redis: str, **settings: Any) -> AsyncIterator[Client]:
     """The server, and a client of it, once it is ready; its log goes to a file."""
     port, host = free_port(), settings.get("host", "127.0.0.1")
     log = models.parent / f"log-{port}"
@@ -56,25 +58,25 @@ async def serving(models, redis, **settings):
         process.wait(90)
 
 
-async def fill(url):
+async def fill(url: str) -> None:
     store = RedisStore(url, timeout=2, ttl=1000, on_damaged=lambda: None)
     await store.put_users((f"u{i}", UserState({"age": ("25", "35")[i % 2], "income": float(i)}, [f"a{i % 30}"], [1])) for i in range(60))
     await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
     await store.close()
 
 
-def workers_of(client):
+def workers_of(client: Client) -> list[int]:
     """Ids of the worker processes that ever started, in the order of their starting."""
     return [int(pid) for pid in re.findall(r"Started server process \[(\d+)\]", client.log.read_text())]
 
 
-def without_privileges():
+def without_privileges() -> None:
     """Take away root's right to read and write everything: for `preexec_fn`, so that tests find what any other user would."""
     for capability in range(64):
         ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
-def adrank(*words, unset=(), **variables):
+def adrank(*words: object, unset: Sequence[str] = (), **variables: str) -> "subprocess.CompletedProcess[str]":
     """What `adrank` answers to who may not do what files do not allow, with these variables and without those."""
     given = {name: value for name, value in environment().items() if name not in unset} | variables
     command = [sys.executable, "-m", "adrank", *map(str, words)]

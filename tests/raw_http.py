@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import re
 import socket
+from collections.abc import AsyncIterator
+from typing import Any
 
 import uvicorn
 
@@ -12,7 +14,7 @@ from service.serving.server import WorkerServer
 from service.settings import Settings
 
 
-async def echo(scope, receive, send):
+async def echo(scope: Any, receive: Any, send: Any) -> None:
     """Answers with the method, the path and the body; `/big` with a large body, `/slow` after a while."""
     body, more = b"", True
     while more:
@@ -29,13 +31,13 @@ async def echo(scope, receive, send):
     await send({"type": "http.response.body", "body": told})
 
 
-async def early(scope, receive, send):
+async def early(scope: Any, receive: Any, send: Any) -> None:
     """Answers without reading the body."""
     await send({"type": "http.response.start", "status": 415, "headers": [(b"content-length", b"0")]})
     await send({"type": "http.response.body", "body": b""})
 
 
-async def shut(*writers):
+async def shut(*writers: asyncio.StreamWriter) -> None:
     """Close connections, whatever became of them."""
     for writer in writers:
         writer.transport.abort()  # what nobody reads would keep it open
@@ -45,14 +47,14 @@ async def shut(*writers):
 class Raw:
     """Clients of the server that is at this port."""
 
-    def __init__(self, server, port):
+    def __init__(self, server: WorkerServer, port: int) -> None:
         self.server, self.port = server, port
 
     @property
-    def state(self):
+    def state(self) -> Any:
         return self.server.server_state
 
-    async def open(self, receive_buffer=None, source=None):
+    async def open(self, receive_buffer: int | None = None, source: str | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         client = socket.socket()
         if receive_buffer:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -62,7 +64,7 @@ class Raw:
         await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", self.port))
         return await asyncio.open_connection(sock=client)
 
-    async def ask(self, *pieces, end=False, seconds=0.4):
+    async def ask(self, *pieces: bytes, end: bool = False, seconds: float = 0.4) -> tuple[bytes, bool]:
         """What comes for these pieces until it is quiet so long, and whether the connection was closed."""
         reader, writer = await self.open()
         for piece in pieces:
@@ -79,14 +81,14 @@ class Raw:
         await shut(writer)
         return out, closed
 
-    async def codes(self, *pieces, **how):
+    async def codes(self, *pieces: bytes, **how: Any) -> list[int | str]:
         """The statuses that come, and `closed` last if the connection was."""
         out, closed = await self.ask(*pieces, **how)
         return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3})", out)] + (["closed"] if closed else [])
 
 
 @contextlib.asynccontextmanager
-async def raw(app=echo, **settings):
+async def raw(app: Any = echo, **settings: Any) -> AsyncIterator[Raw]:
     """A server of this application, with these settings."""
     config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False)
     config.timeout_graceful_shutdown = 2

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import random
 import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ class Load:
     async def send(self, numbers: "itertools.count[int]", users: list[str]) -> None:
         chance = random.Random(2)
         while True:
-            events = [
+            events: list[dict[str, Any]] = [
                 {"type": "click", "event_id": f"e{n}", "ts": round(time.time(), 3), "user_id": chance.choice(users), "ad_id": "a1"}
                 for n in itertools.islice(numbers, BATCH)
             ]
@@ -82,7 +83,7 @@ class Load:
 
 
 @asynccontextmanager
-async def load(client: Any, users: list[str], senders: int = 2):
+async def load(client: Any, users: list[str], senders: int = 2) -> AsyncIterator[Load]:
     """Rankings and events until this ends."""
     made, numbers = Load(client, users), itertools.count()
     work = [asyncio.create_task(made.rank()), *(asyncio.create_task(made.send(numbers, users)) for _ in range(senders))]

@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def start_sentinel(folder: Path, *settings: str, port: int, kind: str = "valkey"
     """A sentinel, which keeps what it learns in its configuration."""
     configuration = folder / f"sentinel-{port}.conf"
     configuration.write_text("\n".join((f"port {port}", "bind 127.0.0.1", f"dir {folder}", *settings)) + "\n")
-    return subprocess.Popen([BINARIES[kind], str(configuration), "--sentinel"], stdout=subprocess.DEVNULL)
+    binary = BINARIES[kind]
+    assert binary
+    return subprocess.Popen([binary, str(configuration), "--sentinel"], stdout=subprocess.DEVNULL)
 
 
 class Sentinels:
@@ -72,7 +75,7 @@ class Sentinels:
         yield f"sentinel down-after-milliseconds {self.NAME} {DOWN_AFTER_MS}"
         yield f"sentinel failover-timeout {self.NAME} 5000"
 
-    def ask(self, port: int, *words: str) -> object:
+    def ask(self, port: int, *words: str) -> Any:
         with redis.Redis(port=port) as client:
             return client.execute_command(*words)
 
@@ -92,7 +95,7 @@ class Sentinels:
 
     def named(self) -> set[tuple[bytes, bytes]]:
         """Who the sentinels say is the primary."""
-        return {tuple(self.ask(port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.NAME)) for port in self.ports}  # type: ignore[arg-type]
+        return {tuple(self.ask(port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.NAME)) for port in self.ports}
 
     def stop(self) -> None:
         for process in self._sentinels:
@@ -122,10 +125,9 @@ class Nodes:
         self.ids = [client.execute_command("CLUSTER", "MYID").decode() for client in self.clients]
         eventually(lambda: all(self._info(client, "cluster_known_nodes") == str(len(self.nodes)) for client in self.clients))
         for n, client in zip(replicas_of, self.clients[3:], strict=True):
-            eventually(lambda client=client, n=n: client.execute_command("CLUSTER", "REPLICATE", self.ids[n]))
+            eventually(partial(client.execute_command, "CLUSTER", "REPLICATE", self.ids[n]))
         eventually(lambda: all(self._info(client, "cluster_state") == "ok" for client in self.clients))
-        for client in self.clients[3:]:
-            eventually(lambda client=client: client.execute_command("ROLE")[3] == b"connected")
+        eventually(lambda: all(client.execute_command("ROLE")[3] == b"connected" for client in self.clients[3:]))
 
     @staticmethod
     def _options(folder: Path) -> Iterator[str]:

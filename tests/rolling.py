@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from typing import Any
 
 import bundles
@@ -176,16 +176,17 @@ class Carrier(asyncio.Protocol):
         self.ends.add(self)
         loop = asyncio.get_running_loop()
         if self.other is None:
-            self.other = Carrier(self.ends, self)
-            self.connecting = loop.create_task(loop.create_connection(lambda: self.other, "127.0.0.1", self.port))
+            self.other = other = Carrier(self.ends, self)
+            self.connecting = loop.create_task(loop.create_connection(lambda: other, "127.0.0.1", self.port))
         transport.writelines(self.early)
 
     def data_received(self, data: bytes) -> None:
+        assert self.other
         asyncio.get_running_loop().call_later(AWAY_SECONDS, self.other.send, data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ends.discard(self)
-        if self.other.transport is not None:
+        if self.other and self.other.transport is not None:
             asyncio.get_running_loop().call_later(AWAY_SECONDS, self.other.transport.close)
 
     def send(self, data: bytes) -> None:
@@ -248,7 +249,7 @@ class Cluster:
         """Delete a pod: the endpoints change, after a while, and beside that the kubelet waits as preStop says, then sends SIGTERM."""
         self.pods.remove(pod)
         began = clock()
-        endpoints = Thread(target=lambda: (time.sleep(LAG_SECONDS), self.proxy.use(self.pods)))
+        endpoints = Timer(LAG_SECONDS, lambda: self.proxy.use(self.pods))
         endpoints.start()
         time.sleep(self.pre_stop)
         (pod.process.kill if self.kill else pod.process.terminate)()

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -73,6 +73,7 @@ def tiny(family: str) -> Any:
     return replace(usual, **{name: value for name, value in TINY.items() if hasattr(usual, name)})
 
 
+Built = TypeVar("Built", bound=torch.nn.Module)
 NETWORK_SETTINGS = {family: tiny(family) for family in NETWORKS}
 
 
@@ -99,7 +100,7 @@ def encoder(text: str = SCHEMA) -> Encoder:
 
 def ad_features(i: int) -> Features:
     """Of ad `a{i}`; the first ads lack some."""
-    features = {"genre": GENRES[i % 3], "tags": list(TAGS[: i % 4]), "price": float(i)}
+    features: Features = {"genre": GENRES[i % 3], "tags": list(TAGS[: i % 4]), "price": float(i)}
     return {} if i == 0 else features
 
 
@@ -115,7 +116,7 @@ def network(family: str, text: str = SCHEMA, seed: int = 0, **settings: Any) -> 
     return scrambled(build(family, fields_of(family, text), type(defaults)(**{**vars(defaults), **settings})))
 
 
-def scrambled(built: torch.nn.Module, deviation: float = 0.5) -> torch.nn.Module:
+def scrambled(built: Built, deviation: float = 0.5) -> Built:
     """The network with such weights, as it is served."""
     with torch.no_grad():
         for parameter in built.parameters():
@@ -186,7 +187,8 @@ class ByPosition(torch.nn.Module):
         self.module, self.names = module, names
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.module(dict(zip(self.names, tensors, strict=True)))
+        found: tuple[torch.Tensor, ...] = self.module(dict(zip(self.names, tensors, strict=True)))
+        return found
 
 
 def traced(served: ServedNetwork, tile: int | None = None) -> bytes:
@@ -203,7 +205,7 @@ def traced_request(module: torch.nn.Module, schema: Schema, sample: Feeds, outpu
         torch.onnx.export(
             ByPosition(module, list(sample)),
             tuple(map(torch.from_numpy, sample.values())),
-            out,
+            out,  # type: ignore[arg-type]  # which its own documentation calls a file too
             dynamo=False,
             opset_version=OPSET,
             input_names=list(sample),
@@ -212,7 +214,8 @@ def traced_request(module: torch.nn.Module, schema: Schema, sample: Feeds, outpu
         )
     graph = onnx.load_from_string(out.getvalue())
     onnx.helper.set_model_props(graph, facts or {})
-    return graph.SerializeToString()
+    made: bytes = graph.SerializeToString()
+    return made
 
 
 def parts(text: str = SCHEMA, requests: int = 3, behaviours: int = 4, candidates: int = 5, seed: int = 0) -> tuple[Part, Part, Part]:

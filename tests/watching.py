@@ -10,6 +10,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -26,7 +27,7 @@ def tool(name: str) -> str:
     return path
 
 
-def rules() -> list[dict]:
+def rules() -> list[dict[str, Any]]:
     """All rules, in their order."""
     return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
@@ -56,11 +57,11 @@ def prometheus(folder: Path, targets: Mapping[str, int], shipped: str | None = N
 def get(url: str) -> str:
     """What is answered; empty where nothing is yet."""
     with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
-        return answer.read().decode()
+        return str(answer.read().decode())
     return ""
 
 
-def asked(url: str):
+def asked(url: str) -> Any:
     """The data of an answer of Prometheus."""
     text = get(url)
     return json.loads(text)["data"] if text else {}

@@ -35,7 +35,7 @@ class Primary(Single):
         self._watching: asyncio.Task[None] | None = None
         kind = _TlsConnection if url.tls else SentinelManagedConnection
         options = {**options_of(url.login, url.tls), "db": url.db, "connection_class": kind, "redis_connect_func": self._greet}
-        pool = SentinelConnectionPool(url.name, self, max_connections=MOST_CONNECTIONS, **options)  # type: ignore[no-untyped-call]
+        pool = SentinelConnectionPool(url.name, self, max_connections=MOST_CONNECTIONS, **options)
         super().__init__(pool, url.name)
 
     async def send(self, commands: Sequence[Command]) -> list[Any]:

@@ -80,7 +80,7 @@ class Single:
         if loop.time() < self._refused_until:
             raise self._refusal.with_traceback(None)
         try:
-            connection: AbstractConnection = await self.pool.get_connection()  # type: ignore[no-untyped-call]
+            connection: AbstractConnection = await self.pool.get_connection()
         except RedisError as error:
             self._refusal, self._refused_until = error, loop.time() + REFUSED_SECONDS
             raise
