@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .options import FOLDER, Refusal, console, moment, needs, pair
+from .options import FOLDER, Refusal, attributing, attribution_of, console, moment, needs, pair
 
 
 @click.command(epilog="Example: adrank join --redis redis://127.0.0.1:6379/0 --log data/log --models models --metrics-port 9109")
@@ -18,55 +18,31 @@ from .options import FOLDER, Refusal, console, moment, needs, pair
 @click.option("--log", "folder", type=FOLDER, required=True, help="The log, made where there is none; docs/log.md says what it holds.")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
 @click.option("--name", help="The model whose schema a new log takes; default: ADRANK_MODEL, then the only live one.")
-@click.option(
-    "--window",
-    "--click-window",
-    "click_window",
-    type=click.FloatRange(0, 30 * 86_400),
-    default=1800,
-    show_default=True,
-    help="Seconds a click may take.",
-)
-@click.option("--impression-window", type=click.FloatRange(0, 30 * 86_400), help="Seconds an impression may take; default: as a click.")
-@click.option(
-    "--conversion-window",
-    type=click.FloatRange(0, 90 * 86_400),
-    default=7 * 86_400,
-    show_default=True,
-    help="Seconds a conversion may take; rows do not wait for it.",
-)
-@click.option("--lateness", type=click.FloatRange(0, 86_400), default=60, show_default=True, help="Seconds to wait for events beyond it.")
-@click.option(
-    "--shown",
-    type=click.Choice(["told", "reported", "served"]),
-    default="told",
-    show_default=True,
-    help="What an impression is: what callers say (top_k, shown) or report, what they report, or all that was answered.",
-)
-@click.option("--rows-per-file", type=click.IntRange(1, 10_000_000), default=100_000, show_default=True)
+@attributing
+@click.option("--rows-per-file", type=click.IntRange(1, 10_000_000), default=100_000, show_default=True, help="Entries of a file.")
 @click.option(
     "--bytes-per-file",
     type=click.IntRange(2**16, 2**30),
     default=32 * 2**20,
     show_default=True,
-    help="Of the records behind a file: what is in memory at once.",
+    help="Of the entries of a file: what is in memory at once.",
 )
 @click.option("--take-over", is_flag=True, help="Join even if another log's joiner is at work on the same streams.")
 @click.option("--metrics-port", type=click.IntRange(0, 65_535), default=0, show_default=True, help="Where scrapes are answered; 0 is none.")
 @click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address that the metrics are answered on.")
-@click.option("--once", is_flag=True, help="Take what there is, write what is due, and exit.")
-@click.option("--drain", is_flag=True, help="As --once, and write everything, whether its window is over or not.")
+@click.option("--once", is_flag=True, help="Write what there is, and exit.")
+@click.option("--drain", is_flag=True, help="As --once, with what others hold, and count all as closed, whether windows are over or not.")
 @needs("train")
 def join(redis: str | None, folder: Path, models: Path, name: str | None, once: bool, drain: bool, **rest: Any) -> None:
-    """Join what was served with what came of it, into the log. May be killed at any time; one joiner a log."""
+    """Write what was served and what came of it into the log. May be killed at any time; several share the work."""
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # of a service with several workers; it would turn these metrics into its files
     from service.settings import load_settings
     from service.store.streams import RedisStreams
     from service.telemetry import logs
     from service.telemetry.metrics import JoinMetrics
+    from training.join.attribution import Attribution
     from training.join.log import open_log, wait_for_log
-    from training.join.plan import JoinSettings
-    from training.join.run import join_log
+    from training.join.sink import SinkSettings, join_log
 
     metrics_host, metrics_port, take_over = rest.pop("metrics_host"), rest.pop("metrics_port"), rest.pop("take_over")
     settings, metrics = load_settings({"redis": redis}), JoinMetrics()
@@ -81,7 +57,9 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
         raise Refusal(f"--metrics-port {metrics_port} cannot be listened on at {metrics_host}: {error.strerror}") from error
     try:
         into = (open_log if once_what else wait_for_log)(folder, models, name or settings.model)
-        print(asyncio.run(join_log(lambda: RedisStreams(url), into, JoinSettings(**rest), metrics, once_what, take_over)))
+        sizes = {name: rest.pop(name) for name in ("rows_per_file", "bytes_per_file")}
+        said = Attribution(**{key: value for key, value in rest.items() if value is not None})
+        print(asyncio.run(join_log(lambda: RedisStreams(url), into, SinkSettings(said, **sizes), metrics, once_what, take_over)))
     finally:
         if stop:
             stop()
@@ -96,13 +74,15 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
 @click.option("--sample", type=click.IntRange(min=1), help="Compare the scores of about so many rows; default: of all.")
 @click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True, help="Of the graph that served.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@attributing
 @needs("train")
 def skew(folder: Path, models: Path, name: str | None, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
     """Encode and score logged rows again: exit code 0 if that comes to what was served, 3 if it does not."""
     from training.datasets.log import open_log
     from training.skew import find_skew, show
 
-    found = find_skew(open_log(folder, since, until), models, name, **options)
+    settings = attribution_of(folder, options)
+    found = find_skew(open_log(folder, since, until, settings=settings), models, name, **options)
     if as_json:
         print(json.dumps(found.as_dict()))
     else:
@@ -120,6 +100,7 @@ def skew(folder: Path, models: Path, name: str | None, since: int | None, until:
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True, help="Of a prepared data set.")
 @click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="The largest weight; it makes estimates biased.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@attributing
 @needs("train")
 def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
     """Estimate the click rate that another bundle would have had on a log whose rankings explored."""
@@ -132,7 +113,8 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
     target = parse_policy(policy)
     if not is_log(folder) and (since is not None or until is not None):
         raise Refusal(f"--since and --until are for a log; {folder} is none")
-    data = open_log(folder, since, until) if is_log(folder) else open_prepared(folder)
+    settings = attribution_of(folder, options)
+    data = open_log(folder, since, until, settings=settings) if is_log(folder) else open_prepared(folder)
     found = replay(data, load_bundle(bundle), target, **options)
     if as_json:
         print(json.dumps(found.as_dict()))
@@ -160,6 +142,7 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 @click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the rows.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the checks or of the gate.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
+@attributing
 @needs("train")
 def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Train on a window of the log, and publish if the new version stands up to the live one; exit code 3 if not."""
@@ -169,6 +152,7 @@ def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     given = dict(pair(text) for text in settings)
+    flags["attribution"] = attribution_of(flags["log"], flags)
     given |= {name: str(value) for name in ("seed", "epochs", "gate") if (value := flags.pop(name)) is not None}
     with progress_bar() as progress:
         report = run(RetrainRequest(settings=given, **flags), progress)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import FILE, FOLDER, Refusal, WithNetworks, console, needs, pair, print_metrics, settings_of
+from .options import FILE, FOLDER, Refusal, WithNetworks, attributing, attribution_of, console, needs, pair, print_metrics, settings_of
 
 DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
 
@@ -59,7 +59,7 @@ def _print_profile(folder: Path) -> None:
 
 
 @click.command(cls=WithNetworks, epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")
-@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
+@click.option("--data", "--log", "data", type=FOLDER, required=True, help="A prepared data set, or a log.")
 @click.option("--model", required=True, help="The network, one of those below.")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
 @click.option("--name", help="Name in the repository; default: the network's.")
@@ -75,6 +75,7 @@ def _print_profile(folder: Path) -> None:
     show_default=True,
     help="When it is the new live version: if it is fit by itself, always, if it is better than the live one too, never.",
 )
+@attributing
 @needs("train")
 def train(data: Path, model: str, models: Path, name: str | None, settings: tuple[str, ...], file: Path | None, **flags: Any) -> None:
     """Train a network and publish it as a bundle, the new live version if it is fit to be; exit code 3 if not."""
@@ -84,7 +85,7 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
     from training.retrain.publish import train_and_publish
 
     check_name(name or model)
-    promote, opened = flags.pop("promote"), open_data(data)
+    promote, opened = flags.pop("promote"), open_data(data, attribution_of(data, flags))
     given = settings_of(opened.schema.name, model, file, settings)
     given |= {key: str(value) for key, value in flags.items() if value is not None}
     with progress_bar() as progress:

@@ -55,6 +55,34 @@ def moment(_context: click.Context, option: click.Parameter, text: str | None) -
         raise click.BadParameter(f"{text}: expected a time such as 2026-11-22, 2026-11-22T17:00 or 1795366800", param=option) from None
 
 
+def attributing(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of what belongs to an impression: `adrank join` keeps them in the log, and whoever reads it may say otherwise."""
+    days, most = 86_400, 90 * 86_400
+    shown = "What an impression is: what callers say (top_k, shown) or report, what they report, or all that was answered [default: told]."
+    for option in (
+        click.option("--shown", type=click.Choice(["told", "reported", "served"]), help=shown),
+        click.option("--lateness", type=click.FloatRange(0, days), help="Seconds to wait for events beyond it [default: 60]."),
+        click.option("--conversion-window", type=click.FloatRange(0, most), help="Seconds a conversion may take [default: 7 days]."),
+        click.option("--impression-window", type=click.FloatRange(0, most), help="Seconds an impression may take [default: as a click]."),
+        click.option(
+            "--window", "--click-window", "click_window", type=click.FloatRange(0, most), help="Seconds a click may take [default: 1800]."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def attribution_of(log: Path, flags: dict[str, Any]) -> Any:
+    """The `Attribution` that the options say, and for what they do not the log: they are taken out of the flags.
+
+    None where nothing is said, so that a data set that is no log is read as well.
+    """
+    from training.join.attribution import settings_of
+
+    given = {name: flags.pop(name) for name in ("click_window", "impression_window", "conversion_window", "lateness", "shown")}
+    return settings_of(log, **given) if any(value is not None for value in given.values()) else None
+
+
 class WithNetworks(click.Command):
     """A command whose help lists the networks."""
 

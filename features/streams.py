@@ -1,4 +1,4 @@
-"""The streams between the service and the joiner: their names, and what a reader of them promises.
+"""The streams between the service and the log: their names, and what a reader of them promises.
 
 Knows nothing about Redis (`service/store/streams.py`) or about what stands in the entries (`served.py`, `events.py`).
 """
@@ -24,10 +24,10 @@ class StreamLostError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry as it was delivered. Its value is None where it was trimmed after an earlier delivery, empty where it has none."""
+    """One entry as it was delivered. Its value is empty where it has none."""
 
     id: str
-    value: bytes | None
+    value: bytes
 
     @property
     def ts(self) -> float:
@@ -45,16 +45,23 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How many entries a stream has ever had, how many stand in it, and when the oldest of these was appended."""
+    """What stands in a stream: how many entries, since when the oldest; and how many were trimmed that nobody has been told of."""
 
-    added: int
     length: int
     oldest: float | None
+    trimmed: int
+    now: float
+    """The time, by the clock of Redis."""
+
+    @property
+    def kept(self) -> float:
+        """Up to when all that was appended has been acknowledged, whoever took it."""
+        return self.now if self.oldest is None else self.oldest
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A log that the streams are joined into: its id, where it is, and for how many seconds its joiner may be thought to be at work."""
+    """A log that the streams are written into: its id, where it is, and for how many seconds its sinks may be thought to be at work."""
 
     id: str
     place: str
@@ -62,12 +69,16 @@ class Owner:
 
 
 class Streams(Protocol):
-    """A reader of streams that takes each entry once. Every method but `close` raises StoreError where Redis does not answer."""
+    """One of several readers that share a group. Every method but `close` raises StoreError where Redis does not answer."""
+
+    @property
+    def consumer(self) -> str:
+        """What this reader is called: no other is."""
 
     async def own(self, log: Owner, take_over: bool = False) -> Owner | None:
-        """Join into this log for the next `log.seconds` seconds, unless another log's joiner is at work; 0 ends it.
+        """Write into this log for the next `log.seconds` seconds, unless another log's sink is at work; 0 ends it.
 
-        The log that the streams were joined into before, None where it is the same or there was none. Where it has `seconds` left and
+        The log that the streams were written into before, None where it is the same or there was none. Where it has `seconds` left and
         they are not to be taken over, nothing has changed.
         """
 
@@ -75,22 +86,27 @@ class Streams(Protocol):
         """Make the stream and the group where they are not there; whether they had to be made."""
 
     async def read(self, stream: Stream, count: int) -> Batch:
-        """At most `count` entries and about `BATCH_BYTES`: first those delivered before and never acknowledged, then new ones.
-
-        Does not wait for any.
+        """At most `count` new entries and about `BATCH_BYTES`. Does not wait for any.
 
         Raises:
             StreamLostError: there is no such stream or group.
         """
 
+    async def claim(self, stream: Stream, count: int, idle: float) -> Sequence[Entry]:
+        """As many of those that somebody was given `idle` seconds ago or more and has not acknowledged: they are given to this reader.
+
+        Raises:
+            StreamLostError: there is no such stream or group.
+        """
+
+    async def pending(self, stream: Stream) -> int:
+        """How many entries anybody was given and has not acknowledged."""
+
     async def acknowledge(self, stream: Stream, ids: Sequence[str]) -> None:
         """Take entries out of the stream: they are kept elsewhere."""
 
-    def rewind(self, stream: Stream) -> None:
-        """Read what was delivered and not acknowledged again: it could not be kept."""
-
     async def extent(self, stream: Stream) -> Extent:
-        """What the stream has and had.
+        """What stands in the stream. What was trimmed is told once, to whoever asks first.
 
         Raises:
             StreamLostError: there is no such stream.

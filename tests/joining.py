@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
@@ -19,10 +20,9 @@ from features.served import ServedRecord, pack_served
 from features.state import pack_features
 from features.streams import EVENTS, SERVED
 from service.store.streams import RedisStreams
-from training.join.clock import Clock
+from training.join.attribution import RAW, Attribution, attribute, settings_of
 from training.join.log import open_log
-from training.join.plan import JoinSettings
-from training.join.run import Joiner
+from training.join.sink import Sink, SinkSettings
 
 JOIN = (sys.executable, "-m", "adrank", "join")
 T0 = 1_763_800_200.0
@@ -64,22 +64,26 @@ def conversion(request_id: str = "r1", ad_id: str = "a1", ts: float = T0 + 9, va
     return Event("conversion", f"bought {request_id} {ad_id} {ts}", ts, user_id, request_id, ad_id, value=value)
 
 
+def packed(record: ServedRecord | Event) -> tuple[str, bytes]:
+    """A record's stream, and the value that stands there."""
+    return (SERVED, pack_served(record)) if isinstance(record, ServedRecord) else (EVENTS, pack_event(record))
+
+
 class Writer:
-    """The service's side of the streams."""
+    """The service's side of the streams. What has a time is appended at that time, but never before what stands there."""
 
     def __init__(self, url: str) -> None:
         self.redis = client_of(url)
+        self._last: dict[str, int] = {}
 
-    def add(self, *records: ServedRecord | Event | tuple[str, bytes]) -> None:
+    def add(self, *records: ServedRecord | Event | tuple[str, bytes], at: float | None = None) -> None:
         """Append records, or raw values to a stream."""
         with self.redis.pipeline(transaction=False) as pipe:
             for record in records:
-                if isinstance(record, ServedRecord):
-                    pipe.xadd(SERVED, {"v": pack_served(record)})
-                elif isinstance(record, Event):
-                    pipe.xadd(EVENTS, {"v": pack_event(record)})
-                else:
-                    pipe.xadd(record[0], {"v": record[1]})
+                stream, value = record if isinstance(record, tuple) else packed(record)
+                ts = at or (T0 if isinstance(record, tuple) else min(record.ts, time.time()))
+                self._last[stream] = max(self._last.get(stream, 0), int(ts * 1000) if ts < 1e11 else 0)
+                pipe.xadd(stream, {"v": value}, id=f"{self._last[stream]}-*")
             pipe.execute()
 
     def __enter__(self) -> "Writer":
@@ -131,26 +135,13 @@ class Watch:
         self.streams[stream] = backlog, lag
 
 
-class Time:
-    """A clock for a joiner, set by hand."""
-
-    def __init__(self, wall: float) -> None:
-        self.wall, self.steady = wall, 1000.0
-
-    def clock(self) -> Clock:
-        return Clock(lambda: self.wall, lambda: self.steady)
-
-    def forward(self, seconds: float) -> None:
-        self.wall += seconds
-        self.steady += seconds
-
-
 class Joining:
-    """A joiner of a log in this process, whose time passes when it is told."""
+    """A sink of a log in this process. `at` is up to when the log is whole, in place of what Redis says."""
 
-    def __init__(self, url: str, folder: Path, models: Path, at: float = T0, **settings) -> None:
-        self.url, self.folder, self.models, self.settings = url, folder, models, JoinSettings(**settings)
-        self.time, self.watch = Time(at), Watch()
+    def __init__(self, url: str, folder: Path, models: Path, at: float | None = None, **settings) -> None:
+        self.url, self.folder, self.models, self.settings = url, folder, models, Attribution(**settings)
+        self.sizes: dict[str, int] = {}
+        self.at, self.watch = at, Watch()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -159,26 +150,38 @@ class Joining:
     @contextlib.asynccontextmanager
     async def joiner(self, streams=None):
         reader = streams or RedisStreams(self.url)
-        joiner = Joiner(reader, open_log(self.folder, self.models, "din"), self.settings, self.watch, self.time.clock())
+        sink = Sink(reader, open_log(self.folder, self.models, "din"), SinkSettings(self.settings, **self.sizes), self.watch)
         try:
-            yield joiner
+            yield sink
         finally:
-            joiner.close()
+            sink.close()
             await reader.close()
 
     async def once(self, everything: bool = False) -> None:
-        async with self.joiner() as joiner:
-            await joiner.drain(everything)
+        async with self.joiner() as sink:
+            look = sink._look
+            sink._look = lambda watermark=None: look(self.at if watermark is None else watermark)
+            await sink.drain(everything)
+
+    def rows(self) -> pl.DataFrame:
+        return rows(self.folder, self.settings)
 
 
-def rows(folder: Path) -> pl.DataFrame:
+def rows(folder: Path, settings: Attribution | None = None) -> pl.DataFrame:
     """All rows of a log, by ranking and position."""
-    files = sorted(folder.glob("day=*/hour=*/*.parquet"))
-    return pl.concat([pl.read_parquet(file, hive_partitioning=False) for file in files]).sort("request_id", "ts", "position")
+    with tempfile.TemporaryDirectory() as into:
+        attribute(folder, Path(into), settings or settings_of(folder))
+        files = sorted(Path(into).glob("day=*/hour=*/*.parquet"))
+        return pl.concat([pl.read_parquet(file, hive_partitioning=False) for file in files]).sort("request_id", "ts", "position")
+
+
+def raw(folder: Path, kind: str) -> pl.DataFrame:
+    """All raw rows of `impressions` or `events`, repeated ones too."""
+    return pl.concat([pl.read_parquet(file, hive_partitioning=False) for file in sorted(folder.glob(f"{RAW}/{kind}/*/*/*.parquet"))])
 
 
 def table(folder: Path, name: str) -> pl.DataFrame:
-    """All rows of `ads` or `unjoined`."""
+    """All rows of `ads` or `raw/aside`."""
     files = sorted((folder / name).glob("*.parquet"))
     return pl.concat([pl.read_parquet(file) for file in files])
 

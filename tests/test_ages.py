@@ -15,6 +15,7 @@ from features.ages import ages_of
 from features.encode import AdTable, Encoder, Request, encode_request
 from features.schema import SchemaError, parse_schema
 from features.served import ServedRecord, pack_served, unpack_served
+from features.streams import SERVED, Entry
 from service.api.requests import parse_request, to_query
 from service.ranking.tiles import fill, runs
 from training.datasets import csv_table, movielens
@@ -23,7 +24,7 @@ from training.datasets.prepared import SPLITS, DataError, Prepared, open_prepare
 from training.export.export import random_feeds
 from training.export.graph import feeds_of
 from training.importance import dealt
-from training.join.files import NOTHING, Builder, Columns
+from training.join.raw import Columns, impressions_of
 from training.unknown import Hiding
 
 HISTORY = 'history = { length = 4, fields = ["ad_id", "genre", "tags", "price"], ages = true }\n'
@@ -97,10 +98,8 @@ def test_a_record_without_times_is_as_it_was_and_one_with_them_keeps_them() -> N
 def test_the_log_has_times_where_its_schema_has_ages() -> None:
     record = ServedRecord("r", NOW + 0.5, "m", 1, "u", {}, {}, ["a1", "a2"], ["a3"], [0.5], [1.0], history_ts=[NOW - 5, NOW - 1.5])
     for text, expected in ((SCHEMA, [NOW - 5, NOW - 1.5]), (small.SCHEMA, None)):
-        builder = Builder(Columns(parse_schema(text)))
-        builder.add(record, NOTHING, 1)
-        builder.add(replace(record, history_ts=[]), NOTHING, 1)
-        rows = builder.content().rows
+        entries = [Entry("1-1", pack_served(each)) for each in (record, replace(record, history_ts=[]))]
+        (rows,) = impressions_of(entries, SERVED, Columns(parse_schema(text))).frames.values()
         assert ("history_ts" in rows.columns) == (expected is not None)
         if expected:
             assert rows["history_ts"].to_list() == [expected, None]

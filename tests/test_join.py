@@ -1,16 +1,19 @@
-"""What becomes of rankings and events, through a real Valkey: the rows of the log, and the outcome of every event."""
+"""What becomes of rankings and events, through a real Valkey: raw files, the rows of the log, and the outcome of every event."""
 
 from dataclasses import replace
 
 import bundles
 import polars as pl
 import pytest
-from joining import ADS, T0, Joining, Writer, click, conversion, impression, ranking, rows, table, tensor_bytes
+from joining import ADS, T0, Joining, Writer, click, conversion, impression, ranking, table, tensor_bytes
 
 from features.events import Event, pack_event
 from features.served import pack_served
 from features.streams import EVENTS, SERVED
-from training.join.records import revision
+from training.datasets.log import open_log
+from training.datasets.prepared import DataError
+from training.join.attribution import Attribution
+from training.join.raw import revision
 
 pytestmark = pytest.mark.anyio
 
@@ -37,9 +40,9 @@ async def test_a_row_holds_what_was_served_and_what_came_of_it(streams, joining)
     streams.add(click(ad_id="a2", ts=T0 + 20), click(ad_id="a2", ts=T0 + 8), conversion(ad_id="a2"), conversion(ad_id="a2", ts=T0 + 30))
     streams.add(impression(ad_id="new", position=1), impression(ad_id="a1", position=3))
     await joining.once()
-    assert [path.parent.name for path in joining.folder.glob("day=2025-11-22/*/*.parquet")] == ["hour=08"]
+    assert [path.parent.name for path in joining.folder.glob("raw/*/date=2025-11-22/*/*.parquet")] == ["hour=08"] * 2
     assert streams.lengths() == (0, 0)
-    new, second, first = rows(joining.folder).sort("ad_id", descending=True).to_dicts()
+    new, second, first = joining.rows().sort("ad_id", descending=True).to_dicts()
     assert first["ad_id"], second["ad_id"] == ("a1", "a2")
     shared = {"user_id": "u1", "request_id": "r1", "model": "din", "version": 20251122000000, "ts": int(T0), "policy": "greedy"}
     shared |= {"user.age": "25", "user.interests": ["news", "drama"], "user.income": 9.5, "context.slot": "feed", "candidates": None}
@@ -68,19 +71,19 @@ async def test_a_row_holds_what_was_served_and_what_came_of_it(streams, joining)
     }
 
 
-async def test_the_ads_file_has_each_revision_once(streams, joining):
-    streams.add(ranking("r1"), ranking("r2", T0 + 4000))
-    await joining.once()
+async def test_a_sink_writes_each_revision_of_an_ad_once_a_day(streams, joining):
     changed = ranking("r3", T0 + 8000)
     changed = replace(changed, ads={**changed.ads, "a1": ADS["a7"]})
-    streams.add(changed)
-    await joining.once()
+    async with joining.joiner() as sink:
+        for record in (ranking("r1"), ranking("r2", T0 + 4000), changed):
+            streams.add(record)
+            await sink.drain(True)
     ads = table(joining.folder, "ads")
     assert len(list((joining.folder / "ads").iterdir())) == 2
     assert ads.columns == ["ad_id", "revision", "ad.genre", "ad.tags", "ad.price"]
     assert sorted(ads["ad_id"]) == ["a1", "a1", "a2", "a3", "a4", "a5"]
     assert dict(zip(ads["revision"], ads["ad.price"], strict=True))[revision(ADS["a7"])] == 7.0
-    found = rows(joining.folder).join(ads, on=["ad_id", "revision"], how="left", suffix="_then")
+    found = joining.rows().join(ads, on=["ad_id", "revision"], how="left", suffix="_then")
     assert (found["ad.price"] == found["ad.price_then"]).all()
 
 
@@ -88,38 +91,27 @@ async def test_every_event_has_one_outcome(streams, joining):
     at = T0 + 1
     streams.add(ranking("r1", ad_ids=["a1", "a2"]), click(ts=at), click(ts=at), click(ad_id="a9"), click("nobody"), click(ts=T0 - 100))
     streams.add(click(ad_id="a2", ts=T0 + 1801), click("", ad_id="a1"), Event("ad", "e9", T0, ad_id="a1", features={"price": 1.0}))
+    streams.add(conversion("long ago"))
     streams.add((EVENTS, b"\xc1 no record"), (SERVED, b"nor this"), (EVENTS, pack_event(click(ts=float("inf")))))
     streams.add((SERVED, pack_served(ranking("bad", p_click=[0.1, float("nan"), 0.3]))))
+    streams.add(click(ad_id="a2", ts=at + 1), at=T0 + 1861)
     await joining.once()
-    streams.add(click(ad_id="a2", ts=at), click(ts=at))
-    for _ in range(2):
-        joining.time.forward(100)
-        await joining.once()
     assert {name: count for name, count in joining.counts.items() if not name.startswith("r")} == {
         "click joined": 1,
-        "click duplicate": 2,
+        "click duplicate": 1,
         "click not_shown": 1,
         "click unknown_request": 2,
         "click before_ranking": 1,
         "click late": 2,
-        "ad foreign": 1,
+        "conversion deferred": 1,
+        "foreign foreign": 1,
         "damaged damaged": 4,
     }
-    unjoined = table(joining.folder, "unjoined")
-    assert dict(unjoined["outcome"].value_counts().iter_rows()) == {
-        "not_shown": 1,
-        "unknown_request": 2,
-        "before_ranking": 1,
-        "late": 2,
-        "foreign": 1,
-        "damaged": 4,
-    }
-    damaged = unjoined.filter(outcome="damaged")
-    assert set(damaged["packed"]) >= {b"\xc1 no record", b"nor this"}
-    assert damaged["request_id"].is_null().all()
-    assert sorted(damaged["stream"]) == [EVENTS, EVENTS, SERVED, SERVED]
-    assert unjoined.filter(outcome="not_shown").select("type", "request_id", "ad_id", "ts").row(0) == ("click", "r1", "a9", T0 + 5)
-    assert rows(joining.folder)["label"].to_list() == [1, 0]
+    aside = table(joining.folder, "raw/aside")
+    assert dict(aside["why"].value_counts().iter_rows()) == {"foreign": 1, "damaged": 4}
+    assert set(aside["packed"]) >= {b"\xc1 no record", b"nor this"}
+    assert sorted(aside.filter(why="damaged")["stream"]) == [EVENTS, EVENTS, SERVED, SERVED]
+    assert joining.rows()["label"].to_list() == [1, 0]
 
 
 async def test_a_repeated_request_id_gets_the_click_that_came_after_it(streams, joining):
@@ -127,39 +119,29 @@ async def test_a_repeated_request_id_gets_the_click_that_came_after_it(streams, 
     streams.add(first, second, third, click(ts=T0 + 50), click(ad_id="a2", ts=T0 + 150), click(ad_id="a3", ts=T0 + 250))
     streams.add(click(ad_id="a9", ts=T0 + 190))
     await joining.once()
-    clicked = rows(joining.folder).filter(label=1).select("ts", "ad_id").rows()
+    clicked = joining.rows().filter(label=1).select("ts", "ad_id").rows()
     assert clicked == [(int(T0), "a1"), (int(T0) + 100, "a2"), (int(T0) + 100, "a3"), (int(T0) + 200, "a9")]
 
 
-async def test_a_repeated_request_id_whose_first_ranking_is_written_first(streams, joining):
-    joining.time.wall = T0 + 1900
-    streams.add(ranking(ts=T0), ranking(ts=T0 + 1000), click(ts=T0 + 10), click(ad_id="a2", ts=T0 + 1100), click(ad_id="a9", ts=T0 + 1100))
-    await joining.once()
-    assert rows(joining.folder).filter(label=1).select("ts", "ad_id").rows() == [(int(T0), "a1")]
-    joining.time.forward(1000)
-    streams.add(click(ad_id="a3", ts=T0 + 20))
-    await joining.once()
-    assert rows(joining.folder).filter(label=1).select("ts", "ad_id").rows() == [(int(T0), "a1"), (int(T0) + 1000, "a2")]
-    assert joining.counts["click late"] == 2  # one of an ad that neither showed, as far as is still known
-    assert joining.counts["click joined"] == 2
+async def test_an_impression_is_open_until_its_window_and_lateness_are_over(streams, joining):
+    streams.add(ranking(), ranking("later", T0 + 5000), click(ts=T0 + 1700))
+    for at, expected in ((T0 + 1859, []), (T0 + 1860, ["r1"]), (T0 + 6859, ["r1"]), (T0 + 6860, ["r1", "later"])):
+        joining.at = at
+        await joining.once()
+        closed = joining.rows() if expected else pl.DataFrame({"request_id": [], "label": []})
+        assert set(closed["request_id"]) == set(expected)
+    with pytest.raises(DataError, match=r"has no row before 2025-11-22 09:00:00 UTC; 1 rankings are open: their windows are not over"):
+        open_log(joining.folder, until=int(T0) + 1800, settings=Attribution(click_window=9e3))
+    assert len(open_log(joining.folder, shares=(1, 0, 0), settings=Attribution(click_window=10, lateness=5)).parts) == 2
+    assert joining.rows()["label"].to_list() == [0, 0, 0, 1, 0, 0]
+    assert joining.counts["rows din 1"] == 2  # live figures tell each once
 
 
-async def test_nothing_is_written_before_its_window_and_lateness_are_over(streams, joining):
-    joining.time.wall = T0 + 1859
-    streams.add(ranking())
-    await joining.once()
-    assert not list(joining.folder.glob("day=*"))
-    streams.add(click(ts=T0 + 1700))
-    joining.time.forward(2)
-    await joining.once()
-    assert rows(joining.folder)["label"].to_list() == [1, 0, 0]
-
-
-async def test_draining_writes_all_that_is_held(streams, joining):
-    joining.time.wall = T0 + 1
+async def test_draining_closes_all(streams, joining):
+    joining.at = T0 + 1
     streams.add(ranking(), click(ts=T0 + 1), click("other"))
     await joining.once(everything=True)
-    assert rows(joining.folder)["label"].to_list() == [1, 0, 0]
+    assert joining.rows()["label"].to_list() == [1, 0, 0]
     assert joining.counts["click unknown_request"] == 1
 
 
@@ -169,7 +151,7 @@ async def test_only_what_is_reported_counts_where_that_is_asked_for(streams, joi
     streams.add(click(ad_id="a2"), conversion(ad_id="a2"), impression(ad_id="a2"), click(), impression(ad_id="a3", position=9))
     streams.add(ranking("r2"))
     await joining.once()
-    found = rows(joining.folder)
+    found = joining.rows()
     assert found.select("ad_id", "label", "position").rows() == [("a2", 1, 2), ("a3", 0, 9)]
     assert found["candidates"].to_list() == [["a9", "a1"], None]
     assert found["candidate_revisions"].to_list() == [[revision(ADS["a9"]), revision(ADS["a1"])], None]
@@ -177,17 +159,16 @@ async def test_only_what_is_reported_counts_where_that_is_asked_for(streams, joi
     assert joining.counts["rankings din"] == 2
 
 
-async def test_files_hold_no_more_rows_than_asked_for_and_one_hour_each(streams, joining):
-    joining.settings = replace(joining.settings, rows_per_file=7)
-    streams.add(*(ranking(f"r{i}", T0 + 700 * i) for i in range(6)), ranking("long", T0 + 100, ad_ids=[f"a{i}" for i in range(9)]))
+async def test_rankings_stand_by_the_hour_in_which_they_were_made_and_events_by_that_in_which_they_came(streams, joining):
+    joining.sizes = {"rows_per_file": 2}
+    streams.add(*(ranking(f"r{i}", T0 + 700 * i) for i in range(6)))
+    for i in range(3):
+        streams.add(click("r0", ts=T0 + i), at=T0 + 1700 * i)
     await joining.once()
-    counts = {str(p.relative_to(joining.folder)): len(pl.read_parquet(p)) for p in sorted(joining.folder.glob("day=*/*/*.parquet"))}
-    assert list(counts.values()) == [3, 9, 6, 6, 3]
-    assert sorted({name.split("/")[1] for name in counts}) == ["hour=08", "hour=09"]
-    numbers = [name[-16:-8] for name in counts]
-    assert sorted(numbers) == [f"{i:08}" for i in range(1, 6)]
-    for name in counts:
-        assert {f"hour={ts % 86_400 // 3600:02}" for ts in pl.read_parquet(joining.folder / name)["ts"]} == {name.split("/")[1]}
+    hours = {kind: {path.parent.name for path in joining.folder.glob(f"raw/{kind}/*/*/*")} for kind in ("impressions", "events")}
+    assert hours == {"impressions": {"hour=08", "hour=09"}, "events": {"hour=08", "hour=09"}}
+    for path in joining.folder.glob("raw/impressions/*/*/*"):
+        assert {f"hour={ts % 86_400 // 3600:02.0f}" for ts in pl.read_parquet(path)["ts"]} == {path.parent.name}
 
 
 async def test_what_the_schema_lacks_or_cannot_read_is_left_out_and_counted(streams, joining):
@@ -196,7 +177,7 @@ async def test_what_the_schema_lacks_or_cannot_read_is_left_out_and_counted(stre
         replace(odd, ads={**odd.ads, "a2": b"\xc1", "a5": b"\xc1 not looked at more than once"}, tensors={"ad_ids": b"12345", "what": b""})
     )
     await joining.once()
-    row = rows(joining.folder).to_dicts()[0]
+    row = joining.rows().to_dicts()[0]
     assert (row["user.age"], row["user.income"], row["context.slot"], row["ad.genre"], row["tensors.ad_ids"]) == (
         None,
         3.0,
@@ -218,7 +199,7 @@ async def test_the_schema_is_that_of_the_log_even_when_the_model_changes(streams
     streams.add(ranking(context={"slot": "feed", "hour": "8"}))
     await joining.once()
     assert (joining.folder / "schema.toml").read_text() == kept
-    assert "context.hour" not in rows(joining.folder).columns
+    assert "context.hour" not in joining.rows().columns
     assert joining.counts["field_unknown"] == 1
 
 
@@ -226,11 +207,13 @@ async def test_models_that_the_repository_lacks_share_one_name(streams, joining)
     streams.add(ranking(model="../../etc"), ranking("r2", model="other"))
     await joining.once()
     assert joining.counts["rankings _other"] == joining.counts["rankings other"] == 1
-    assert set(rows(joining.folder)["model"]) == {"../../etc", "other"}
+    assert set(joining.rows()["model"]) == {"../../etc", "other"}
 
 
 async def test_a_ranking_without_ads_makes_no_row(streams, joining):
     streams.add(ranking(ad_ids=[]))
+    streams.add(ranking("r2"))
     await joining.once()
-    assert not list(joining.folder.glob("day=*"))
-    assert joining.counts == {"rankings din": 1}
+    assert set(joining.rows()["request_id"]) == {"r2"}
+    assert joining.counts["rankings din"] == 2
+    assert joining.watch.known == {"unknown": 1, "said": 1}

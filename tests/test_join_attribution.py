@@ -1,13 +1,20 @@
-"""What is an impression, and whose click and conversion it is: through a real Valkey, and against a recomputation row by row."""
+"""What is an impression, and whose click and conversion it is: through a real Valkey, and against a recomputation event by event."""
 
 import random
+from collections import Counter, defaultdict
 from dataclasses import replace
+from math import inf
 
+import logs
 import polars as pl
 import pytest
-from joining import T0, Joining, Writer, click, conversion, impression, ranking, rows, table
+import small
+from joining import T0, Joining, Writer, click, conversion, impression, ranking
+from test_cli import run
 
-from training.datasets.log import CONVERSIONS, attributed, open_log, with_later
+from features.events import Event
+from training.datasets.log import open_log
+from training.join.attribution import SETTINGS, Attribution, RawLog, settings_of, settle
 
 pytestmark = pytest.mark.anyio
 DAY = 86_400.0
@@ -25,8 +32,8 @@ def joining(shared_server, streams, tmp_path, repository):
     return Joining(shared_server.url, tmp_path / "log", repository, at=T0 + 10_000)
 
 
-def ads_of(folder, name="r1"):
-    return rows(folder).filter(request_id=name)["ad_id"].to_list()
+def ads_of(joining, name="r1"):
+    return joining.rows().filter(request_id=name)["ad_id"].to_list()
 
 
 async def test_an_ad_that_was_neither_said_nor_reported_to_be_shown_is_no_impression(streams, joining):
@@ -35,16 +42,11 @@ async def test_an_ad_that_was_neither_said_nor_reported_to_be_shown_is_no_impres
     streams.add(ranking("r3", shown=2), impression("r3", "a3"), click("r3", "a3"))
     streams.add(ranking("r4", shown=1))
     await joining.once()
-    assert set(rows(joining.folder)["request_id"]) == {"r2", "r3", "r4"}
-    assert (ads_of(joining.folder, "r2"), ads_of(joining.folder, "r3"), ads_of(joining.folder, "r4")) == (
-        ["a3"],
-        ["a1", "a2", "a3"],
-        ["a1"],
-    )
-    assert rows(joining.folder)["label"].to_list() == [1, 0, 0, 1, 0]
+    found = joining.rows().group_by("request_id", maintain_order=True).agg("ad_id").rows()
+    assert found == [("r2", ["a3"]), ("r3", ["a1", "a2", "a3"]), ("r4", ["a1"])]
+    assert joining.rows()["label"].to_list() == [1, 0, 0, 1, 0]
     assert joining.watch.known == {"unknown": 1, "reported": 1, "said": 2}
-    lost = table(joining.folder, "unjoined").select("request_id", "type", "outcome").sort("request_id", "type").rows()
-    assert lost == [("r1", "click", "no_impression"), ("r1", "conversion", "no_impression"), ("r2", "click", "no_impression")]
+    assert (joining.counts["click no_impression"], joining.counts["conversion no_impression"]) == (2, 1)
 
 
 @pytest.mark.parametrize(("mode", "counts"), [("told", [1, 1]), ("reported", [0, 1]), ("served", [3, 3])])
@@ -52,121 +54,162 @@ async def test_modes_of_what_an_impression_is(streams, joining, mode, counts):
     joining.settings = replace(joining.settings, shown=mode)
     streams.add(ranking(shown=1), ranking("r2", shown=0), impression("r2", "a2"))
     await joining.once()
-    assert [ads_of(joining.folder, name) for name in ("r1", "r2")] == [
+    assert [ads_of(joining, name) for name in ("r1", "r2")] == [
         ["a1", "a2", "a3"][: counts[0]],
         ["a1", "a2", "a3"] if mode == "served" else ["a2"],
     ]
 
 
-async def test_the_joiner_says_that_rankings_do_not_train(streams, joining):
+async def test_the_sink_says_that_rankings_do_not_train(streams, joining):
     streams.add(ranking(shown=0), ranking("r2", shown=1))
-    async with joining.joiner() as joiner:
-        await joiner.drain(True)
-        assert "1 of 2 rankings do not train, since nobody said what of them was shown: let callers send options.top_k" in joiner.summary()
+    async with joining.joiner() as sink:
+        await sink.drain(True)
+        assert "1 of 2 rankings do not train, since nobody said what of them was shown: let callers send options.top_k" in sink.summary()
 
 
 async def test_an_event_of_another_user_is_not_joined(streams, joining):
     streams.add(ranking(), click(user_id="u2"), conversion(ad_id="a2", user_id="u2"), click(ad_id="a2"), conversion(ad_id="a3", user_id=""))
     streams.add(ranking("r2", user_id="u2"), ranking("r2", T0 + 10, user_id="u1"), click("r2", "a1", T0 + 20, user_id="u2"))
     await joining.once()
-    found = rows(joining.folder)
+    found = joining.rows()
     assert found.filter(label=1).select("request_id", "user_id", "ad_id").rows() == [("r1", "u1", "a2"), ("r2", "u2", "a1")]
     assert found.filter(conversion=1)["ad_id"].to_list() == ["a3"]
-    assert table(joining.folder, "unjoined").select("type", "outcome", "user_id").sort("type").rows() == [
-        ("click", "other_user", "u2"),
-        ("conversion", "other_user", "u2"),
-    ]
+    assert (joining.counts["click other_user"], joining.counts["conversion other_user"]) == (1, 1)
 
 
-async def test_each_type_of_event_has_a_window_of_its_own(streams, joining):
+async def test_each_type_of_event_has_a_window_of_its_own_and_they_may_be_chosen_anew(streams, joining):
     joining.settings = replace(joining.settings, click_window=100, impression_window=10, conversion_window=1000)
-    streams.add(ranking(shown=0), impression(ts=T0 + 10), impression(ad_id="a2", ts=T0 + 11), ranking("r2"))
+    streams.add(ranking(shown=0), ranking("r2"), impression(ts=T0 + 10), impression(ad_id="a2", ts=T0 + 11))
     streams.add(click(ts=T0 + 100), click("r2", ts=T0 + 101), conversion(ts=T0 + 1000), conversion("r2", ts=T0 + 1001))
     await joining.once()
-    found = rows(joining.folder)
-    assert ads_of(joining.folder) == ["a1"]
+    found = joining.rows()
+    assert ads_of(joining) == ["a1"]
     assert found.filter(label=1)["request_id"].to_list() == ["r1"]
     assert found.filter(conversion=1)["request_id"].to_list() == ["r1"]
-    late = table(joining.folder, "unjoined").filter(outcome="late")
-    assert sorted(late["type"]) == ["click", "conversion", "impression"]
+    assert [joining.counts[f"{kind} late"] for kind in ("click", "conversion", "impression")] == [1, 1, 1]
+    joining.settings = Attribution(click_window=101, conversion_window=999)
+    found = joining.rows()
+    assert found.filter(label=1)["request_id"].to_list() == ["r1", "r2"]
+    assert found.filter(conversion=1).is_empty()
+    assert len(found.filter(request_id="r1")) == 2
 
 
-async def test_rows_wait_for_clicks_and_conversions_are_joined_when_the_log_is_read(streams, joining):
-    joining.time.wall = T0 + 2000
+async def test_conversions_are_joined_whenever_they_came(streams, joining):
+    joining.at = T0 + 2000
     streams.add(ranking(), conversion(ad_id="a2", value=1.0))
     await joining.once()
-    assert rows(joining.folder)["value"].to_list() == [None, 1.0, None]
-    joining.time.forward(6 * DAY)
-    streams.add(conversion(ts=T0 + 5 * DAY, value=None), conversion(ad_id="a2", ts=T0 + 3 * DAY), conversion(ad_id="a9", ts=T0 + 9))
-    streams.add(conversion(ad_id="a3", ts=T0 + 6 * DAY, user_id="u2"), conversion("never", ts=T0 + DAY))
-    for _ in range(2):
-        await joining.once()
-        joining.time.forward(2 * DAY)
-    streams.add(conversion(ad_id="a3", ts=T0 + 7 * DAY + 1))
+    assert joining.rows()["value"].to_list() == [None, 1.0, None]
+    streams.add(conversion(ad_id="a2", ts=T0 + 3 * DAY), conversion(ts=T0 + 5 * DAY, value=None), conversion(ad_id="a9", ts=T0 + 9))
+    streams.add(conversion(ad_id="a3", ts=T0 + 6 * DAY, user_id="u2"), conversion(ad_id="a3", ts=T0 + 7 * DAY + 1))
     await joining.once()
-    joining.time.forward(400)
-    await joining.once()
-    assert rows(joining.folder)["value"].to_list() == [None, 1.0, None]  # what is written stays as it is
     (frame,) = open_log(joining.folder).between(0, 1e12, ["conversion", "value"])
     assert frame.sort("position").select("ad_id", "conversion", "value").rows() == [("a1", 1, 0.0), ("a2", 1, 3.5), ("a3", 0, None)]
-    assert len(next(open_log(joining.folder).between(0, 1e12))) == 3
     assert "value" not in next(open_log(joining.folder).between(0, 1e12)).columns
 
 
-async def test_a_request_id_of_several_files_gets_a_late_conversion_once(streams, joining):
-    joining.settings = replace(joining.settings, rows_per_file=3)
-    streams.add(ranking(), ranking(ts=T0 + 0.5), ranking(ts=T0 + 4000))
-    await joining.once(everything=True)
-    joining.time.forward(DAY)
-    streams.add(conversion(ts=T0 + 3000, value=1.0), conversion(ad_id="a2", ts=T0 + 5000, value=2.0))
-    await joining.once(everything=True)
-    frames = open_log(joining.folder).between(0, 1e12, ["value"])
-    assert pl.concat(frames).filter(pl.col("value") > 0).select("ts", "ad_id", "value").rows() == [
-        (int(T0), "a1", 1.0),
-        (int(T0) + 4000, "a2", 2.0),
-    ]
+def test_a_log_says_with_what_it_was_written_and_readers_may_say_otherwise(streams, joining, shared_server, repository):
+    streams.add(ranking(ts=T0), click(ts=T0 + 8), conversion(ts=T0 + 9))
+    options = ("--redis", shared_server.url, "--log", joining.folder, "--models", repository, "--name", "din")
+    code, out, err = run("join", *options, "--window", 5, "--lateness", 1, "--conversion-window", 60, "--drain")
+    assert code == 0, (out, err)
+    assert settings_of(joining.folder) == Attribution(5, None, 60, 1, "told")
+    frames = [open_log(joining.folder, shares=(1, 0, 0), settings=each) for each in (None, settings_of(joining.folder, click_window=8))]
+    assert [next(each.frames("train"))["label"].sum() for each in frames] == [0, 1]
+    (joining.folder / SETTINGS).write_text("click_window = ")
+    code, out, err = run("skew", "--log", joining.folder, "--models", repository)
+    assert code == 2
+    assert f"{joining.folder / SETTINGS}: " in err
 
 
-def by_hand(log, later):
-    """The same, conversion by conversion."""
-    log = [dict(row) for row in log]
-    seen = set()
-    for each in later:
-        if (each["request_id"], each["event_id"]) in seen:
+def expected(log, events, settings) -> tuple[list[tuple], Counter[str]]:
+    """The same, event by event: rows of (request, time, ad, label, position, value), and outcomes."""
+    came, outcomes, seen = defaultdict(list), Counter[str](), set()
+    for event in events:
+        subject = event.user_id if event.type == "click" else event.request_id
+        if (event.type, subject, event.event_id) in seen:
+            outcomes["duplicate"] += 1
             continue
-        seen.add((each["request_id"], each["event_id"]))
-        fits = [
-            row
-            for row in log
-            if (row["request_id"], row["ad_id"]) == (each["request_id"], each["ad_id"])
-            and each["user_id"] in ("", row["user_id"])
-            and -60 <= each["ts"] - row["ts"] <= each["window"]
-        ]
-        before = [row for row in fits if row["ts"] <= each["ts"]]
-        if fits:
-            row = max(before, key=lambda row: row["ts"]) if before else min(fits, key=lambda row: row["ts"])
-            row["conversion"], row["value"] = 1, (row["value"] or 0.0) + (each["value"] or 0.0)
-    return [(row["conversion"], None if row["value"] is None else round(row["value"], 6)) for row in log]
+        seen.add((event.type, subject, event.event_id))
+        named = [each for each in log if each.request_id == event.request_id]
+        answered = [each for each in named if event.ad_id in each.ad_ids]
+        own = [each for each in answered if event.user_id in ("", each.user_id)]
+        fits = [each for each in own if each.ts <= event.ts + 60]
+        before = [each for each in fits if each.ts <= event.ts]
+        if not fits:
+            outcomes["before_ranking" if own else "other_user" if answered else "not_shown" if named else "unknown_request"] += 1
+            continue
+        chosen = max(before, key=lambda each: each.ts) if before else min(fits, key=lambda each: each.ts)
+        late = event.ts > chosen.ts + settings.windows[event.type]
+        outcomes["late" if late else "joined"] += 1
+        if not late:
+            came[id(chosen), event.ad_id].append(event)
+    rows = []
+    for each in log:
+        for i, ad_id in enumerate(each.ad_ids):
+            of = came[id(each), ad_id]
+            reports = sorted((event.ts, event.event_id, event.position) for event in of if event.type == "impression")
+            if i < each.shown or reports:
+                values = [event.value or 0.0 for event in of if event.type == "conversion"]
+                label = int(any(event.type == "click" for event in of))
+                position = (reports[0][2] if reports else None) or i + 1
+                rows.append((each.request_id, int(each.ts), ad_id, label, position, round(sum(values), 6) if values else None))
+    return sorted(rows), outcomes
 
 
-def test_what_is_joined_at_reading_is_what_a_recomputation_joins():
+async def test_it_is_what_a_recomputation_says(streams, joining, monkeypatch):
+    """Request ids that come again, in other hours too; events of all kinds, repeated, early, late, of others; records that stand twice."""
     chance = random.Random(7)
+    monkeypatch.setattr("training.join.live.HOURS", 48)
+    joining.settings = replace(joining.settings, click_window=4000.0, impression_window=900.0, conversion_window=9000.0)
     log = [
-        {"request_id": f"r{chance.randrange(12)}", "ad_id": f"a{chance.randrange(3)}", "user_id": f"u{chance.randrange(2)}", "ts": i * 37}
-        | {"conversion": chance.randrange(2), "value": None}
-        for i in range(300)
+        ranking(f"r{chance.randrange(40)}", T0 + i * 97, ad_ids=chance.sample([f"a{j}" for j in range(5)], 3), shown=chance.randrange(4))
+        for i in range(120)
     ]
-    for row in log:
-        row["value"] = chance.random() if row["conversion"] else None
-    later = [
-        {"event_id": f"e{chance.randrange(300)}", "request_id": chance.choice(log)["request_id"], "ad_id": f"a{chance.randrange(3)}"}
-        | {"user_id": chance.choice(["", "u0", "u1", "u2"]), "ts": chance.random() * 14_000 - 100, "window": chance.choice([50.0, 4000.0])}
-        | {"value": chance.choice([None, 1.5, 2.0])}
-        for _ in range(400)
+    log = [replace(each, user_id=f"u{chance.randrange(2)}") for each in log]
+    events = [
+        Event(
+            chance.choice(["click", "impression", "conversion"]),
+            f"e{i}",
+            chance.choice(log).ts + chance.choice([-100, -30, 0, 5, 800, 3999, 8999]),
+            chance.choice(["u0", "u1", "u2"]),
+            chance.choice(log).request_id if chance.random() < 0.97 else "none",
+            f"a{chance.randrange(6)}",
+        )
+        for i in range(900)
     ]
-    types = {"ts": pl.Int64, "conversion": pl.Int8, "value": pl.Float64}
-    frame = pl.DataFrame(log, schema_overrides=types).with_row_index("row").with_columns(file=pl.lit("one"))
-    found = with_later(frame, attributed(frame.drop("conversion", "value"), pl.DataFrame(later, schema=CONVERSIONS)))
-    told = [(c, None if v is None else round(v, 6)) for c, v in found.select("conversion", "value").rows()]
-    assert told == by_hand(log, later)
-    assert told != [(row["conversion"], row["value"]) for row in log]
+    events = [each if each.type == "click" else replace(each, user_id=chance.choice(["", each.user_id])) for each in events]
+    events = [replace(e, position=chance.choice([None, 1, 7])) if e.type == "impression" else e for e in events]
+    events = [replace(e, value=chance.choice([None, 1.5, 2.0])) if e.type == "conversion" else e for e in events]
+    events = sorted([*events, *chance.sample(events, 60)], key=lambda event: event.ts)
+    streams.add(*log, *events)
+    await joining.once(everything=True)
+    for path in list(joining.folder.glob("raw/*/*/*/*.parquet")):  # as if a sink had been killed before it acknowledged
+        path.with_name(f"again-{path.name}").write_bytes(path.read_bytes())
+    names = ["request_id", "ts", "ad_id", "label", "position", "value"]
+    rows, outcomes = expected(log, events, joining.settings)
+    assert sorted(joining.rows().with_columns(pl.col("value").round(6)).select(names).rows()) == rows
+    assert sum(row[3] for row in rows) > 15
+    raw = RawLog(joining.folder, open_log(joining.folder).schema)
+    settled = settle(raw.events(0, inf), raw.rankings(0, inf, joining.settings), joining.settings).collect()
+    assert Counter(settled["outcome"]) == outcomes
+    told = joining.watch.counts  # live figures, which look at the newest hours for what belongs to nothing
+    assert sum(told[kind, outcome] for kind in joining.settings.windows for outcome in ("joined", "no_impression")) == outcomes["joined"]
+    assert sum(count for (kind, *_), count in told.items() if kind in joining.settings.windows) == len(events)
+
+
+def test_a_log_of_the_layout_of_before_is_read_with_the_conversions_that_came_later(tmp_path):
+    log = [ranking("r1"), ranking("r1", T0 + 30), ranking("r2", T0 + 4000)]
+    folder = logs.write_log(tmp_path / "log", [replace(each, ads={}) for each in log], small.schema(), {("r1", "a2")}, files=2)
+    (folder / "conversions").mkdir()
+    came = [("e1", T0 + 20, "u1", "r1", "a1", 1.0), ("e1", T0 + 20, "u1", "r1", "a1", 1.0), ("e2", T0 + 5000, "", "r1", "a1", 2.0)]
+    came += [
+        ("e3", T0 + 5000, "u2", "r2", "a1", 4.0),
+        ("e4", T0 + 9 * DAY, "u1", "r2", "a1", 8.0),
+        ("e5", T0 + 5000, "u1", "r2", "a3", None),
+    ]
+    names = ["event_id", "ts", "user_id", "request_id", "ad_id", "value"]
+    pl.DataFrame(came, names, orient="row").with_columns(window=7 * DAY).write_parquet(folder / "conversions" / "00000001.parquet")
+    frames = pl.concat(open_log(folder).between(0, 1e12, ["conversion", "value", "request_id"])).filter(pl.col("conversion") == 1)
+    found = frames.sort("ts", "ad_id").select("request_id", "ts", "ad_id", "value").rows()
+    assert found == [("r1", T0, "a1", 1.0), ("r1", T0 + 30, "a1", 2.0), ("r2", T0 + 4000, "a3", 0.0)]
+    assert pl.concat(open_log(folder).between(0, 1e12))["label"].sum() == 2

@@ -1,4 +1,4 @@
-"""A joiner that is killed at any moment: a real process, a real store, SIGKILL again and again, and every impression once in the log."""
+"""Sinks that are killed at any moment: real processes, a real store, SIGKILL again and again, and every impression once in the log."""
 
 import os
 import random
@@ -7,11 +7,15 @@ import threading
 import time
 from collections import Counter
 
+import pytest
 from joining import Writer, click, conversion, join_once, join_process, ranking, rows
 
-KILLS = int(os.environ.get("KILLS", "6"))
+from training.join.attribution import Attribution
+
+KILLS = int(os.environ.get("KILLS", "2"))
 """How often; `KILLS=50 pytest tests/test_join_kill.py` takes a few minutes."""
-OPTIONS = ("--window", "2", "--lateness", "1", "--rows-per-file", "60")
+OPTIONS = ("--window", "0.2", "--lateness", "0.1", "--rows-per-file", "60")
+"""What is held is written soon, and claimed soon; attribution reads it with other windows."""
 
 
 class Traffic(threading.Thread):
@@ -45,30 +49,34 @@ class Traffic(threading.Thread):
                 self.values += 2
 
 
-def test_every_impression_is_in_the_log_once_however_often_the_joiner_is_killed(server, tmp_path, repository):
-    traffic, chance = Traffic(server.url), random.Random(2)
+@pytest.mark.parametrize("sinks", [2, 4])
+def test_every_impression_is_in_the_log_once_however_often_sinks_are_killed(server, tmp_path, repository, sinks):
+    traffic, chance, log = Traffic(server.url), random.Random(sinks), tmp_path / "log"
     traffic.start()
-    log = tmp_path / "log"
+    running = [join_process(server.url, log, repository, *OPTIONS) for _ in range(sinks)]
     try:
         for _ in range(KILLS):
-            process = join_process(server.url, log, repository, *OPTIONS)
-            assert process.stderr
-            assert b"joining into" in process.stderr.readline()  # from here on it works
+            victim = running.pop(chance.randrange(len(running)))
+            assert victim.stderr
+            assert b"joining into" in victim.stderr.readline()  # from here on it works
             time.sleep(chance.random() * 0.7)
-            assert process.poll() is None, process.stderr.read()
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            assert victim.poll() is None, victim.stderr.read()
+            victim.send_signal(signal.SIGKILL)
+            victim.communicate()
+            running.append(join_process(server.url, log, repository, *OPTIONS))
     finally:
         traffic.done.set()
         traffic.join()
-    time.sleep(0.01)
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=90)
     join_once(server.url, log, repository, *OPTIONS, "--drain")
-    found = rows(log)
+    found = rows(log, Attribution())
     assert Counter(found["request_id"]) == Counter(dict.fromkeys(traffic.served, 3))
     assert found.select("request_id", "ad_id").is_unique().all()
     clicked = found.filter(label=1).select("request_id", "ad_id").rows()
     assert Counter(clicked) == Counter(dict.fromkeys(traffic.clicks, 1))
     assert found["value"].sum() == traffic.values > 0
-    assert not (log / "unjoined").exists()
+    assert not (log / "raw/aside").exists()
     assert traffic.writer.lengths() == (0, 0)
-    assert not list(log.rglob("*.tmp"))
+    assert {path.parent.name for path in log.rglob("*.tmp")} <= {".join"}

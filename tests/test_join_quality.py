@@ -132,7 +132,7 @@ def values(page: str) -> Iterator[tuple[str, float]]:
 
 async def test_the_live_page_tells_what_was_joined(server, tmp_path, repository):
     streams, joining, metrics, port = Writer(server.url), Joining(server.url, tmp_path / "log", repository), JoinMetrics(), free_port()
-    joining.watch, joining.time.wall = metrics, T0 + 10_000
+    joining.watch = metrics
     streams.add(ranking(), ranking("r2", ad_ids=[f"a{i}" for i in range(12)]), click(), click("r2", "a11"), click("r2", "a11", ts=T0 + 9))
     streams.add(click("unknown"), ranking("r3", model="unheard of"))
     stop = metrics.serve(port)

@@ -275,7 +275,7 @@ def test_the_joiner_logs_alike(server, repository, tmp_path):
     streams.add(click("MARKrequest", "MARKad"), click("r2", "MARKad"), click("r2", "MARKother", ts=1.0))
     command = [*JOIN, "--redis", server.url, "--log", tmp_path / "log", "--models", repository, "--name", "din", "--drain"]
     done = subprocess.run(command, cwd=ROOT, env=environment(log_format="json"), capture_output=True, text=True, check=True)
-    assert {line["logger"] for line in whole(done.stderr)} <= {"training.join.run", "training.join.quality"}
+    assert {line["logger"] for line in whole(done.stderr)} <= {"training.join.sink", "training.join.quality"}
     assert "damaged" in done.stdout
     assert "MARK" not in done.stderr + done.stdout
     assert list((tmp_path / "log").rglob("*.parquet"))

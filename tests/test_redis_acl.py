@@ -54,9 +54,12 @@ async def everything(url):
         for stream in STREAMS:
             await streams.begin(stream)
             batch = await streams.read(stream, 10)
-            assert len(batch.entries) == 1
+            assert len(batch.entries) == await streams.pending(stream) == 1
+            await streams.claim(stream, 10, 0)
             await streams.acknowledge(stream, [entry.id for entry in batch.entries])
             assert (await streams.extent(stream)).length == 0
+            await streams.claim(stream, 10, 0)
+            await streams.begin(stream)
     finally:
         await store.close()
         await streams.close()

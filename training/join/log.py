@@ -1,6 +1,6 @@
-"""The folder of a log: its schema, its lock, and files that stand there whole or not at all."""
+"""The folder of a log: its schema, its id, and files that stand there whole or not at all."""
 
-import fcntl
+import errno
 import io
 import logging
 import os
@@ -8,9 +8,8 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
@@ -20,35 +19,36 @@ from features.errors import AdrankError
 from features.repository import model_names
 from features.schema import Schema, SchemaError, parse_schema
 
-from .state import NO_ROOM, NoRoomError
-
 LOOK_SECONDS = 0.5
-FILE_MODE, FOLDER_MODE, STATE_MODE = 0o640, 0o750, 0o700
-"""Users and what they did are for the joiner, and its group to train on; what it holds is its own."""
+FILE_MODE, FOLDER_MODE, OWN_MODE = 0o640, 0o750, 0o700
+"""Users and what they did are for the sinks, and their group to train on; what is in `.join` is the sinks' own."""
+OWN = ".join"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ABANDONED_SECONDS = 600.0
+"""How old what a sink was writing is when it is sure to have ended."""
 
 log = logging.getLogger(__name__)
 
 
 class JoinError(AdrankError, RuntimeError):
-    """The joiner cannot work; the message says why and what to do."""
+    """Nothing can be written into the log; the message says why and what to do."""
 
 
 class NoModelError(JoinError):
     """There is no model yet to take a log's schema from."""
 
 
+class NoRoomError(AdrankError, RuntimeError):
+    """The disk is full: it may be tried again."""
+
+
 @dataclass(frozen=True)
-class LogWriter:
+class LogFolder:
     """The folder of a log, and its fields."""
 
     folder: Path
     schema: Schema
     models: Path
-
-    @property
-    def state(self) -> Path:
-        """Where the joiner keeps what it holds."""
-        return self.folder / ".join" / "state.db"
 
     @property
     def id(self) -> str:
@@ -58,35 +58,32 @@ class LogWriter:
             JoinError: it cannot be read or written.
             NoRoomError: the disk is full.
         """
-        path = self.folder / ".join" / "id"
-        try:
+        path = self.folder / OWN / "id"
+        with room(self.folder):
             if not path.exists():
-                write_file(path, uuid.uuid4().hex.encode())
+                write_file(path, uuid.uuid4().hex.encode(), first=True)
             return path.read_text("ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            if isinstance(error, OSError) and error.errno in NO_ROOM:
-                raise NoRoomError(f"the disk of {self.folder} is full: {error.strerror}") from error
-            raise JoinError(f"the log {self.folder} cannot be written: {error}") from error
 
     @property
     def place(self) -> str:
         """Where the log is, for a person."""
         return f"{self.folder.resolve()} on {socket.gethostname()}"
 
-    def first_part(self) -> int:
-        """A number above those of the files that are there, for a state that is new."""
-        return 1 + max((int(path.stem) for path in self.folder.rglob("*.parquet") if path.stem.isdecimal()), default=0)
 
-
-def open_log(folder: Path, models: Path, name: str | None) -> LogWriter:
+def open_log(folder: Path, models: Path, name: str | None) -> LogFolder:
     """Open a log's folder, or make it, with the schema of the live version of a model: `name`, or the repository's only one.
 
     Raises:
         NoModelError: there is no model yet to take a schema from.
-        JoinError: the folder cannot be made or read.
+        JoinError: the folder cannot be made or read, or holds what a joiner of before had not written yet.
     """
-    path = folder / SCHEMA
+    path, before = folder / SCHEMA, folder / OWN / "state.db"
     try:
+        if before.exists():
+            raise JoinError(
+                f"{before} is of the joiner of before, and may hold rankings that are in no stream any more: let the adrank that wrote it "
+                f"write them (adrank join --drain), and remove {before}; what the log has stays readable beside what is written now"
+            )
         if not path.exists():
             names = [each for each in model_names(models) if name in (None, each)]
             if not names:
@@ -97,13 +94,17 @@ def open_log(folder: Path, models: Path, name: str | None) -> LogWriter:
             if len(names) > 1:
                 several = f"{len(names)} models are live in {models} ({', '.join(names)})"
                 raise JoinError(f"{several}, and a new log takes the schema of one; name it with --name")
-            write_file(path, load_bundle(current_path(models, names[0])).schema.to_toml().encode())
-        return LogWriter(folder, parse_schema(path.read_text("utf-8")), models)
+            write_file(path, load_bundle(current_path(models, names[0])).schema.to_toml().encode(), first=True)
+        _make(folder / OWN, OWN_MODE)
+        for left in (folder / OWN).glob("*.tmp"):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink(missing_ok=True)
+        return LogFolder(folder, parse_schema(path.read_text("utf-8")), models)
     except (OSError, UnicodeDecodeError, SchemaError, BundleError) as error:
         raise JoinError(f"{folder} cannot be used as a log: {error}") from error
 
 
-def wait_for_log(folder: Path, models: Path, name: str | None) -> LogWriter:
+def wait_for_log(folder: Path, models: Path, name: str | None) -> LogFolder:
     """Open a log's folder as `open_log` does, but wait for a model where there is none yet.
 
     Raises:
@@ -121,35 +122,22 @@ def wait_for_log(folder: Path, models: Path, name: str | None) -> LogWriter:
 
 
 @contextmanager
-def only_joiner(folder: Path) -> Iterator[None]:
-    """Hold the log's lock, so that nobody else joins into it.
+def room(folder: Path) -> Iterator[None]:
+    """Tell a full disk from what cannot be mended by waiting.
 
     Raises:
-        JoinError: somebody does, or the folder cannot be written.
+        NoRoomError: the disk is full.
+        JoinError: the folder cannot be written.
     """
     try:
-        _make(folder)
-        (folder / ".join").mkdir(STATE_MODE, exist_ok=True)
-        for path in (folder / ".join", *(folder / ".join").iterdir()):  # of before they had modes of their own
-            path.chmod(path.stat().st_mode & (0o777 if path.is_dir() else 0o666) & STATE_MODE)
-        file = os.fdopen(os.open(folder / ".join" / "lock", os.O_RDWR | os.O_CREAT, STATE_MODE & 0o666), "ab")
-    except OSError as error:
-        raise JoinError(f"the log {folder} cannot be written: {error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise JoinError(f"another joiner writes to {folder}; one log has one joiner, so stop that one first") from error
         yield
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise NoRoomError(f"the disk of {folder} is full: {error.strerror}") from error
+        raise JoinError(f"the log {folder} cannot be written: {error}") from error
 
 
-def hour_folder(log: Path, hour: int) -> Path:
-    """The folder of an hour since 1970, UTC."""
-    at = datetime.fromtimestamp(hour * 3600, UTC)
-    return log / f"day={at:%Y-%m-%d}" / f"hour={at:%H}"
-
-
-def write_parquet(folder: Path, number: int, frame: pl.DataFrame) -> None:
+def write_parquet(log_: Path, path: Path, frame: pl.DataFrame) -> None:
     """Write a file of the log: when this returns it stands there whole, whatever happens next.
 
     Raises:
@@ -157,37 +145,42 @@ def write_parquet(folder: Path, number: int, frame: pl.DataFrame) -> None:
     """
     data = io.BytesIO()
     frame.write_parquet(data, compression="zstd", statistics=True)
-    write_file(folder / f"{number:08}.parquet", data.getbuffer())
+    write_file(path, data.getbuffer(), log_ / OWN)
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a file by one rename. Its name until then ends in `.tmp`, which no reader looks for.
+def write_file(path: Path, data: bytes | memoryview, aside: Path | None = None, first: bool = False) -> None:
+    """Write a file by one rename. Until then it is in the folder `aside`, or hidden beside it. With `first` the first writer's stays.
 
     Raises:
         OSError: it cannot be written; nothing of it is left behind.
     """
-    _make(path.parent)
-    staged = path.with_name(f".{path.name}.tmp")
+    _make(path.parent, OWN_MODE if path.parent.name == OWN else FOLDER_MODE)
+    staged = (aside or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
         with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE), "wb") as file:  # noqa: PTH123  # a mode from the start
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        staged.replace(path)
+        if first:
+            with suppress(FileExistsError):
+                os.link(staged, path)
+            staged.unlink()
+        else:
+            staged.replace(path)
     except OSError:
         staged.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    _sync(path.parent)
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, mode: int) -> None:
     if not folder.is_dir():
-        _make(folder.parent)
-        folder.mkdir(FOLDER_MODE, exist_ok=True)
-        sync(folder.parent)
+        _make(folder.parent, FOLDER_MODE)
+        folder.mkdir(mode, exist_ok=True)
+        _sync(folder.parent)
 
 
-def sync(folder: Path) -> None:
+def _sync(folder: Path) -> None:
     """Make the names in a folder last."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -1,6 +1,6 @@
 """How good the probabilities of the newest impressions were, and how far their fields have drifted: by model, over a sliding window.
 
-A window is the last `IMPRESSIONS` of a model's rows, in whole files of the log: the oldest file leaves when the others are enough.
+A window is the last `IMPRESSIONS` of a model's rows, in whole hours and measurements: the oldest leaves when the others are enough.
 """
 
 import logging

@@ -1,33 +1,14 @@
-"""What the joiner tells of its work: to whoever watches it, and to people in a line of its log."""
+"""What is told of a sink's work: to whoever watches it, and to people in a line of its log."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
-from features.events import Event
+import polars as pl
 
-from .files import Content
-from .plan import JoinSettings
 from .quality import PLACES, Windows
-from .records import DAMAGED
-from .state import Held
-
-
-def held(rankings: int, events: int, oldest: float | None, settings: JoinSettings) -> str:
-    """What is held and until when, in a line; `oldest` is when the window of the oldest ranking began."""
-    if oldest is None:
-        return f"holds no ranking and {events:,} events, and waits for rankings that the service logs"
-    first = oldest + settings.closes + settings.lateness
-    return (
-        f"holds {rankings:,} rankings and {events:,} events; the first rows are written from {_moment(first)} on, "
-        f"by {_moment(first + settings.hold)} at the latest: window {settings.closes:g} s, lateness {settings.lateness:g} s, "
-        f"and up to {settings.hold:g} s for more of them"
-    )
-
-
-def _moment(ts: float) -> str:
-    return f"{datetime.fromtimestamp(ts, UTC):%Y-%m-%d %H:%M:%S} UTC"
+from .raw import Batch
 
 
 class JoinWatch(Protocol):
@@ -61,9 +42,9 @@ class JoinWatch(Protocol):
 class Told:
     """Passes on what happens, and adds it up."""
 
-    def __init__(self, watch: JoinWatch, windows: Windows) -> None:
+    def __init__(self, watch: JoinWatch, models: Path) -> None:
         self.watch = watch
-        self._windows = windows
+        self._windows = Windows(models)
         self._counts: Counter[str] = Counter()
         self._shown: Counter[str] = Counter()
 
@@ -77,35 +58,36 @@ class Told:
         self.watch.incident(kind, count)
         self._counts[kind] += count
 
-    def written(self, content: Content, models: Counter[str], settled: Sequence[tuple[Held, Event | None]]) -> None:
-        """A part was written: its frames, how many rankings of each model it has, and its events."""
-        for kind, count in content.troubles.items():
+    def written(self, batch: Batch) -> None:
+        """A batch of entries was written."""
+        for kind, count in batch.troubles.items():
             self.incident(kind, count)
-        for (type_, outcome), count in Counter((event.type if event else DAMAGED, held.outcome or "") for held, event in settled).items():
-            self.event(type_, outcome, count)
-        for name, count in models.items():
+        for why, count in Counter(why for _, _, why, _ in batch.aside).items():
+            self.event(why, why, count)
+        for name, count in batch.models.items():
             self.watch.rankings(self._windows.name(name), count)
-        for how, count in content.shown.items():
-            self.watch.shown(how, count)
-        self._shown += content.shown
-        self._counts["rankings"] += models.total()
-        self._counts["rows"] += len(content.rows)
-        if len(content.rows):
-            self._quality(content)
+        self._counts["rankings"] += batch.models.total()
+        self._counts["events"] += batch.events
 
-    def _quality(self, content: Content) -> None:
-        for name, (sums, quality) in self._windows.add(content.rows).items():
-            for place, rows, clicks, p_click in zip(PLACES, sums.rows, sums.clicks, sums.p_click, strict=True):
-                if rows:
-                    self.watch.rows(name, place, int(rows), int(clicks), float(p_click))
+    def closed(self, rows: pl.DataFrame, shown: Mapping[str, int]) -> None:
+        """The windows of these rows are over; of so many rankings it is known so what was shown."""
+        for how, count in shown.items():
+            self.watch.shown(how, count)
+        self._shown.update(shown)
+        self._counts["impressions"] += len(rows)
+        for name, (sums, quality) in self._windows.add(rows).items() if len(rows) else ():
+            for place, count, clicks, p_click in zip(PLACES, sums.rows, sums.clicks, sums.p_click, strict=True):
+                if count:
+                    self.watch.rows(name, place, int(count), int(clicks), float(p_click))
             self.watch.quality(name, quality.calibration, quality.by_place, quality.normalised_entropy)
             self.watch.drift(name, quality.drift)
 
     def summary(self) -> str:
         """What has happened since the start, in a line."""
-        if not self._counts:
+        counts = +self._counts
+        if not counts:
             return "nothing yet"
-        return "joined: " + ", ".join(f"{count:,} {what}" for what, count in sorted(self._counts.items())) + self.untrained()
+        return "joined: " + ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items())) + self.untrained()
 
     def untrained(self) -> str:
         """That rankings are not trained on, and what their callers are to do; empty where all are."""

@@ -24,9 +24,10 @@ from features.errors import AdrankError
 from features.repository import CURRENT
 from features.vocabulary import Vocabulary
 
-from ..datasets.log import ImpressionLog, is_log, open_log
+from ..datasets.log import ImpressionLog, end_of, is_log, open_log
 from ..datasets.prepared import Prepared, open_prepared
 from ..export.export import METRICS, check_int8, contents
+from ..join.attribution import Attribution
 from ..networks import NETWORKS
 from ..train import Start, TrainSettings, overridden, train
 from ..weights import sampling_of, settings_of, start_of
@@ -56,6 +57,8 @@ class RetrainRequest:
     valid: float = 0.1
     """Shares of the rows: the newest is held out, the one before it stops the training and calibrates."""
     position_as: str | None = None
+    attribution: Attribution | None = None
+    """Default: that with which the log was written."""
     network: str | None = None
     """Default: the live version's, or else the model's name."""
     start: str = "warm"
@@ -154,24 +157,14 @@ def open_window(order: RetrainRequest) -> tuple[Prepared, Iterable[pl.DataFrame]
     until = order.until
     since = order.since
     if order.days is not None:
-        until = _end(order.log) if until is None else until
+        until = end_of(order.log) if until is None else until
         since = until - order.days * DAY
     shares = (1 - order.holdout - order.valid, order.valid, order.holdout)
-    data = open_log(order.log, since, until, shares, order.position_as)
     if since is None:
-        return data, ()
-    begin = 2 * since - (_end(order.log) if until is None else until)
-    return data, open_log(order.log, begin, until, position_as=order.position_as).between(begin, since)
-
-
-def _end(log: Path) -> int:
-    """The end of the newest hour of a log."""
-    newest = max(log.glob("day=*/hour=*"))
-    try:
-        hour = datetime.strptime(f"{newest.parent.name} {newest.name} +0000", "day=%Y-%m-%d hour=%H %z")
-    except ValueError as error:
-        raise RetrainError(f"{newest} is not an hour of a log, such as day=2026-11-22/hour=17") from error
-    return int(hour.timestamp()) + data_checks.HOUR
+        return open_log(order.log, since, until, shares, order.position_as, order.attribution), ()
+    begin = 2 * since - (end_of(order.log) if until is None else until)
+    both = open_log(order.log, begin, until, position_as=order.position_as, settings=order.attribution)
+    return both.cut(since, until, shares), both.between(begin, since)
 
 
 def _plan(order: RetrainRequest, data: Prepared) -> RetrainPlan:

@@ -1,0 +1,314 @@
+"""Attribution: raw rankings and events (docs/log.md) as rows of labelled impressions, a query that may be run again with other windows.
+
+An event belongs to the newest ranking of its request id that was made before it, answered with its ad, and was of its user. A ranking is
+open until its window is over and all that came within it has been written: it makes no rows before, since nobody knows that it was not
+clicked. One hour of rankings is in memory at a time, beside the conversions of all of them.
+"""
+
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from math import inf
+from pathlib import Path
+
+import polars as pl
+import tomli_w
+
+from features.schema import Schema
+
+from ..datasets.prepared import ROWS_PER_FILE, DataError, read_parquet, read_schema
+from .raw import EVENT_TYPES, HOUR, Columns
+
+RAW, IMPRESSIONS, EVENTS, ASIDE = "raw", "impressions", "events", "aside"
+WATERMARK, SETTINGS = "watermark", "attribution.toml"
+SKEW_SECONDS = 60.0
+"""An event may seem older than its ranking by so much: the clocks of callers differ."""
+DAY = 24 * 3600.0
+JOINED, DUPLICATE, LATE, DEFERRED, UNKNOWN, NOT_SHOWN, OTHER_USER, BEFORE, NO_IMPRESSION = (
+    "joined",
+    "duplicate",
+    "late",
+    "deferred",
+    "unknown_request",
+    "not_shown",
+    "other_user",
+    "before_ranking",
+    "no_impression",
+)
+KEY = ("request_id", "entry", "ad_id")
+"""Of an ad of a ranking: a request id may be used again, and an entry may be read again."""
+NARROW = ("request_id", "entry", "user_id", "since", "shown", "ad_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """What belongs to an impression, and what an impression is; times in seconds."""
+
+    click_window: float = 1800.0
+    """How long after a ranking a click still belongs to it."""
+    impression_window: float | None = None
+    """The same of an impression; None: as of a click."""
+    conversion_window: float = 7 * DAY
+    """The same of a conversion. Rows do not wait for it: they have those that came so far."""
+    lateness: float = 60.0
+    """How long after the end of its window a click or an impression of the window may still come."""
+    shown: str = "told"
+    """`told`: an ad of an answer is an impression where the caller said that it shows it, or an impression event came. `reported`: where
+    such an event came. `served`: each is, whoever saw it: for callers that show all that is answered.
+    """
+
+    @property
+    def closes(self) -> float:
+        """How long after a ranking its clicks and impressions are known."""
+        return max(self.click_window, self.windows["impression"]) + self.lateness
+
+    @property
+    def windows(self) -> Mapping[str, float]:
+        """How long after a ranking an event still belongs to it, by type."""
+        impression = self.click_window if self.impression_window is None else self.impression_window
+        windows = {"click": self.click_window, "impression": impression, "conversion": self.conversion_window}
+        return {type_: float(window) for type_, window in windows.items()}
+
+    @property
+    def counted(self) -> pl.Expr:
+        """How many ads of a ranking, from the first, are impressions whether they are reported or not."""
+        return {"served": pl.col("ad_id").list.len(), "told": pl.col("shown")}.get(self.shown, pl.lit(0)).cast(pl.Int64).alias("counted")
+
+
+def settings_of(log: Path, **given: float | str | None) -> Attribution:
+    """Those that the log was written with, but for what is given and not None.
+
+    Raises:
+        DataError: the log's file of them is damaged.
+    """
+    path, known = log / SETTINGS, {each.name for each in fields(Attribution)}
+    try:
+        kept = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{path}: {error}; adrank join writes it") from error
+    return Attribution(
+        **{name: value for name, value in (kept | {k: v for k, v in given.items() if v is not None}).items() if name in known}
+    )
+
+
+def settings_text(settings: Attribution) -> bytes:
+    """The settings as a log keeps them."""
+    return tomli_w.dumps({name: value for name, value in asdict(settings).items() if value is not None}).encode()
+
+
+class RawLog:
+    """The raw files of a log as they were when this was made, and up to when all events that were received are in them.
+
+    Raises:
+        DataError: a folder is no hour, or the watermark no time.
+    """
+
+    def __init__(self, folder: Path, schema: Schema) -> None:
+        self.folder, self.columns = folder, Columns(schema)
+        self._types = {IMPRESSIONS: self.columns.impressions, EVENTS: dict(EVENT_TYPES)}
+        # In this order: asked for after the files were listed, the watermark might promise events that are in none of them.
+        self.watermark = _watermark(folder / RAW / WATERMARK)
+        self.hours = {kind: hour_files(folder / RAW / kind, "date") for kind in (IMPRESSIONS, EVENTS)}
+
+    def scan(self, kind: str, begin: float, end: float, names: Collection[str]) -> pl.LazyFrame:
+        """Columns of the files of the hours that meet `begin <= t <= end`."""
+        types = {name: self._types[kind][name] for name in names}
+        paths = [path for hour, found in self.hours[kind].items() if (hour + 1) * HOUR > begin and hour * HOUR <= end for path in found]
+        return pl.scan_parquet(paths, glob=False).select(names) if paths else pl.LazyFrame(schema=types)
+
+    def rankings(self, begin: float, end: float, settings: Attribution, names: Collection[str] = NARROW) -> pl.LazyFrame:
+        """The rankings of these hours, each once, with how many of their ads count."""
+        return self.scan(IMPRESSIONS, begin, end, names).unique(["entry", "request_id"], keep="any").with_columns(settings.counted)
+
+    def events(self, begin: float, end: float) -> pl.LazyFrame:
+        """The events that were received in these hours."""
+        return self.scan(EVENTS, begin, end, list(EVENT_TYPES))
+
+
+def _watermark(path: Path) -> float:
+    try:
+        return float(path.read_text("ascii")) if path.exists() else -inf
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no time: {error}; adrank join writes it") from error
+
+
+def settle(events: pl.LazyFrame, rankings: pl.LazyFrame, settings: Attribution) -> pl.LazyFrame:
+    """Each event with its outcome and, where it has one, the ranking that it belongs to: `entry`, `since`, and whether the ad is `counted`.
+
+    A record that was written twice is one event. `rankings` has `NARROW` and `counted`.
+    """
+    subject = pl.when(pl.col("type") == "click").then("user_id").otherwise("request_id")
+    told = events.rename({"entry": "record"}).unique(["record", "event_id"], keep="any").sort("received", "record")
+    told = told.with_columns(first=pl.struct("type", subject.alias("subject"), "event_id").is_first_distinct()).with_row_index("event")
+    named = rankings.join(told.select("request_id").unique(), on="request_id", how="semi")
+    ads = named.with_columns(index=pl.int_ranges(pl.col("ad_id").list.len()), ranked_user=pl.col("user_id")).explode("ad_id", "index")
+    ads = ads.select("request_id", "ad_id", "entry", "since", "ranked_user", counted=pl.col("index") < pl.col("counted"))
+    gap, owner = pl.col("at") - pl.col("since"), (pl.col("user_id") == "") | (pl.col("user_id") == pl.col("ranked_user"))
+    fits = owner & (gap >= -SKEW_SECONDS)
+    nearest = [each.filter(fits) for each in (pl.when(gap >= 0).then(gap).otherwise(DAY - gap), pl.col("entry"))]
+    best = pl.col("entry", "since", "counted").filter(fits).sort_by(nearest, descending=[False, True])
+    pairs = told.filter("first").join(ads, on=["request_id", "ad_id"])
+    found = pairs.group_by("event").agg(pl.lit(True).alias("answered"), owner.any().alias("owned"), best.first())
+    requested = named.select("request_id", requested=pl.lit(True)).unique()
+    whole = told.join(found, on="event", how="left").join(requested, on="request_id", how="left")
+    window = pl.col("type").replace_strict(settings.windows, default=0.0, return_dtype=pl.Float64)
+    came_late = (pl.col("type") != "conversion") & (pl.col("received") > pl.col("since") + window + settings.lateness)
+    outcome = (
+        pl.when(~pl.col("first"))
+        .then(pl.lit(DUPLICATE))
+        .when(pl.col("requested").is_null())
+        .then(pl.lit(UNKNOWN))
+        .when(pl.col("answered").is_null())
+        .then(pl.lit(NOT_SHOWN))
+        .when(~pl.col("owned"))
+        .then(pl.lit(OTHER_USER))
+        .when(pl.col("entry").is_null())
+        .then(pl.lit(BEFORE))
+        .when((gap > window) | came_late)
+        .then(pl.lit(LATE))
+        .otherwise(pl.lit(JOINED))
+    )
+    return whole.with_columns(outcome=outcome)
+
+
+def labelled(raw: RawLog, hour: int, settings: Attribution, closed: float, bought: pl.DataFrame, after: float = -inf) -> pl.DataFrame:
+    """The impressions of the rankings of an hour whose window began after `after`, at `closed` or before, as rows of the log.
+
+    `bought` is what `conversions` found. Rows are in the order of rankings, and of ads in them.
+    """
+    begin, columns = float(hour * HOUR), raw.columns
+    served = raw.rankings(begin, begin, settings, list(columns.impressions)).filter(pl.col("since") > after, pl.col("since") <= closed)
+    ((first, last),) = served.select(pl.col("since").min(), pl.col("since").max().alias("last")).collect().rows()
+    if first is None:
+        return pl.DataFrame()
+    near = raw.rankings(min(first - settings.closes, begin), max(last + settings.closes, begin), settings)
+    events = raw.events(first - SKEW_SECONDS, last + settings.closes).filter(pl.col("type") != "conversion")
+    joined = settle(events, near, settings).filter(outcome=JOINED)
+    clicks = joined.filter(type="click").group_by(KEY).agg(click_ts=pl.col("ts").min())
+    of_first = pl.col("position").sort_by("ts", "event_id").first().alias("reported_at")
+    reports = joined.filter(type="impression").group_by(KEY).agg(of_first, pl.lit(True).alias("reported"))
+    ads = served.with_columns(index=pl.int_ranges(pl.col("ad_id").list.len())).explode(*columns.of_ads, "index")
+    for found in (clicks, reports, bought.lazy()):
+        ads = ads.join(found, on=list(KEY), how="left")
+    shown = ads.filter((pl.col("index") < pl.col("counted")) | pl.col("reported"))
+    return _rows(shown.sort("since", "entry", "index").collect(engine="streaming"), columns)
+
+
+def _rows(shown: pl.DataFrame, columns: Columns) -> pl.DataFrame:
+    """What was shown, with the columns that docs/log.md tells."""
+    first = pl.struct("request_id", "entry").is_first_distinct()
+    once = [pl.when(first).then(pl.col(name)).alias(name) for name in ("candidates", "candidate_revisions")]
+    label, converted = (pl.col(name).is_not_null().cast(pl.Int8) for name in ("click_ts", "value"))
+    position, ts = pl.coalesce("reported_at", "position").alias("position"), pl.col("ts").floor().cast(pl.Int64)
+    own = [
+        "ad_id",
+        "p_click",
+        "propensity",
+        "known",
+        "revision",
+        "value",
+        "click_ts",
+        "request_id",
+        "model",
+        "version",
+        "user_id",
+        "policy",
+    ]
+    own += [name for name in ("history", "history_revisions", "history_ts") if name in columns.rankings]
+    own += [name for name in columns.impressions if name.startswith(("user.", "context.", "ad.", "tensors."))]
+    return shown.select(label.alias("label"), position, converted.alias("conversion"), ts, *once, *own)
+
+
+def conversions(raw: RawLog, hours: Sequence[int], settings: Attribution) -> pl.DataFrame:
+    """What rankings of these hours came to: `KEY` and `value`, the sum of an ad's conversions."""
+    if not hours:
+        return pl.DataFrame(schema={**dict.fromkeys(KEY, pl.String()), "value": pl.Float64()})
+    begin, end = hours[0] * HOUR - SKEW_SECONDS, (hours[-1] + 1) * HOUR
+    events = raw.events(begin, inf).filter(pl.col("type") == "conversion")
+    joined = settle(events, raw.rankings(begin - HOUR, end + settings.closes, settings), settings).filter(outcome=JOINED)
+    return joined.group_by(KEY).agg(pl.col("value").fill_null(0.0).sum()).collect(engine="streaming")
+
+
+def attribute(log: Path, into: Path, settings: Attribution, since: float = -inf, until: float = inf) -> int:
+    """Write the rows of a log from `since` on and before `until`, in whole hours, to `into`/day=/hour=. How many rankings are open.
+
+    Rows that a joiner of before wrote are taken as they are, with the conversions that came later.
+
+    Raises:
+        DataError: the log is damaged, or something cannot be written.
+    """
+    try:
+        _older(log, into, settings, since, until)
+        raw = RawLog(log, read_schema(log)[0])
+        closed = raw.watermark - settings.closes
+        hours = [hour for hour in raw.hours[IMPRESSIONS] if (hour + 1) * HOUR > since and hour * HOUR < until]
+        bought = conversions(raw, hours, settings)
+        for hour in hours:
+            _write(labelled(raw, hour, settings, closed, bought), into / hour_name(hour, "day"))
+        ends = (hours[0] * HOUR, hours[-1] * HOUR) if hours else (0, -1)
+        still = raw.rankings(*ends, settings).filter(pl.col("since") > closed)
+        return int(still.select(pl.len()).collect().item())
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{log} cannot be attributed: {error}") from error
+
+
+def _write(rows: pl.DataFrame, folder: Path) -> None:
+    for number, piece in enumerate(rows.iter_slices(ROWS_PER_FILE) if len(rows) else ()):
+        folder.mkdir(parents=True, exist_ok=True)
+        piece.write_parquet(folder / f"raw-{number:05}.parquet", compression="lz4")
+
+
+def _older(log: Path, into: Path, settings: Attribution, since: float, until: float) -> None:
+    """Rows of the layout of before, which had its conversions beside them."""
+    paths = {h: found for h, found in hour_files(log, "day").items() if (h + 1) * HOUR > since and h * HOUR < until}
+    keys = ("request_id", "ad_id", "user_id", "ts")
+    later = [read_parquet(path, ["event_id", "value", *keys]) for path in sorted((log / "conversions").glob("[!.]*.parquet"))]
+    bought = None
+    if later and paths:
+        events = pl.concat(later).filter(pl.col("request_id") != "").with_row_index("entry").lazy()
+        events = events.with_columns(
+            pl.col("entry").cast(pl.String), type=pl.lit("conversion"), at="ts", received="ts", position=pl.lit(None)
+        )
+        rows = [read_parquet(path, keys).with_columns(_entry(path), since=pl.col("ts")) for found in paths.values() for path in found]
+        listed = pl.concat(rows).lazy().with_columns(pl.col("since").cast(pl.Float64), pl.concat_list("ad_id"), counted=1)
+        joined = settle(events, listed, settings).filter(outcome=JOINED)
+        bought = joined.group_by("entry").agg(more=pl.col("value").fill_null(0.0).sum()).collect()
+    for hour, found in paths.items():
+        folder = into / hour_name(hour, "day")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in found:
+            if bought is None:
+                (folder / path.name).symlink_to(path.resolve())
+                continue
+            frame = read_parquet(path).with_columns(_entry(path)).join(bought, on="entry", how="left", maintain_order="left")
+            value = pl.when(pl.col("more").is_null()).then("value").otherwise(pl.col("value").fill_null(0.0) + pl.col("more"))
+            converted = (pl.col("more").is_not_null() | (pl.col("conversion") == 1)).cast(pl.Int8)
+            frame.with_columns(value.alias("value"), converted.alias("conversion")).drop("entry", "more").write_parquet(folder / path.name)
+
+
+def _entry(path: Path) -> pl.Expr:
+    """A name for each row of a file."""
+    return pl.concat_str(pl.lit(f"{path}:"), pl.int_range(pl.len())).alias("entry")
+
+
+def hour_name(hour: int, day: str) -> str:
+    """The folders of an hour since 1970, UTC."""
+    return f"{datetime.fromtimestamp(hour * HOUR, UTC):{day}=%Y-%m-%d/hour=%H}"
+
+
+def hour_files(folder: Path, day: str) -> dict[int, list[Path]]:
+    """By hour since 1970, in order, the files in its folder.
+
+    Raises:
+        DataError: a folder is no hour.
+    """
+    found = {}
+    for path in folder.glob(f"{day}=*/hour=*"):
+        try:
+            hour = datetime.strptime(f"{path.parent.name} {path.name} +0000", f"{day}=%Y-%m-%d hour=%H %z")
+        except ValueError as error:
+            raise DataError(f"{path} is not an hour of a log, such as {day}=2026-11-22/hour=17") from error
+        files = sorted(path.glob("[!.]*.parquet"))
+        found[int(hour.timestamp()) // HOUR] = [each.resolve() if each.is_symlink() else each for each in files]
+    return dict(sorted(found.items()))
