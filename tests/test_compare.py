@@ -11,7 +11,7 @@ from sklearn import metrics as sklearn
 
 from training.evaluate import Measures, measure
 from training.export.int8 import moved, refusal
-from training.retrain.compare import METRICS, Comparison, Gate, Interval, _Resampled, bootstrap, compare, reasons_against, reliability
+from training.retrain.compare import METRICS, Comparison, Gate, Interval, _Resampled, bootstrap, compare, reasons_against
 from training.retrain.report import metric_rows
 from training.train import TrainError
 
@@ -118,28 +118,13 @@ def test_rows_of_one_user_are_drawn_together() -> None:
     assert by_row.high - by_row.low < 0.7 * (alone.differences["log_loss"].high - alone.differences["log_loss"].low)
 
 
-def test_a_comparison_repeats() -> None:
-    labels, users, p = rows()
-    assert compare(labels, users, p, worse(p)) == compare(labels, users, p, worse(p))
-
-
 def test_intervals_hold_what_they_promise() -> None:
     """Of two models that are equally good, the interval of the difference has 0 in it in about 95 of 100 logs."""
     covered = 0
-    for seed in range(30):
+    for seed in range(20):
         labels, users, p = rows(seed)
         covered += compare(labels, users, worse(p, seed), worse(p, seed + 1000)).differences["log_loss"].covers(0)
-    assert covered >= 25  # binomial: 25 or more of 30 at 95 % happens in 997 of 1,000
-
-
-def test_bins_of_reliability_have_equally_many_rows() -> None:
-    labels, _, p = rows()
-    assert len(reliability(labels, p)) <= 20
-    p = p + np.linspace(0, 1e-9, N)  # no ties any more
-    bins = reliability(labels, p)
-    assert len(bins) == 20
-    assert np.mean([rate for _, rate in bins]) == pytest.approx(labels.mean())
-    assert [mean for mean, _ in bins] == sorted(mean for mean, _ in bins)
+    assert covered >= 16  # binomial: 16 or more of 20 at 95 % happens in 997 of 1,000
 
 
 METRICS_OF = Measures(0.7, 0.6, 0.5, 0.9, 0.01, 1.0, 1000, 200)

@@ -26,7 +26,7 @@ def write(folder: Path, **files: str | bytes) -> Path:
 
 
 # A shared machine may take its time.
-patient = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+patient = settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 
 
 def refuses(prepare, source: Path, out: Path, message: str, *more) -> None:

@@ -79,14 +79,6 @@ def test_each_expert_of_a_mixture_has_a_gate_of_its_own() -> None:
         assert not torch.allclose(only(start, x), before, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["vector", "matrix", "low", "mixture"])
-def test_one_request_with_one_candidate_keeps_its_shape_and_its_value(kind: str) -> None:
-    cross, inputs = crosses()[kind], torch.randn(4, 3, 6)
-    with torch.no_grad():
-        assert cross(inputs[:1, :1]).shape == (1, 1, 6)
-        assert torch.allclose(cross(inputs[:1, :1]), cross(inputs)[:1, :1], atol=1e-6)
-
-
 def mlp(deep: MLP, x: Tensor) -> Tensor:
     """The one layer of a tiny MLP: linear, batch norm in evaluation, ReLU."""
     first, norm = deep.first, deep.rest[0]

@@ -9,7 +9,7 @@ import small
 import torch
 from torch import nn
 
-from tests.test_linear import vectors
+from tests.test_deepfm import vectors
 from tests.test_networks import CLOSE, SCHEMAS
 from training.datasets.encoded import encode_split
 from training.networks.contract import Network

@@ -74,14 +74,6 @@ def test_logits_are_the_tower_over_user_interests_and_ad(text: str, softmax: boo
         assert logits.shape == (3, 5)
 
 
-@pytest.mark.parametrize("family", ["deepfm", "din"])
-def test_a_schema_of_ads_and_history_alone_trains(family: str) -> None:
-    network = small.network(family, HISTORY_AND_ADS).train()
-    logits = small.click(network, *small.parts(HISTORY_AND_ADS))
-    logits.sum().backward()
-    assert torch.isfinite(logits).all()
-
-
 def test_a_schema_without_history_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^DIN weighs a user's behaviours, and this schema has no \[history\]; train deepfm instead$"):
         small.network("din", ONLY_ADS)

@@ -64,17 +64,6 @@ def test_logits_are_a_top_mlp_on_the_dense_vector_and_the_product_of_every_pair(
                 assert float(logits[row, candidate]) == pytest.approx(expected, abs=1e-4, rel=1e-4)
 
 
-def test_the_top_is_as_wide_as_there_are_pairs_however_wide_the_vectors_are() -> None:
-    for embedding in (4, 32):
-        network = small.network("dlrm", ONLY_CATEGORIES, embedding=embedding)
-        assert isinstance(network, DLRM)
-        assert network.top.first.in_features == 1  # of two fields
-    network = small.network("dlrm")
-    assert isinstance(network, DLRM)
-    fields = 4 + 3 + 3 + 1  # of user and context, history, ad, and the numbers' vector
-    assert network.top.first.in_features == fields * (fields - 1) // 2 + 4
-
-
 def test_a_product_is_of_two_different_fields_and_each_pair_counts_once() -> None:
     network = small.network("dlrm", ONLY_ADS, bottom=())
     assert isinstance(network, DLRM)

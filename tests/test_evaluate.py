@@ -51,12 +51,6 @@ def test_gauc_weighs_users_by_their_rows_and_leaves_out_those_of_one_class(table
     assert gauc(labels[order], p[order], users[order]) == pytest.approx(expected, nan_ok=True)
 
 
-def test_gauc_by_hand() -> None:
-    # User 1: areas 1 of 1; user 2: 0.5 of 2 pairs, that is 0.25; user 3 has clicks only. (2 · 1 + 3 · 0.25) / 5
-    table = [(1, 0.9, 1), (0, 0.1, 1), (1, 0.3, 2), (0, 0.3, 2), (0, 0.8, 2), (1, 0.2, 3)]
-    assert gauc(*arrays(table)) == pytest.approx((2 * 1 + 3 * 0.25) / 5)
-
-
 @patient
 @given(rows)
 def test_log_loss_is_scikit_learn_s(table: Rows) -> None:

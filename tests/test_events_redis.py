@@ -209,7 +209,7 @@ class TestServer:
 def test_any_order_and_any_repetition_end_in_the_same_state(servers):
     raw = redis.Redis.from_url(servers("valkey").url)
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
     @given(st.lists(known_events, max_size=15).map(settled), st.randoms())
     def check(events, chance):
         states = []

@@ -17,7 +17,7 @@ from service.ranking.ordering import best_first
 
 VALUES = st.lists(st.floats(0, 1) | st.sampled_from([0.0, 0.5]), min_size=1, max_size=12)
 POLICIES = st.builds(EpsilonGreedy, st.floats(0, 1)) | st.builds(PlackettLuce, st.floats(0.01, 100))
-LAW = settings(max_examples=150, deadline=None, derandomize=True)
+LAW = settings(max_examples=150)
 DRAWS = 10_000
 
 

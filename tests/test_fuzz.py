@@ -45,9 +45,7 @@ def portal(repository):
 
 DOCUMENT = create_app(Settings(redis="memory://")).openapi()
 OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(DOCUMENT).get_all_operations()]
-KEPT = settings(
-    max_examples=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-)
+KEPT = settings(max_examples=30, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 
 
 # Its own pytest integration does not work with pytest 9.

@@ -1,7 +1,7 @@
 """A table that took its rows over from another is the table that was encoded from values, whatever the vocabularies and the ads."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from features.encode import AdTable, Encoder
@@ -63,7 +63,6 @@ def everything(table, ad_ids):
     return (rows > 0).tolist(), block.ids.tolist(), block.numbers.tolist(), table.active(rows).tolist(), len(table)
 
 
-@settings(deadline=None)
 @given(
     vocabularies,
     vocabularies,

@@ -13,7 +13,7 @@ from features.index import RowIndex
 def test_it_is_a_dict_of_rows(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SLOTS", slots)
 
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=100)
     @given(st.lists(st.lists(st.text(max_size=2), max_size=12), max_size=12), st.lists(st.text(max_size=2)))
     def check(batches: list[list[str]], asked: list[str]) -> None:
         index, rows = RowIndex(), dict[str, int]()

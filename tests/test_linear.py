@@ -7,6 +7,7 @@ import small
 import torch
 from torch import Tensor
 
+from tests.test_deepfm import vectors
 from tests.test_networks import ONLY_AD_NUMBER, SCHEMAS
 from training.networks.contract import Fields, Network, Part
 from training.networks.embeddings import Embeddings
@@ -17,16 +18,6 @@ from training.networks.interactions import WeightedProducts, inner_products
 from training.networks.lr import LR
 
 Parts = tuple[Part, Part, Part]
-
-
-def vectors(embed: Embeddings, parts: Parts, row: int, candidate: int) -> list[Tensor]:
-    """One vector a field of one request and candidate, the history's as the mean over its behaviours."""
-    user, history, ad = parts
-    found = list(embed("user", user)[row]) if "user" in embed else []
-    if "history" in embed:
-        past = [embed("history", history)[row, t] for t in range(history.ids.shape[1]) if history.ids[row, t, 0] > 0]
-        found += list(torch.stack(past).mean(0) if past else torch.zeros_like(embed("history", history)[row, 0]))
-    return found + list(embed("ad", ad)[row, candidate])
 
 
 def literal(network: Network, parts: Parts, row: int, candidate: int) -> float:
@@ -75,13 +66,6 @@ A = torch.tensor([[[[2.0, 1.0]], [[0.0, -1.0]]]])
 def test_inner_products_by_hand() -> None:
     # u1 u2 = 3; with the first ad u1 a = 4, u2 a = 6; with the second u1 a = -2, u2 a = 0.
     assert inner_products(U, A).tolist() == [[13.0, 1.0]]
-
-
-def test_weighted_products_by_hand() -> None:
-    block = WeightedProducts(2, 1)
-    with torch.no_grad():
-        block.weight.copy_(torch.tensor([10.0, 0.5, -1.0]))  # of the pairs (u1, u2), (u1, a), (u2, a)
-        assert block(U, A).tolist() == [[30.0 + 2.0 - 6.0, 30.0 - 1.0]]
 
 
 def test_an_fwfm_begins_as_a_factorisation_machine() -> None:

@@ -114,13 +114,13 @@ def check_encoded(rankings: list[ServedRecord], schema: Schema, encoder: Encoder
             assert np.array_equal(found[name], compared), (name, request_id, ad_id)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(ranked())
 def test_each_row_is_encoded_as_it_was_served(rankings: list[ServedRecord]) -> None:
     check_encoded(rankings, small.schema(), small.encoder())
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(ranked(), st.sampled_from([ONLY_IDS, NO_HISTORY]))
 def test_so_it_is_for_a_schema_of_ids_alone_and_for_one_without_a_history(rankings: list[ServedRecord], text: str) -> None:
     check_encoded(rankings, small.schema(text), small.encoder(text))

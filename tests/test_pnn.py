@@ -7,7 +7,7 @@ import small
 import torch
 from torch import Tensor
 
-from tests.test_linear import vectors
+from tests.test_deepfm import vectors
 from tests.test_networks import SCHEMAS
 from training.networks.contract import Network
 from training.networks.interactions import PairwiseProducts

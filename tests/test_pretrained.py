@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from features.bundle import load_bundle, read_manifest
 from features.vocabulary import HashBuckets, Vocabularies, Vocabulary
-from tests.test_linear import vectors
+from tests.test_deepfm import vectors
 from tests.test_networks import ONLY_NUMBERS, SCHEMAS
 from training.networks import NETWORKS
 from training.networks.contract import Fields, Network, Part

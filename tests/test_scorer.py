@@ -98,7 +98,7 @@ def tiled(tmp_path_factory):
     return TiledScorer(path, "cpu", 5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SIZES)
 def test_scored_together_is_scored_alone(tiled, sizes):
     """To the rounding of a float32 sum: padding a history changes the order in which it is summed."""

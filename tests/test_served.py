@@ -58,11 +58,6 @@ def test_the_ads_to_encode_can_be_chosen() -> None:
     assert np.array_equal(feeds["ad_ids"][0, ::-1], SERVED.feeds(bundles.encoder())["ad_ids"][0, :2])
 
 
-def test_what_the_schema_does_not_know_is_left_out() -> None:
-    odd = ServedRecord(**{**{name: getattr(SERVED, name) for name in SERVED.__slots__}, "context": {"slot": "feed", "later": 1}})
-    assert np.array_equal(odd.feeds(bundles.encoder())["user_ids"], SERVED.feeds(bundles.encoder())["user_ids"])
-
-
 @pytest.mark.parametrize(
     "value",
     [

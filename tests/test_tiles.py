@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from service.ranking.tiles import MOST, TILE, Shape, candidates_of, fill, lengths, runs, shape_of, shapes, take_apart, tiles_of
@@ -24,7 +24,6 @@ def dirty_buffers(shape):
     return buffers | {"ad_numbers": np.full((shape.tiles, TILE, 1), np.nan, np.float32)}
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3 * TILE), st.integers(1, 20)), min_size=1, max_size=6))
 def test_every_candidate_gets_the_score_of_itself_beside_its_own_user(sizes):
     requests = [request(candidates, behaviours, seed) for seed, (candidates, behaviours) in enumerate(sizes)]
@@ -42,7 +41,6 @@ def test_every_candidate_gets_the_score_of_itself_beside_its_own_user(sizes):
         np.testing.assert_allclose(got, of_user + feeds["ad_ids"].sum(-1) + feeds["ad_numbers"].sum(-1), rtol=1e-6)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 3 * MOST * TILE), min_size=1, max_size=4))
 def test_runs_hold_all_tiles_in_order_and_never_too_many(sizes):
     requests = [{"ad_ids": np.empty((1, candidates, 1))} for candidates in sizes]

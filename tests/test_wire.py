@@ -37,7 +37,7 @@ def plainly(ranking: Ranking, timings: dict[str, float]) -> bytes:
     return pydantic_core.to_json(document if ranking.seen is None else {**document, "explain": ranking.seen})
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(ADS, st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.lists(st.tuples(IDS, st.just("top_k")), max_size=2))
 def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explained, explored, omitted):
     clicks = shortest(np.array([ad[1] for ad in ads], np.float32)).tolist()
@@ -63,7 +63,7 @@ def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explaine
     RankAnswer.model_validate_json(body)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.lists(SCORES, min_size=1))
 def test_a_probability_is_the_shortest_decimal_of_its_float32(scores):
     given_scores = np.array(scores, np.float32)

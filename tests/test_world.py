@@ -127,7 +127,3 @@ def test_a_world_goes_on_after_its_log() -> None:
     # Fashion is what all users share of a day's change; before the log's end there is none.
     shared = [(later.interests[day] - later.interests[day - 1]).mean(0) for day in (5, DAYS + 5)]
     assert np.abs(shared[1]).mean() > 3 * np.abs(shared[0]).mean()
-
-
-def test_a_world_without_a_future_has_a_log_like_any_other() -> None:
-    assert np.array_equal(world().days, np.tile([0, DAYS], (30, 1)))
