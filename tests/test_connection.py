@@ -5,61 +5,7 @@ import asyncio
 import pytest
 from raw_http import raw, shut
 
-from service.serving.connection import Joined
-
 pytestmark = pytest.mark.anyio
-
-
-class Sink:
-    """A transport that keeps what is written."""
-
-    def __init__(self):
-        self.written, self.closed = [], False
-
-    def write(self, data):
-        self.written.append(data)
-
-    def close(self):
-        self.closed = True
-
-    def is_closing(self):
-        return self.closed
-
-    def get_extra_info(self, name):
-        return name
-
-
-async def test_what_is_written_in_one_go_is_sent_in_one_piece_and_in_order():
-    sink = Sink()
-    joined = Joined(sink, asyncio.get_running_loop())
-    joined.write(b"head ")
-    joined.write(b"body")
-    assert sink.written == []
-    await asyncio.sleep(0)
-    assert sink.written == [b"head body"]
-    joined.write(b"next")
-    await asyncio.sleep(0)
-    assert sink.written == [b"head body", b"next"]
-    assert joined.get_extra_info("peername") == "peername"
-
-
-async def test_nothing_is_lost_when_it_closes():
-    sink = Sink()
-    joined = Joined(sink, asyncio.get_running_loop())
-    joined.write(b"last")
-    joined.close()
-    assert (sink.written, sink.closed) == ([b"last"], True)
-    await asyncio.sleep(0)
-    assert sink.written == [b"last"]
-
-
-async def test_nothing_is_written_to_a_client_who_left_meanwhile():
-    sink = Sink()
-    joined = Joined(sink, asyncio.get_running_loop())
-    joined.write(b"answer")
-    sink.closed = True
-    await asyncio.sleep(0)
-    assert sink.written == []
 
 
 HEAD = b"GET /a HTTP/1.1\r\nhost: x\r\n"
@@ -81,7 +27,6 @@ class TestMemory:
             (connection,) = client.state.connections
             assert sent < 2**24
             assert len(connection.waiting) < 2**19
-            assert len(connection.pipeline) == 0
             await shut(writer)
 
     @pytest.mark.parametrize(
@@ -209,7 +154,7 @@ class TestTime:
             _, writer = await client.open(receive_buffer=4096)
             writer.write(b"GET /big HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
             await asyncio.sleep(0.2)
-            assert client.state.stalled
+            assert next(each.unsent for each in client.state.connections) > 2**16
             await asyncio.sleep(1.2)
             assert not client.state.connections
             await shut(writer)

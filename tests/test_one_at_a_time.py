@@ -57,6 +57,8 @@ async def test_an_upgrade_is_ignored_and_the_body_stays_a_body(upgrade):
 
 async def test_trailers_are_no_headers_of_this_request_or_the_next():
     async with raw() as client:
+        for pieces in ((CHUNKED + HELLO[:-1], b"\n" + post(headers=H2C)), (CHUNKED + HELLO[:-3], b"\n\r\n" + post(headers=H2C))):
+            assert bodies((await client.ask(*pieces))[0]) == [b"POST /c [hello]", b"POST /p [hello]"]
         for pieces in ((CHUNKED + HELLO[:-2] + b"x-forged: 1\r\n\r\n" + GET,), (CHUNKED, HELLO[:-2], b"x-forged: 1\r\n", b"\r\n" + GET)):
             out, _ = await client.ask(*pieces)
             assert bodies(out) == [b"POST /c [hello]", b"GET /a []"]

@@ -15,11 +15,12 @@ from types import FrameType
 import uvicorn
 
 from ..settings import Settings
-from .connection import Connection, ConnectionState
+from .connection import Connection
+from .limits import ConnectionState
 from .listen import unlisten
 
 TICK_SECONDS = 0.02
-BEAT_TICKS = 5
+BEAT_TICKS, LOOK_TICKS = 5, 2
 """Of uvicorn's, ten of which are a second."""
 
 
@@ -51,6 +52,12 @@ class WorkerServer(uvicorn.Server):
         await super().shutdown(sockets)
         if sockets:  # here, since uvicorn ends the process by the signal that it got
             unlisten(self.server_state.settings)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Hold connections to their limits."""
+        if not counter % LOOK_TICKS:
+            self.server_state.look(asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
 
     def _adopt(self, connection: socket.socket) -> None:
         task = asyncio.ensure_future(self._connect(connection))
