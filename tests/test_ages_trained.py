@@ -21,7 +21,7 @@ from features.streams import SERVED, Entry
 from service.catalogue.catalogue import Catalogue
 from service.feedback.impression_log import ServedLog, served
 from service.ranking.executor import Inline
-from service.ranking.ranker import Made, Query, Ranker
+from service.ranking.ranker import Query, Ranker, Ranking
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from tests.test_ages import NOW, SCHEMA, data_set
@@ -112,14 +112,14 @@ def trained(traced_export: None, tmp_path_factory: pytest.TempPathFactory) -> tu
     return data, folder / "models"
 
 
-async def ranked(data: Prepared, repository: Path, sent: bool) -> list[Made]:
+async def ranked(data: Prepared, repository: Path, sent: bool) -> list[Ranking]:
     """Each test row as a request at its time, with the history in the store or sent along."""
     models, metrics, store, now = bundles.loaded(Settings(models=repository)), Metrics(), MemoryStore(), [0.0]
     bundle = models.loaded["bst"].bundle
     catalogue = Catalogue(store, {bundle.fingerprint: bundle.encoder}, metrics)
     await store.put_ads(Ad(ad.ad_id, ad.features) for ad in ads(data))
     await catalogue.load()
-    ranker, made = Ranker(store, metrics, Inline(), clock=lambda: now[0]), list[Made]()
+    ranker, made = Ranker(store, metrics, Inline(), clock=lambda: now[0]), list[Ranking]()
     ranker.use(models, catalogue)
     for number, row in enumerate(next(data.frames("test")).iter_rows(named=True)):
         now[0] = row["ts"] + 0.75
@@ -138,8 +138,8 @@ async def ranked(data: Prepared, repository: Path, sent: bool) -> list[Made]:
     return made
 
 
-def score_of(made: Made, ad_id: str) -> float:
-    return dict(zip(made.ranking.ad_ids, made.ranking.p_click, strict=True))[ad_id]
+def score_of(ranking: Ranking, ad_id: str) -> float:
+    return dict(zip(ranking.ad_ids, ranking.p_click, strict=True))[ad_id]
 
 
 @pytest.mark.parametrize("sent", [False, True], ids=["stored", "sent"])

@@ -60,7 +60,7 @@ class Rows:
     """A ranking by rows, as a caller reads it."""
 
     def __init__(self, ranking):
-        self.omitted, self.degraded, self.model, self.seen = ranking.omitted, ranking.degraded, ranking.model, ranking.seen
+        self.omitted, self.degraded, self.model, self.seen = ranking.omitted, ranking.degraded, ranking.model.facts(), ranking.seen
         count = len(ranking.ad_ids)
         columns = (column or [absent] * count for column, absent in ((ranking.ecpm, None), (ranking.known, True), (ranking.ads_seen, None)))
         self.ads = [RankedAd(*row) for row in zip(ranking.ad_ids, ranking.p_click, *columns, strict=True)]
@@ -88,7 +88,7 @@ class Ranked:
         query, stages = Query(user_id=user_id, ad_ids=ad_ids, bids=bids, **more), self.metrics.begin("/rank")
         stages.model = self.ranker.models.label(query.model)
         try:
-            return Rows((await self.ranker.rank(query, stages)).ranking)
+            return Rows(await self.ranker.rank(query, stages))
         finally:
             self.metrics.end(stages)
 

@@ -1,6 +1,7 @@
 """The log of what was served: that a record says what the model saw, and that logging never delays or fails a request."""
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import time
@@ -159,11 +160,11 @@ def test_a_record_encodes_to_what_the_model_saw(world, query, state, failing, mo
             world.store.failure = None
 
     made = asyncio.run(rank())
-    record, ranking = world.check(made, most), made.ranking
+    record, ranking = world.check(made, most), made
     assert (record.request_id, record.ts, record.model, record.user_id) == ("r1", 5.5, "din", "u1")
     assert (record.ad_ids, record.p_click) == (ranking.ad_ids[:most], ranking.p_click[:most])
     assert len(record.history) <= 5
-    assert str(record.version) == ranking.model["version"]
+    assert str(record.version) == ranking.model.facts()["version"]
     known = ranking.known or [True] * len(ranking.ad_ids)
     assert {ad_id for ad_id, is_known in zip(record.ad_ids, known, strict=False) if not is_known} == set(record.unknown) & set(
         record.ad_ids
@@ -259,7 +260,7 @@ class Log:
     async def until_made(self):
         """Wait until all records are made."""
         async with asyncio.timeout(90):
-            while self.log._unmade:
+            while self.log._unlogged:
                 await asyncio.sleep(0.005)
 
     @property
@@ -269,6 +270,7 @@ class Log:
 
 @pytest.fixture
 async def made(world):
+    world.store._users.clear()  # what the tests before left
     return await world.rank()
 
 
@@ -421,7 +423,7 @@ async def test_what_nobody_foresaw_is_counted_and_told_now_and_then(log, caplog,
     log.put(2)
     await log.until(failed=2)
     log.store.failure = None
-    good, log.made = log.made, made._replace(model=None)
+    good, log.made = log.made, dataclasses.replace(made, encoded=made.encoded._replace(model=None))
     log.put(3)
     await log.until(failed=5)
     log.made = good

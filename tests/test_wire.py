@@ -1,6 +1,7 @@
 """An answer is, byte for byte, the JSON that a serialiser makes of the same objects."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pydantic_core
@@ -33,22 +34,33 @@ def plainly(ranking: Ranking, timings: dict[str, float]) -> bytes:
         ads.append(ad)
     omitted = [{"ad_id": ad_id, "reason": reason} for ad_id, reason in ranking.omitted]
     degraded = [entry._asdict() for entry in ranking.degraded]
-    document = {"request_id": "r1", "model": ranking.model, "ads": ads, "omitted": omitted, "degraded": degraded, "timings_ms": timings}
+    document = {
+        "request_id": "r1",
+        "model": ranking.model.facts(),
+        "ads": ads,
+        "omitted": omitted,
+        "degraded": degraded,
+        "timings_ms": timings,
+    }
     return pydantic_core.to_json(document if ranking.seen is None else {**document, "explain": ranking.seen})
 
 
 @settings(max_examples=100)
 @given(ADS, st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.lists(st.tuples(IDS, st.just("top_k")), max_size=2))
 def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explained, explored, omitted):
-    clicks = shortest(np.array([ad[1] for ad in ads], np.float32)).tolist()
+    scores = np.array([ad[1] for ad in ads], np.float32)
+    clicks = shortest(scores).tolist()
+    degraded = [Degraded("user", "store_timeout", "sent_features")] if with_known else []
+    model = SimpleNamespace(facts=lambda: {"name": "din", "version": "1", "schema": "f"})
+    encoded = SimpleNamespace(model=model, degraded=degraded)
     ranking = Ranking(
-        {"name": "din", "version": "1", "schema": "f"},
+        encoded,
+        scores,
         [ad[0] for ad in ads],
         clicks,
         [None if ad[2] is None else click * ad[2] * 1000 for ad, click in zip(ads, clicks, strict=True)] if with_bids else None,
         [ad[3] for ad in ads] if with_known else None,
         omitted,
-        [Degraded("user", "store_timeout", "sent_features")] if with_known else [],
         {"user": {"age": 3}} if explained else None,
         [{"ad_id": i, "price": 0.5} for i in range(len(ads))] if explained else None,
         [1 / (place + 3) for place in range(len(ads))] if explored else None,

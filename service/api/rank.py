@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .. import errors
 from ..feedback.impression_log import ServedLog
 from ..ranking.explanations import Explanations
-from ..ranking.ranker import Made, Query, Ranker
+from ..ranking.ranker import Query, Ranker, Ranking
 from ..serving.shares import Shares
 from ..settings import Settings
 from ..telemetry.metrics import Metrics, Stages
@@ -34,14 +34,14 @@ def rank_routes(ranker: Ranker, explanations: Explanations, served: ServedLog, m
             wire, query = read(request, body.text(settings.max_body_bytes))
             stages.model = ranker.models.label(query.model)
             try:
-                made = await ranker.rank(query, stages)
+                ranking = await ranker.rank(query, stages)
             except errors.InvalidError as error:
                 raise errors.InvalidError(error.detail, [locate(wire, mistake) for mistake in error.mistakes]) from None
             if query.explain:
-                await explanations.add(made, stages)
-            answered = answer(query.request_id, as_sent(made.ranking, query), stages)
+                await explanations.add(ranking, stages)
+            answered = answer(query.request_id, as_sent(ranking), stages)
         left = has_left(request)
-        return Response(answered, media_type="application/json", background=BackgroundTask(log, made, left))
+        return Response(answered, media_type="application/json", background=BackgroundTask(log, ranking, left))
 
     def read(request: Request, body: bytes) -> tuple[RankRequest, Query]:
         """The request, its id noted for the answer even if the rest of it is wrong."""
@@ -55,12 +55,12 @@ def rank_routes(ranker: Ranker, explanations: Explanations, served: ServedLog, m
             raise
         return wire, query
 
-    async def log(made: Made, left: bool) -> None:
+    async def log(ranking: Ranking, left: bool) -> None:
         """What was served, once it has been sent, unless its caller had left."""
         if left:
             served.left()
         else:
-            served.put(made)
+            served.put(ranking)
 
     answers = {"200": {"description": "Successful Response", **content("application/json", "RankAnswer")}, **errors_of(OF_EVENTS)}
     for path, name in RANKED.items():

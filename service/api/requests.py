@@ -164,8 +164,9 @@ def _in_time(history: list[Behaviour]) -> tuple[Sequence[str], Sequence[float]]:
     return plain_all([behaviour.ad_id for behaviour in ordered]), [behaviour.ts or 0 for behaviour in ordered] if times else ()
 
 
-def as_sent(ranking: Ranking, query: Query) -> Ranking:
+def as_sent(ranking: Ranking) -> Ranking:
     """The ranking with the ids of ads as the caller wrote them, each candidate's own."""
+    query = ranking.query
     if query.names is None:
         return ranking
     names: dict[str, deque[str]] = {}

@@ -286,7 +286,7 @@ def answer(request_id: str, ranking: Ranking, stages: Stages) -> bytes:
     """The ranking as the JSON of a `RankAnswer`; `ads` goes from columns to bytes, without an object for each ad."""
     timed = [*TIMED, *(["explain"] if "explain" in stages.seconds else [])]
     seconds = {**{name: stages.seconds.get(name, 0.0) for name in timed}, "total": stages.total}
-    before = {"request_id": request_id, "model": ranking.model}
+    before = {"request_id": request_id, "model": ranking.model.facts()}
     after: dict[str, Any] = {
         "omitted": [{"ad_id": ad_id, "reason": reason} for ad_id, reason in ranking.omitted],
         "degraded": [entry._asdict() for entry in ranking.degraded],

@@ -21,7 +21,7 @@ from features.served import ServedRecord, pack_served
 from features.state import Store, StoreError, StoreRoom
 from features.streams import SERVED
 
-from ..ranking.ranker import Made
+from ..ranking.ranker import Ranking
 from ..settings import Settings
 from ..telemetry.logs import where
 from ..telemetry.metrics import Metrics
@@ -46,13 +46,13 @@ NO_REQUEST = contextvars.Context()
 log = logging.getLogger(__name__)
 
 
-def served(made: Made, ts: float, most: int, with_tensors: bool) -> ServedRecord:
+def served(ranking: Ranking, ts: float, most: int, with_tensors: bool) -> ServedRecord:
     """The record of a ranking with so many of its ads at most; `ts` in seconds since 1970."""
-    query, model, encoded, _, ranking = made
+    query, model, encoded = ranking.query, ranking.model, ranking.encoded
     request, encoder = encoded.request, model.bundle.encoder
     shown, history = ranking.ad_ids[:most], encoder.newest(request.history)
-    candidates = _candidates(made)
-    unknown = _unknown(made, shown)
+    candidates = _candidates(ranking)
+    unknown = _unknown(ranking, shown)
     named = candidates or shown
     known = [ad_id for ad_id in named if ad_id not in unknown] if unknown else named
     return ServedRecord(
@@ -69,48 +69,48 @@ def served(made: Made, ts: float, most: int, with_tensors: bool) -> ServedRecord
         propensity=[1.0] * len(shown) if ranking.propensity is None else ranking.propensity[:most],
         candidates=candidates,
         ads=encoded.view.features([*known, *history]),
-        sent=_sent(made, named) if request.sent else {},
+        sent=_sent(ranking, named) if request.sent else {},
         unknown=list(unknown),
         policy=str(query.policy or "greedy"),
-        tensors=_tensors(made, shown) if with_tensors else {},
-        shown=min(len(shown), _said_shown(made)),
+        tensors=_tensors(ranking, shown) if with_tensors else {},
+        shown=min(len(shown), _said_shown(ranking)),
         history_ts=encoder.newest_times(request.history, request.history_ts) if encoder.schema.history_ages else (),
     )
 
 
-def _said_shown(made: Made) -> int:
+def _said_shown(ranking: Ranking) -> int:
     """How many ads the caller said that it shows; 0 where it did not: what nobody may have seen is no impression."""
-    query = made.query
+    query = ranking.query
     return (query.top_k or 0) if query.shown is None else query.shown
 
 
-def _candidates(made: Made) -> list[str]:
+def _candidates(ranking: Ranking) -> list[str]:
     """All that were ranked, where the policy explored."""
-    if made.ranking.propensity is None:
+    if ranking.propensity is None:
         return []
-    ad_ids = made.encoded.request.candidates
-    return [ad_ids[row] for row in np.flatnonzero(made.scored.finite).tolist()]
+    ad_ids = ranking.encoded.request.candidates
+    return [ad_ids[row] for row in np.flatnonzero(np.isfinite(ranking.scores)).tolist()]
 
 
-def _unknown(made: Made, shown: Sequence[str]) -> dict[str, None]:
+def _unknown(ranking: Ranking, shown: Sequence[str]) -> dict[str, None]:
     """Those of the ads of the record that were ranked as unknown, in order."""
-    known = made.ranking.known
-    if made.ranking.propensity is not None:
-        ad_ids, which = made.encoded.request.candidates, made.scored.finite & ~made.encoded.known
+    known = ranking.known
+    if ranking.propensity is not None:
+        ad_ids, which = ranking.encoded.request.candidates, np.isfinite(ranking.scores) & ~ranking.encoded.known
         return dict.fromkeys(ad_ids[row] for row in np.flatnonzero(which).tolist())
     return {} if known is None else {ad_id: None for ad_id, is_known in zip(shown, known, strict=False) if not is_known}
 
 
-def _sent(made: Made, ad_ids: Sequence[str]) -> Mapping[str, Features]:
-    request, encoder, wanted = made.encoded.request, made.model.bundle.encoder, set(ad_ids)
+def _sent(ranking: Ranking, ad_ids: Sequence[str]) -> Mapping[str, Features]:
+    request, encoder, wanted = ranking.encoded.request, ranking.model.bundle.encoder, set(ad_ids)
     sent = ((request.candidates[row], features) for row, features in request.sent.items())
     return {ad_id: encoder.usable("ad", features)[0] for ad_id, features in sent if ad_id in wanted}
 
 
-def _tensors(made: Made, shown: Sequence[str]) -> Mapping[str, bytes]:
-    places = {ad_id: row for row, ad_id in enumerate(made.encoded.request.candidates)}
+def _tensors(ranking: Ranking, shown: Sequence[str]) -> Mapping[str, bytes]:
+    places = {ad_id: row for row, ad_id in enumerate(ranking.encoded.request.candidates)}
     rows = [places[ad_id] for ad_id in shown]
-    return {name: (tensor[:, rows] if name.startswith("ad_") else tensor).tobytes() for name, tensor in made.encoded.feeds.items()}
+    return {name: (tensor[:, rows] if name.startswith("ad_") else tensor).tobytes() for name, tensor in ranking.encoded.feeds.items()}
 
 
 class ServedLog:
@@ -119,8 +119,8 @@ class ServedLog:
     def __init__(self, store: Store, metrics: Metrics, settings: Settings, chance: Callable[[], float] = random.random) -> None:
         """`chance` gives numbers from 0 to 1, for the shares that are logged."""
         self._store, self._metrics, self._settings, self._chance = store, metrics, settings, chance
-        self._unmade: deque[tuple[Made, float]] = deque()
-        self._unmade_ads = 0
+        self._unlogged: deque[tuple[Ranking, float]] = deque()
+        self._unlogged_ads = 0
         self._records: deque[bytes] = deque()
         self._bytes = 0
         self._turn: asyncio.Handle | None = None
@@ -138,17 +138,17 @@ class ServedLog:
         """Count a ranking whose caller had left before its answer went out: nobody saw it, so it is no record."""
         self._count("caller_left")
 
-    def put(self, made: Made) -> None:
+    def put(self, ranking: Ranking) -> None:
         """Take a ranking that was answered, or drop it; its record is made later."""
         if self._chance() >= self._settings.log_share:
             self._count("sampled_out")
         elif self._full:
             self._count(self._full)
-        elif self._waiting >= self._settings.log_queue or self._unmade_ads >= UNMADE_ADS or self._bytes >= QUEUE_BYTES or self._closing:
+        elif self._waiting >= self._settings.log_queue or self._unlogged_ads >= UNMADE_ADS or self._bytes >= QUEUE_BYTES or self._closing:
             self._count("dropped_queue")
         else:
-            self._unmade.append((made, made.encoded.request.ts))
-            self._unmade_ads += _size(made)
+            self._unlogged.append((ranking, ranking.encoded.request.ts))
+            self._unlogged_ads += _size(ranking)
             self._metrics.served_waiting = self._waiting
             if self._turn is None:
                 self._turn = asyncio.get_running_loop().call_soon(self._make_soon, context=NO_REQUEST)
@@ -159,7 +159,7 @@ class ServedLog:
 
     @property
     def _waiting(self) -> int:
-        return len(self._unmade) + len(self._records)
+        return len(self._unlogged) + len(self._records)
 
     def _count(self, result: str, count: int = 1) -> None:
         self._metrics.served[result] += count
@@ -173,17 +173,17 @@ class ServedLog:
     def _make(self) -> None:
         """Make records until a slice of time is over."""
         until = time.perf_counter() + SLICE_SECONDS
-        while self._unmade:
-            self._make_one(*self._unmade.popleft())
+        while self._unlogged:
+            self._make_one(*self._unlogged.popleft())
             if time.perf_counter() >= until:
                 break
-        self._turn = asyncio.get_running_loop().call_soon(self._make) if self._unmade else None
+        self._turn = asyncio.get_running_loop().call_soon(self._make) if self._unlogged else None
         self._some.set()
 
-    def _make_one(self, made: Made, ts: float) -> None:
-        self._unmade_ads -= _size(made)
+    def _make_one(self, ranking: Ranking, ts: float) -> None:
+        self._unlogged_ads -= _size(ranking)
         try:
-            record = pack_served(served(made, ts, self._settings.log_shown, self._chance() < self._settings.log_tensors_share))
+            record = pack_served(served(ranking, ts, self._settings.log_shown, self._chance() < self._settings.log_tensors_share))
         except Exception as error:  # noqa: BLE001  # whatever it is, the next ranking is to be logged
             self._count("failed")
             self._tell("a ranking could not be logged", error)
@@ -205,13 +205,13 @@ class ServedLog:
                 async with asyncio.timeout(FLUSH_SECONDS):
                     await task
         self._count(self._full or "dropped_store", self._waiting)
-        self._unmade.clear()
+        self._unlogged.clear()
         self._records.clear()
         self._metrics.served_waiting = 0
 
     async def _write(self) -> None:
         """Append the records in batches, until there are no more after the closing."""
-        while self._unmade or self._records or not self._closing:
+        while self._unlogged or self._records or not self._closing:
             await self._some.wait()
             if not self._records:
                 self._some.clear()
@@ -293,5 +293,5 @@ class ServedLog:
             log.warning("%s; adrank_served_log_total counts it: %s", what, why)
 
 
-def _size(made: Made) -> int:
-    return len(made.encoded.request.candidates) + len(made.encoded.request.history)
+def _size(ranking: Ranking) -> int:
+    return len(ranking.encoded.request.candidates) + len(ranking.encoded.request.history)

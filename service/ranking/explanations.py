@@ -22,7 +22,7 @@ from ..errors import ScoringError
 from ..models.loaded import Model
 from ..models.watcher import give_way
 from ..telemetry.metrics import Stages
-from .ranker import Encoded, Made
+from .ranker import Encoded, Ranking
 from .scorer import ExplainGraph
 
 MOST_NUMBERS = 50_000
@@ -46,16 +46,16 @@ class Explanations:
         """Of each version that was asked for, its graph, or why there is none. Of the thread alone."""
         self._waiting = 0
 
-    async def add(self, made: Made, stages: Stages) -> None:
+    async def add(self, ranking: Ranking, stages: Stages) -> None:
         """Explain a ranking's ads in it, as far as that can be done."""
         stages.enter("explain")
-        deadline, ranking = made.query.deadline, made.ranking
+        deadline = ranking.query.deadline
         self._waiting += 1
         try:
             if self._waiting > WAITING:
                 raise TimeoutError
             async with asyncio.timeout(SECONDS if deadline is None else min(SECONDS, deadline - stages.total)):
-                ranking.why, notice = await asyncio.get_running_loop().run_in_executor(self._thread, self._explained, made)
+                ranking.why, notice = await asyncio.get_running_loop().run_in_executor(self._thread, self._explained, ranking)
         except TimeoutError:
             notice = "the ads could not be explained in time: explain.onnx is being loaded, or others ask too; ask again"
         finally:
@@ -68,16 +68,16 @@ class Explanations:
         """Let the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _explained(self, made: Made) -> tuple[Sequence[Why], str | None]:
+    def _explained(self, ranking: Ranking) -> tuple[Sequence[Why], str | None]:
         """What there is to say of the first ads, and what is missing. In the thread."""
-        model, ad_ids, behaviours = made.model, made.ranking.ad_ids, made.encoded.behaviours
+        model, ad_ids, behaviours = ranking.model, ranking.ad_ids, ranking.encoded.behaviours
         graph = self._graphs.get(model) or self._graphs.setdefault(model, _load(model.bundle))
         if isinstance(graph, str):
             return [], graph
         each = len(graph.names) + (behaviours if graph.attends else 0)
         some = ad_ids[: MOST_NUMBERS // max(each, 1)]
         try:
-            whys = _whys(graph, _feeds(made.encoded, some), behaviours) if some else []
+            whys = _whys(graph, _feeds(ranking.encoded, some), behaviours) if some else []
         except ScoringError as error:
             self._graphs[model] = notice = _failed(model.bundle, error)
             return [], notice

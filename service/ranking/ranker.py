@@ -72,31 +72,11 @@ class Degraded(NamedTuple):
     fallback: str
 
 
-@dataclass(slots=True)
-class Ranking:
-    """The answer: every candidate once, in the columns of the ranked (best first) or in `omitted` as (ad id, reason)."""
-
-    model: Mapping[str, str]
-    ad_ids: Sequence[str]
-    p_click: Sequence[float]
-    """The shortest decimals that are the model's float32: no digit that it did not mean, none lost."""
-    ecpm: Sequence[float | None] | None
-    """In the bid's currency for a thousand impressions; None for all where there is no bid."""
-    known: Sequence[bool] | None
-    """Whether the catalogue has the ad; None where it has all."""
-    omitted: Sequence[tuple[str, str]]
-    degraded: Sequence[Degraded]
-    seen: Mapping[str, Any] | None = None
-    ads_seen: Sequence[Seen] | None = None
-    propensity: Sequence[float] | None = None
-    """How likely the policy was to put each ad at its place, given those above it; None where it did not explore."""
-    why: Sequence[Mapping[str, Any]] = ()
-    """What `explanations` has to say of the first ads."""
-
-
 class Encoded(NamedTuple):
-    """A request as the model takes it: each candidate once."""
+    """A request as a model takes it: each candidate once."""
 
+    query: Query
+    model: Model
     request: Request
     feeds: Feeds
     known: Mask
@@ -105,23 +85,48 @@ class Encoded(NamedTuple):
     repeated: Sequence[int] | None
     """The positions of the request's candidates in the query, None where they are the same."""
     behaviours: int
+    degraded: list[Degraded]
+    """What the model does without."""
 
 
-class Scored(NamedTuple):
-    """Probabilities `(C,)`, and which of them are numbers."""
+@dataclass(slots=True)
+class Ranking:
+    """The answer, every candidate once, in the columns of the ranked (best first) or in `omitted` as (ad id, reason); and what it
+    was made of, for the log.
+    """
 
-    scores: Numbers
-    finite: Mask
-
-
-class Made(NamedTuple):
-    """A ranking and all that it was made of. Nothing here changes any more."""
-
-    query: Query
-    model: Model
     encoded: Encoded
-    scored: Scored
-    ranking: Ranking
+    scores: Numbers
+    """What the model gave each of the request's candidates `(C,)`: probabilities, or what is no number."""
+    ad_ids: Sequence[str]
+    p_click: Sequence[float]
+    """The shortest decimals that are the model's float32: no digit that it did not mean, none lost."""
+    ecpm: Sequence[float | None] | None
+    """In the bid's currency for a thousand impressions; None for all where there is no bid."""
+    known: Sequence[bool] | None
+    """Whether the catalogue has the ad; None where it has all."""
+    omitted: Sequence[tuple[str, str]]
+    seen: Mapping[str, Any] | None = None
+    ads_seen: Sequence[Seen] | None = None
+    propensity: Sequence[float] | None = None
+    """How likely the policy was to put each ad at its place, given those above it; None where it did not explore."""
+    why: Sequence[Mapping[str, Any]] = ()
+    """What `explanations` has to say of the first ads."""
+
+    @property
+    def query(self) -> Query:
+        """What was asked."""
+        return self.encoded.query
+
+    @property
+    def model(self) -> Model:
+        """What ranked."""
+        return self.encoded.model
+
+    @property
+    def degraded(self) -> Sequence[Degraded]:
+        """What the ranking did without."""
+        return self.encoded.degraded
 
 
 class Ranker:
@@ -149,8 +154,8 @@ class Ranker:
         """Let the scoring threads end."""
         self._scoring.close()
 
-    async def rank(self, query: Query, stages: Stages) -> Made:
-        """The ranking, and all that it was made of.
+    async def rank(self, query: Query, stages: Stages) -> Ranking:
+        """Rank a request.
 
         Raises:
             ServiceError: an unknown model, no model, an invalid request, a deadline that passed, a model that failed.
@@ -171,16 +176,16 @@ class Ranker:
                 return await self._by_canary(asked, canary, views[canary], challenge)
             except (ScoringError, InvalidError) as error:
                 failure = error
-        made = await self._by_live(asked, model, views[model], challenge if canary is None else None)
+        ranking = await self._by_live(asked, model, views[model], challenge if canary is None else None)
         if failure is not None:
             challenge.failed(failure)
-        return made
+        return ranking
 
-    async def _by_live(self, asked: "Asked", model: Model, view: View, challenge: Challenge | None) -> Made:
+    async def _by_live(self, asked: "Asked", model: Model, view: View, challenge: Challenge | None) -> Ranking:
         query, stages = asked.query, asked.stages
         stages.enter("features")
-        encoded, degraded = asked.encoded(model, view)
-        asked.note(model, encoded)
+        encoded = asked.encoded(model, view)
+        asked.note(encoded)
         scores = await self._scoring.score(model.scorer, encoded.feeds, stages, query.deadline)
         stages.enter("post")
         if challenge is not None:
@@ -188,16 +193,16 @@ class Ranker:
             def encode(other: Model) -> Feeds:
                 if other.bundle.fingerprint == model.bundle.fingerprint:
                     return encoded.feeds
-                return asked.encoded(other, asked.catalogue.view(other.bundle.fingerprint))[0].feeds
+                return asked.encoded(other, asked.catalogue.view(other.bundle.fingerprint)).feeds
 
             challenge.beside(query.user_id, stages.seconds["inference"], scores, encode)
-        return self._made(asked, model, encoded, scores, degraded)
+        return self._ranking(stages, encoded, scores)
 
-    async def _by_canary(self, asked: "Asked", canary: Model, view: View, challenge: Challenge) -> Made:
+    async def _by_canary(self, asked: "Asked", canary: Model, view: View, challenge: Challenge) -> Ranking:
         """By the challenger; what is waited for it in vain counts as waiting, so that the stages are those of the version that ranks."""
         query, stages = asked.query, asked.stages
-        encoded, degraded = asked.encoded(canary, view)
-        asked.note(canary, encoded)
+        encoded = asked.encoded(canary, view)
+        asked.note(encoded)
         patience = None if query.deadline is None else (query.deadline - stages.total) / 2
         stages.enter(None)
         began, stage = time.perf_counter(), "queue"
@@ -207,17 +212,14 @@ class Ranker:
         finally:
             stages.add(stage, began, time.perf_counter())
         stages.enter("post")
-        return self._made(asked, canary, encoded, scores, degraded)
+        return self._ranking(stages, encoded, scores)
 
-    def _made(self, asked: "Asked", model: Model, encoded: Encoded, scores: Numbers, degraded: list[Degraded]) -> Made:
-        stages, finite = asked.stages, np.isfinite(scores)
+    def _ranking(self, stages: Stages, encoded: Encoded, scores: Numbers) -> Ranking:
         stages.scores = scores
-        if np.count_nonzero(finite) < len(finite):
-            degraded.append(Degraded("inference", "not_finite", "omitted"))
-        stages.degraded = [(entry.stage, entry.reason) for entry in degraded]
-        scored = Scored(scores, finite)
-        ranking = _ranking(asked.query, model, encoded, scored, degraded, self._random)
-        return Made(asked.query, model, encoded, scored, ranking)
+        if np.count_nonzero(np.isfinite(scores)) < len(scores):
+            encoded.degraded.append(Degraded("inference", "not_finite", "omitted"))
+        stages.degraded = [(entry.stage, entry.reason) for entry in encoded.degraded]
+        return _ranking(encoded, scores, self._random)
 
     async def _user(self, query: Query, stages: Stages) -> UserState | StoreError:
         """The user's state, or why the store does not give it. It is asked once, whichever version ranks in the end."""
@@ -249,8 +251,8 @@ class Asked:
     ts: float
     """When, in seconds since 1970: whichever version ranks sees the same ages."""
 
-    def encoded(self, model: Model, view: View) -> tuple[Encoded, list[Degraded]]:
-        """The request as a model takes it, and what that does without.
+    def encoded(self, model: Model, view: View) -> Encoded:
+        """The request as a model takes it.
 
         Raises:
             InvalidError: a feature does not fit the model's schema.
@@ -259,11 +261,20 @@ class Asked:
         if isinstance(self.stored, StoreError):
             degraded += self._without_user(model, self.stored.reason)
         stored = UserState() if isinstance(self.stored, StoreError) else self.stored
-        return _encode(self.query, view, _usable(model, self.query, stored, degraded), self.ts), degraded
+        usable = _usable(model, self.query, stored, degraded)
+        repeated = _first_of_each(self.query)
+        request = _request(self.query, usable, repeated, self.ts)
+        try:
+            feeds, known = encode_request(view.table, request)
+        except FieldError as error:
+            raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
+        view.renew()
+        behaviours = min(len(request.history), model.bundle.schema.history_length)
+        return Encoded(self.query, model, request, feeds, known, view, repeated, behaviours, degraded)
 
-    def note(self, model: Model, encoded: Encoded) -> None:
+    def note(self, encoded: Encoded) -> None:
         """Tell the metrics what is about to be scored, and by which version."""
-        self.stages.version = model.bundle.version
+        self.stages.version = encoded.model.bundle.version
         self.stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
 
     def _without_user(self, model: Model, reason: str) -> list[Degraded]:
@@ -316,64 +327,50 @@ def _request(query: Query, state: UserState, repeated: Sequence[int] | None, ts:
     return Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features, times, ts)
 
 
-def _encode(query: Query, view: View, state: UserState, ts: float) -> Encoded:
-    repeated = _first_of_each(query)
-    request = _request(query, state, repeated, ts)
-    try:
-        feeds, known = encode_request(view.table, request)
-        view.renew()
-        behaviours = min(len(request.history), view.table.encoder.schema.history_length)
-        return Encoded(request, feeds, known, view, repeated, behaviours)
-    except FieldError as error:
-        raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
-
-
-def _ranking(
-    query: Query, model: Model, encoded: Encoded, scored: Scored, degraded: list[Degraded], random: np.random.Generator
-) -> Ranking:
+def _ranking(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ranking:
     """Ads best first, or as the policy drew them, those beyond `top_k` omitted, and those without a finite score. Ties go by ad id."""
-    ad_ids, repeated = encoded.request.candidates, encoded.repeated
+    query, ad_ids, repeated, finite = encoded.query, encoded.request.candidates, encoded.repeated, np.isfinite(scores)
     bids = query.bids if query.bids is None or repeated is None else query.bids[repeated]
-    told = _told(query, encoded, degraded)
-    (rows,) = (scored.finite & told).nonzero()
-    clicks = shortest(scored.scores) if len(rows) == len(ad_ids) else shortest(np.where(scored.finite, scored.scores, np.float32(0)))
+    rankable = _rankable(encoded)
+    (rows,) = (finite & rankable).nonzero()
+    clicks = shortest(scores) if len(rows) == len(ad_ids) else shortest(np.where(finite, scores, np.float32(0)))
     ecpm = None if bids is None else clicks * bids * 1000
-    by = scored.scores if query.objective == "pctr" or ecpm is None else ecpm
+    by = scores if query.objective == "pctr" or ecpm is None else ecpm
     order, propensity = arrange(best_first(rows, by, ad_ids), by, query.policy, query.top_k, random)
     kept = order[: query.top_k]
     places, known = kept.tolist(), encoded.known.take(kept)
     omitted = [] if repeated is None else [(ad_id, "duplicate") for ad_id in _others(query.ad_ids, repeated)]
     if len(places) < len(ad_ids):
-        omitted += [(ad_ids[row], "unknown_ad") for row in np.flatnonzero(~told).tolist()]
-        omitted += [(ad_ids[row], "not_scored") for row in np.flatnonzero(told & ~scored.finite).tolist()]
+        omitted += [(ad_ids[row], "unknown_ad") for row in np.flatnonzero(~rankable).tolist()]
+        omitted += [(ad_ids[row], "not_scored") for row in np.flatnonzero(rankable & ~finite).tolist()]
         omitted += [(ad_ids[row], "top_k") for row in order[len(kept) :].tolist()]
     ranking = Ranking(
-        model.facts(),
+        encoded,
+        scores,
         list(map(ad_ids.__getitem__, places)),
         clicks.take(kept).tolist(),
         None if ecpm is None else [None if value != value else value for value in ecpm.take(kept).tolist()],  # noqa: PLR0124
         None if np.count_nonzero(known) == len(known) else known.tolist(),
         omitted,
-        degraded,
         propensity=None if propensity is None else propensity.tolist(),
     )
     if query.explain:
-        encoder = model.bundle.encoder
+        encoder = encoded.model.bundle.encoder
         ranking.seen = explain_request(encoder, encoded.feeds, encoded.behaviours)
         ranking.ads_seen = [explain_ad(encoder, encoded.feeds, row) for row in places]
     return ranking
 
 
-def _told(query: Query, encoded: Encoded, degraded: Sequence[Degraded]) -> Mask:
+def _rankable(encoded: Encoded) -> Mask:
     """Which candidates may be ranked: all but those of which nothing is known, where the request wants those omitted.
 
     While the catalogue has not been read, no ad can be told from an unknown one: then all are ranked, as `degraded` says.
     """
-    if query.unknown_ads == "rank" or any(entry.stage == "catalogue" for entry in degraded):
+    if encoded.query.unknown_ads == "rank" or any(entry.stage == "catalogue" for entry in encoded.degraded):
         return np.ones(len(encoded.known), np.bool_)
-    told = encoded.known.copy()
-    told[[row for row, features in encoded.request.sent.items() if any(value is not None for value in features.values())]] = True
-    return told
+    rankable = encoded.known.copy()
+    rankable[[row for row, features in encoded.request.sent.items() if any(value is not None for value in features.values())]] = True
+    return rankable
 
 
 def _others(ad_ids: Sequence[str], ranked: Sequence[int]) -> list[str]:
