@@ -6,7 +6,7 @@ The only code that does so. Training replays its log through it and the service 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from .schema import AGES, FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, S
 from .values import ValueTextError, text_of
 from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
 
-Value = str | int | float | Sequence[str] | None
+Value = str | int | float | Sequence[str] | Sequence[float] | None
 Features = Mapping[str, Value]
 Feeds = dict[str, np.ndarray[Any, Any]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -73,19 +73,27 @@ def _unless_missing(field: Field, value: Value) -> Value:
         return None if any(cleaned == float(token) for token in field.missing_values) else cleaned
     if isinstance(cleaned, str):
         return None if cleaned in field.missing_values else cleaned
-    return [element for element in cleaned if element not in field.missing_values]  # type: ignore[union-attr]  # of texts
+    return [element for element in cleaned if element not in field.missing_values]  # type: ignore[return-value, union-attr]  # of texts
 
 
 def _clean(field: Field, value: Value) -> Value:
     if field.kind == "number":
-        if not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
+        if not _fits(value):
             raise FieldError(field.side, field.name, "expected a finite number that fits float32")
         return float(value)
+    if field.kind == "vector":
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != field.length or not all(map(_fits, value)):
+            raise FieldError(field.side, field.name, f"expected a list of {field.length} finite numbers that fit float32")
+        return [float(element) for element in value]
     if field.kind == "list":
         if isinstance(value, str | bytes) or not isinstance(value, Sequence):
             raise FieldError(field.side, field.name, "expected a list of texts")
         return [text for element in value if (text := _text(field, element)) is not None]
     return _text(field, value)
+
+
+def _fits(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and abs(value) <= FLOAT32_MAX
 
 
 def _text(field: Field, value: object) -> str | None:
@@ -116,8 +124,9 @@ class Encoder:
         ad = self.layouts["ad"]
         columns = {slot.field.name: slot for slot in (*ad.ids, *ad.numbers)}
         history = [columns[name] for name in schema.history_fields]
-        self.history_ids = np.array([c for s in history if s.field.kind != "number" for c in range(s.start, s.stop)], np.int64)
-        self.history_numbers = np.array([s.start for s in history if s.field.kind == "number"], np.int64)
+        self.history_ids, self.history_numbers = (
+            np.array([c for s in history if s.field.dense == dense for c in range(s.start, s.stop)], np.int64) for dense in (False, True)
+        )
 
     def encode(self, side: Side, columns: Mapping[str, Sequence[Any]], rows: int) -> Block:
         """Encode `rows` rows of one side, given as clean columns by field name; an absent column is missing throughout."""
@@ -127,7 +136,7 @@ class Encoder:
         for slot in layout.ids:
             ids[:, slot.columns] = self._ids(slot.field, columns.get(slot.field.name), rows)
         for slot in layout.numbers:
-            numbers[:, slot.start] = self._numbers(slot.field, columns.get(slot.field.name), rows)
+            numbers[:, slot.columns] = self._dense(slot.field, columns.get(slot.field.name), rows)
         return Block(ids, numbers)
 
     def _ids(self, field: Field, values: Sequence[Any] | None, rows: int) -> Ids:
@@ -151,6 +160,13 @@ class Encoder:
         ids = np.zeros((len(kept), field.length), np.int64)
         ids[np.arange(field.length) < lengths[:, None]] = flat
         return ids
+
+    def _dense(self, field: Field, values: Sequence[Any] | None, rows: int) -> Numbers:
+        """The columns `(rows, length)` of a number or a vector."""
+        if field.kind == "number":
+            return self._numbers(field, values, rows)[:, None]
+        none = (0.0,) * field.length
+        return np.array([none if value is None else value for value in values or (None,) * rows], np.float32).reshape(rows, field.length)
 
     def _numbers(self, field: Field, values: Sequence[float | None] | None, rows: int) -> Numbers:
         raw = np.full(rows, np.nan) if values is None else np.array(values, np.float64)
@@ -181,13 +197,13 @@ class Encoder:
         return {name: clean(self._sendable(side, name), value) for name, value in features.items()}
 
     def _row(self, side: Side, values: dict[str, Any], identity: str | None) -> tuple[list[int], list[Numbers]]:
-        """Ids and numbers `(1, 1)` of one row of clean values, one by one: a column of one costs as much as one of hundreds."""
+        """Ids and numbers `(1, width)` of one row of clean values, one by one: a column of one costs as much as one of hundreds."""
         if identity is not None and not (side == "user" and self.is_nobody(identity)):
             values[IDENTITY[side]] = identity
         ids: list[int] = []
         for slot in self.sides[side].ids:
             ids += self._ids_of_one(slot.field, values.get(slot.field.name))
-        return ids, [self._numbers(slot.field, [values.get(slot.field.name)], 1)[:, None] for slot in self.sides[side].numbers]
+        return ids, [self._dense(slot.field, [values.get(slot.field.name)], 1) for slot in self.sides[side].numbers]
 
     def _ids_of_one(self, field: Field, value: Any) -> list[int]:
         lookup = self.vocabularies.categories[field.vocabulary]
@@ -261,7 +277,7 @@ class Encoder:
             block.ids[rows, slot.columns] = self._ids(slot.field, values, len(rows))
         for slot in (slot for slot in layout.numbers if slot.field.name in columns):
             rows, values = columns[slot.field.name]
-            block.numbers[rows, slot.start] = self._numbers(slot.field, values, len(rows))
+            block.numbers[rows, slot.columns] = self._dense(slot.field, values, len(rows))
 
     def feeds(self, blocks: Mapping[str, Block]) -> Feeds:
         """The tensors that a network takes, by name, from the blocks of one request; blocks without columns are left out."""

@@ -17,7 +17,7 @@ from .errors import AdrankError
 T = TypeVar("T")
 Side = Literal["user", "context", "ad"]
 SIDES: tuple[Side, ...] = ("user", "context", "ad")
-KINDS = ("category", "list", "number")
+KINDS = ("category", "list", "number", "vector")
 TRANSFORMS = ("none", "log", "standard")
 MISSING_CATEGORY = ("padding", "unknown")
 IDENTITY = {"user": "user_id", "ad": "ad_id"}
@@ -45,7 +45,7 @@ class Field:
     side: Side
     """Whose: the user's, the context's (of the request), or the ad's."""
     kind: str
-    """`category` (one value), `list` (several) or `number`."""
+    """`category` (one value), `list` (several), `number`, or `vector` (so many numbers, such as an embedding of an ad's text)."""
     vocabulary: str = ""
     """Fields that name the same vocabulary share its ids and its embeddings. Default: the field's own name."""
     buckets: int = 0
@@ -53,7 +53,7 @@ class Field:
     min_count: int = 1
     """A value seen less often in the training split is unknown."""
     length: int = 1
-    """For a list: how many values are kept, the first ones."""
+    """For a list: how many values are kept, the first ones. For a vector: how many numbers it has."""
     transform: str = "none"
     """For a number: `none`, `log` (sign(x) log(1 + |x|)) or `standard` ((x - mean) / deviation, from the training split; 0 where
     the number is constant there up to rounding)."""
@@ -61,6 +61,11 @@ class Field:
     """For a category or list `padding` (id 0) or `unknown` (id 1); for a number the raw value that stands in."""
     missing_values: tuple[str, ...] = ()
     """Values that mean that there is none, such as NULL or -1: in the log, in a request and in the store alike."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether its values are numbers as they stand, not looked up in a vocabulary."""
+        return self.kind in ("number", "vector")
 
     @property
     def path(self) -> str:
@@ -71,7 +76,7 @@ class Field:
         """Those of some values that mean missing which this field can have; identities have none."""
         if self.name in IDENTITY.values():
             return ()
-        return tuple(token for token in tokens if self.kind != "number" or _is_finite(token))
+        return tuple(token for token in tokens if not self.dense or (self.kind == "number" and _is_finite(token)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +108,17 @@ class Layout:
     @property
     def number_width(self) -> int:
         """Columns of the number block."""
-        return len(self.numbers)
+        return self.numbers[-1].stop if self.numbers else 0
 
 
 def lay_out(fields: tuple[Field, ...]) -> Layout:
     """Columns for the fields, in their order."""
-    slots, start = [], 0
+    slots: dict[bool, list[Slot]] = {False: [], True: []}
     for field in fields:
-        if field.kind != "number":
-            slots.append(Slot(field, start, start + field.length))
-            start += field.length
-    numbers = [field for field in fields if field.kind == "number"]
-    return Layout(tuple(slots), tuple(Slot(field, i, i + 1) for i, field in enumerate(numbers)))
+        before = slots[field.dense]
+        start = before[-1].stop if before else 0
+        before.append(Slot(field, start, start + field.length))
+    return Layout(tuple(slots[False]), tuple(slots[True]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +212,7 @@ def _said(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _default_missing(kind: str) -> str | float:
-    return 0.0 if kind == "number" else "padding"
+    return 0.0 if kind in ("number", "vector") else "padding"
 
 
 def _require(condition: bool, message: str) -> None:
@@ -256,6 +260,8 @@ def _field(side: Side, name: str, entries: object) -> Field:
     mistakes += _mistakes(field)
     if not mistakes and kind == "number":
         mistakes += _mistakes_of_number(field)
+    elif not mistakes and kind == "vector":
+        mistakes += _mistakes_of_vector(field)
     elif not mistakes:
         rules = {
             "only a number has a transform": field.transform == "none",
@@ -272,7 +278,7 @@ def _mistakes(field: Field) -> list[str]:
         f"buckets must be a whole number from 0 to {MAX_BUCKETS}": _is_int(field.buckets, 0, MAX_BUCKETS),
         "min_count must be a whole number of at least 1": _is_int(field.min_count, 1, 2**62),
         f"length must be a whole number from 1 to {MAX_LIST_LENGTH}": _is_int(field.length, 1, MAX_LIST_LENGTH),
-        "only a list has a length": field.kind not in KINDS or field.kind == "list" or field.length == 1,
+        "only a list or a vector has a length": field.kind not in KINDS or field.kind in ("list", "vector") or field.length == 1,
         f"transform must be one of {', '.join(TRANSFORMS)}": field.transform in TRANSFORMS,
         'missing_values must be a list of texts, such as ["NULL", "-1"]': _is_texts(field.missing_values),
     }
@@ -284,6 +290,16 @@ def _mistakes_of_number(field: Field) -> list[str]:
         "a number has neither buckets nor min_count": (field.buckets, field.min_count) == (0, 1),
         "missing must be a finite number that fits float32, the raw value that stands in": _is_number(field.missing),
         "missing_values of a number must be numbers, as texts": all(map(_is_finite, field.missing_values)),
+    }
+    return [rule for rule, holds in rules.items() if not holds]
+
+
+def _mistakes_of_vector(field: Field) -> list[str]:
+    rules = {
+        "a vector needs a length of at least 2, how many numbers it has": field.length > 1,
+        "a vector has neither buckets, min_count nor a transform": (field.buckets, field.min_count, field.transform) == (0, 1, "none"),
+        "a vector that is missing is 0 throughout: leave missing and missing_values out": (field.missing, field.missing_values)
+        in ((0.0, ()), (0.0, [])),
     }
     return [rule for rule, holds in rules.items() if not holds]
 
@@ -386,7 +402,7 @@ def _misfits(fields: Sequence[Field]) -> list[str]:
             mistakes.append(f"field {field.path}: an identity is a category")
         elif identity and field.missing_values:
             mistakes.append(f"field {field.path}: an identity has no missing_values; nobody = [...] says which user ids mean no user")
-        elif field.kind != "number":
+        elif not field.dense:
             owner = owners.setdefault(field.vocabulary, field)
             if (owner.buckets, owner.min_count) != (field.buckets, field.min_count):
                 mistakes.append(f"fields {owner.path} and {field.path} share a vocabulary but not its buckets and min_count")

@@ -138,7 +138,7 @@ def parse_vocabularies(text: str, schema: Schema, others: Iterable[Vocabularies]
         listed, moments = document["categories"], document["moments"]
         categories: dict[str, Vocabulary | HashBuckets] = {}
         for field in schema.fields:
-            if field.kind != "number":
+            if not field.dense:
                 buckets = field.buckets
                 categories[field.vocabulary] = HashBuckets(buckets) if buckets else Vocabulary(listed[field.vocabulary])
         standard = [field.path for field in schema.fields if field.transform == "standard"]

@@ -36,5 +36,6 @@ def _fields(layout: Layout, feeds: Feeds, part: str, at: tuple[int, ...]) -> See
         ids = feeds[f"{part}_ids"][at][slot.columns].tolist()
         seen[slot.field.name] = ids if slot.field.kind == "list" else ids[0]
     for slot in layout.numbers:
-        seen[slot.field.name] = float(feeds[f"{part}_numbers"][at][slot.start])
+        numbers = feeds[f"{part}_numbers"][at][slot.columns].tolist()
+        seen[slot.field.name] = numbers if slot.field.kind == "vector" else numbers[0]
     return seen

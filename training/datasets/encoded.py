@@ -145,7 +145,7 @@ def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Voca
         DataError: the split is absent, or a column is of another type than its field.
     """
     schema = data.schema
-    counts: dict[str, list[pl.DataFrame]] = {field.vocabulary: [] for field in schema.fields if field.kind != "number"}
+    counts: dict[str, list[pl.DataFrame]] = {field.vocabulary: [] for field in schema.fields if not field.dense}
     spreads = {field.path: NOTHING for field in schema.fields if field.transform == "standard"}
     tables = {side: data.table(side) for side in ("user", "ad")}
     for frame in data.frames("train"):
@@ -154,7 +154,7 @@ def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Voca
             column = column_of(whole, field)
             if column is not None and field.path in spreads:
                 spreads[field.path] = spreads[field.path].beside(Spread.of(column.drop_nulls().drop_nans().to_numpy()))
-            elif column is not None and field.kind != "number" and not field.buckets:
+            elif column is not None and not field.dense and not field.buckets:
                 counts[field.vocabulary].append(_counts(column))
         if schema.history and not schema.history[0].buckets:
             # A behaviour repeats with every later row of its user: it makes an ad known, and counts once a file.
@@ -162,7 +162,7 @@ def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Voca
             counts[schema.history[0].vocabulary].append(behaviours)
     categories: dict[str, Vocabulary | HashBuckets] = {}
     for field in schema.fields:
-        if field.kind != "number":
+        if not field.dense:
             kept = base.categories[field.vocabulary] if base else None
             first = kept.values if isinstance(kept, Vocabulary) else ()
             categories[field.vocabulary] = (

@@ -91,6 +91,8 @@ def _no_ads(ads: pl.Series) -> Iterator[str]:
 
 def _stand_ins(column: pl.Series, field: Field) -> Iterator[str]:
     """Values of a column that look as if they meant that there is none."""
+    if field.kind == "vector":
+        return
     if field.kind == "number":
         yield from _negative(column, field)
         return

@@ -44,7 +44,12 @@ MANIFEST = "manifest.json"
 """What a bundle has, and no data set."""
 SHARES = (0.8, 0.1, 0.1)
 ROWS_PER_FILE = 100_000
-DTYPES: dict[str, pl.DataType] = {"category": pl.String(), "list": pl.List(pl.String()), "number": pl.Float64()}
+DTYPES: dict[str, pl.DataType] = {
+    "category": pl.String(),
+    "list": pl.List(pl.String()),
+    "number": pl.Float64(),
+    "vector": pl.List(pl.Float64()),
+}
 
 COLUMNS = ("label", "user_id", "ad_id", "ts", "history", "history_ts", "weight", "click")
 """Names that no further head of a network can have: its labels are in a column of its name."""
@@ -251,6 +256,8 @@ def check_rows(frame: pl.DataFrame, schema: Schema, path: Path) -> None:
     for f in schema.fields:
         if f.kind == "number" and f.path in frame.columns and (frame[f.path].fill_nan(None).abs() > FLOAT32_MAX).any():
             raise DataError(f"{path}: column {f.path} holds a number that is not finite, or too large for float32")
+        if f.kind == "vector" and f.path in frame.columns and not is_vector(frame[f.path], f.length).all():
+            raise DataError(f"{path}: column {f.path} holds something else than vectors of {f.length} finite numbers that fit float32")
     if "weight" in frame.columns:
         check_columns(frame, {"weight": pl.Float64()}, path)
         if not frame["weight"].is_between(0, FLOAT32_MAX).fill_null(False).all():
@@ -258,6 +265,13 @@ def check_rows(frame: pl.DataFrame, schema: Schema, path: Path) -> None:
     bad = frame.filter(pl.col("label").is_null() | ~pl.col("label").is_in([0, 1]))
     if len(bad):
         raise DataError(f"{path}: {len(bad)} labels are not 0 or 1, the first is {bad['label'][0]}")
+
+
+def is_vector(column: pl.Series, length: int) -> pl.Series:
+    """Which lists of numbers are vectors of that length, or none at all."""
+    fits = pl.element().abs() <= FLOAT32_MAX  # that of NaN is larger
+    whole = (pl.col("v").list.len() == length) & pl.col("v").list.eval(fits.fill_null(value=False)).list.all()
+    return column.alias("v").to_frame().select(pl.col("v").is_null() | whole).to_series()
 
 
 def _check_times(frame: pl.DataFrame, path: Path) -> None:

@@ -40,6 +40,6 @@ def _column(field: Field, column: pl.Series) -> Column:
     values = column.explode().drop_nulls() if column.dtype == pl.List else column.drop_nulls()
     if values.is_empty():
         return Column(field, 1.0, 0, "")
-    if field.kind == "number":
+    if field.dense:
         return Column(field, int(empty.sum()) / len(column), values.n_unique(), f"{values.to_numpy().mean():g}")
     return Column(field, int(empty.sum()) / len(column), values.n_unique(), str(values.mode().sort()[0]))

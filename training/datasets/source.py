@@ -13,7 +13,7 @@ from features.schema import FLOAT32_MAX
 from features.vocabulary import Ids
 
 from . import times
-from .prepared import DataError
+from .prepared import DataError, is_vector
 from .texts import CellError, lists_of, texts_of
 
 
@@ -133,6 +133,25 @@ class Table:
         if not isinstance(values.dtype, pl.List) or not isinstance(inner, pl.DataType) or inner.is_nested() or inner == pl.Binary:
             raise DataError(f"{self.path}: column {name} is {values.dtype}; a list needs lists, or text with a separator")
         return self._told(name, lists_of, values)
+
+    def vectors(self, name: str, length: int, separator: str) -> pl.Series:
+        """A column of vectors, as List(Float64): lists of numbers, or text with a separator; a cell may have none.
+
+        Raises:
+            RowError: a cell has another number of numbers, or one that is not finite.
+        """
+        values = self.column(name)
+        if values.dtype == pl.String:
+            values = values.replace("", None).str.split(separator).list.eval(pl.element().str.strip_chars())
+        elif isinstance(values.dtype, pl.Array):
+            values = values.arr.to_list()
+        if values.dtype == pl.Null:
+            return values.cast(pl.List(pl.Float64))
+        if not isinstance(values.dtype, pl.List):
+            raise DataError(f"{self.path}: column {name} is {values.dtype}; a vector needs lists of numbers, or text with a separator")
+        vectors = values.cast(pl.List(pl.Float64), strict=False)
+        self.refuse(name, ~is_vector(vectors, length), f"a vector of {length} finite numbers that fit float32")
+        return vectors
 
     def instants(self, name: str, unit: str = "s", formats: Sequence[str] = ()) -> pl.Series:
         """A column of times, as microseconds since 1970: text in one of the formats, where there are any; else numbers in `unit`,

@@ -106,6 +106,8 @@ def _ads(table: Table, settings: TableSettings) -> pl.Series:
 def _values(table: Table, feature: Field, column: str, settings: TableSettings) -> pl.Series:
     if feature.kind == "list":
         return without_elements(table.lists(column, settings.list_separator), feature.missing_values)
+    if feature.kind == "vector":
+        return table.vectors(column, feature.length, settings.list_separator)
     if feature.kind == "category":
         return without(table.text(column), feature.missing_values)
     numbers = _blanked(table, column, (*(settings.missing or ()), *feature.missing_values)).numbers(column)

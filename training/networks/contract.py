@@ -126,6 +126,11 @@ class Fields(NamedTuple):
         return self._replace(layouts={part: Layout(layout.ids, ()) for part, layout in self.layouts.items()})
 
     @property
+    def numbers(self) -> int:
+        """Columns of all numbers beside a candidate, where a vector has several: see `numbers_of`."""
+        return sum(slot.stop - slot.start for layout in self.layouts.values() for slot in layout.numbers)
+
+    @property
     def request(self) -> int:
         """F of the request side, where each field of the history is one more, pooled over the behaviours."""
         return self.count("user") + self.count("history")

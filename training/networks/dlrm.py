@@ -36,8 +36,7 @@ class DLRM(Network):
 
     def __init__(self, fields: Fields, settings: DLRMSettings) -> None:
         super().__init__(fields, settings)
-        width, categories = settings.embedding, fields.categories
-        numbers = fields.all - categories.all
+        width, categories, numbers = settings.embedding, fields.categories, fields.numbers
         if not categories.all:
             raise ValueError("dlrm multiplies categories' vectors, and this schema has only numbers; train deepfm instead")
         self.embed = Embeddings(categories, width)

@@ -1,11 +1,11 @@
 """The vectors of a request's fields, from one table for all vocabularies."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from features.schema import Layout, lay_out
+from features.schema import Layout, Slot, lay_out
 from features.vocabulary import PADDING
 
 from .contract import Fields, Part, RequestTensors, full_name
@@ -61,13 +61,22 @@ class Embeddings(nn.Module):
         return torch.where(ids > PADDING, ids + self.get_buffer(f"{name}_offsets"), PADDING)
 
     def forward(self, name: str, part: Part) -> Tensor:
-        """Vectors `(..., F, D)` of a part: categories looked up, lists averaged over their values, numbers scaling a vector."""
+        """Vectors `(..., F, D)` of a part: categories looked up, lists averaged over their values, numbers scaling a vector each.
+
+        A dense vector is the sum over its numbers: a linear layer from its length to D.
+        """
         vectors = []
         if self.layouts[name].width:
             vectors.append(self._pool(self.layouts[name], self._own(name, 0, part.ids), self.table(self.table_rows(name, part.ids))))
         if self.layouts[name].number_width:
-            vectors.append(self._own(name, 1, part.numbers).unsqueeze(-1) * self.scales[name])
+            vectors.append(self._scaled(self.layouts[name].numbers, self._own(name, 1, part.numbers), self.scales[name]))
         return part.spread(torch.cat(vectors, dim=-2) if len(vectors) > 1 else vectors[0])
+
+    @staticmethod
+    def _scaled(slots: Sequence[Slot], numbers: Tensor, scales: Tensor) -> Tensor:
+        if all(slot.field.kind == "number" for slot in slots):
+            return numbers.unsqueeze(-1) * scales
+        return torch.stack([numbers[..., slot.columns] @ scales[slot.columns] for slot in slots], dim=-2)
 
     def _own(self, name: str, block: int, values: Tensor) -> Tensor:
         """The columns of these fields, of a part's ids (block 0) or numbers (1)."""

@@ -80,7 +80,7 @@ def _rows(before: Vocabulary | HashBuckets, now: Vocabulary | HashBuckets) -> Te
 def _copy_scales(source: Embeddings, table: Embeddings) -> None:
     """The vectors that numbers scale, by part and field."""
     for part, layout in table.layouts.items():
-        there = {slot.field.name: i for i, slot in enumerate(source.layouts[part].numbers)} if part in source else {}
-        for i, slot in enumerate(layout.numbers):
-            if slot.field.name in there:
-                table.scales[part][i] = source.scales[part][there[slot.field.name]]
+        there = {(slot.field.name, slot.field.length): slot for slot in source.layouts[part].numbers} if part in source else {}
+        for slot in layout.numbers:
+            if source_slot := there.get((slot.field.name, slot.field.length)):
+                table.scales[part][slot.columns] = source.scales[part][source_slot.columns]

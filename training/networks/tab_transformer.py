@@ -53,7 +53,7 @@ class TabTransformer(Network):
         self.embed = Embeddings(fields.categories, width - column)
         self.columns = nn.Parameter(torch.empty(count, column).normal_(std=1e-2))
         self.layers = nn.Sequential(*(FieldAttention(width, settings.attention_heads, settings.dropout) for _ in range(settings.layers)))
-        numbers = fields.all - count
+        numbers = fields.numbers
         self.norm = nn.LayerNorm(numbers) if numbers >= LEAST_NUMBERS else nn.Identity()
         self.deep = MLP(count * width + numbers, settings.hidden, settings.dropout)
         self.last = nn.Linear(settings.hidden[-1], 1)

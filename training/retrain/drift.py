@@ -196,8 +196,11 @@ class _Tally:
 
 
 def _fields(schema: Schema) -> dict[str, Field | None]:
-    """The fields that are watched, by path. The users' own ids are left out: new ones come all the time, and never drift back."""
-    fields: dict[str, Field | None] = {field.path: field for field in schema.fields if field.name != "user_id"}
+    """The fields that are watched, by path. The users' own ids are left out: new ones come all the time, and never drift back.
+
+    So are vectors: their numbers have no meaning one by one.
+    """
+    fields: dict[str, Field | None] = {field.path: field for field in schema.fields if field.name != "user_id" and field.kind != "vector"}
     return fields | ({HISTORY: None} if schema.history_length else {})
 
 
