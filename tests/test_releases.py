@@ -11,7 +11,8 @@ import pytest
 from features.bundle import BundleError, current_path, load_bundle, released
 from features.releases import promote, rollback, versions
 from features.repository import model_names
-from tests.test_cli import ROOT, refused, run
+from tests.test_cli import refused, run
+from tests.test_datasets import ROOT
 
 
 def live(models: Path) -> int:

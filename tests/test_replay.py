@@ -8,18 +8,15 @@ from typing import Any
 import bundles
 import logs
 import numpy as np
-import onnxruntime
 import polars as pl
 import pytest
 import small
 from test_cli import run
 
-from features.bundle import MODEL, Bundle, load_bundle
-from features.policy import EpsilonGreedy, PlackettLuce, Policy
-from features.schema import parse_schema
+from features.bundle import Bundle, load_bundle
+from features.policy import EpsilonGreedy, PlackettLuce
 from features.served import ServedRecord
 from features.state import pack_features
-from training import simulation
 from training.datasets import open_bandit
 from training.datasets.log import ImpressionLog, open_log
 from training.datasets.prepared import SPLITS, DataError, Prepared, open_prepared
@@ -350,66 +347,6 @@ def test_how_rankings_lie_in_files_makes_no_difference(
     for name in ("ips", "snips", "dr"):
         assert getattr(many, name).value == pytest.approx(getattr(one, name).value, rel=1e-5)
         assert getattr(many, name).high == pytest.approx(getattr(one, name).high, rel=1e-5)
-
-
-# --- against a world whose truth is known
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[simulation.World, Bundle]:
-    """A small world and a network that was trained on a log of it."""
-    folder = tmp_path_factory.mktemp("world")
-    made = simulation.make_world(users=60, ads=30, seed=3)
-    simulation.write_log(made, folder / "data", impressions=12_000, seed=4)
-    given = {"epochs": "2", "batch": "128", "threads": "1", "embedding": "4", "hidden": "16", "learning_rate": "0.01"}
-    path, _ = train_and_publish(open_prepared(folder / "data"), "deepfm", folder / "models", "deepfm", given, small.quiet())
-    return made, load_bundle(path)
-
-
-def played(made: simulation.World, count: int, places: int, seed: int) -> tuple[list[ServedRecord], set[tuple[str, str]], np.ndarray]:
-    """Rankings of eight ads, drawn by noise over the true p(click), and what came of them; `(count, 8, places)` the true p(click)."""
-    random = np.random.default_rng(seed)
-    ads = [dict(zip(("category", "brand"), row, strict=True)) for row in made.ads().select("ad.category", "ad.brand").rows()]
-    ages = made.users()["user.age"].to_list()
-    rankings, clicks, truths = [], set(), []
-    for number in range(count):
-        user, slot, day = int(random.integers(60)), int(random.integers(3)), 29
-        chosen = random.permutation(30)[:8]
-        truth = made.p_click(day, user, chosen[:, None], slot, np.arange(places)[None, :])
-        order, chances = drawn(truth[:, 0] * np.exp(random.normal(0, 0.5, 8)), places, 1.0, random)
-        ids = [f"a{ad}" for ad in chosen]
-        context = {"slot": simulation.SLOTS[slot], "position": "1"}
-        packed = {ad_id: pack_features(ads[ad]) for ad_id, ad in zip(ids, chosen, strict=True)}
-        plain = ranking(number, ids, order, chances, context=context, ads=packed, policy="plackett_luce 1.0")
-        rankings.append(changed(plain, user_id=f"u{user}", user={"age": ages[user]}))
-        clicks |= {(f"r{number}", ids[ad]) for place, ad in enumerate(order) if random.random() < truth[ad, place]}
-        truths.append(truth)
-    return rankings, clicks, np.stack(truths)
-
-
-@pytest.mark.parametrize(("policy", "places"), [(EpsilonGreedy(0.0), 1), (PlackettLuce(0.5), 3)])
-def test_the_world_s_true_click_rate_is_within_the_intervals(
-    trained: tuple[simulation.World, Bundle], tmp_path: Path, policy: Policy, places: int
-) -> None:
-    made, bundle = trained
-    rankings, clicks, truths = played(made, 2500, places, seed=places)
-    session = onnxruntime.InferenceSession(bundle.path / MODEL)
-    scores = np.stack([session.run(None, each.feeds(bundle.encoder, each.candidates))[0][0] for each in rankings]).astype(np.float64)
-    # The truth by summing over all orders, without the code under test.
-    orders = np.array(list(permutations(range(8), places)))
-    weights = (
-        scores ** (1 / policy.temperature) if isinstance(policy, PlackettLuce) else (scores == scores.max(1, keepdims=True)).astype(float)
-    )
-    chances = _order_chances(orders, weights).prod(2)
-    clicking = np.stack([truths[:, orders[:, place], place] for place in range(places)], 2).mean(2)
-    truth = float((chances * clicking).sum(1).mean())
-    data = open_log(logs.write_log(tmp_path / "log", rankings, parse_schema(simulation.SCHEMA), clicks, files=2))
-    estimates = replay(data, bundle, policy).estimates
-    assert not estimates.warnings
-    for found in (estimates.ips, estimates.snips, estimates.dr):
-        assert found.low < truth < found.high
-        assert found.high - found.low < 0.2
-    assert not estimates.log.low < truth < estimates.log.high  # the target is better than what was shown
 
 
 # --- a prepared data set with propensities
