@@ -73,14 +73,16 @@ def attributing(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def attribution_of(log: Path, flags: dict[str, Any]) -> Any:
-    """The `Attribution` that the options say, and for what they do not the log: they are taken out of the flags.
-
-    None where nothing is said, so that a data set that is no log is read as well.
-    """
+    """The `Attribution` that the options say, and for what they do not the log; None where they say nothing. They leave the flags."""
+    from training.datasets.log import is_log
     from training.join.attribution import settings_of
 
     given = {name: flags.pop(name) for name in ("click_window", "impression_window", "conversion_window", "lateness", "shown")}
-    return settings_of(log, **given) if any(value is not None for value in given.values()) else None
+    if all(value is None for value in given.values()):
+        return None
+    if not is_log(log):
+        raise Refusal(f"{log} is not a log, so it has no windows: leave out --click-window and its like")
+    return settings_of(log, **given)
 
 
 class WithNetworks(click.Command):

@@ -115,10 +115,13 @@ def test_a_log_says_with_what_it_was_written_and_readers_may_say_otherwise(strea
     assert settings_of(joining.folder) == Attribution(5, None, 60, 1, "told")
     frames = [open_log(joining.folder, shares=(1, 0, 0), settings=each) for each in (None, settings_of(joining.folder, click_window=8))]
     assert [next(each.frames("train"))["label"].sum() for each in frames] == [0, 1]
-    (joining.folder / SETTINGS).write_text("click_window = ")
-    code, out, err = run("skew", "--log", joining.folder, "--models", repository)
-    assert code == 2
-    assert f"{joining.folder / SETTINGS}: " in err
+    for wrong in ("click_window = ", 'click_window = "5"', "windows = 5"):
+        (joining.folder / SETTINGS).write_text(wrong)
+        code, out, err = run("skew", "--log", joining.folder, "--models", repository)
+        assert code == 2
+        assert f"{joining.folder / SETTINGS}: " in err
+    code, out, err = run("train", "--log", repository, "--model", "din", "--click-window", 5)
+    assert (code, "is not a log, so it has no windows: leave out --click-window" in err) == (2, True)
 
 
 def expected(log, events, settings) -> tuple[list[tuple], Counter[str]]:

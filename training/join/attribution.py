@@ -85,11 +85,11 @@ def settings_of(log: Path, **given: float | str | None) -> Attribution:
     path, known = log / SETTINGS, {each.name for each in fields(Attribution)}
     try:
         kept = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        if wrong := sorted(name for name, value in kept.items() if name not in known or isinstance(value, str) != (name == "shown")):
+            raise ValueError(f"{', '.join(wrong)} cannot be read")
+    except (OSError, ValueError) as error:  # of which bad TOML and bad UTF-8 are kinds
         raise DataError(f"{path}: {error}; adrank join writes it") from error
-    return Attribution(
-        **{name: value for name, value in (kept | {k: v for k, v in given.items() if v is not None}).items() if name in known}
-    )
+    return Attribution(**kept | {name: value for name, value in given.items() if value is not None})
 
 
 def settings_text(settings: Attribution) -> bytes:

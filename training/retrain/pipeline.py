@@ -162,7 +162,7 @@ def open_window(order: RetrainRequest) -> tuple[Prepared, Iterable[pl.DataFrame]
     shares = (1 - order.holdout - order.valid, order.valid, order.holdout)
     if since is None:
         return open_log(order.log, since, until, shares, order.position_as, order.attribution), ()
-    begin = 2 * since - (end_of(order.log) if until is None else until)
+    begin = min(since, 2 * since - (end_of(order.log) if until is None else until))
     both = open_log(order.log, begin, until, position_as=order.position_as, settings=order.attribution)
     return both.cut(since, until, shares), both.between(begin, since)
 
