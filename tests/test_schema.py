@@ -96,7 +96,7 @@ def test_blocks_without_columns_are_no_tensors() -> None:
         ('kind = "category"\nvocabulary = ""', "vocabulary must be"),
         ('kind = "number"\nmin_count = 2', "a number has neither buckets nor min_count"),
         ('kind = "category"\nvocabulary = 3', "vocabulary must be"),
-        ('kind = "category"\nlength = 2', "only a list has a length"),
+        ('kind = "category"\nlength = 2', "only a list or a vector has a length"),
         ('kind = "list"\nlength = 0', "length must be"),
         ('kind = "list"\nlength = 1001', "length must be"),
         ('kind = "category"\ntransform = "log"', "only a number has a transform"),

@@ -238,7 +238,7 @@ def test_every_mistake_of_a_schema_file_is_told(tmp_path: Path) -> None:
         'name = "..."',
         "user.age: kind",
         "length must be",
-        "only a list has",
+        "only a list or a vector has",
     ):
         assert any(part in line for line in told)
 
