@@ -1,63 +1,49 @@
 """CTR networks, one family a file, made of blocks. A new network is a file and a line here."""
 
+from importlib import import_module
 from typing import Any
 
-from .bst import BST
 from .contract import Fields, Network
-from .dcn import DCN
-from .dcn_v2 import DCNV2
-from .deep_crossing import DeepCrossing
-from .deepfm import DeepFM
-from .deeplight import DeepLight
-from .dien import DIEN
-from .din import DIN
-from .dkt import DKT
-from .dlrm import DLRM
-from .esmm import ESMM
-from .ffm import FFM
-from .finalmlp import FinalMLP
-from .fm import FM
-from .fnn import FNN
-from .fwfm import FwFM
 from .heads import SharedEmbeddings
-from .lr import LR
-from .mf import MF
-from .mmoe import MMoE
-from .pnn import IPNN, OPNN
-from .tab_transformer import TabTransformer
-from .two_tower import TwoTower
-from .vae_cf import VAECF
-from .wide_deep import WideDeep
-from .youtube_dnn import YoutubeDNN
 
-NETWORKS: dict[str, type[Network]] = {
-    "lr": LR,
-    "fm": FM,
-    "ffm": FFM,
-    "fwfm": FwFM,
-    "mf": MF,
-    "fnn": FNN,
-    "ipnn": IPNN,
-    "opnn": OPNN,
-    "wide_deep": WideDeep,
-    "deepfm": DeepFM,
-    "deeplight": DeepLight,
-    "deep_crossing": DeepCrossing,
-    "dcn": DCN,
-    "dcn_v2": DCNV2,
-    "dlrm": DLRM,
-    "tab_transformer": TabTransformer,
-    "finalmlp": FinalMLP,
-    "youtube_dnn": YoutubeDNN,
-    "din": DIN,
-    "dien": DIEN,
-    "bst": BST,
-    "dkt": DKT,
-    "two_tower": TwoTower,
-    "vae_cf": VAECF,
-    "esmm": ESMM,
-    "mmoe": MMoE,
+CLASSES = {
+    "lr": "lr.LR",
+    "fm": "fm.FM",
+    "ffm": "ffm.FFM",
+    "fwfm": "fwfm.FwFM",
+    "mf": "mf.MF",
+    "fnn": "fnn.FNN",
+    "ipnn": "pnn.IPNN",
+    "opnn": "pnn.OPNN",
+    "wide_deep": "wide_deep.WideDeep",
+    "deepfm": "deepfm.DeepFM",
+    "deeplight": "deeplight.DeepLight",
+    "deep_crossing": "deep_crossing.DeepCrossing",
+    "dcn": "dcn.DCN",
+    "dcn_v2": "dcn_v2.DCNV2",
+    "dlrm": "dlrm.DLRM",
+    "tab_transformer": "tab_transformer.TabTransformer",
+    "finalmlp": "finalmlp.FinalMLP",
+    "youtube_dnn": "youtube_dnn.YoutubeDNN",
+    "din": "din.DIN",
+    "dien": "dien.DIEN",
+    "bst": "bst.BST",
+    "dkt": "dkt.DKT",
+    "two_tower": "two_tower.TwoTower",
+    "vae_cf": "vae_cf.VAECF",
+    "esmm": "esmm.ESMM",
+    "mmoe": "mmoe.MMoE",
 }
+"""The file and the class of each network, by what `--model` calls it."""
+
+
+def _class(name: str) -> type[Network]:
+    file, _, kind = CLASSES[name].partition(".")
+    found: type[Network] = getattr(import_module(f".{file}", __name__), kind)
+    return found
+
+
+NETWORKS = {name: _class(name) for name in CLASSES}
 
 
 def build(family: str, fields: Fields, settings: Any) -> Network:
