@@ -32,6 +32,13 @@ from tests.test_models import rewritten
 
 pytestmark = pytest.mark.anyio
 
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """A service in this process looks often."""
+    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
+
+
 CANDIDATES = ["a1", "a2", "a3", "a4", "a5", "a6", "a7"]
 USERS = range(10)
 
@@ -195,8 +202,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, caplog, kind, monkeypatch):
-    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
+async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, caplog, kind):
     files, spoil, reason, detail = BAD[kind]
     models = tmp_path / "models"
     first, _ = publish(models)
@@ -216,7 +222,7 @@ async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, cap
         nobody_is_told(client, tmp_path, report, (await client.get("/v1/models")).text)
         assert report["models"]["refused"]["din"].endswith(f"; version {first} stays live")
         assert (await client.get("/v1/models")).json()["refused"] == report["models"]["refused"]
-        await asyncio.sleep(0.3)  # time for a dozen more looks
+        await asyncio.sleep(0.1)  # time for more looks
         assert await version_of(client) == first
         assert await client.metric('adrank_model_reload_total{result="refused"}') == 1
         assert caplog.text.count("model din is refused") == 1
@@ -229,7 +235,6 @@ async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, cap
 
 
 async def test_a_bad_version_is_tried_again_only_when_it_was_mended(tmp_path, ads, monkeypatch):
-    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
     tries = []
     load = reload.load_model
     monkeypatch.setattr(reload, "load_model", lambda path, *rest: tries.append(path.name) or load(path, *rest))
@@ -243,7 +248,7 @@ async def test_a_bad_version_is_tried_again_only_when_it_was_mended(tmp_path, ad
         async with asyncio.timeout(90):
             while second.name not in tries:
                 await asyncio.sleep(0.02)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.1)
         assert tries.count(second.name) == 1
         (second / bundle.MODEL).write_bytes(whole)
         await until_version(client, second.name)
@@ -251,7 +256,6 @@ async def test_a_bad_version_is_tried_again_only_when_it_was_mended(tmp_path, ad
 
 
 async def test_what_nobody_foresaw_is_refused_too(tmp_path, ads, monkeypatch, caplog):
-    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
     models = tmp_path / "models"
     first, _ = publish(models)
     async with running(Settings(models=models, redis="memory://"), ads) as client:
@@ -286,7 +290,7 @@ async def test_models_come_and_go_and_the_default_stays(tmp_path, ads, caplog):
         ).status_code == 404
         assert (await client.rank())["model"]["name"] == "din"
         models.rename(tmp_path / "gone")
-        await asyncio.sleep(1.2)
+        await asyncio.sleep(0.1)
         assert (await client.rank())["model"]["name"] == "din"
         assert caplog.text.count("has no live version any more") == 1
 
@@ -403,7 +407,6 @@ async def test_the_thread_that_loads_gives_way_and_those_that_score_do_not(tmp_p
 
 
 async def test_a_repository_that_hangs_is_told_and_followed_again(tmp_path, ads, monkeypatch, caplog):
-    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(reload, "STUCK_SECONDS", 0.2)
     models, go_on, look = tmp_path / "models", threading.Event(), reload.look
     first, _ = publish(models)
