@@ -18,7 +18,7 @@ from features.served import ServedRecord, pack_served, unpack_served
 from features.streams import SERVED, Entry
 from service.api.requests import parse_request, to_query
 from service.ranking.tiles import fill, runs
-from training.datasets import csv_table, movielens
+from training.datasets import csv_table
 from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import SPLITS, DataError, Prepared, open_prepared
 from training.export.export import random_feeds
@@ -226,18 +226,3 @@ def test_a_table_that_does_not_tell_times_is_refused_where_the_schema_has_ages(t
     (tmp_path / "log.csv").write_text("label,user_id,ad_id,ts,past\n")
     with pytest.raises(DataError, match=r"\[history\] has ages, which need times: name ts, and leave history out"):
         csv_table.prepare(tmp_path / "log.csv", tmp_path / "out", tmp_path / "my.toml")
-
-
-def test_movielens_rows_tell_when_each_behaviour_was(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "users.dat").write_text("1::F::1::10::48067\n")
-    (source / "movies.dat").write_text("".join(f"{i}::Film (2000)::Drama\n" for i in range(1, 11)))
-    (source / "ratings.dat").write_text("".join(f"1::{i}::5::{NOW + 10 * i}\n" for i in range(1, 11)))
-    movielens.prepare(source, tmp_path / "out")
-    toml = tmp_path / "out" / "schema.toml"
-    toml.write_text(toml.read_text().replace("[history]\n", "[history]\nages = true\n"))
-    data = open_prepared(tmp_path / "out")
-    assert data.schema.history_ages
-    frame = next(data.frames("test"))
-    assert frame["history_ts"].to_list() == [[NOW + 10 * i for i in range(1, 10)]]

@@ -155,13 +155,6 @@ def test_p_click_of_a_bundle_is_what_numpy_makes_of_its_weights(logit: Callable[
     assert 0.001 < min(expected) < max(expected) < 0.999, expected
 
 
-def test_a_network_without_a_history_can_be_trained(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    data = small.data_set(tmp_path / "data", (64, 32, 32))
-    (data.folder / "schema.toml").write_text(small.SCHEMA.replace(small.HISTORY, ""))
-    assert small.quick(open_prepared(data.folder), epochs=1).metrics["test"].rows == 32
-
-
 def test_counts_of_a_prepared_set_are_those_of_the_raw_file(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     with (tmp_path / "log.csv").open("w", newline="") as file:

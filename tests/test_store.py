@@ -7,7 +7,7 @@ import time
 import msgpack
 import pytest
 import redis.asyncio
-from conftest import ARRANGEMENTS, Server, free_port
+from conftest import ARRANGEMENTS
 
 from features.events import Event
 from features.state import HISTORY_LIMIT, SEEN_LIMIT, Ad, ChangesLostError, MemoryStore, StoreError, UserState, pack_ad, pack_user
@@ -411,41 +411,3 @@ class TestOutage:
         await asyncio.sleep(0.1)
         assert await store.get_user("u1") == UserState({}, [], [])
         await store.close()
-
-    async def test_a_wrong_password(self):
-        server = Server("valkey", "--requirepass", "secret")
-        try:
-            url = server.url.replace("//", "//:wrong@")
-            store = redis_store(url, timeout=1)
-            with pytest.raises(StoreError) as caught:
-                await store.get_user("u1")
-            assert "wrong" not in str(caught.value).replace("WRONGPASS", "").replace("wrong number", "")
-            await store.close()
-            store = redis_store(server.url.replace("//", "//:secret@"), timeout=1)
-            await store.ping()
-            await store.close()
-        finally:
-            server.stop()
-
-
-async def test_no_command_spans_two_slots_of_a_cluster(tmp_path):
-    """One node that holds every slot refuses whatever a cluster of many would."""
-    nodes = ("--cluster-config-file", str(tmp_path / "nodes.conf"), "--cluster-port", str(free_port()))
-    server = Server("valkey", "--cluster-enabled", "yes", *nodes)
-    try:
-        async with redis.asyncio.Redis.from_url(server.url, protocol=2) as raw:
-            await raw.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-            async with asyncio.timeout(90):
-                while b"cluster_state:ok" not in await raw.execute_command("CLUSTER", "INFO"):
-                    await asyncio.sleep(0.05)
-            with pytest.raises(redis.exceptions.RedisError, match=r"(?i)slot"):
-                await raw.mget("a", "b")
-        store = redis_store(server.url)
-        cursor = await store.cursor()
-        await store.put_users((f"u{i}", UserState({"n": i})) for i in range(100))
-        await store.put_ads(Ad(f"a{i}", {}) for i in range(600))
-        assert (await store.get_user("u7")).features == {"n": 7}
-        assert len(await everything(store)) == len((await store.changed_ads(cursor, 0.01))[0]) == 600
-        await store.close()
-    finally:
-        server.stop()
