@@ -365,8 +365,7 @@ async def test_metrics_whose_files_were_removed_are_told_as_lost(repository):
         assert "restart the service" in client.log.read_text()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+@pytest.mark.parametrize(("workers", "name"), [(1, "PROMETHEUS_MULTIPROC_DIR"), (2, "prometheus_multiproc_dir")])
 async def test_a_folder_of_counts_that_is_inherited_is_not_used(repository, tmp_path, monkeypatch, workers, name):
     folder = tmp_path if name.isupper() else tmp_path / "never-made"
     monkeypatch.setattr(processes, "environment", lambda **settings: environment(**settings) | {name: str(folder)})
