@@ -38,6 +38,7 @@ JOINED, DUPLICATE, LATE, DEFERRED, UNKNOWN, NOT_SHOWN, OTHER_USER, BEFORE, NO_IM
 )
 KEY = ("request_id", "entry", "ad_id")
 """Of an ad of a ranking: a request id may be used again, and an entry may be read again."""
+ONCE = ["request_id", "entry"]
 NARROW = ("request_id", "entry", "user_id", "since", "shown", "ad_id")
 
 
@@ -118,8 +119,8 @@ class RawLog:
         return pl.scan_parquet(paths, glob=False).select(names) if paths else pl.LazyFrame(schema=types)
 
     def rankings(self, begin: float, end: float, settings: Attribution, names: Collection[str] = NARROW) -> pl.LazyFrame:
-        """The rankings of these hours, each once, with how many of their ads count."""
-        return self.scan(IMPRESSIONS, begin, end, names).unique(["entry", "request_id"], keep="any").with_columns(settings.counted)
+        """The rankings of these hours, some perhaps twice, with how many of their ads count."""
+        return self.scan(IMPRESSIONS, begin, end, names).with_columns(settings.counted)
 
     def events(self, begin: float, end: float) -> pl.LazyFrame:
         """The events that were received in these hours."""
@@ -141,15 +142,17 @@ def settle(events: pl.LazyFrame, rankings: pl.LazyFrame, settings: Attribution) 
     subject = pl.when(pl.col("type") == "click").then("user_id").otherwise("request_id")
     told = events.rename({"entry": "record"}).unique(["record", "event_id"], keep="any").sort("received", "record")
     told = told.with_columns(first=pl.struct("type", subject.alias("subject"), "event_id").is_first_distinct()).with_row_index("event")
-    named = rankings.join(told.select("request_id").unique(), on="request_id", how="semi")
+    told = told.collect().lazy()  # once: it is needed thrice
+    named = rankings.join(told.select("request_id").unique(), on="request_id", how="semi").unique(ONCE, keep="any").collect().lazy()
     ads = named.with_columns(index=pl.int_ranges(pl.col("ad_id").list.len()), ranked_user=pl.col("user_id")).explode("ad_id", "index")
     ads = ads.select("request_id", "ad_id", "entry", "since", "ranked_user", counted=pl.col("index") < pl.col("counted"))
     gap, owner = pl.col("at") - pl.col("since"), (pl.col("user_id") == "") | (pl.col("user_id") == pl.col("ranked_user"))
-    fits = owner & (gap >= -SKEW_SECONDS)
-    nearest = [each.filter(fits) for each in (pl.when(gap >= 0).then(gap).otherwise(DAY - gap), pl.col("entry"))]
-    best = pl.col("entry", "since", "counted").filter(fits).sort_by(nearest, descending=[False, True])
-    pairs = told.filter("first").join(ads, on=["request_id", "ad_id"])
-    found = pairs.group_by("event").agg(pl.lit(True).alias("answered"), owner.any().alias("owned"), best.first())
+    pairs = told.filter("first").join(ads, on=["request_id", "ad_id"]).with_columns(owned=owner).collect().lazy()
+    answered = pairs.group_by("event").agg(pl.lit(True).alias("answered"), pl.col("owned").any())
+    distance = pl.when(gap >= 0).then(gap).otherwise(DAY - gap).alias("distance")
+    fitting = pairs.filter(pl.col("owned"), gap >= -SKEW_SECONDS).select("event", "entry", "since", "counted", distance)
+    best = fitting.sort("distance", "entry", descending=[False, True]).unique("event", keep="first", maintain_order=True).drop("distance")
+    found = answered.join(best, on="event", how="left")
     requested = named.select("request_id", requested=pl.lit(True)).unique()
     whole = told.join(found, on="event", how="left").join(requested, on="request_id", how="left")
     window = pl.col("type").replace_strict(settings.windows, default=0.0, return_dtype=pl.Float64)
@@ -178,13 +181,14 @@ def labelled(raw: RawLog, hour: int, settings: Attribution, closed: float, bough
     `bought` is what `conversions` found. Rows are in the order of rankings, and of ads in them.
     """
     begin, columns = float(hour * HOUR), raw.columns
-    served = raw.rankings(begin, begin, settings, list(columns.impressions)).filter(pl.col("since") > after, pl.col("since") <= closed)
+    served = raw.rankings(begin, begin, settings, list(columns.impressions)).unique(ONCE, keep="any")
+    served = served.filter(pl.col("since") > after, pl.col("since") <= closed)
     ((first, last),) = served.select(pl.col("since").min(), pl.col("since").max().alias("last")).collect().rows()
     if first is None:
         return pl.DataFrame()
     near = raw.rankings(min(first - settings.closes, begin), max(last + settings.closes, begin), settings)
     events = raw.events(first - SKEW_SECONDS, last + settings.closes).filter(pl.col("type") != "conversion")
-    joined = settle(events, near, settings).filter(outcome=JOINED)
+    joined = settle(events, near, settings).filter(outcome=JOINED).select(*KEY, "type", "ts", "event_id", "position").collect().lazy()
     clicks = joined.filter(type="click").group_by(KEY).agg(click_ts=pl.col("ts").min())
     of_first = pl.col("position").sort_by("ts", "event_id").first().alias("reported_at")
     reports = joined.filter(type="impression").group_by(KEY).agg(of_first, pl.lit(True).alias("reported"))
@@ -247,7 +251,7 @@ def attribute(log: Path, into: Path, settings: Attribution, since: float = -inf,
         for hour in hours:
             _write(labelled(raw, hour, settings, closed, bought), into / hour_name(hour, "day"))
         ends = (hours[0] * HOUR, hours[-1] * HOUR) if hours else (0, -1)
-        still = raw.rankings(*ends, settings).filter(pl.col("since") > closed)
+        still = raw.rankings(*ends, settings).filter(pl.col("since") > closed).unique(ONCE)
         return int(still.select(pl.len()).collect().item())
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{log} cannot be attributed: {error}") from error

@@ -17,6 +17,7 @@ from .attribution import (
     JOINED,
     KEY,
     NO_IMPRESSION,
+    ONCE,
     UNKNOWN,
     Attribution,
     RawLog,
@@ -81,7 +82,7 @@ class Live:
         """Tell of the rankings of an hour that have closed; when the window of the newest began."""
         settings, begin = self._settings, float(hour * HOUR)
         rows = labelled(raw, hour, settings, closed, conversions(raw, [hour], settings), after)
-        listed = raw.rankings(begin, begin, settings).filter(pl.col("since") > after, pl.col("since") <= closed).collect()
+        listed = raw.rankings(begin, begin, settings).filter(pl.col("since") > after, pl.col("since") <= closed).unique(ONCE).collect()
         said = pl.when(pl.col("counted") == pl.col("shown")).then(pl.lit("said")).otherwise(pl.lit("assumed"))
         how = pl.when(pl.col("counted") == 0).then(pl.lit("reported")).otherwise(said)
         made = pl.col("request_id").is_in(rows["request_id"].unique().implode() if len(rows) else [])
