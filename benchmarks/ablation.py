@@ -31,7 +31,7 @@ from adrank_bench.measured import LoadPlan
 from service.serving import workers
 from service.store.client import Reads
 from service.store.server import Single
-from service.telemetry.metrics import Metrics, Stages
+from service.telemetry.metrics import Metrics, RequestTimings
 from training.progress import progress_bar
 
 from .population import fill
@@ -63,7 +63,7 @@ def each_alone() -> None:
 def observe_at_once() -> None:
     """Observe each value when its request ends, by prometheus_client's own `observe`."""
 
-    def end(self: Metrics, stages: Stages) -> None:
+    def end(self: Metrics, stages: RequestTimings) -> None:
         stages.enter(None)
         stages.ended = stages.since
         self._requests.labels(stages.route, stages.model, stages.outcome).inc()

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from .encode import Features
+from .entity_updates import FEATURES_BYTES
 from .state import ACTIVE, HISTORY_LIMIT, STATE_BYTES, Ad, StateError, UserState, pack_ad, pack_features, pack_user, unpack_ad, unpack_user
-from .subject import FEATURES_BYTES
 
 TWIN_SECONDS = (-60.0, 1_800.0)
 """How much later than a behaviour of a data set, which may have the time of its ranking, an event of the same ad may be to be the same."""

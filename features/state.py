@@ -18,8 +18,8 @@ from .encode import Features
 from .errors import AdrankError
 
 if TYPE_CHECKING:  # it is made of what stands here
+    from .entity_updates import EntityUpdates, Outcome
     from .merging import Rewrite
-    from .subject import Outcome, Subject
 
 FORMAT = 2
 HISTORY_LIMIT = 1_000
@@ -91,13 +91,13 @@ class UserState:
         ad_ids, times = [*self.ad_ids[:at], ad_id, *self.ad_ids[at:]], [*self.ts[:at], float(ts), *self.ts[at:]]
         return replace(self, ad_ids=ad_ids[-HISTORY_LIMIT:], ts=times[-HISTORY_LIMIT:])
 
-    def told(self, features: Features, ts: float) -> "UserState":
+    def updated(self, features: Features, ts: float) -> "UserState":
         """The state with features as they were told at a time; None takes one away, and what was told later stays.
 
         Raises:
             StateError: there would be too many features.
         """
-        known, changed = _told(self.features, self.changed, features, ts)
+        known, changed = _updated(self.features, self.changed, features, ts)
         return replace(self, features=known, changed=changed)
 
 
@@ -113,19 +113,19 @@ class Ad:
     active: bool = True
     changed: Mapping[str, float] = field(default_factory=dict)
 
-    def told(self, features: Features, active: bool | None, ts: float) -> "Ad":
+    def updated(self, features: Features, active: bool | None, ts: float) -> "Ad":
         """The ad with features, and whether it is active where that is not None, as they were told at a time.
 
         Raises:
             StateError: there would be too many features.
         """
-        known, changed = _told(self.features, self.changed, features, ts)
+        known, changed = _updated(self.features, self.changed, features, ts)
         if active is None or ts < changed.get(ACTIVE, NEVER):
             return replace(self, features=known, changed=changed)
         return replace(self, features=known, changed={**changed, ACTIVE: float(ts)}, active=active)
 
 
-def _told(known: Features, changed: Mapping[str, float], news: Features, ts: float) -> tuple[Features, Mapping[str, float]]:
+def _updated(known: Features, changed: Mapping[str, float], news: Features, ts: float) -> tuple[Features, Mapping[str, float]]:
     fresh = {name: value for name, value in news.items() if ts >= changed.get(name, NEVER)}
     together = {name: value for name, value in {**known, **fresh}.items() if name not in fresh or value is not None}
     if len(together) > FEATURES_LIMIT:
@@ -243,7 +243,7 @@ class Store(Protocol):
             StateError: a rewrite cannot be.
         """
 
-    async def apply(self, subjects: Sequence["Subject"]) -> "list[Sequence[Outcome]]":
+    async def apply(self, subjects: Sequence["EntityUpdates"]) -> "list[Sequence[Outcome]]":
         """Do what events lead to, and say what became of each, beside the subjects.
 
         An event is done once, however often and by however many it is brought, and is remembered until it would be refused as too
@@ -326,7 +326,7 @@ class MemoryStore:
                 self._changes.append(each.id)
                 self._news.set()
 
-    async def apply(self, subjects: Sequence["Subject"]) -> "list[Sequence[Outcome]]":
+    async def apply(self, subjects: Sequence["EntityUpdates"]) -> "list[Sequence[Outcome]]":
         """See `Store`. Nobody joins what a store in memory has taken, so impressions and conversions are remembered only."""
         floor = self._clock() - self._seen_seconds
         while self._seen and max(next(iter(self._seen.values())).values()) <= floor:
@@ -337,7 +337,7 @@ class MemoryStore:
             self._news.set()
         return outcomes
 
-    def _applied(self, subject: "Subject", floor: float) -> "Sequence[Outcome]":
+    def _applied(self, subject: "EntityUpdates", floor: float) -> "Sequence[Outcome]":
         seen = {event_id: ts for event_id, ts in self._seen.pop((subject.kind, subject.id), {}).items() if ts > floor}
         if len(seen) >= SEEN_LIMIT:
             floor = max(floor, min(seen.values()))

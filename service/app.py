@@ -141,7 +141,7 @@ class Service:
         if not catalogue.loaded and (models.ready or catalogue.detail):
             why = of_store(catalogue.reason) if catalogue.reason else "it is being read"
             reasons.append(f"the catalogue has not been loaded yet: {why}")
-        served = self.served.told()
+        served = self.served.status()
         troubles = [*self.failing.values(), *filter(None, [self.reload.stuck])]
         shaky = store["status"] == "down" or models.refused or catalogue.reason or troubles or served["status"] == "full"
         return {

@@ -17,7 +17,7 @@ from service.ranking.gpu_batching import QUEUE_TILES, Batcher
 from service.ranking.scorer import TiledScorer
 from service.ranking.tiles import MOST, TILE
 from service.settings import Settings
-from service.telemetry.metrics import Metrics, Stages
+from service.telemetry.metrics import Metrics, RequestTimings
 
 pytestmark = pytest.mark.anyio
 
@@ -106,7 +106,7 @@ def test_each_caller_gets_what_it_would_get_alone(scorers, requests, failing, sm
     async def ask(batcher, models, seed, wanted):
         tensors = request(wanted["candidates"], wanted["behaviours"], seed)
         await asyncio.sleep(wanted["comes"] / 1000)
-        scores = await batcher.score(models[wanted["model"]], tensors, Stages("/rank"), wanted["deadline"])
+        scores = await batcher.score(models[wanted["model"]], tensors, RequestTimings("/rank"), wanted["deadline"])
         np.testing.assert_allclose(scores, bundles.expected(tensors, wanted["model"])[0], atol=1e-6)
 
     async def everything():
@@ -144,9 +144,9 @@ async def begun(held):
 async def test_what_comes_during_a_run_is_the_next_batch(held):
     metrics = Metrics()
     batcher = Batcher(metrics)
-    first = asyncio.create_task(batcher.score(held, request(5), Stages("/rank"), None))
+    first = asyncio.create_task(batcher.score(held, request(5), RequestTimings("/rank"), None))
     await begun(held)
-    others = [asyncio.create_task(batcher.score(held, request(i, seed=i), Stages("/rank"), None)) for i in (7, 8, 9)]
+    others = [asyncio.create_task(batcher.score(held, request(i, seed=i), RequestTimings("/rank"), None)) for i in (7, 8, 9)]
     await asyncio.sleep(0.01)
     assert held.sizes == [[5]]
     held.go.set()
@@ -159,7 +159,7 @@ async def test_a_full_batch_does_not_wait(scorers, monkeypatch):
     monkeypatch.setattr(module, "WAIT_SECONDS", 30)
     metrics = Metrics()
     batcher = Batcher(metrics)
-    asking = [batcher.score(scorers[0], request(TILE + 1, seed=i), Stages("/rank"), None) for i in range(MOST // 2)]
+    asking = [batcher.score(scorers[0], request(TILE + 1, seed=i), RequestTimings("/rank"), None) for i in range(MOST // 2)]
     await asyncio.wait_for(asyncio.gather(*asking), 20)
     assert counted(metrics) == ({"full": 1}, (TILE + 1) * (MOST // 2))
 
@@ -167,7 +167,7 @@ async def test_a_full_batch_does_not_wait(scorers, monkeypatch):
 async def test_a_request_larger_than_a_batch_is_scored_whole(scorers):
     batcher, large = Batcher(Metrics()), request(MOST * TILE + 5)
     answers = await asyncio.gather(
-        *(batcher.score(scorers[0], tensors, Stages("/rank"), None) for tensors in (request(3), large, request(4)))
+        *(batcher.score(scorers[0], tensors, RequestTimings("/rank"), None) for tensors in (request(3), large, request(4)))
     )
     np.testing.assert_allclose(answers[1], bundles.expected(large)[0], atol=1e-6)
     assert [len(scores) for scores in answers] == [3, MOST * TILE + 5, 4]
@@ -178,18 +178,18 @@ async def test_a_batch_begins_in_time_for_a_deadline(scorers, monkeypatch):
     monkeypatch.setattr(module, "EARLY_SECONDS", 9)
     metrics = Metrics()
     batcher = Batcher(metrics)
-    asking = [batcher.score(scorers[0], request(3), Stages("/rank"), deadline) for deadline in (None, 9.1)]
+    asking = [batcher.score(scorers[0], request(3), RequestTimings("/rank"), deadline) for deadline in (None, 9.1)]
     await asyncio.wait_for(asyncio.gather(*asking), 8)
     assert counted(metrics) == ({"deadline": 1}, 6)
 
 
 async def test_who_left_and_who_is_late_is_not_scored(held):
     batcher = Batcher(Metrics())
-    first = asyncio.create_task(batcher.score(held, request(5), Stages("/rank"), None))
+    first = asyncio.create_task(batcher.score(held, request(5), RequestTimings("/rank"), None))
     await begun(held)
-    left = asyncio.create_task(batcher.score(held, request(6), Stages("/rank"), None))
-    late = asyncio.create_task(batcher.score(held, request(7), Stages("/rank"), 0.005))
-    stays = asyncio.create_task(batcher.score(held, request(8), Stages("/rank"), 60))
+    left = asyncio.create_task(batcher.score(held, request(6), RequestTimings("/rank"), None))
+    late = asyncio.create_task(batcher.score(held, request(7), RequestTimings("/rank"), 0.005))
+    stays = asyncio.create_task(batcher.score(held, request(8), RequestTimings("/rank"), 60))
     await asyncio.sleep(0.02)
     left.cancel()
     held.go.set()
@@ -201,29 +201,33 @@ async def test_who_left_and_who_is_late_is_not_scored(held):
 async def test_too_much_that_waits_is_refused(held):
     metrics = Metrics()
     batcher = Batcher(metrics)
-    asking = [asyncio.create_task(batcher.score(held, request(1), Stages("/rank"), None)) for _ in range(3)]
+    asking = [asyncio.create_task(batcher.score(held, request(1), RequestTimings("/rank"), None)) for _ in range(3)]
     await begun(held)
-    asking += [asyncio.create_task(batcher.score(held, request(64 * TILE), Stages("/rank"), None)) for _ in range(QUEUE_TILES // 64)]
+    asking += [
+        asyncio.create_task(batcher.score(held, request(64 * TILE), RequestTimings("/rank"), None)) for _ in range(QUEUE_TILES // 64)
+    ]
     await asyncio.sleep(0)
     with pytest.raises(OverLimitError, match=r"^65536 candidates wait to be scored already; try again$"):
-        await batcher.score(held, request(1), Stages("/rank"), None)
+        await batcher.score(held, request(1), RequestTimings("/rank"), None)
     held.go.set()
     assert len(await asyncio.gather(*asking)) == 3 + QUEUE_TILES // 64
     # The last holds two of 64 tiles, so it was full; those of 64 tiles went by twos.
     assert counted(metrics) == ({"timer": 1, "full": QUEUE_TILES // MOST}, 3 + QUEUE_TILES * TILE)
-    assert (await batcher.score(held, request(1), Stages("/rank"), None)).shape == (1,)
+    assert (await batcher.score(held, request(1), RequestTimings("/rank"), None)).shape == (1,)
 
 
 async def test_an_error_is_every_callers_own(scorers):
     batcher = Batcher(Metrics())
-    asking = [batcher.score(failing, request(2), Stages("/rank"), None) for failing in [Failing(scorers[0], [True])] for _ in range(3)]
+    asking = [
+        batcher.score(failing, request(2), RequestTimings("/rank"), None) for failing in [Failing(scorers[0], [True])] for _ in range(3)
+    ]
     errors = await asyncio.gather(*asking, return_exceptions=True)
     assert [str(error) for error in errors] == ["the model failed: as it was told to"] * 3
     assert len(set(map(id, errors))) == 3
 
 
 async def test_stages_know_how_long_a_request_waited_and_ran(held):
-    batcher, stages = Batcher(Metrics()), Stages("/rank")
+    batcher, stages = Batcher(Metrics()), RequestTimings("/rank")
     asking = asyncio.create_task(batcher.score(held, request(5), stages, None))
     await begun(held)
     held.go.set()
@@ -235,11 +239,11 @@ async def test_stages_know_how_long_a_request_waited_and_ran(held):
 @pytest.mark.parametrize("running", [True, False])
 async def test_closing_lets_nobody_wait(held, running):
     batcher = Batcher(Metrics())
-    asking = [asyncio.create_task(batcher.score(held, request(5), Stages("/rank"), None)) for _ in range(2)]
+    asking = [asyncio.create_task(batcher.score(held, request(5), RequestTimings("/rank"), None)) for _ in range(2)]
     await asyncio.sleep(0)
     if running:
         await begun(held)
-        asking.append(asyncio.create_task(batcher.score(held, request(6), Stages("/rank"), None)))
+        asking.append(asyncio.create_task(batcher.score(held, request(6), RequestTimings("/rank"), None)))
         await asyncio.sleep(0)
     batcher.close()
     outcomes = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 5)

@@ -11,10 +11,10 @@ from processes import fill
 from redis_load import kept, load
 from redis_servers import Nodes
 
+from features.entity_updates import by_entity
 from features.events import Event
 from features.state import Ad, StoreError, UserState
 from features.streams import EVENTS, SERVED
-from features.subject import by_subject
 from service.store.cluster import Cluster, key_of
 from service.store.redis import CHANGES, RedisStore, ads_key, user_key
 from service.store.streams import RedisStreams
@@ -142,7 +142,7 @@ class TestMovingSlots:
 
 
 async def outcomes(store, *events):
-    subjects = by_subject(events)
+    subjects = by_entity(events)
     return [outcome.status for each in await store.apply(subjects) for outcome in each]
 
 

@@ -11,7 +11,7 @@ from sklearn import metrics as sklearn
 
 from training.evaluate import Measures, measure
 from training.export.int8 import moved, refusal
-from training.retrain.compare import METRICS, Comparison, Gate, Interval, _Resampled, bootstrap, compare, reasons_against
+from training.retrain.compare import METRICS, Comparison, Gate, Interval, _Resampled, bootstrap, compare, violations
 from training.retrain.report import metric_rows
 from training.train import TrainError
 
@@ -87,7 +87,7 @@ def test_certainties_and_one_class_are_compared_and_refused_without_a_trace() ->
             found = compare(labels, users, p, np.full(40, 0.5))
             assert metric_rows(found)
             json.dumps(found.as_dict(), allow_nan=False)
-            assert bool(reasons_against(found, Gate())) == (not np.array_equal(labels, p) or not labels.any())
+            assert bool(violations(found, Gate())) == (not np.array_equal(labels, p) or not labels.any())
             moves = moved(found.challenger, found.challenger)
             assert (refusal(moves) is None) == (0 < labels.mean() < 1 and p.any())
 
@@ -139,7 +139,7 @@ def found(
 
 
 def test_a_better_challenger_passes() -> None:
-    assert reasons_against(found(), Gate()) == []
+    assert violations(found(), Gate()) == []
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_better_challenger_passes() -> None:
     ],
 )
 def test_log_loss_has_to_be_better_or_not_worse(loss: tuple[float, float, float], gate: str, passes: bool) -> None:
-    reasons = reasons_against(found(loss), Gate(gate))
+    reasons = violations(found(loss), Gate(gate))
     assert (reasons == []) == passes
     assert all("log loss 0.50000 against the champion's 0.50000, difference" in reason for reason in reasons)
 
@@ -170,7 +170,7 @@ def test_log_loss_has_to_be_better_or_not_worse(loss: tuple[float, float, float]
     ],
 )
 def test_calibration_must_not_be_worse(calibration: tuple[float, float, float], passes: bool) -> None:
-    reasons = reasons_against(found(calibration=calibration), Gate())
+    reasons = violations(found(calibration=calibration), Gate())
     assert (reasons == []) == passes
     assert all(reason.startswith("calibration is worse: p(click) over clicks is 1.0000, the champion's 1.0000") for reason in reasons)
 
@@ -186,7 +186,7 @@ def test_calibration_must_not_be_worse(calibration: tuple[float, float, float], 
 )
 def test_a_first_version_must_be_sane(entropy: float, calibration: tuple[float, float, float], message: str) -> None:
     first = Comparison(replace(METRICS_OF, normalised_entropy=entropy), None, {}, Interval(*calibration), {}, 50)
-    reasons = reasons_against(first, Gate())
+    reasons = violations(first, Gate())
     assert len(reasons) == bool(message)
     for reason in reasons:
         assert re.search(message, reason)

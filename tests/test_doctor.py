@@ -16,8 +16,8 @@ from redis import Redis
 
 from features import bundle
 from features.challenger import CHALLENGER, CanaryBounds, Challenger, challenge
+from features.entity_updates import by_entity
 from features.events import Event
-from features.subject import by_subject
 from service.doctor.examine import examine
 from service.doctor.finding import CODES, Finding, as_dict, exit_code, table
 from service.doctor.machine import check_features, check_files, check_memory
@@ -252,7 +252,7 @@ class TestStore:
             await fill(url)
             store, streams = RedisStore(url, 2, 1000, lambda: None), RedisStreams(url)
             events = [Event("click", "e1", time.time(), user_id="u1", ad_id="a1", request_id="r1")]
-            outcomes = await store.apply(by_subject(events))
+            outcomes = await store.apply(by_entity(events))
             assert {outcome.status for each in outcomes for outcome in each} == {"accepted"}
             await streams.begin("adrank:events")
             (entry,) = (await streams.read("adrank:events", 10)).entries

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from features.entity_updates import KINDS
 from features.events import TYPES, Event
 from features.state import MemoryStore, StoreError
-from features.subject import KINDS
 from service.api.event_wire import EventsAnswer
 from service.feedback.ingest import Ages, Intake
 from service.telemetry.metrics import Metrics

@@ -13,10 +13,10 @@ from conftest import Server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from features.entity_updates import by_entity
 from features.events import unpack_event
 from features.state import Ad, StoreError, UserState, pack_user
 from features.streams import EVENTS
-from features.subject import by_subject
 from service.store.events import Bounds, EventStore
 from service.store.redis import CHANGES, RedisStore, ads_key, place, user_key
 from tests.test_events import known_events, settled
@@ -83,7 +83,7 @@ class TestKeys:
                 events = [click("c", user_id=name), user("u", {"age": "25"}, user_id=name), shown("i", name), ad("a", {}, ad_id=name)]
                 assert set((await applied(store, *events)).values()) == {"accepted"}
                 assert (await store.get_user(name)).ad_ids == ["a1"]
-            assert len({place(subject) for name in ["}", "\\}", "\\\\}"] for subject in by_subject([click("c", user_id=name)])}) == 3
+            assert len({place(subject) for name in ["}", "\\}", "\\\\}"] for subject in by_entity([click("c", user_id=name)])}) == 3
             await store.close()
         finally:
             server.stop()
@@ -230,7 +230,7 @@ def test_any_order_and_any_repetition_end_in_the_same_state(servers):
         rest = list(events)
         while rest:
             some = {event.event_id: event for event in (rest.pop() for _ in range(min(len(rest), chance.randint(1, 9))))}
-            await store.apply(by_subject(some.values()))
+            await store.apply(by_entity(some.values()))
         await store.close()
 
     def normal(value):

@@ -17,7 +17,7 @@ from training.datasets.prepared import Prepared, open_prepared
 from training.evaluate import measure, unmeasured
 from training.export.export import contents
 from training.retrain import gate, publish
-from training.retrain.compare import Gate, compare, no_better, reasons_against
+from training.retrain.compare import Gate, compare, no_better, violations
 from training.retrain.data_checks import Enough, Limits, too_little
 from training.train import Epoch, Trained
 
@@ -170,9 +170,9 @@ def test_a_mean_that_rests_on_few_clicks_may_be_off_by_their_noise() -> None:
     labels, users = (random.random(5000) < p).astype(float), np.arange(5000)
     found = compare(labels, users, p * 1.2, None)
     assert found.calibration.low > 0.1
-    assert "calibration is off" in reasons_against(found, Gate(), 5000)[0]
-    assert "may be 0.1000 from 0" in reasons_against(found, Gate())[0]
-    assert reasons_against(found, Gate(), 60) == []  # of which a quarter more or less is chance
+    assert "calibration is off" in violations(found, Gate(), 5000)[0]
+    assert "may be 0.1000 from 0" in violations(found, Gate())[0]
+    assert violations(found, Gate(), 60) == []  # of which a quarter more or less is chance
 
 
 def test_what_is_no_better_than_a_constant_or_than_chance_is_told() -> None:

@@ -11,9 +11,9 @@ import pytest
 from conftest import ARRANGEMENTS, Server
 from rich.progress import Progress
 
+from features.entity_updates import by_entity
 from features.merging import MergeUser
 from features.state import ACTIVE, Ad, MemoryStore, StoreError, UserState, pack_user
-from features.subject import by_subject
 from service.store import bulk as bulk_store
 from service.store.redis import RedisStore, user_key
 from tests.test_catalogue import following, one, until
@@ -272,7 +272,7 @@ class TestCommand:
 
         async def send():
             store = RedisStore(server.url, timeout=2.0, ttl=1_000, on_damaged=lambda: None)
-            await store.apply(by_subject([click("c", -5, "new", "u3")]))
+            await store.apply(by_entity([click("c", -5, "new", "u3")]))
             state = await store.get_user("u3")
             await store.close()
             return list(state.ad_ids)

@@ -36,7 +36,7 @@ def clicked(before: UserState, behaviours: list[tuple[str, float]]) -> UserState
 
 def told(before: UserState, words: list[tuple[dict[str, Any], float]]) -> UserState:
     for features, ts in words:
-        before = before.told(features, ts)
+        before = before.updated(features, ts)
     return before
 
 
@@ -70,8 +70,8 @@ def test_of_each_feature_the_newer_word_stays() -> None:
     merged, kept = merged_user(stored, UserState({"x": 2.0, "y": 2.0, "z": 2.0, "n": 2.0}), UNTIL)
     assert merged.features == {"x": 5.0, "w": 5.0, "y": 2.0, "v": 6.0, "n": 2.0}
     assert kept.features == 4  # x, w, v, and that z was taken away
-    assert merged.told({"y": 9.0}, UNTIL - 0.5).features["y"] == 2.0, "a late event does not undo what the data set knows from after it"
-    assert merged.told({"y": 9.0}, UNTIL + 0.5).features["y"] == 9.0
+    assert merged.updated({"y": 9.0}, UNTIL - 0.5).features["y"] == 2.0, "a late event does not undo what the data set knows from after it"
+    assert merged.updated({"y": 9.0}, UNTIL + 0.5).features["y"] == 9.0
 
 
 def test_what_the_data_set_does_not_speak_of_stays() -> None:
@@ -133,7 +133,7 @@ def test_ads_are_merged_alike(
 ) -> None:
     ad = Ad("a", known)
     for features, ts in words:
-        ad = ad.told(features, False if left else None, ts)
+        ad = ad.updated(features, False if left else None, ts)
     merge = MergeAd(Ad("a", fresh), until, whole)
     once = merge.of(pack_ad(ad))
     merged = unpack_ad("a", once)
@@ -159,13 +159,13 @@ def test_an_ad_that_a_whole_catalogue_lacks_leaves_and_comes_back_with_the_next(
     assert merged_ad(retired, Ad("a", {"x": 2.0}), 5, False)[0] == Ad("a", {"x": 2.0})
     assert RetireAd("a", 5, 9).of(pack_ad(retired)) is None
     newer = RetireAd("a", 5, 9)
-    assert newer.of(pack_ad(Ad("a", {}).told({"x": 1.0}, None, 6))) is None
+    assert newer.of(pack_ad(Ad("a", {}).updated({"x": 1.0}, None, 6))) is None
     assert newer.stays
-    assert RetireAd("a", 6, 9).of(pack_ad(Ad("a", {}).told({"x": 1.0}, None, 6))) is not None
+    assert RetireAd("a", 6, 9).of(pack_ad(Ad("a", {}).updated({"x": 1.0}, None, 6))) is not None
 
 
 def test_that_an_event_took_an_ad_away_stands_against_a_log_that_has_it() -> None:
-    gone = Ad("a", {}).told({}, False, 4)
+    gone = Ad("a", {}).updated({}, False, 4)
     assert not merged_ad(gone, Ad("a", {"x": 1.0}), 5, False)[0].active
     assert merged_ad(gone, Ad("a", {"x": 1.0}), 5, True)[0].active
     assert not merged_ad(gone, Ad("a", {"x": 1.0}), 3, True)[0].active

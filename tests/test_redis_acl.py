@@ -7,11 +7,11 @@ import pytest
 from processes import ROOT
 from redis_servers import client_of
 
+from features.entity_updates import by_entity
 from features.events import Event
 from features.merging import ForgetAd, MergeAd
 from features.state import ACTIVE, Ad, StoreError, UserState
 from features.streams import STREAMS
-from features.subject import by_subject
 from service.store.redis import CHANGES, RedisStore
 from service.store.streams import RedisStreams
 
@@ -39,7 +39,7 @@ async def everything(url):
                 Event("click", "c", now, user_id="u1", ad_id="a1", request_id="r1"),
                 Event("ad", "a", now, ad_id="a2", features={"n": 2}),
             ]
-            await store.apply(by_subject(events))
+            await store.apply(by_entity(events))
         assert (await store.get_user("u1")).ad_ids == ["a1"]
         ads, cursor = await store.changed_ads(cursor, 0.01)
         assert {ad.ad_id for ad in ads} == {ad.ad_id async for batch in store.all_ads() for ad in batch} == {"a1", "a2"}

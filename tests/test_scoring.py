@@ -13,7 +13,7 @@ from service.catalogue.catalogue import put_ads
 from service.errors import DeadlineError, ScoringError
 from service.ranking.executor import TOGETHER, Inline, Pool
 from service.ranking.scorer import SLICE, Scorer
-from service.telemetry.metrics import Stages
+from service.telemetry.metrics import RequestTimings
 
 pytestmark = pytest.mark.anyio
 
@@ -32,7 +32,7 @@ def feeds(count):
 @pytest.mark.parametrize("count", [1, SLICE, SLICE + 1, 3 * SLICE])
 @pytest.mark.parametrize("make", [Inline, lambda: Pool(2)], ids=["inline", "pool"])
 async def test_scores_are_the_models_whatever_the_size(scorer, make, count):
-    scoring, stages = make(), Stages("/rank")
+    scoring, stages = make(), RequestTimings("/rank")
     scores = await scoring.score(scorer, feeds(count), stages, None)
     scoring.close()
     stages.enter(None)
@@ -49,14 +49,14 @@ async def test_others_get_their_turn_between_slices(scorer):
             await asyncio.sleep(0)
 
     task = asyncio.create_task(other())
-    await Inline().score(scorer, feeds(4 * SLICE), Stages("/rank"), None)
+    await Inline().score(scorer, feeds(4 * SLICE), RequestTimings("/rank"), None)
     task.cancel()
     assert len(turns) >= 3
 
 
 @pytest.mark.parametrize("make", [Inline, lambda: Pool(1)], ids=["inline", "pool"])
 async def test_a_deadline_that_has_passed_is_told_before_the_model_runs(scorer, make):
-    stages = Stages("/rank")
+    stages = RequestTimings("/rank")
     await asyncio.sleep(0.01)
     with pytest.raises(DeadlineError):
         await make().score(scorer, feeds(5), stages, 0.005)
@@ -82,7 +82,7 @@ class Recording:
 async def asked(inline, recording, counts, deadline=None):
     """Requests of so many candidates at the same time, and what became of each."""
     return await asyncio.gather(
-        *(inline.score(recording, feeds(count), Stages("/rank"), deadline) for count in counts), return_exceptions=True
+        *(inline.score(recording, feeds(count), RequestTimings("/rank"), deadline) for count in counts), return_exceptions=True
     )
 
 
@@ -101,7 +101,7 @@ async def test_those_that_are_ready_are_scored_before_any_is_answered_up_to_a_li
     inline = Inline()
 
     async def one(count):
-        await inline.score(recording, feeds(count), Stages("/rank"), None)
+        await inline.score(recording, feeds(count), RequestTimings("/rank"), None)
         order.append((count, len(recording.runs)))
 
     assert TOGETHER == 1_024
@@ -111,11 +111,11 @@ async def test_those_that_are_ready_are_scored_before_any_is_answered_up_to_a_li
 
 async def test_a_caller_who_left_is_not_scored(scorer):
     recording, inline = Recording(scorer), Inline()
-    leaving = asyncio.create_task(inline.score(recording, feeds(9), Stages("/rank"), None))
-    staying = asyncio.create_task(inline.score(recording, feeds(4), Stages("/rank"), None))
+    leaving = asyncio.create_task(inline.score(recording, feeds(9), RequestTimings("/rank"), None))
+    staying = asyncio.create_task(inline.score(recording, feeds(4), RequestTimings("/rank"), None))
     asyncio.get_running_loop().call_soon(leaving.cancel)
     await staying
     with pytest.raises(asyncio.CancelledError):
         await leaving
     assert 4 in recording.runs
-    assert len(await inline.score(recording, feeds(2), Stages("/rank"), None)) == 2
+    assert len(await inline.score(recording, feeds(2), RequestTimings("/rank"), None)) == 2

@@ -378,7 +378,7 @@ async def test_a_full_log_takes_no_more_until_someone_takes_from_it(log):
 async def test_a_log_that_takes_too_much_of_the_store_is_full(log, room, result, said, monkeypatch):
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
     log = log(log_kept_bytes=2**20, log_memory_share=0.8)
-    assert log.log.told() == {"status": "open", "detail": None}
+    assert log.log.status() == {"status": "open", "detail": None}
     log.store.room = room
     log.put(1)
     await log.until(written=1)
@@ -386,8 +386,8 @@ async def test_a_log_that_takes_too_much_of_the_store_is_full(log, room, result,
         await asyncio.sleep(0.005)
     log.put(2)
     assert log.counts == {"written": 1, result: 2}
-    assert log.log.told()["status"] == "full"
-    assert said in log.log.told()["detail"]
+    assert log.log.status()["status"] == "full"
+    assert said in log.log.status()["detail"]
     log.store.room = StoreRoom(10, 700, 1000)
     async with asyncio.timeout(90):
         while log.log._full:
@@ -402,7 +402,7 @@ async def test_what_is_appended_between_two_looks_counts_and_a_store_that_does_n
     log.store.room = StoreRoom(2**20 - 100)
     log.put(1)
     await log.until(written=1)
-    assert log.log.told()["status"] == "open"
+    assert log.log.status()["status"] == "open"
     log.put(1)
     await log.until(written=2)
     await log.until_made()

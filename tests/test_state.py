@@ -162,7 +162,7 @@ def test_of_each_feature_the_newest_word_holds_in_whatever_order_words_come(news
     distinct = list({ts: (told, ts) for told, ts in news}.values())
     state, ad = UserState(), Ad("a", {})
     for told, ts in random.sample(distinct, len(distinct)):
-        state, ad = state.told(told, ts), ad.told(told, None, ts)
+        state, ad = state.updated(told, ts), ad.updated(told, None, ts)
     last: dict[str, Any] = {}
     for told, _ in sorted(distinct, key=lambda word: word[1]):
         last |= told
@@ -173,28 +173,29 @@ def test_of_each_feature_the_newest_word_holds_in_whatever_order_words_come(news
 
 
 def test_an_ad_that_left_does_not_come_back_by_an_older_word() -> None:
-    gone = Ad("a", {"price": 1.0}).told({}, False, 10)
-    assert not gone.told({"price": 2.0}, True, 9).active
-    assert gone.told({"price": 2.0}, True, 9).features == {"price": 2.0}
-    assert gone.told({}, True, 11).active
-    assert not gone.told({"price": 3.0}, None, 12).active
+    gone = Ad("a", {"price": 1.0}).updated({}, False, 10)
+    assert not gone.updated({"price": 2.0}, True, 9).active
+    assert gone.updated({"price": 2.0}, True, 9).features == {"price": 2.0}
+    assert gone.updated({}, True, 11).active
+    assert not gone.updated({"price": 3.0}, None, 12).active
 
 
 def test_features_are_not_told_without_end() -> None:
-    state = UserState().told({str(i): "x" for i in range(FEATURES_LIMIT)}, 1)
+    state = UserState().updated({str(i): "x" for i in range(FEATURES_LIMIT)}, 1)
     with pytest.raises(StateError, match="more than 256"):
-        state.told({"one more": "x"}, 2)
-    assert state.told({"never": None, "0": None}, 2).told({"one more": "x"}, 3).features.keys() == {*state.features, "one more"} - {"0"}
+        state.updated({"one more": "x"}, 2)
+    more = state.updated({"never": None, "0": None}, 2).updated({"one more": "x"}, 3)
+    assert more.features.keys() == {*state.features, "one more"} - {"0"}
 
 
 def test_what_was_taken_away_is_not_remembered_without_end() -> None:
-    state = UserState().told({"kept": "x"}, 0)
+    state = UserState().updated({"kept": "x"}, 0)
     for ts in range(1, 2 * FEATURES_LIMIT):
-        state = state.told({f"name {ts}": None}, ts)
+        state = state.updated({f"name {ts}": None}, ts)
     assert len(state.changed) == FEATURES_LIMIT
     assert state.features == {"kept": "x"}
-    assert state.told({"kept": "older"}, -1).features == {"kept": "x"}
-    assert state.told({f"name {2 * FEATURES_LIMIT - 1}": "late"}, 5).features == {"kept": "x"}
+    assert state.updated({"kept": "older"}, -1).features == {"kept": "x"}
+    assert state.updated({f"name {2 * FEATURES_LIMIT - 1}": "late"}, 5).features == {"kept": "x"}
 
 
 @patient

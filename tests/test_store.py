@@ -9,9 +9,9 @@ import pytest
 import redis.asyncio
 from conftest import ARRANGEMENTS
 
+from features.entity_updates import by_entity
 from features.events import Event
 from features.state import HISTORY_LIMIT, SEEN_LIMIT, Ad, ChangesLostError, MemoryStore, StoreError, UserState, pack_ad, pack_user
-from features.subject import by_subject
 from service.store.redis import CHANGES, RedisStore, ads_key, user_key
 from service.store.server import REFUSED_SECONDS
 
@@ -73,7 +73,7 @@ def ad(event_id, features, ts=0.0, ad_id="a1", active=None):
 
 async def applied(store, *events):
     """What became of the events, by their ids."""
-    subjects = by_subject(events)
+    subjects = by_entity(events)
     outcomes = await store.apply(subjects)
     pairs = [pair for subject, each in zip(subjects, outcomes, strict=True) for pair in zip(subject.events, each, strict=True)]
     return {event.event_id: outcome.reason or outcome.status for event, outcome in pairs}

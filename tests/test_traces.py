@@ -14,7 +14,7 @@ from conftest import free_port
 from processes import ROOT, SERVE, environment, fill, serving, workers_of
 
 from service.settings import SettingsError
-from service.telemetry.metrics import Stages
+from service.telemetry.metrics import RequestTimings
 from service.telemetry.tracing import FLUSH_SECONDS, Tracer, caller, open_tracer
 
 pytestmark = pytest.mark.anyio
@@ -174,7 +174,7 @@ async def test_nobody_listens_and_the_end_still_comes(otel, caplog):
     )
     tracer = open_tracer(1.0)
     for _ in range(100):
-        stages = Stages("/rank")
+        stages = RequestTimings("/rank")
         tracer.end(tracer.begin((), stages), stages, {"state": {"request_id": "r"}, "scheme": "http"}, 200)
         await asyncio.sleep(0.002)
     async with asyncio.timeout(FLUSH_SECONDS + 5):
@@ -245,7 +245,7 @@ def header(value):
 @pytest.mark.parametrize("value", MALFORMED)
 def test_a_malformed_header_is_as_none(tracer, value):
     assert caller(header(value)) is None
-    assert tracer(1.0).begin(header(value), Stages("/rank")).parent is None
+    assert tracer(1.0).begin(header(value), RequestTimings("/rank")).parent is None
 
 
 def test_two_headers_are_as_none():
@@ -254,22 +254,22 @@ def test_two_headers_are_as_none():
 
 @pytest.mark.parametrize("value", [SAMPLED, f"01-{TRACE}-{SPAN}-01-more", f"00-{TRACE}-{SPAN}-03"])
 def test_a_caller_that_is_traced_is_followed_whatever_the_share(tracer, value):
-    stages = Stages("/rank")
+    stages = RequestTimings("/rank")
     trace = tracer(1e-9).begin(header(value), stages)
     assert (trace.id, trace.recorded, stages.stretches) == (TRACE, True, [])
     assert f"{trace.parent.span_id:016x}" == SPAN
 
 
 def test_a_caller_that_is_not_traced_is_followed_too(tracer):
-    stages = Stages("/rank")
+    stages = RequestTimings("/rank")
     trace = tracer(1.0).begin(header(UNSAMPLED), stages)
     assert (trace.id, trace.recorded, stages.stretches) == (UNSAMPLED[3:35], False, None)
 
 
 def test_of_the_others_the_share_is_traced(tracer):
-    drawn = [tracer(0.1).begin((), Stages("/rank")) for _ in range(50)]
+    drawn = [tracer(0.1).begin((), RequestTimings("/rank")) for _ in range(50)]
     assert len({trace.id for trace in drawn if trace}) == sum(trace is not None for trace in drawn)
     one = tracer(0.1)
-    traced = sum(one.begin((), Stages("/rank")) is not None for _ in range(20_000))
+    traced = sum(one.begin((), RequestTimings("/rank")) is not None for _ in range(20_000))
     assert 1_700 < traced < 2_300  # seven deviations
-    assert tracer(1.0).begin((), Stages("/rank")) is not None
+    assert tracer(1.0).begin((), RequestTimings("/rank")) is not None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from service.api.wire import TIMED, RankAnswer, answer
 from service.ranking.ranker import Degraded, Ranking, shortest
-from service.telemetry.metrics import Stages
+from service.telemetry.metrics import RequestTimings
 
 IDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6) | st.sampled_from(['a",', '"', "\\", "\u0000", "\u2028", "😀", 'x","y'])
 BIDS = st.none() | st.floats(0, 1e9)
@@ -68,7 +68,7 @@ def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explaine
         if explained
         else (),
     )
-    body = answer("r1", ranking, Stages("/rank"))
+    body = answer("r1", ranking, RequestTimings("/rank"))
     timings = json.loads(body)["timings_ms"]
     assert list(timings) == [*TIMED, "total"]
     assert body == plainly(ranking, timings)

@@ -135,7 +135,7 @@ class TrainSettings:
         l2 = self.first_l2 or (1 / max(rows, 1) if few else 0.0)
         return replace(self, batch=batch, learning_rate=rate, epochs=self.epochs or epochs, first_l2=l2)
 
-    def told(self, rows: int) -> str:
+    def summary(self, rows: int) -> str:
         """The settled settings in a line, for people who wait."""
         return (
             f"batch {self.batch:,} (for {rows:,} rows), learning rate {self.learning_rate:g}, at most {self.epochs:,} epochs, "
@@ -223,7 +223,7 @@ def train(
         with _step(progress, "encoding"):
             rows, valid = (encode_split(data, split, encoder, heads) for split in ("train", "valid"))
         left, settings = settings.open, settings.for_rows(len(rows))
-        progress.console.print(settings.told(len(rows)), soft_wrap=True)
+        progress.console.print(settings.summary(len(rows)), soft_wrap=True)
         try:
             network = build(family, Fields.of(data.schema, encoder.vocabularies, heads), network_settings)
             if whole:
@@ -283,7 +283,7 @@ def fit_network(
     network.begin(rows.ads)
     more = _second_task(network, rows, settings)
     updates = Updates(network, rows, settings, more)
-    for line in updates.told():
+    for line in updates.summary():
         progress.console.print(line, soft_wrap=True)
     alone = _first_order(network, updates.optimisers, settings) if len(rows) < settings.flat_below and not warm else None
     order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)

@@ -28,7 +28,7 @@ class Updates:
         self.optimisers = lazily(optimisers, self.tables)
         self.decay = EmbeddingDecay(network, rows, settings)
 
-    def told(self) -> Iterator[str]:
+    def summary(self) -> Iterator[str]:
         """What is updated sparsely, a line a table."""
         for table in self.tables.tables:
             yield f"a table of {len(table.weight):,} rows is updated sparsely: a step changes and decays the rows of its batch"

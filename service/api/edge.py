@@ -13,7 +13,7 @@ from .. import errors
 from ..errors import FieldProblem, Kind
 from ..public import SCORING
 from ..telemetry.logs import REQUEST, RateLimitFilter
-from ..telemetry.metrics import Metrics, Stages
+from ..telemetry.metrics import Metrics, RequestTimings
 from .openapi import EVENTS, RANKED
 from .tokens import Guard
 
@@ -141,13 +141,13 @@ class Edge:
 
 def _tell(scope: Scope, status: int) -> None:
     """Log a failed request, unless it was a probe, or has been logged with what went wrong."""
-    stages: Stages = scope["state"]["observed"]
+    stages: RequestTimings = scope["state"]["observed"]
     if stages.route != "/readyz" and stages.outcome != errors.UNEXPECTED.code:
         failures.log(logging.ERROR if status == 500 else logging.WARNING, "a request failed", extra=_details(scope, status))
 
 
 def _details(scope: Scope, status: int) -> dict[str, Any]:
-    stages: Stages = scope["state"]["observed"]
+    stages: RequestTimings = scope["state"]["observed"]
     told = {"request_id": scope["state"]["request_id"], "route": stages.route, "status": status, "code": stages.outcome}
     if stages.outcome in PLAIN:
         told["detail"] = scope["state"]["detail"]

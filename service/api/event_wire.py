@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Field, TypeAdapter, ValidationError
 
+from features.entity_updates import AT_ONCE, Outcome
 from features.events import TYPES, Event
-from features.subject import AT_ONCE, Outcome
 from features.values import plain
 
 from ..errors import FieldProblem, InvalidError

@@ -11,7 +11,7 @@ from ..ranking.explanations import Explanations
 from ..ranking.ranker import Query, Ranker, Ranking
 from ..serving.shares import Shares
 from ..settings import Settings
-from ..telemetry.metrics import Metrics, Stages
+from ..telemetry.metrics import Metrics, RequestTimings
 from .bodies import Reader, peer
 from .openapi import OF_EVENTS, RANKED, content, errors_of, reads
 from .requests import as_sent, default_policy, locate, parse_request, sent_request_id, to_query
@@ -29,7 +29,7 @@ def rank_routes(ranker: Ranker, explanations: Explanations, served: ServedLog, m
         """Rank ads for a user, the likeliest click first."""
         body = await bodies.read(request.scope, request.receive)
         with places.holding(peer(request.scope), busy):  # only now: who sends slowly must not hold a place
-            stages: Stages = request.state.observed
+            stages: RequestTimings = request.state.observed
             stages.enter("parse")
             wire, query = read(request, body.text(settings.max_body_bytes))
             stages.model = ranker.models.label(query.model)

@@ -59,7 +59,7 @@ def status_routes(ranker: Ranker, metrics: Metrics, health: Health, notice: Call
                 "provider": model.scorer.provider,
                 "precision": model.precision,
                 "loaded": model.loaded,
-                "challenger": ranker.challenges[name].told() if name in ranker.challenges else None,
+                "challenger": ranker.challenges[name].as_dict() if name in ranker.challenges else None,
             }
             for name, model in sorted(known.loaded.items())
         ]

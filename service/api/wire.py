@@ -11,7 +11,7 @@ from features.policy import COLDEST, HOTTEST
 from features.state import HISTORY_LIMIT
 
 from ..ranking.ranker import Ranking
-from ..telemetry.metrics import Stages
+from ..telemetry.metrics import RequestTimings
 
 TEXT_LENGTH, LIST_LENGTH, FEATURES, CANDIDATES, ID_LENGTH = 1_024, 1_000, 256, 100_000, 256
 LOWEST, HIGHEST = -(2**63), 2**64 - 1
@@ -282,7 +282,7 @@ class Problem(Wire):
 _ranks: list[bytes] = []
 
 
-def answer(request_id: str, ranking: Ranking, stages: Stages) -> bytes:
+def answer(request_id: str, ranking: Ranking, stages: RequestTimings) -> bytes:
     """The ranking as the JSON of a `RankAnswer`; `ads` goes from columns to bytes, without an object for each ad."""
     timed = [*TIMED, *(["explain"] if "explain" in stages.seconds else [])]
     seconds = {**{name: stages.seconds.get(name, 0.0) for name in timed}, "total": stages.total}

@@ -153,7 +153,7 @@ class ServedLog:
             if self._turn is None:
                 self._turn = asyncio.get_running_loop().call_soon(self._make_soon, context=NO_REQUEST)
 
-    def told(self) -> dict[str, str | None]:
+    def status(self) -> dict[str, str | None]:
         """For `/readyz`: whether rankings are logged, and why not."""
         return {"status": "full" if self._full else "open", "detail": self._why or None}
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from features.encode import Encoder, FieldError, clean
+from features.entity_updates import AT_ONCE, DUPLICATE, REPLACED, Outcome, by_entity
 from features.events import Event
 from features.schema import IDENTITY, Field, Side
 from features.state import Store, StoreError
-from features.subject import AT_ONCE, DUPLICATE, REPLACED, Outcome, by_subject
 
 from ..errors import BacklogError, StoreDownError
 from ..public import of_store
@@ -98,7 +98,7 @@ class Intake:
         return _mistyped(item, fields) if item.features else None
 
     async def _applied(self, events: Sequence[Event], nobody: Collection[str]) -> dict[str, Outcome]:
-        subjects = by_subject(events, nobody)
+        subjects = by_entity(events, nobody)
         outcomes = await self._store.apply(subjects) if subjects else []
         pairs = (pair for subject, each in zip(subjects, outcomes, strict=True) for pair in zip(subject.events, each, strict=True))
         return {event.event_id: outcome for event, outcome in pairs}

@@ -258,7 +258,7 @@ class Challenge:
             return True
         return True
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """What `/v1/models` says of it: its bounds, and what all workers of this service have seen."""
         period, bounds = self._window.all(), self.facts.bounds
         live = {"p99_ms": round(period.p99(LIVE) * 1e3, 3), "p_click": period.mean(LIVE), "requests": int(period.scored(LIVE))}

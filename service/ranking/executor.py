@@ -13,7 +13,7 @@ from features.encode import Feeds
 from features.vocabulary import Numbers
 
 from ..errors import DeadlineError
-from ..telemetry.metrics import Stages
+from ..telemetry.metrics import RequestTimings
 from .scorer import Scorer
 
 TOGETHER = 1_024
@@ -23,7 +23,7 @@ TOGETHER = 1_024
 class Scoring(Protocol):
     """Scores requests with whichever model each is for."""
 
-    async def score(self, scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
+    async def score(self, scorer: Scorer, feeds: Feeds, stages: RequestTimings, deadline: float | None) -> Numbers:
         """The probabilities `(C,)` of one request's candidates; `deadline` in seconds from the request's beginning.
 
         Raises:
@@ -41,7 +41,7 @@ class _Waiting:
 
     scorer: Scorer
     feeds: Feeds
-    stages: Stages
+    stages: RequestTimings
     deadline: float | None
     scores: "asyncio.Future[Numbers]"
 
@@ -58,13 +58,13 @@ class Inline:
     def __init__(self) -> None:
         self._waiting: deque[_Waiting] = deque()
 
-    async def score(self, scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
+    async def score(self, scorer: Scorer, feeds: Feeds, stages: RequestTimings, deadline: float | None) -> Numbers:
         """See `Scoring`."""
         stages.enter("queue")
         parts = [await self._in_turn(scorer, some, stages, deadline) for some in scorer.slices(feeds)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _in_turn(self, scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> "asyncio.Future[Numbers]":
+    def _in_turn(self, scorer: Scorer, feeds: Feeds, stages: RequestTimings, deadline: float | None) -> "asyncio.Future[Numbers]":
         loop = asyncio.get_running_loop()
         if not self._waiting:
             loop.call_soon(self._turn)  # after those that the loop has ready now
@@ -99,7 +99,7 @@ class Pool:
     def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="score")
 
-    async def score(self, scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
+    async def score(self, scorer: Scorer, feeds: Feeds, stages: RequestTimings, deadline: float | None) -> Numbers:
         """See `Scoring`."""
         stages.enter("queue")
         return await asyncio.get_running_loop().run_in_executor(self._threads, _score, scorer.score, feeds, stages, deadline)
@@ -109,7 +109,7 @@ class Pool:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _score(score: Callable[[Feeds], Numbers], feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
+def _score(score: Callable[[Feeds], Numbers], feeds: Feeds, stages: RequestTimings, deadline: float | None) -> Numbers:
     if deadline is not None and stages.total > deadline:
         raise DeadlineError("the deadline passed before the candidates were scored")
     stages.enter("inference")

@@ -21,7 +21,7 @@ from features.vocabulary import Numbers
 from ..errors import ScoringError
 from ..models.loaded import Model
 from ..models.watcher import give_way
-from ..telemetry.metrics import Stages
+from ..telemetry.metrics import RequestTimings
 from .ranker import Encoded, Ranking
 from .scorer import ExplainGraph
 
@@ -46,7 +46,7 @@ class Explanations:
         """Of each version that was asked for, its graph, or why there is none. Of the thread alone."""
         self._waiting = 0
 
-    async def add(self, ranking: Ranking, stages: Stages) -> None:
+    async def add(self, ranking: Ranking, stages: RequestTimings) -> None:
         """Explain a ranking's ads in it, as far as that can be done."""
         stages.enter("explain")
         deadline = ranking.query.deadline

@@ -13,7 +13,7 @@ from features.encode import Feeds
 from features.vocabulary import Numbers
 
 from ..errors import DeadlineError, OverLimitError, ScoringError, ServiceError
-from ..telemetry.metrics import Metrics, Stages
+from ..telemetry.metrics import Metrics, RequestTimings
 from .scorer import Scorer, TiledScorer
 from .tiles import MOST, TILE, candidates_of, tiles_of
 
@@ -30,7 +30,7 @@ class Waiting:
 
     feeds: Feeds
     tiles: int
-    stages: Stages
+    stages: RequestTimings
     since: float
     until: float | None
     answer: "asyncio.Future[Numbers]"
@@ -82,7 +82,7 @@ class Batcher:
         self._queues: dict[TiledScorer, BatchQueue] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def score(self, scorer: Scorer, feeds: Feeds, stages: Stages, deadline: float | None) -> Numbers:
+    async def score(self, scorer: Scorer, feeds: Feeds, stages: RequestTimings, deadline: float | None) -> Numbers:
         """The probabilities `(C,)` of a request; `deadline` in seconds from its beginning.
 
         Raises:

@@ -23,7 +23,7 @@ from ..catalogue.catalogue import Catalogue
 from ..errors import DeadlineError, FieldProblem, InvalidError, ScoringError, ServiceError
 from ..models.canary import Challenge
 from ..models.loaded import Model, Models
-from ..telemetry.metrics import Metrics, Stages
+from ..telemetry.metrics import Metrics, RequestTimings
 from .executor import Scoring
 from .explain import Seen, explain_ad, explain_request
 from .ordering import arrange, best_first
@@ -154,7 +154,7 @@ class Ranker:
         """Let the scoring threads end."""
         self._scoring.close()
 
-    async def rank(self, query: Query, stages: Stages) -> Ranking:
+    async def rank(self, query: Query, stages: RequestTimings) -> Ranking:
         """Rank a request.
 
         Raises:
@@ -214,14 +214,14 @@ class Ranker:
         stages.enter("post")
         return self._ranking(stages, encoded, scores)
 
-    def _ranking(self, stages: Stages, encoded: Encoded, scores: Numbers) -> Ranking:
+    def _ranking(self, stages: RequestTimings, encoded: Encoded, scores: Numbers) -> Ranking:
         stages.scores = scores
         if np.count_nonzero(np.isfinite(scores)) < len(scores):
             encoded.degraded.append(Degraded("inference", "not_finite", "omitted"))
         stages.degraded = [(entry.stage, entry.reason) for entry in encoded.degraded]
         return _ranking(encoded, scores, self._random)
 
-    async def _user(self, query: Query, stages: Stages) -> UserState | StoreError:
+    async def _user(self, query: Query, stages: RequestTimings) -> UserState | StoreError:
         """The user's state, or why the store does not give it. It is asked once, whichever version ranks in the end."""
         stages.user = "error"
         try:
@@ -233,7 +233,7 @@ class Ranker:
         stages.user = "hit" if state else "miss"
         return state or UserState()
 
-    async def _stored(self, query: Query, stages: Stages) -> UserState | None:
+    async def _stored(self, query: Query, stages: RequestTimings) -> UserState | None:
         if query.deadline is None:
             return await self._store.get_user(query.user_id)
         async with asyncio.timeout(query.deadline - stages.total):
@@ -245,7 +245,7 @@ class Asked:
     """A request with what the store gave for it, to be encoded for any of the models."""
 
     query: Query
-    stages: Stages
+    stages: RequestTimings
     catalogue: Catalogue
     stored: UserState | StoreError
     ts: float

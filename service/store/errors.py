@@ -23,7 +23,7 @@ TLS = {
 }
 
 
-def told(error: Exception, seconds: float) -> StoreError:
+def as_store_error(error: Exception, seconds: float) -> StoreError:
     """The failure of something that might take so many seconds."""
     text = _said(error).partition(", with args")[0]  # of an unknown command, which names users or a password
     if lacks_permission(error):

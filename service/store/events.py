@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from redis.exceptions import NoScriptError, ResponseError
 
+from features.entity_updates import REPLACED, Change, EntityUpdates, Outcome, together
 from features.events import JOINED, pack_event
 from features.state import NEVER, SEEN_LIMIT, SEEN_SECONDS, STATE_BYTES, StoreError, StoreRoom
 from features.streams import EVENTS, FIELD
-from features.subject import REPLACED, Change, Outcome, Subject, together
 
 from .client import Client
 from .damage import Damage, is_wrong_type
@@ -125,7 +125,7 @@ UNTOLD = Bounds()
 class _Turn(NamedTuple):
     """A subject, what was read of it, and what is to become of it."""
 
-    subject: Subject
+    subject: EntityUpdates
     place: Place
     stored: bytes
     change: Change
@@ -140,13 +140,13 @@ class _Turn(NamedTuple):
 class EventStore:
     """Applies events to what a server keeps."""
 
-    def __init__(self, client: Client, place: Callable[[Subject], Place], ttl: int, bounds: Bounds, damage: Damage) -> None:
+    def __init__(self, client: Client, place: Callable[[EntityUpdates], Place], ttl: int, bounds: Bounds, damage: Damage) -> None:
         """The way to the servers, the keys of a subject, seconds that a user's state is kept."""
         self._client, self._place, self._ttl, self._bounds, self._damage = client, place, ttl, bounds, damage
         self._bytes, self._looked = 0, -LOOK_SECONDS
         """What the events that wait take of memory, and when that was asked."""
 
-    async def apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
+    async def apply(self, subjects: Sequence[EntityUpdates]) -> list[Sequence[Outcome]]:
         """What became of each event, beside the subjects.
 
         Raises:
@@ -159,7 +159,7 @@ class EventStore:
             await asyncio.sleep(0)
         return outcomes
 
-    async def _apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
+    async def _apply(self, subjects: Sequence[EntityUpdates]) -> list[Sequence[Outcome]]:
         outcomes: dict[int, Sequence[Outcome]] = {}
         waiting = dict.fromkeys(range(len(subjects)), NEVER)
         for attempt in range(ATTEMPTS):
@@ -176,7 +176,7 @@ class EventStore:
             await asyncio.sleep(random.uniform(0, PAUSE_SECONDS * attempt))
         raise StoreError("contended", f"others changed the same users or ads {ATTEMPTS} times over; send the events again")
 
-    async def _read(self, subjects: Sequence[Subject], waiting: Mapping[int, float]) -> dict[int, _Turn]:
+    async def _read(self, subjects: Sequence[EntityUpdates], waiting: Mapping[int, float]) -> dict[int, _Turn]:
         places = {i: self._place(subjects[i]) for i in waiting}
         commands = [command for i, place in places.items() for command in _reads(subjects[i], place)]
         answers, replaced = await self._damage.ask_all(self._client, commands)
@@ -225,7 +225,7 @@ class EventStore:
                 self._damage.tell(turn.place.name, "what it held could not be read and gave way to what events tell")
 
 
-def _reads(subject: Subject, place: Place) -> list[Command]:
+def _reads(subject: EntityUpdates, place: Place) -> list[Command]:
     ids = [event.event_id for event in subject.events]
     seen: Command = (b"ZMSCORE", place.seen, *ids)
     if place.field:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgpack
 from redis.exceptions import RedisError, ResponseError
 
+from features.entity_updates import EntityUpdates, Kind, Outcome
 from features.merging import Rewrite
 from features.state import (
     STATE_BYTES,
@@ -33,12 +34,11 @@ from features.state import (
     unpack_user,
 )
 from features.streams import FIELD, SERVED
-from features.subject import Kind, Outcome, Subject
 
 from .bulk import BATCH, BulkStore, batches
 from .client import Client, Reads, open_servers
 from .damage import Damage, is_wrong_type
-from .errors import told
+from .errors import as_store_error
 from .events import UNTOLD, Bounds, EventStore, Place, room_of
 from .server import Command, unrefused
 
@@ -72,7 +72,7 @@ def ads_key(ad_id: str) -> str:
     return f"adrank:ads:{{{_hash(ad_id)}}}"
 
 
-def place(subject: Subject) -> Place:
+def place(subject: EntityUpdates) -> Place:
     """The keys of what events are about; those of one subject are in one slot."""
     return place_of(subject.kind, subject.id)
 
@@ -122,7 +122,7 @@ class RedisStore:
             damaged = error
         except (OSError, RedisError) as error:
             if not is_wrong_type(error):
-                raise told(error, self._timeout) from error
+                raise as_store_error(error, self._timeout) from error
             damaged = StateError("what is stored for a user is no value, but a key of another type")
         self.damage.tell(key, str(damaged))
         raise StoreError("store_corrupt", str(damaged)) from damaged
@@ -148,12 +148,12 @@ class RedisStore:
                 if changed and kind == "ad":
                     await self._announce(self._bulk, changed)
 
-    async def apply(self, subjects: Sequence[Subject]) -> list[Sequence[Outcome]]:
+    async def apply(self, subjects: Sequence[EntityUpdates]) -> list[Sequence[Outcome]]:
         """See `Store`."""
         try:
             outcomes = await self._events.apply(subjects)
         except (OSError, RedisError) as error:
-            raise told(error, EVENT_SECONDS) from error
+            raise as_store_error(error, EVENT_SECONDS) from error
         # Those of duplicates too: who did such an event first may not have lived to announce it.
         for batch in batches(dict.fromkeys(subject.id for subject in subjects if subject.kind == "ad")):
             async with answering(EVENT_SECONDS):
@@ -274,7 +274,7 @@ class RedisStore:
             if is_wrong_type(error):
                 with suppress(OSError, RedisError):
                     await self.damage.clear(self._served, SERVED, b"stream")  # for the next: some of these may have been appended
-            raise told(error, APPEND_SECONDS) from error
+            raise as_store_error(error, APPEND_SECONDS) from error
         return int(replies[-1])
 
     async def served_room(self) -> StoreRoom:
@@ -292,7 +292,7 @@ class RedisStore:
                 for (reply,) in await asyncio.gather(*replies):
                     unrefused([reply])
         except (OSError, RedisError) as error:
-            raise told(error, self._timeout) from error
+            raise as_store_error(error, self._timeout) from error
 
     async def user_ids(self, most: int) -> list[str]:
         """Users that there are, `most` at most. For tools: it asks for keys by the thousand.
@@ -331,7 +331,7 @@ async def answering(seconds: float) -> AsyncIterator[None]:
         async with asyncio.timeout(seconds):
             yield
     except (OSError, RedisError) as error:
-        raise told(error, seconds) from error
+        raise as_store_error(error, seconds) from error
     except StateError:
         raise
     except (LookupError, TypeError, ValueError) as error:  # a reply that lacks what is looked for in it

@@ -62,7 +62,7 @@ ROWS_KEPT = 64
 """Requests noted before they are written into the metrics even if nobody asks: writing them all takes half a millisecond."""
 
 
-class Stages:
+class RequestTimings:
     """How one request goes: what it is counted under, the seconds that its stages take, and what it was ranked with.
 
     Plain attributes, filled in while it is answered: a metric of prometheus_client takes microseconds to observe, and a request
@@ -120,7 +120,7 @@ class Metrics:
 
     def __init__(self, registry: Registry | None = None) -> None:
         self.registry = r = registry or CollectorRegistry()
-        self._rows: list[Stages] = []
+        self._rows: list[RequestTimings] = []
         self.under_way: Callable[[], float] = float
         """How many rankings are under way now."""
         self.served: collections.Counter[str] = collections.Counter()
@@ -181,11 +181,11 @@ class Metrics:
             for each in labels:
                 metric.labels(*each)
 
-    def begin(self, route: str) -> Stages:
+    def begin(self, route: str) -> RequestTimings:
         """A request begins; `end` is to be called whatever becomes of it."""
-        return Stages(route)
+        return RequestTimings(route)
 
-    def end(self, stages: Stages) -> None:
+    def end(self, stages: RequestTimings) -> None:
         """The request is over."""
         stages.enter(None)
         stages.ended = stages.since
@@ -216,7 +216,7 @@ class Metrics:
         if rankings := [row for row in rows if row.seconds]:
             self._flush_rankings(rankings)
 
-    def _flush_rankings(self, rows: Sequence[Stages]) -> None:
+    def _flush_rankings(self, rows: Sequence[RequestTimings]) -> None:
         for stage in STAGES:
             _observe(self._stages.labels(stage), SECONDS, [row.seconds[stage] for row in rows if stage in row.seconds])
         for result, count in collections.Counter(row.user for row in rows if row.user is not None).items():

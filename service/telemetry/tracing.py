@@ -26,7 +26,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from ..settings import SettingsError
 from .logs import RateLimitFilter
-from .metrics import Stages
+from .metrics import RequestTimings
 
 CHILDREN = ("features", "queue", "inference")
 """The stages that become spans. Each span costs a request in a hundred more than its stage tells: parsing and sorting are short."""
@@ -89,7 +89,7 @@ class Tracer:
         """`share` of the requests that come without a trace of their own."""
         self._bound, self._processor, self._resource = round(share * 2**64), processor, resource
 
-    def begin(self, headers: Iterable[tuple[bytes, bytes]], stages: Stages) -> Trace | None:
+    def begin(self, headers: Iterable[tuple[bytes, bytes]], stages: RequestTimings) -> Trace | None:
         """The trace of a request that begins, if it is in one. Whoever sent it has decided whether it is recorded, else its id does."""
         parent = caller(headers)
         if parent is not None and not parent.trace_flags.sampled:
@@ -100,7 +100,7 @@ class Tracer:
         stages.stretches = []
         return Trace(_context(trace_id), parent)
 
-    def end(self, trace: Trace, stages: Stages, scope: Mapping[str, Any], status: int | None) -> None:
+    def end(self, trace: Trace, stages: RequestTimings, scope: Mapping[str, Any], status: int | None) -> None:
         """The request is over: make its spans in the loop's next turn but one, when the answer has been written to its socket.
 
         `scope` is ASGI's; `status` is None where the request was cut off before an answer began.
@@ -109,7 +109,7 @@ class Tracer:
         answered = Answered(scope["state"]["request_id"], scope["scheme"], status)
         loop.call_soon(loop.call_soon, self._make, trace, stages, answered)
 
-    def _make(self, trace: Trace, stages: Stages, answered: Answered) -> None:
+    def _make(self, trace: Trace, stages: RequestTimings, answered: Answered) -> None:
         clock = time.time_ns() - round(time.perf_counter() * 1e9)
         for stage, began, until in _told(stages.stretches or ()):
             context = _context(trace.context.trace_id)
@@ -207,7 +207,7 @@ def _told(stretches: Sequence[tuple[str, float, float]]) -> list[tuple[str, floa
     return told
 
 
-def _attributes(stages: Stages, answered: Answered, failed: bool) -> dict[str, str | int | list[str]]:
+def _attributes(stages: RequestTimings, answered: Answered, failed: bool) -> dict[str, str | int | list[str]]:
     attributes: dict[str, str | int | list[str]] = {
         "http.request.method": "POST",
         "http.route": stages.route,

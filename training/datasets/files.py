@@ -60,7 +60,7 @@ class SourceFile:
     path: Path
     name: str
     form: Form = "csv"
-    told: Mapping[str, str] = field(default_factory=dict)
+    partitions: Mapping[str, str] = field(default_factory=dict)
 
     def open(self) -> IO[bytes]:
         """The content, decompressed."""
@@ -167,7 +167,7 @@ def _folder(source: Path) -> list[SourceFile]:
         raise DataError(f"cannot read {source}: {error.strerror or error}") from error
     if not parts:
         raise DataError(f"{source} is a folder without part files: nothing in it has any content")
-    files = [_seen(SourceFile(path, str(path), told=_told(path.relative_to(source)))) for path in parts]
+    files = [_seen(SourceFile(path, str(path), partitions=_partitions(path.relative_to(source)))) for path in parts]
     for one, other in pairwise(files):
         if one.form != other.form:
             raise DataError(
@@ -185,7 +185,7 @@ def _natural(path: Path) -> list[list[tuple[int, str]]]:
     return [[(int(n or 0), text) for n, text in re.findall(r"(\d{1,18})|(\D+|\d)", part)] for part in path.parts]
 
 
-def _told(path: Path) -> dict[str, str]:
+def _partitions(path: Path) -> dict[str, str]:
     """The columns in the names of folders such as day=2025-11-01."""
     pairs = [part.partition("=") for part in path.parts[:-1]]
     return {name: "" if value == NO_VALUE else unquote(value) for name, equals, value in pairs if name and equals}
@@ -203,7 +203,7 @@ def _seen(file: SourceFile) -> SourceFile:
     form: Form = "parquet" if start.startswith(b"PAR1") else "json" if text.startswith(b"{") else "csv"
     if form == "parquet" and file.is_packed:
         raise DataError(f"{file.name} is parquet that was compressed once more: decompress it")
-    return SourceFile(file.path, file.name, form, file.told)
+    return SourceFile(file.path, file.name, form, file.partitions)
 
 
 def is_folder(path: Path) -> bool:

@@ -73,7 +73,7 @@ def count_lines(file: SourceFile) -> int:
 
 
 def _read(file: SourceFile, keep: Sequence[str], dialect: Dialect, *, alone: bool) -> Iterator[Table]:
-    told = {name: value for name, value in file.told.items() if name in keep}
+    told = {name: value for name, value in file.partitions.items() if name in keep}
     wanted = [name for name in keep if name not in told]
     if file.form == "parquet":
         tables = _read_parquet(file, wanted)

@@ -187,7 +187,7 @@ def reliability(labels: Array, p_click: Array) -> list[tuple[float, float]]:
     return list(zip((np.add.reduceat(p, starts) / rows).tolist(), (np.add.reduceat(clicks, starts) / rows).tolist(), strict=True))
 
 
-def reasons_against(found: Comparison, gate: Gate, rests_on: int = 0) -> list[str]:
+def violations(found: Comparison, gate: Gate, rests_on: int = 0) -> list[str]:
     """Why a challenger should not go live, a sentence each; none where it may. Its calibration `rests_on` so many clicks, 0: not told."""
     return [reason for reason in (_calibration(found, gate, rests_on), _loss(found, gate)) if reason]
 

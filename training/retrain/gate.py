@@ -63,7 +63,7 @@ def diverged(epochs: Sequence[Epoch]) -> Iterator[str]:
         yield f"the training diverged: its loss began at {epochs[0].first_loss:.3g}, and no epoch's mean is below {loss:.3g}; {cure}"
 
 
-def reasons_against(
+def violations(
     champion: Bundle | None, data: Prepared, trained: Trained, graph: bytes, gate: compare.Gate, progress: Progress
 ) -> tuple[list[str], dict[str, Any]]:
     """Why what was trained should not go live by what it measures, none where it may; and the comparison, for the manifest.
@@ -79,4 +79,4 @@ def reasons_against(
     if champion and (alone := compare.no_better(found.challenger)):
         reasons.append(alone)
     told = {name: value for name, value in found.as_dict().items() if name != "reliability"}
-    return [*reasons, *compare.reasons_against(found, gate, trained.calibration.clicks)], told
+    return [*reasons, *compare.violations(found, gate, trained.calibration.clicks)], told

@@ -95,7 +95,7 @@ class RetrainPlan:
     limits: data_checks.Limits
     gate: compare.Gate
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """For the report and the manifest."""
         start = "scratch" if self.start is None else "warm"
         return {"network": self.family, "start": start, "seed": self.loop.seed}
@@ -117,7 +117,7 @@ def retrain(order: RetrainRequest, progress: Progress) -> Report:
         seen, past = data_checks.profile(data, data_checks.slices(data)), _past(data, before, plan.champion)
         version = plan.champion.version if plan.champion else None
         reasons = data_checks.violations(seen, past, plan.limits)
-        report = Report(order.name, started, None, version, reasons, plan.told(), seen, past, plan.limits, plan.gate)
+        report = Report(order.name, started, None, version, reasons, plan.as_dict(), seen, past, plan.limits, plan.gate)
         if not reasons:
             report = _challenge(order, plan, data, report, progress)
         report.write(order.report or _report_folder(order, started))
@@ -128,7 +128,7 @@ def _challenge(order: RetrainRequest, plan: RetrainPlan, data: Prepared, report:
     trained = train(data, plan.family, plan.network, plan.loop, progress, plan.start)
     files, facts = contents(data, trained, progress)
     found = gate.compared(plan.champion, data, trained, files[MODEL], progress)
-    reasons = [*gate.diverged(trained.epochs), *compare.reasons_against(found, plan.gate, trained.calibration.clicks)]
+    reasons = [*gate.diverged(trained.epochs), *compare.violations(found, plan.gate, trained.calibration.clicks)]
     told = {**report.training, "settings": trained.settings, "epochs": [epoch.line() for epoch in trained.epochs]}
     told["calibration"] = trained.calibration.line()
     report = replace(report, reasons=reasons, training=told, comparison=found, warnings=_warnings(order, plan, data))
@@ -137,7 +137,7 @@ def _challenge(order: RetrainRequest, plan: RetrainPlan, data: Prepared, report:
     if (now := _live(order)) != report.champion:
         raise RetrainError(f"the live version of {order.name} was {report.champion} and is {now} now: the comparison is void; run it again")
     seen = {**report.window.as_dict(), "held_out_from": _held_out_from(data)}
-    facts[FACTS] = {**plan.told(), "champion": report.champion, "window": seen, "comparison": brief(found)}
+    facts[FACTS] = {**plan.as_dict(), "champion": report.champion, "window": seen, "comparison": brief(found)}
     return replace(report, published=int(publish(order.models, order.name, files, facts).name))
 
 

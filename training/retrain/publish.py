@@ -62,7 +62,7 @@ def train_and_publish(
     files, facts = contents(data, trained, progress)
     reasons, told = gates.flaws(trained, enough), dict[str, Any]()
     if not reasons and promote in ("gate", "if-better"):
-        reasons, told = gates.reasons_against(champion, data, trained, files[MODEL], gate, progress)
+        reasons, told = gates.violations(champion, data, trained, files[MODEL], gate, progress)
     if champion and (now := _live(models, name)) and now.version != champion.version:
         reasons.append(f"the live version was {champion.version} and is {now.version} now, so the comparison is void")
     live = promote == "always" or (promote != "never" and not reasons)

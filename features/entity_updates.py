@@ -1,6 +1,6 @@
 """What events lead to: those about one user, ad or ranking, and what they make of what is kept about it.
 
-Knows nothing about where that is kept. A store reads, asks `Subject.change`, and writes if nobody else has written meanwhile.
+Knows nothing about where that is kept. A store reads, asks `EntityUpdates.change`, and writes if nobody else has written meanwhile.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class EntityUpdates:
     """A user, an ad or a ranking (`request`) and events about it, their ids all different; at most `AT_ONCE`."""
 
     kind: Kind
@@ -92,13 +92,13 @@ def _after(state: UserState | Ad | None, event: Event) -> UserState | Ad | None:
         return None
     if isinstance(state, UserState) and event.type == "click":
         return state.clicked(event.ad_id, event.ts)
-    told = state.told(event.features, event.active, event.ts) if isinstance(state, Ad) else state.told(event.features, event.ts)
-    if len(pack_features(told.features)) > FEATURES_BYTES:
+    after = state.updated(event.features, event.active, event.ts) if isinstance(state, Ad) else state.updated(event.features, event.ts)
+    if len(pack_features(after.features)) > FEATURES_BYTES:
         raise StateError(f"its features would take more than {FEATURES_BYTES} bytes; take some away first, by sending null for them")
-    return told
+    return after
 
 
-def by_subject(events: Iterable[Event], nobody: Collection[str] = ()) -> list[Subject]:
+def by_entity(events: Iterable[Event], nobody: Collection[str] = ()) -> list[EntityUpdates]:
     """The events by what they are about, in their order; a subject of very many comes several times.
 
     A click of one who is `nobody` is about its ranking alone: nothing is kept of such a user.
@@ -108,12 +108,12 @@ def by_subject(events: Iterable[Event], nobody: Collection[str] = ()) -> list[Su
         whom: tuple[Kind, str] = ("request", event.request_id) if event.user_id in nobody else (KINDS[event.type], event.subject)
         groups.setdefault(whom, []).append(event)
     parts = ((whom, about[start : start + AT_ONCE]) for whom, about in groups.items() for start in range(0, len(about), AT_ONCE))
-    return [Subject(*whom, about) for whom, about in parts]
+    return [EntityUpdates(*whom, about) for whom, about in parts]
 
 
-def together(subjects: Iterable[Subject]) -> Iterator[list[Subject]]:
+def together(subjects: Iterable[EntityUpdates]) -> Iterator[list[EntityUpdates]]:
     """The subjects, as many at a time as have `AT_ONCE` events."""
-    some, count = list[Subject](), 0
+    some, count = list[EntityUpdates](), 0
     for subject in subjects:
         if count + len(subject.events) > AT_ONCE:
             yield some
