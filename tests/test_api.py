@@ -531,7 +531,7 @@ class TestForms:
         assert same(one, two)
         bids = [math.nan] * len(candidates) if one.bids is None else one.bids
         assert [None if math.isnan(bid) else bid for bid in bids] == [c[1] for c in candidates]
-        assert list(one.ad_ids) == [c[0] for c in candidates]
+        assert list(one.names or one.ad_ids) == [c[0] for c in candidates]
 
     @settings(max_examples=30)
     @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5), min_size=1))

@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import polars as pl
+import joining
 import pytest
 from conftest import free_port
 from test_demo import make_small
@@ -31,7 +31,7 @@ def test_users_visit_click_and_are_learned_from(tmp_path: Path, capfd: pytest.Ca
         assert all(result["shown"][arm] > 0 for arm in demo_loop.ARMS)
         assert 0 < result["frozen"] < result["oracle"] < 1
     assert len(open_log(tmp_path / "log").files("train")) > 0
-    rows = pl.read_parquet(tmp_path / "log" / "day=*" / "hour=*" / "*.parquet")
+    rows = joining.rows(tmp_path / "log")
     assert set(rows["model"].unique()) == {"din", "frozen"}
     assert {policy.partition(" ")[0] for policy in rows["policy"].unique()} == {"greedy", "plackett_luce"}
     # Clicks of the newest rankings are still on their way, and the oracle's are of no ranking; all others are in the log.

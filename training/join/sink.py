@@ -140,11 +140,13 @@ class Sink:
             await self._take()
         await self._flush()
         until = time.monotonic() + 2 * self._settings.claim  # others that live may always hold some
-        while everything and time.monotonic() < until and any([await self._streams.pending(stream) for stream in STREAMS]):
-            self._claimed = -math.inf
-            if not await self._take():
-                await self._rest(IDLE_SECONDS)
+        while everything and any([await self._streams.pending(stream) for stream in STREAMS]):
+            self._claimed, waited = -math.inf, time.monotonic() >= until
+            took = await self._take()
             await self._flush()
+            if waited or self._stop.is_set():  # what had been abandoned was to be had by now
+                break
+            await self._rest(0 if took else IDLE_SECONDS)
         await self._look(math.inf if everything else None)
         self._live.measure()
         await self._let_go()
