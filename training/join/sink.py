@@ -21,7 +21,7 @@ from features.streams import SERVED, STREAMS, TOO_OLD, WRONG_TYPE, Entry, Owner,
 from .attribution import ASIDE, IMPRESSIONS, RAW, SETTINGS, WATERMARK, Attribution, hour_name, settings_text
 from .attribution import EVENTS as RAW_EVENTS
 from .live import Live
-from .log import JoinError, LogFolder, NoRoomError, room, write_file, write_parquet
+from .log import OWN, JoinError, LogFolder, NoRoomError, room, write_file, write_parquet
 from .raw import ASIDE_TYPES, HOUR, Batch, Columns, events_of, impressions_of, revision
 from .summary import JoinWatch, Told
 
@@ -84,7 +84,7 @@ async def join_log(
     for ending in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(ending, sink.stop)
     with room(into.folder):
-        write_file(into.folder / SETTINGS, settings_text(settings.attribution))
+        write_file(into.folder / SETTINGS, settings_text(settings.attribution), into.folder / OWN)
     log.info("joining into %s: %s", into.folder, settings.attribution)
     try:
         await (sink.drain(once == "everything") if once else sink.run())
@@ -326,7 +326,8 @@ class Sink:
                 self._told.incident(TRIMMED, extent.trimmed)
                 log.warning("%d entries of %s were trimmed before they were read; they are lost", extent.trimmed, stream)
         with room(self._log.folder):
-            write_file(self._log.folder / RAW / WATERMARK, str(min(kept) if watermark is None else watermark).encode())
+            whole = min(kept) if watermark is None else watermark
+            write_file(self._log.folder / RAW / WATERMARK, str(whole).encode(), self._log.folder / OWN)
 
     def _tell(self) -> None:
         now = time.monotonic()
