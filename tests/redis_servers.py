@@ -171,8 +171,15 @@ class Nodes:
             self.clients[source].execute_command("MIGRATE", "127.0.0.1", port, "", 0, 5000, "KEYS", *keys)
 
     def finish_moving(self, slot: int, source: int, target: int) -> None:
-        """Make the target the slot's node, and see that both say so: an older word that is on its way may undo it."""
+        """Make the target the slot's node, and see that both say so: an older word that is on its way may undo it.
+
+        It takes an epoch above all that it knows of, so it waits until it knows of all: else a word of the source, of an epoch that
+        the target has not heard of, would count more than its own.
+        """
         self.moved[slot] = target
+        eventually(
+            lambda: self._epochs(target) == {node: self._epochs(n)[node] for n, node in enumerate(self.ids) if node in self._epochs(n)}
+        )
         self._give(slot, source, target)
         eventually(lambda: self._agree(slot, source, target))
 
@@ -186,6 +193,11 @@ class Nodes:
         self.clients[target].execute_command("CLUSTER", "BUMPEPOCH")  # the newest word counts, as in redis-cli --cluster fix
         self._give(slot, source, target)
         return False
+
+    def _epochs(self, n: int) -> dict[str, int]:
+        """The epoch of each primary, by its id, as a node knows it."""
+        told = self.clients[n].execute_command("CLUSTER NODES")
+        return {each["node_id"]: int(each["epoch"]) for each in told.values() if "master" in each["flags"]}
 
     def _owner(self, n: int, slot: int) -> int:
         """The port of the slot's owner, as a node sees it."""
