@@ -33,6 +33,7 @@ def rankings(columns: Columns, first: int, count: int, begin: float, random: np.
     """So many rankings within a minute."""
     since = np.sort(begin + 60 * random.random(count))
     numbers = np.arange(first, first + count)
+    ads = (random.integers(0, 50_000, (count, 1)) + 4_999 * np.arange(ADS)) % 50_000  # each once in a ranking
     given = {
         "entry": pl.Series([f"{int(ts * 1000)}-{n}" for ts, n in zip(since, numbers, strict=True)]),
         "received": since,
@@ -42,7 +43,7 @@ def rankings(columns: Columns, first: int, count: int, begin: float, random: np.
         "user_id": pl.Series([f"u{n}" for n in numbers % 100_003]),
         "version": np.full(count, 20251122000000),
         "shown": np.where(numbers % 5 == 0, 0, ADS),
-        "ad_id": pl.Series("", [f"a{n}" for n in random.integers(0, 50_000, count * ADS)]).reshape((count, ADS)).arr.to_list(),
+        "ad_id": pl.Series("", [f"a{n}" for n in ads.ravel()]).reshape((count, ADS)).arr.to_list(),
         "position": pl.Series("", np.tile(np.arange(1, ADS + 1), count)).reshape((count, ADS)).arr.to_list(),
     }
     return pl.DataFrame([column(name, dtype, given.get(name), count, random) for name, dtype in columns.impressions.items()])
