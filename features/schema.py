@@ -298,8 +298,7 @@ def _mistakes_of_vector(field: Field) -> list[str]:
     rules = {
         "a vector needs a length of at least 2, how many numbers it has": field.length > 1,
         "a vector has neither buckets, min_count nor a transform": (field.buckets, field.min_count, field.transform) == (0, 1, "none"),
-        "a vector that is missing is 0 throughout: leave missing and missing_values out": (field.missing, field.missing_values)
-        in ((0.0, ()), (0.0, [])),
+        "a vector that is missing is 0 throughout: leave missing and missing_values out": field.missing == 0 and not field.missing_values,
     }
     return [rule for rule, holds in rules.items() if not holds]
 

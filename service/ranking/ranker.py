@@ -216,10 +216,9 @@ class Ranker:
 
     def _ranking(self, stages: RequestTimings, encoded: Encoded, scores: Numbers) -> Ranking:
         stages.scores = scores
-        if np.count_nonzero(np.isfinite(scores)) < len(scores):
-            encoded.degraded.append(Degraded("inference", "not_finite", "omitted"))
-        stages.degraded = [(entry.stage, entry.reason) for entry in encoded.degraded]
-        return _ranking(encoded, scores, self._random)
+        ranking = _ranked(encoded, scores, self._random)
+        stages.degraded = [(entry.stage, entry.reason) for entry in ranking.degraded]
+        return ranking
 
     async def _user(self, query: Query, stages: RequestTimings) -> UserState | StoreError:
         """The user's state, or why the store does not give it. It is asked once, whichever version ranks in the end."""
@@ -327,9 +326,11 @@ def _request(query: Query, state: UserState, repeated: Sequence[int] | None, ts:
     return Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features, times, ts)
 
 
-def _ranking(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ranking:
+def _ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ranking:
     """Ads best first, or as the policy drew them, those beyond `top_k` omitted, and those without a finite score. Ties go by ad id."""
     query, ad_ids, repeated, finite = encoded.query, encoded.request.candidates, encoded.repeated, np.isfinite(scores)
+    if np.count_nonzero(finite) < len(finite):
+        encoded.degraded.append(Degraded("inference", "not_finite", "omitted"))
     bids = query.bids if query.bids is None or repeated is None else query.bids[repeated]
     rankable = _rankable(encoded)
     (rows,) = (finite & rankable).nonzero()

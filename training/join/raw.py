@@ -4,11 +4,11 @@ Columns are built as lists, and only then brought to the ads by position. Knows 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -22,6 +22,7 @@ from features.streams import Entry, Stream
 
 from ..datasets.prepared import DTYPES
 
+T = TypeVar("T")
 HOUR = 3600
 LATEST = 253_402_300_799
 """The last second of the year 9999."""
@@ -141,7 +142,7 @@ def _unpacked(packed: bytes, troubles: Counter[str]) -> Features:
 
 
 @dataclass
-class Batch:
+class RawBatch:
     """What a batch of entries comes to."""
 
     frames: dict[int, pl.DataFrame] = field(default_factory=dict)
@@ -157,15 +158,21 @@ class Batch:
     events: int = 0
 
 
-def impressions_of(entries: Sequence[Entry], stream: Stream, columns: Columns) -> Batch:
-    """Rankings as rows."""
-    batch, hours = Batch(), defaultdict[int, list[tuple[Entry, ServedRecord]]](list)
+def _readable(entries: Iterable[Entry], stream: Stream, read: Callable[[bytes], T], batch: RawBatch) -> Iterator[tuple[Entry, T]]:
+    """The entries that can be read, and what they hold; the others are put aside."""
     for entry in entries:
         try:
-            served = read_served(entry.value)
+            held = read(entry.value)
         except StateError:
             batch.aside.append((stream, entry.id, DAMAGED, entry.value))
-            continue
+        else:
+            yield entry, held
+
+
+def impressions_of(entries: Sequence[Entry], stream: Stream, columns: Columns) -> RawBatch:
+    """Rankings as rows."""
+    batch, hours = RawBatch(), defaultdict[int, list[tuple[Entry, ServedRecord]]](list)
+    for entry, served in _readable(entries, stream, read_served, batch):
         hours[int(served.ts // HOUR)].append((entry, served))
         batch.models[served.model] += 1
         batch.ads.update(served.ads.items())
@@ -177,15 +184,10 @@ def impressions_of(entries: Sequence[Entry], stream: Stream, columns: Columns) -
     return batch
 
 
-def events_of(entries: Sequence[Entry], stream: Stream) -> Batch:
+def events_of(entries: Sequence[Entry], stream: Stream) -> RawBatch:
     """Events as rows."""
-    batch, hours = Batch(), defaultdict[int, list[tuple[Any, ...]]](list)
-    for entry in entries:
-        try:
-            event = read_event(entry.value)
-        except StateError:
-            batch.aside.append((stream, entry.id, DAMAGED, entry.value))
-            continue
+    batch, hours = RawBatch(), defaultdict[int, list[tuple[Any, ...]]](list)
+    for entry, event in _readable(entries, stream, read_event, batch):
         if event.type not in JOINED:
             batch.aside.append((stream, entry.id, FOREIGN, entry.value))
             continue

@@ -22,7 +22,7 @@ from .attribution import ASIDE, IMPRESSIONS, RAW, SETTINGS, WATERMARK, Attributi
 from .attribution import EVENTS as RAW_EVENTS
 from .live import Live
 from .log import OWN, JoinError, LogFolder, NoRoomError, room, write_file, write_parquet
-from .raw import ASIDE_TYPES, HOUR, Batch, Columns, events_of, impressions_of, revision
+from .raw import ASIDE_TYPES, HOUR, Columns, RawBatch, events_of, impressions_of, revision
 from .summary import JoinWatch, Told
 
 READ = 500
@@ -288,7 +288,7 @@ class Sink:
                 ids.clear()
         self._since = math.inf
 
-    def _write(self, stream: Stream, entries: list[Entry]) -> Batch:
+    def _write(self, stream: Stream, entries: list[Entry]) -> RawBatch:
         """Write a batch under a name that is the same if it is tried again: the ads before the rows that refer to them."""
         batch = impressions_of(entries, stream, self._columns) if stream == SERVED else events_of(entries, stream)
         folder, file = self._log.folder, f"{entries[0].id}-{self._streams.consumer}.parquet"
@@ -302,7 +302,7 @@ class Sink:
         self._ads[1].update(new)
         return batch
 
-    def _new_ads(self, batch: Batch) -> dict[tuple[str, int], tuple[str, bytes]]:
+    def _new_ads(self, batch: RawBatch) -> dict[tuple[str, int], tuple[str, bytes]]:
         """Ads with features that have not been written today, by id and revision."""
         today = int(time.time() // (24 * HOUR))
         if today != self._ads[0] or len(self._ads[1]) > REMEMBERED:

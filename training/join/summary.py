@@ -8,7 +8,7 @@ from typing import Protocol
 import polars as pl
 
 from .quality import PLACES, Windows
-from .raw import Batch
+from .raw import RawBatch
 
 
 class JoinWatch(Protocol):
@@ -58,7 +58,7 @@ class Told:
         self.watch.incident(kind, count)
         self._counts[kind] += count
 
-    def written(self, batch: Batch) -> None:
+    def written(self, batch: RawBatch) -> None:
         """A batch of entries was written."""
         for kind, count in batch.troubles.items():
             self.incident(kind, count)
