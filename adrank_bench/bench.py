@@ -128,9 +128,9 @@ def _remarks(measured: Measured) -> list[str]:
         late = f"the generator was late itself, by {values['delay_p99_ms']} ms at p99"
         remarks.append(f"{late}: the latencies are partly its own. Give it a processor.")
     if measured.errors:
-        told = [f"{count} x {status}" for status, count in sorted(measured.statuses.items()) if status != "200"]
-        told += [f"{count} {what}" for what, count in (("broken off", measured.broken), ("unanswered", measured.unanswered)) if count]
-        remarks.append(f"not ranked: {', '.join(told)}; the percentiles are of those that were ranked or not answered at all.")
+        parts = [f"{count} x {status}" for status, count in sorted(measured.statuses.items()) if status != "200"]
+        parts += [f"{count} {what}" for what, count in (("broken off", measured.broken), ("unanswered", measured.unanswered)) if count]
+        remarks.append(f"not ranked: {', '.join(parts)}; the percentiles are of those that were ranked or not answered at all.")
     return remarks
 
 

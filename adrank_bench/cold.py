@@ -31,12 +31,12 @@ def exposures(data: Prepared, split: str = "test") -> dict[str, Groups]:
 
 def by_exposure(exposure: Mapping[str, Groups], labels: np.ndarray[Any, Any], p_click: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
     """AUC and log loss of the rows of each group; of one class only there is no AUC."""
-    told = []
+    groups = []
     for side, seen in exposure.items():
         for name, (low, high) in EDGES.items():
             some = (seen >= low) & (seen <= high)
             if some.any():
                 area, loss = auc(labels[some], p_click[some]), log_loss(labels[some], p_click[some])
                 known = area if np.isfinite(area) else None
-                told.append({"of": side, "seen": name, "rows": int(some.sum()), "auc": known, "log_loss": loss})
-    return told
+                groups.append({"of": side, "seen": name, "rows": int(some.sum()), "auc": known, "log_loss": loss})
+    return groups

@@ -33,10 +33,10 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
     with progress_bar() as progress:
         task = progress.add_task(f"preparing {data_set}", total=None)
 
-        def told(done: int, total: int) -> None:
+        def advance(done: int, total: int) -> None:
             progress.update(task, description=f"{'preparing' if total else 'reading'} {data_set}", completed=done, total=total or None)
 
-        rows = module.prepare(source, out, schema, told, doubts.append) if schema else module.prepare(source, out, told)
+        rows = module.prepare(source, out, schema, advance, doubts.append) if schema else module.prepare(source, out, advance)
     for doubt in doubts:
         click.echo(f"warning: {doubt}", err=True)
     _print_profile(out)
@@ -89,19 +89,19 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
     given = settings_of(opened.schema.name, model, file, settings)
     given |= {key: str(value) for key, value in flags.items() if value is not None}
     with progress_bar() as progress:
-        path, verdict = train_and_publish(opened, model, models, name or model, given, progress, promote)
-    print_metrics(verdict.trained.metrics)
-    print(verdict.trained.calibration.line())
+        path, outcome = train_and_publish(opened, model, models, name or model, given, progress, promote)
+    print_metrics(outcome.trained.metrics)
+    print(outcome.trained.calibration.line())
     print(f"published {path}")
     if int8 := read_manifest(path).get("int8"):
         moves = ", ".join(f"{name} {move:+.2g}" for name, move in int8["moved"].items())
         print(f"int8 is not served: {int8['refused']}" if int8["refused"] else f"int8 may be served; on test it moves {moves}")
-    for reason in verdict.reasons:
-        print(f"{'live all the same' if verdict.live else 'not live'}: {reason}")
-    if not verdict.live:
-        cure = f"adrank promote --models {models} --name {name or model} --version {path.name}"
-        print(f"{path.name} is published and not live; {cure} makes it so")
-    sys.exit(3 if verdict.refused else 0)
+    for reason in outcome.reasons:
+        print(f"{'live all the same' if outcome.live else 'not live'}: {reason}")
+    if not outcome.live:
+        fix = f"adrank promote --models {models} --name {name or model} --version {path.name}"
+        print(f"{path.name} is published and not live; {fix} makes it so")
+    sys.exit(3 if outcome.refused else 0)
 
 
 @click.command(cls=WithNetworks, epilog="Example: adrank tune --data data/ml-1m --model din --minutes 60 --set epochs=5")

@@ -98,7 +98,7 @@ class WithNetworks(click.Command):
                 formatter.write_dl([(name, str(network.__doc__).partition("\n")[0]) for name, network in NETWORKS.items()])
 
 
-def settings_of(data_set: str, family: str, file: Path | None, told: Sequence[str]) -> dict[str, str]:
+def settings_of(data_set: str, family: str, file: Path | None, given: Sequence[str]) -> dict[str, str]:
     """The settings of a training as texts: those of the command, before those of a file, or else those known for the data set."""
     from training.networks import NETWORKS
     from training.tuned import known, settings_in
@@ -107,7 +107,7 @@ def settings_of(data_set: str, family: str, file: Path | None, told: Sequence[st
     kept = settings_in(found, family) if found and family in NETWORKS else {}
     if kept and not file:
         click.echo(f"settings known for {data_set}: " + ", ".join(f"{key}={value}" for key, value in kept.items()), err=True)
-    return {**kept, **dict(pair(text) for text in told)}
+    return {**kept, **dict(pair(text) for text in given)}
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -30,12 +30,12 @@ def send_visits(port: int, count: int, progress: Progress) -> tuple[int, int]:
         OSError: it does not answer.
     """
     world, connection = make_world(), HTTPConnection("127.0.0.1", port, timeout=10)
-    task, told = progress.add_task("visits", total=count), list[Mapping[str, Any]]()
+    task, sent = progress.add_task("visits", total=count), list[Mapping[str, Any]]()
     for number in range(count):
-        told += visit(world, connection, number)
+        sent += visit(world, connection, number)
         progress.update(task, completed=number + 1)
     connection.close()
-    kinds = [event["type"] for event in told]
+    kinds = [event["type"] for event in sent]
     return kinds.count("impression"), kinds.count("click")
 
 
@@ -48,9 +48,9 @@ def visit(world: World, connection: HTTPConnection, number: int) -> Sequence[Map
     """
     user, slot, asked = request(world, number)
     answer = post(connection, "/rank", asked)
-    told = events(world, user, slot, asked, [ad["ad_id"] for ad in answer["ads"]])
-    tell(connection, told)
-    return told
+    sent = events(world, user, slot, asked, [ad["ad_id"] for ad in answer["ads"]])
+    tell(connection, sent)
+    return sent
 
 
 def request(world: World, visit: int) -> tuple[int | None, int, dict[str, Any]]:
@@ -75,15 +75,15 @@ def events(world: World, user: int | None, slot: int, asked: dict[str, Any], sho
     truth = np.atleast_1d(world.p_click(DAYS - 1, who, np.array([int(ad[1:]) for ad in known], np.int64), slot, 0))
     clicked = [ad for ad, p in zip(known, truth, strict=True) if random.random() < p]
     of = {"request_id": asked["request_id"]}
-    told: list[dict[str, Any]] = [{"type": "impression", "ad_id": ad, "position": i, **of} for i, ad in enumerate(shown, 1)]
-    told += [{"type": "click", "user_id": asked["user"]["id"], "ad_id": ad, **of} for ad in clicked]
-    told += [{"type": "conversion", "ad_id": ad, "value": 1.0, **of} for ad in clicked if random.random() < CONVERTING]
+    sent: list[dict[str, Any]] = [{"type": "impression", "ad_id": ad, "position": i, **of} for i, ad in enumerate(shown, 1)]
+    sent += [{"type": "click", "user_id": asked["user"]["id"], "ad_id": ad, **of} for ad in clicked]
+    sent += [{"type": "conversion", "ad_id": ad, "value": 1.0, **of} for ad in clicked if random.random() < CONVERTING]
     if random.random() < NEWS:
         ad = random.randrange(len(world.quality))
-        told.append({"type": "ad", "ad_id": f"a{ad}", "features": world.ad(ad), "active": True})
+        sent.append({"type": "ad", "ad_id": f"a{ad}", "features": world.ad(ad), "active": True})
     if user is not None and random.random() < NEWS:
-        told.append({"type": "user", "user_id": f"u{user}", "features": {"age": AGES[world.age[user]]}})
-    return told
+        sent.append({"type": "user", "user_id": f"u{user}", "features": {"age": AGES[world.age[user]]}})
+    return sent
 
 
 def post(connection: HTTPConnection, path: str, document: Mapping[str, Any]) -> dict[str, Any]:

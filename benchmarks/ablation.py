@@ -34,10 +34,10 @@ from service.store.server import Single
 from service.telemetry.metrics import Metrics, RequestTimings
 from training.progress import progress_bar
 
+from .benchmark_models import BENCHMARK_MODELS, FOLDER, Built, build
 from .population import fill
 from .service import Bench, free_port, load, show
 from .subjects import adrank, serving
-from .yardstick import FOLDER, YARDSTICKS, Built, build
 
 OURS = "the service"
 CANDIDATES, CONNECTIONS = (50,), (8, 64)
@@ -149,7 +149,7 @@ SETS: Mapping[str, tuple[int, Sequence[str]]] = {
 class Compared:
     """A subject at one load: medians over the rounds, and of the ratios to the first subject of the same round."""
 
-    yardstick: str
+    benchmark_model: str
     candidates: int
     connections: int
     subject: str
@@ -175,7 +175,7 @@ def subjects(built: Built, plain: Built, redis: str, folder: Path, name: str) ->
             port = free_port()
             python, _, _, *words = adrank(plain if each == PLAIN else built, redis, port, count)
             program = ["-m", "benchmarks.ablation", "as", each] if each in SWITCHES else ["-m", "adrank"]
-            log = folder / f"{built.yardstick.name}-{each.replace(' ', '-')}.log"
+            log = folder / f"{built.benchmark_model.name}-{each.replace(' ', '-')}.log"
             up[each] = stack.enter_context(serving(each, [python, *program, *words], port, log))
         yield Bench(built, up, None, 0)  # type: ignore[arg-type]  # there is no bare graph here
 
@@ -199,21 +199,21 @@ def rounds_of(bench: Bench, candidates: int, connections: int, rounds: int, seco
         pace_to, cpu_to, p99_to = np.median(ratio, 0).round(3).tolist()
         low, high = np.quantile(ratio[:, 1], (0.1, 0.9)).round(3).tolist()
         errors = int(table[:, 3].sum())
-        at = (bench.built.yardstick.name, candidates, connections, name)
+        at = (bench.built.benchmark_model.name, candidates, connections, name)
         rows.append(Compared(*at, round(pace), pace_to, round(cpu), cpu_to, low, high, round(p99, 2), p99_to, errors))
     return rows
 
 
 def _built(name: str, folder: Path, plain: bool) -> Built:
     if not plain:
-        return build(YARDSTICKS[name](), folder.resolve())
+        return build(BENCHMARK_MODELS[name](), folder.resolve())
     with _plainly():
-        return build(replace(YARDSTICKS[name](), name=f"{name}-plain"), folder.resolve())
+        return build(replace(BENCHMARK_MODELS[name](), name=f"{name}-plain"), folder.resolve())
 
 
 @click.command()
 @click.option("--set", "which", type=click.Choice(list(SETS)), multiple=True, help="Default: all.")
-@click.option("--yardstick", "names", type=click.Choice(list(YARDSTICKS)), multiple=True, help="Default: both.")
+@click.option("--model", "names", type=click.Choice(list(BENCHMARK_MODELS)), multiple=True, help="Default: both.")
 @click.option("--rounds", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--seconds", type=float, default=1.5, show_default=True, help="Of each turn in a round.")
 @click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), default=FOLDER, show_default=True)
@@ -222,10 +222,10 @@ def main(which: Sequence[str], names: Sequence[str], rounds: int, seconds: float
     """Measure the service with each part and with what stands in its place."""
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as place, progress_bar() as progress, ValkeyServer(config={"save": ""}) as valkey:
-        for number, name in enumerate(names or YARDSTICKS):
+        for number, name in enumerate(names or BENCHMARK_MODELS):
             built, plain = (_built(name, folder, plain) for plain in (False, True))
             redis = f"{valkey.connection_url}/{number}"
-            asyncio.run(fill(built.yardstick.population, redis))
+            asyncio.run(fill(built.benchmark_model.population, redis))
             for each in progress.track(which or list(SETS), description=name):
                 with subjects(built, plain, redis, Path(place), each) as bench:
                     for candidates in CANDIDATES:

@@ -126,11 +126,11 @@ def main(million: float = 10, folder: str | None = None) -> None:
         command = [sys.executable, "-m", "benchmarks.attribution", "--measure", str(log), str(into)]
         found = json.loads(subprocess.run(command, env={**os.environ, "POLARS_MAX_THREADS": "2"}, capture_output=True, check=True).stdout)
         rows = pl.scan_parquet(into / "*/*/*.parquet", hive_partitioning=False)
-        told = rows.select(pl.len(), pl.col("label").cast(pl.Int64).sum(), pl.col("conversion").cast(pl.Int64).sum()).collect().row(0)
+        totals = rows.select(pl.len(), pl.col("label").cast(pl.Int64).sum(), pl.col("conversion").cast(pl.Int64).sum()).collect().row(0)
         print(
             f"{impressions:,} impressions of {size:.2f} GiB: {found['seconds']:.0f} s, {found['cpu']:.0f} s of CPU, {found['gib']:.2f} GiB"
         )
-        print(f"{told[0]:,} rows, {told[1]:,} clicked ({clicks:,} were), {told[2]:,} converted")
+        print(f"{totals[0]:,} rows, {totals[1]:,} clicked ({clicks:,} were), {totals[2]:,} converted")
 
 
 if __name__ == "__main__":

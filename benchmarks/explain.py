@@ -25,19 +25,19 @@ from service.settings import Settings
 from training.export.explain import explain_graph
 from training.export.export import FEW, random_feeds
 
-from .yardstick import YARDSTICKS, Yardstick, build, make
+from .benchmark_models import BENCHMARK_MODELS, BenchmarkModel, build, make
 
 CANDIDATES, USERS, TURN = 50, 200, 20
 Seconds = dict[str, list[list[float]]]
 
 
-def publish_explaining(yardstick: Yardstick, models: Path) -> dict[str, int]:
-    """Publish the yardstick with an `explain.onnx`; bytes of both graphs."""
-    served, built = make(yardstick), build(yardstick)
-    cases = [random_feeds(served.schema, yardstick.population.heights, *shape) for shape in FEW]
-    graph, outputs = explain_graph(served.network, served.schema, cases)  # type: ignore[arg-type]  # a yardstick's is a `Network`
+def publish_explaining(benchmark_model: BenchmarkModel, models: Path) -> dict[str, int]:
+    """Publish the benchmark model with an `explain.onnx`; bytes of both graphs."""
+    served, built = make(benchmark_model), build(benchmark_model)
+    cases = [random_feeds(served.schema, benchmark_model.population.heights, *shape) for shape in FEW]
+    graph, outputs = explain_graph(served.network, served.schema, cases)  # type: ignore[arg-type]  # a benchmark_model's is a `Network`
     files = {path.name: path.read_bytes() for path in built.bundle.iterdir() if path.name != MANIFEST}
-    publish(models, yardstick.name, {**files, **graph}, {"explains": outputs})
+    publish(models, benchmark_model.name, {**files, **graph}, {"explains": outputs})
     return {"model.onnx": built.graph.stat().st_size, EXPLAIN_MODEL: len(graph[EXPLAIN_MODEL])}
 
 
@@ -58,9 +58,9 @@ async def ask(app: ASGIApp, body: bytes) -> bytes:
     return b"".join(message.get("body", b"") for message in sent)
 
 
-async def measure(yardstick: Yardstick, models: Path, rounds: int) -> Seconds:
+async def measure(benchmark_model: BenchmarkModel, models: Path, rounds: int) -> Seconds:
     """CPU and wall seconds a request `(2,)` of each round, explained and plain."""
-    population, store = yardstick.population, MemoryStore()
+    population, store = benchmark_model.population, MemoryStore()
     users = list(islice(population.users(), USERS))
     await store.put_ads(population.ads())
     await store.put_users(users)
@@ -85,14 +85,14 @@ async def measure(yardstick: Yardstick, models: Path, rounds: int) -> Seconds:
 def main(rounds: int) -> None:
     """What an explained request costs beside a plain one."""
     table = Table("model", "graphs, MB", "plain µs", "explained µs", "explained costs", "by the clock")
-    for yardstick in (make_one() for make_one in YARDSTICKS.values()):
+    for benchmark_model in (make_one() for make_one in BENCHMARK_MODELS.values()):
         with tempfile.TemporaryDirectory() as models:
-            sizes = publish_explaining(yardstick, Path(models))
-            seconds = {name: np.array(taken) for name, taken in asyncio.run(measure(yardstick, Path(models), rounds)).items()}
+            sizes = publish_explaining(benchmark_model, Path(models))
+            seconds = {name: np.array(taken) for name, taken in asyncio.run(measure(benchmark_model, Path(models), rounds)).items()}
         ratios = np.quantile(seconds["explained"] / seconds["plain"], (0.5, 0.1, 0.9), axis=0).T
-        told = [f"{middle:.2f} ({low:.2f}–{high:.2f}) times" for middle, low, high in ratios]
+        spreads = [f"{middle:.2f} ({low:.2f}–{high:.2f}) times" for middle, low, high in ratios]
         cpu = [f"{np.median(seconds[name][:, 0]) * 1e6:,.0f}" for name in ("plain", "explained")]
-        table.add_row(yardstick.name, " + ".join(f"{size / 1e6:.1f}" for size in sizes.values()), *cpu, *told)
+        table.add_row(benchmark_model.name, " + ".join(f"{size / 1e6:.1f}" for size in sizes.values()), *cpu, *spreads)
     Console().print(table)
 
 

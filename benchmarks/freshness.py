@@ -29,10 +29,10 @@ from adrank_bench.measured import LoadPlan, Measured, percentile
 from adrank_bench.traffic import BODIES, Entities, bodies
 from training.progress import progress_bar
 
+from .benchmark_models import FOLDER, Built, build, din_100
 from .population import fill
 from .service import free_port, show
 from .subjects import Subject, adrank, serving
-from .yardstick import FOLDER, Built, build, din_100
 
 CONNECTIONS = 8
 WARM_UP = 0.5
@@ -84,9 +84,9 @@ class Caller:
     def click(self, user_id: str, ad_id: str) -> None:
         """Send a click that happens now, and see it accepted."""
         event = {"type": "click", "event_id": uuid.uuid4().hex, "ts": time.time(), "user_id": user_id, "ad_id": ad_id, "request_id": "r1"}
-        (told,) = self._post("/v1/events", json.dumps({"events": [event]}).encode(), 202)["events"]
-        if told["status"] != "accepted":
-            raise LoadError(f"a click was not accepted: {told}")
+        (outcome,) = self._post("/v1/events", json.dumps({"events": [event]}).encode(), 202)["events"]
+        if outcome["status"] != "accepted":
+            raise LoadError(f"a click was not accepted: {outcome}")
 
     def _post(self, path: str, body: bytes, expected: int) -> dict[str, Any]:
         self._connection.request("POST", path, body, {"Content-Type": "application/json"})
@@ -159,7 +159,7 @@ def freshness(subject: Subject, everyone: Entities, rounds: int, candidates: int
 
 def run(built: Built, redis: str, rounds: int, candidates: int, plan: LoadPlan, workers: int, logs: Path) -> Freshness:
     """Fill the store, serve, and measure."""
-    population, port = built.yardstick.population, free_port()
+    population, port = built.benchmark_model.population, free_port()
     asyncio.run(fill(population, redis))
     with serving("adrank", adrank(built, redis, port, workers), port, logs / "freshness.log") as subject:
         return freshness(subject, Entities(population.user_ids, population.ad_ids), rounds, candidates, plan)

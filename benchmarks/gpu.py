@@ -26,9 +26,9 @@ from service.ranking.scorer import CUDA_OPTIONS, PROVIDERS, TiledScorer
 from training.export.export import ServedNetwork
 from training.progress import progress_bar
 
+from .benchmark_models import BENCHMARK_MODELS, FOLDER, Built, build, make
 from .rowwise import repeated
 from .scoring import requests as random_requests
-from .yardstick import FOLDER, YARDSTICKS, Built, build, make
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 CANDIDATES = (50, 200, 500)
@@ -50,7 +50,7 @@ class Device:
 class Timing:
     """Requests scored together by one contender. `floor_ms` is the device's least for the arithmetic and the memory they need."""
 
-    yardstick: str
+    benchmark_model: str
     contender: str
     requests: int
     candidates: int
@@ -64,7 +64,7 @@ class Timing:
 
 def tiles(built: Built, device: str) -> Together:
     """As the service scores on the device."""
-    scorer = TiledScorer(built.bundle / CUDA_MODEL, device, built.yardstick.population.schema.history_length)
+    scorer = TiledScorer(built.bundle / CUDA_MODEL, device, built.benchmark_model.population.schema.history_length)
     return lambda together: [scores[0] for scores in scorer.submit(together).result()]
 
 
@@ -98,8 +98,8 @@ def contenders(built: Built, device: str) -> dict[str, Together]:
     return {
         "tiles": tiles(built, device),
         "row-wise": rowwise(built, device),
-        "torch": in_torch(make(built.yardstick), device, compiled=False),
-        "torch.compile": in_torch(make(built.yardstick), device, compiled=True),
+        "torch": in_torch(make(built.benchmark_model), device, compiled=False),
+        "torch.compile": in_torch(make(built.benchmark_model), device, compiled=True),
     }
 
 
@@ -135,12 +135,12 @@ def floor(served: ServedNetwork, feeds: Feeds, speed: Device) -> float:
 
 def measure(built: Built, device: str, speed: Device, sizes: Mapping[str, Sequence[int]], rounds: int, progress: Progress) -> list[Timing]:
     """Every contender at every size, taking turns."""
-    yardstick = built.yardstick
-    reference = make(yardstick)
+    benchmark_model = built.benchmark_model
+    reference = make(benchmark_model)
     together = contenders(built, device)
-    full, timings = yardstick.population.schema.history_length, []
+    full, timings = benchmark_model.population.schema.history_length, []
     grid = [(count, candidates) for candidates in sizes["candidates"] for count in sizes["requests"]]
-    for count, candidates in progress.track(grid, description=f"{yardstick.name} on {speed.name}"):
+    for count, candidates in progress.track(grid, description=f"{benchmark_model.name} on {speed.name}"):
         feeds = random_requests(built, candidates, full, count)
         expected = in_torch(reference, "cpu", compiled=False)(feeds)
         least = count * floor(reference, feeds[0], speed)
@@ -154,7 +154,7 @@ def measure(built: Built, device: str, speed: Device, sizes: Mapping[str, Sequen
         for name, taken in seconds.items():
             p50, p99 = np.quantile(taken, (0.5, 0.99)).tolist()
             rate = count * candidates / p50
-            timings.append(Timing(yardstick.name, name, count, candidates, p50 * 1e3, p99 * 1e3, rate, least * 1e3, off[name]))
+            timings.append(Timing(benchmark_model.name, name, count, candidates, p50 * 1e3, p99 * 1e3, rate, least * 1e3, off[name]))
     return timings
 
 
@@ -168,7 +168,7 @@ def show(timings: Sequence[Timing], speed: Device, console: Console) -> None:
     table = Table("model", "contender", "requests", "C", "p50 ms", "p99 ms", "candidates/s", "× floor", "max diff")
     for t in timings:
         figures = (f"{t.p50_ms:.3f}", f"{t.p99_ms:.3f}", f"{t.candidates_a_second:,.0f}", f"{t.p50_ms / t.floor_ms:.1f}")
-        table.add_row(t.yardstick, t.contender, str(t.requests), str(t.candidates), *figures, f"{t.difference:.1e}")
+        table.add_row(t.benchmark_model, t.contender, str(t.requests), str(t.candidates), *figures, f"{t.difference:.1e}")
     console.print(table)
 
 
@@ -183,7 +183,7 @@ def missing(device: str) -> str | None:
 
 @click.command()
 @click.option("--device", type=click.Choice(list(PROVIDERS)), default="cuda", show_default=True)
-@click.option("--yardstick", "names", type=click.Choice(list(YARDSTICKS)), multiple=True, help="Default: both.")
+@click.option("--model", "names", type=click.Choice(list(BENCHMARK_MODELS)), multiple=True, help="Default: both.")
 @click.option("--requests", "counts", type=click.IntRange(min=1), multiple=True, default=REQUESTS, show_default=True)
 @click.option("--candidates", type=click.IntRange(min=1), multiple=True, default=CANDIDATES, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=200, show_default=True)
@@ -204,9 +204,9 @@ def main(
         return
     speed, timings = device_speed(device), list[Timing]()
     with progress_bar() as progress:
-        for name in names or YARDSTICKS:
+        for name in names or BENCHMARK_MODELS:
             sizes = {"requests": counts, "candidates": candidates}
-            timings += measure(build(YARDSTICKS[name](), folder), device, speed, sizes, rounds, progress)
+            timings += measure(build(BENCHMARK_MODELS[name](), folder), device, speed, sizes, rounds, progress)
     show(timings, speed, Console())
     write({"device": asdict(speed), "timings": [asdict(timing) for timing in timings]}, target)
 

@@ -1,6 +1,6 @@
 """How the service grows: cost a candidate, cost of a longer history, and a catalogue of a million ads.
 
-The yardstick is DIN. Its scoring alone over the same sizes is `python -m benchmarks.scoring`; here it is the whole service.
+The benchmark model is DIN. Its scoring alone over the same sizes is `python -m benchmarks.scoring`; here it is the whole service.
 
     python -m benchmarks.growth --ads 1000000 --json data/bench/growth.json
 """
@@ -20,10 +20,10 @@ from adrank_bench.measured import LoadPlan
 from adrank_bench.traffic import Entities, bodies
 from training.progress import progress_bar
 
+from .benchmark_models import FOLDER, Built, build, din_100
 from .population import fill
 from .service import BODIES, free_port, load, show
 from .subjects import Subject, adrank, serving
-from .yardstick import FOLDER, Built, build, din_100
 
 CANDIDATES = (100, 200, 500, 1_000, 2_000, 5_000)
 HISTORIES = (1, 25, 50, 100, 200, 500)
@@ -60,7 +60,7 @@ class Start:
 
 def cost(built: Built, subject: Subject, candidates: int, seconds: float) -> Cost:
     """One connection, one request after the other."""
-    population = built.yardstick.population
+    population = built.benchmark_model.population
     requests = bodies(Entities(population.user_ids, population.ad_ids), candidates)[:BODIES]
     before = subject.cpu()
     measured = load(subject, requests, LoadPlan(None, seconds, WARM_UP, LATENCY_CONNECTIONS))
@@ -72,14 +72,14 @@ def cost(built: Built, subject: Subject, candidates: int, seconds: float) -> Cos
 
 def grow(built: Built, redis: str, candidates: Sequence[int], seconds: float, logs: Path) -> tuple[Start, list[Cost]]:
     """Fill the store, start one worker, and measure it at these numbers of candidates."""
-    asyncio.run(fill(built.yardstick.population, redis))
-    population, port = built.yardstick.population, free_port()
+    asyncio.run(fill(built.benchmark_model.population, redis))
+    population, port = built.benchmark_model.population, free_port()
     log = logs / f"growth-{len(population.ad_ids)}-{population.schema.history_length}.log"
     with serving("adrank", adrank(built, redis, port, 1), port, log) as subject:
         memory = subject.memory() / 2**20
         costs = [cost(built, subject, count, seconds) for count in candidates]
-    told = re.search(r"active ads in ([0-9.]+) s", log.read_text("utf-8", "replace"))
-    return Start(len(population.ad_ids), round(subject.started, 2), float(told[1]) if told else None, round(memory)), costs
+    load_line = re.search(r"active ads in ([0-9.]+) s", log.read_text("utf-8", "replace"))
+    return Start(len(population.ad_ids), round(subject.started, 2), float(load_line[1]) if load_line else None, round(memory)), costs
 
 
 @click.command()

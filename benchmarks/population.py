@@ -1,4 +1,4 @@
-"""The users and ads of a yardstick: random, from a seed, and the same each time."""
+"""The users and ads of a benchmark model: random, from a seed, and the same each time."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,7 @@
 """The exported graph and its int8 form against the row-wise ones: one thread of ONNX Runtime, CPU time, interleaved rounds.
 
 python -m benchmarks.scoring --rounds 30 --json data/bench/scoring.json
-python -m benchmarks.scoring --yardstick din-100 --variant plain=model.cuda.onnx
+python -m benchmarks.scoring --model din-100 --variant plain=model.cuda.onnx
 """
 
 import time
@@ -23,8 +23,8 @@ from service.ranking.scorer import Scorer
 from training.export.export import random_feeds
 from training.progress import progress_bar
 
+from .benchmark_models import BENCHMARK_MODELS, FOLDER, Built, build
 from .rowwise import repeated
-from .yardstick import FOLDER, YARDSTICKS, Built, build
 
 OURS, INT8, ROWWISE, TEXTBOOK = "exported", "int8", "row-wise", "textbook"
 COMPARED = (50, 200, 500)
@@ -44,7 +44,7 @@ class Timing:
     Of the ratios the median over the rounds, and the 10th and 90th percentile.
     """
 
-    yardstick: str
+    benchmark_model: str
     graph: str
     candidates: int
     behaviours: int
@@ -73,7 +73,7 @@ def scores_rowwise(graph: Path) -> Score:
 
 def requests(built: Built, candidates: int, behaviours: int, count: int = REQUESTS) -> list[Feeds]:
     """Random requests of one user each; no behaviours are one that is padding, as the service sends it."""
-    population = built.yardstick.population
+    population = built.benchmark_model.population
     found = [random_feeds(population.schema, population.heights, 1, max(behaviours, 1), candidates, seed) for seed in range(count)]
     if behaviours == 0 and population.schema.history:
         for feeds in found:
@@ -107,7 +107,7 @@ def rounds_of(graphs: Mapping[str, tuple[Score, Sequence[Feeds]]], rounds: int) 
 
 def compare(built: Built, graphs: Mapping[str, Score], peers: Mapping[str, Score], candidates: int, rounds: int) -> list[Timing]:
     """Every graph and the row-wise peers at one size."""
-    behaviours = built.yardstick.population.schema.history_length
+    behaviours = built.benchmark_model.population.schema.history_length
     ours = requests(built, candidates, behaviours)
     theirs = [repeated(feeds) for feeds in ours]
     turns = {**{name: (score, ours) for name, score in graphs.items()}, **{name: (score, theirs) for name, score in peers.items()}}
@@ -123,20 +123,20 @@ def compare(built: Built, graphs: Mapping[str, Score], peers: Mapping[str, Score
 
 def _timing(built: Built, graph: str, candidates: int, behaviours: int, seconds: Any, compared: Sequence[Any] = ()) -> Timing:
     request = float(np.median(seconds)) * 1e6
-    return Timing(built.yardstick.name, graph, candidates, behaviours, round(request, 1), round(request / candidates, 4), *compared)
+    return Timing(built.benchmark_model.name, graph, candidates, behaviours, round(request, 1), round(request / candidates, 4), *compared)
 
 
 def measure(built: Built, variants: Mapping[str, Path], rounds: int, progress: Progress) -> list[Timing]:
     """The exported graph and its variants against the row-wise ones, then alone over candidates and over history lengths."""
     graphs = {name: scores_of(path) for name, path in {OURS: built.graph, **({INT8: built.int8} if built.int8 else {}), **variants}.items()}
     peers = {TEXTBOOK: scores_rowwise(built.textbook), ROWWISE: scores_rowwise(built.rowwise)}
-    full = built.yardstick.population.schema.history_length
+    full = built.benchmark_model.population.schema.history_length
     timings = []
-    for candidates in progress.track(COMPARED, description=f"{built.yardstick.name} against row-wise"):
+    for candidates in progress.track(COMPARED, description=f"{built.benchmark_model.name} against row-wise"):
         timings += compare(built, graphs, peers, candidates, rounds)
     sizes = [(candidates, full) for candidates in CANDIDATES if candidates not in COMPARED]
     sizes += [(200, behaviours) for behaviours in HISTORIES if full and behaviours != full]
-    for candidates, behaviours in progress.track(sizes, description=f"{built.yardstick.name} over sizes"):
+    for candidates, behaviours in progress.track(sizes, description=f"{built.benchmark_model.name} over sizes"):
         feeds = requests(built, candidates, behaviours)
         seconds = rounds_of({name: (score, feeds) for name, score in graphs.items()}, max(3, rounds // 3))
         timings += [_timing(built, name, candidates, behaviours, taken) for name, taken in seconds.items()]
@@ -147,7 +147,7 @@ def show(timings: Sequence[Timing], console: Console) -> None:
     """A table of all."""
     table = Table("model", "graph", "C", "T", "µs", "µs / C", "× textbook", "× row-wise", "max diff")
     for t in timings:
-        sizes = (t.yardstick, t.graph, str(t.candidates), str(t.behaviours), f"{t.request_us:,.0f}", f"{t.candidate_us:.2f}")
+        sizes = (t.benchmark_model, t.graph, str(t.candidates), str(t.behaviours), f"{t.request_us:,.0f}", f"{t.candidate_us:.2f}")
         ratios = ("{:.2f} ({:.2f}–{:.2f})".format(*ratio) if ratio else "" for ratio in (t.textbook, t.rowwise))
         table.add_row(*sizes, *ratios, "" if t.difference is None else f"{t.difference:.1e}")
     for column in table.columns:
@@ -156,7 +156,7 @@ def show(timings: Sequence[Timing], console: Console) -> None:
 
 
 @click.command()
-@click.option("--yardstick", "names", type=click.Choice(list(YARDSTICKS)), multiple=True, help="Default: both.")
+@click.option("--model", "names", type=click.Choice(list(BENCHMARK_MODELS)), multiple=True, help="Default: both.")
 @click.option("--variant", "given", multiple=True, metavar="NAME=FILE", help="Another graph: a file of the bundle, or a path.")
 @click.option("--rounds", type=click.IntRange(min=3), default=20, show_default=True)
 @click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), default=FOLDER, show_default=True)
@@ -165,8 +165,8 @@ def main(names: Sequence[str], given: Sequence[str], rounds: int, folder: Path, 
     """Cost of scoring, exported against row-wise."""
     timings: list[Timing] = []
     with progress_bar() as progress:
-        for name in names or YARDSTICKS:
-            built = build(YARDSTICKS[name](), folder)
+        for name in names or BENCHMARK_MODELS:
+            built = build(BENCHMARK_MODELS[name](), folder)
             timings += measure(built, _variants(given, built.bundle), rounds, progress)
     show(timings, Console(width=max(Console().width, 120)))
     write([asdict(timing) for timing in timings], target)

@@ -28,10 +28,10 @@ from features.encode import Feeds
 from training.progress import progress_bar
 
 from .bare import Bare
+from .benchmark_models import BENCHMARK_MODELS, FOLDER, Built, build
 from .population import fill
 from .scoring import requests as tensors
 from .subjects import HOST, Subject, adrank, fastapi, serving
-from .yardstick import FOLDER, YARDSTICKS, Built, build
 
 CANDIDATES = (50, 200, 500)
 SCALED = 200
@@ -47,7 +47,7 @@ BARE, OURS, INT8, ALONE, PEER = "bare", "adrank", "adrank, int8", "adrank, 1 wor
 class Throughput:
     """A subject under a closed loop: medians over the rounds. CPU in microseconds a request, of all its processes."""
 
-    yardstick: str
+    benchmark_model: str
     subject: str
     candidates: int
     requests_per_s: float
@@ -67,7 +67,7 @@ class Throughput:
 class Tail:
     """A subject under an open loop at half of its own peak; milliseconds."""
 
-    yardstick: str
+    benchmark_model: str
     subject: str
     candidates: int
     rate: float
@@ -90,7 +90,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Bench:
-    """A yardstick with its servers up."""
+    """A benchmark model with its servers up."""
 
     built: Built
     subjects: Mapping[str, Subject]
@@ -99,7 +99,7 @@ class Bench:
 
     def requests(self, candidates: int) -> list[bytes]:
         """Bodies of random requests."""
-        population = self.built.yardstick.population
+        population = self.built.benchmark_model.population
         return bodies(Entities(population.user_ids, population.ad_ids), candidates)[:BODIES]
 
     def turn(self, name: str, requests: Sequence[bytes], feeds: Sequence[Feeds]) -> Sample:
@@ -123,8 +123,8 @@ def load(subject: Subject, requests: Sequence[bytes], plan: LoadPlan) -> Measure
 
 @contextmanager
 def benches(built: Built, redis: str, workers: int, seconds: float, logs: Path) -> Iterator[Bench]:
-    """Fill the store and start the servers of a yardstick."""
-    asyncio.run(fill(built.yardstick.population, redis))
+    """Fill the store and start the servers of a benchmark model."""
+    asyncio.run(fill(built.benchmark_model.population, redis))
     ports = {name: free_port() for name in (OURS, PEER, ALONE, *([INT8] if built.int8 else []))}
     commands = {
         OURS: adrank(built, redis, ports[OURS], workers),
@@ -136,7 +136,7 @@ def benches(built: Built, redis: str, workers: int, seconds: float, logs: Path) 
     with ExitStack() as stack:
         subjects = {}
         for name, command in commands.items():
-            log = logs / f"{built.yardstick.name}-{name.replace(', ', '-').replace(' ', '-')}.log"
+            log = logs / f"{built.benchmark_model.name}-{name.replace(', ', '-').replace(' ', '-')}.log"
             subjects[name] = stack.enter_context(serving(name, command, ports[name], log))
         yield Bench(built, subjects, stack.enter_context(Bare(built.graph, workers)), seconds)
 
@@ -152,20 +152,20 @@ def throughput(bench: Bench, candidates: int, rounds: int, progress: Progress) -
     """All subjects in turn, their order changing from round to round; of one worker where that is asked for."""
     names = [BARE, *(name for name in bench.subjects if name != ALONE or candidates == SCALED)]
     requests = bench.requests(candidates)
-    feeds = tensors(bench.built, candidates, bench.built.yardstick.population.schema.history_length, 32)
+    feeds = tensors(bench.built, candidates, bench.built.benchmark_model.population.schema.history_length, 32)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
-    for i in progress.track(range(rounds), description=f"{bench.built.yardstick.name}, {candidates} candidates"):
+    for i in progress.track(range(rounds), description=f"{bench.built.benchmark_model.name}, {candidates} candidates"):
         for name in names if i % 2 else reversed(names):
             samples[name].append(bench.turn(name, requests, feeds))
-    return [_throughput(bench.built.yardstick.name, name, candidates, samples) for name in names]
+    return [_throughput(bench.built.benchmark_model.name, name, candidates, samples) for name in names]
 
 
-def _throughput(yardstick: str, name: str, candidates: int, samples: Mapping[str, Sequence[Sample]]) -> Throughput:
+def _throughput(benchmark_model: str, name: str, candidates: int, samples: Mapping[str, Sequence[Sample]]) -> Throughput:
     rate = {each: np.array([sample.requests_per_s for sample in taken]) for each, taken in samples.items()}
     cpu = {each: np.array([sample.cpu for sample in taken]) * 1e6 for each, taken in samples.items()}
     low, median, high = np.quantile(rate[name], (0.1, 0.5, 0.9)).tolist()
     return Throughput(
-        yardstick,
+        benchmark_model,
         name,
         candidates,
         round(median, 1),
@@ -184,12 +184,12 @@ def tails(bench: Bench, measured: Sequence[Throughput], seconds: float, progress
     """The service and the peer, each at half of its own peak."""
     chosen = [found for found in measured if found.subject in (OURS, INT8, PEER)]
     found = []
-    for peak in progress.track(chosen, description=f"{bench.built.yardstick.name}, at half of the peak"):
+    for peak in progress.track(chosen, description=f"{bench.built.benchmark_model.name}, at half of the peak"):
         plan = LoadPlan(peak.requests_per_s / 2, seconds, WARM_UP, CONNECTIONS)
         values = load(bench.subjects[peak.subject], bench.requests(peak.candidates), plan).as_dict()
         times = (values["p50_ms"], values["p99_ms"], values["p99.9_ms"], values["delay_p99_ms"])
         found.append(
-            Tail(peak.yardstick, peak.subject, peak.candidates, round(plan.rate or 0, 1), *times, values["late"], values["errors"])
+            Tail(peak.benchmark_model, peak.subject, peak.candidates, round(plan.rate or 0, 1), *times, values["late"], values["errors"])
         )
     return found
 
@@ -229,11 +229,11 @@ def _text(value: object) -> str:
 
 
 def run(names: Sequence[str], folder: Path, rounds: int, seconds: float, tail: float, workers: int) -> dict[str, list[dict[str, Any]]]:
-    """Everything, yardstick by yardstick; rows by the part that they belong to."""
+    """Everything, benchmark model by benchmark model; rows by the part that they belong to."""
     parts: dict[str, list[dict[str, Any]]] = {"throughput": [], "tail": [], "connections": []}
     with progress_bar() as progress, ValkeyServer(config={"save": ""}) as valkey:
         for number, name in enumerate(names):
-            built = build(YARDSTICKS[name](), folder)
+            built = build(BENCHMARK_MODELS[name](), folder)
             with benches(built, f"{valkey.connection_url}/{number}", workers, seconds, folder / "logs") as bench:
                 measured = [found for candidates in CANDIDATES for found in throughput(bench, candidates, rounds, progress)]
                 parts["throughput"] += map(asdict, measured)
@@ -242,12 +242,12 @@ def run(names: Sequence[str], folder: Path, rounds: int, seconds: float, tail: f
                 for subject in (OURS, PEER):
                     shares = np.array(spread(bench.subjects[subject]))
                     share = {"median": float(np.median(shares)), "worst": float(shares.max())}
-                    parts["connections"].append({"yardstick": name, "subject": subject, **share})
+                    parts["connections"].append({"benchmark_model": name, "subject": subject, **share})
     return {part: rows for part, rows in parts.items() if rows}
 
 
 @click.command()
-@click.option("--yardstick", "names", type=click.Choice(list(YARDSTICKS)), multiple=True, help="Default: both.")
+@click.option("--model", "names", type=click.Choice(list(BENCHMARK_MODELS)), multiple=True, help="Default: both.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Of each turn in a round.")
 @click.option("--tail", type=float, default=60.0, show_default=True, help="Seconds of each open loop; 0 for none.")
@@ -256,7 +256,7 @@ def run(names: Sequence[str], folder: Path, rounds: int, seconds: float, tail: f
 @click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
 def main(names: Sequence[str], rounds: int, seconds: float, tail: float, workers: int, folder: Path, target: Path | None) -> None:
     """Measure the service beside the bare graph and the FastAPI peer."""
-    document = run(names or list(YARDSTICKS), folder, rounds, seconds, tail, workers)
+    document = run(names or list(BENCHMARK_MODELS), folder, rounds, seconds, tail, workers)
     show(document, Console())
     write(document, target)
 

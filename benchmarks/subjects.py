@@ -15,7 +15,7 @@ import psutil
 
 from adrank_bench.load import LoadError, Target
 
-from .yardstick import ROOT, Built
+from .benchmark_models import ROOT, Built
 
 HOST = "127.0.0.1"
 LOG_SHARE = "ADRANK_LOG_SHARE"
@@ -58,7 +58,7 @@ class Subject:
 
 
 def adrank(built: Built, redis: str, port: int, workers: int, precision: str = "float32") -> list[str]:
-    """The command that serves a yardstick with adrank."""
+    """The command that serves a benchmark model with adrank."""
     words = ["-m", "adrank", "serve", "--models", str(built.models), "--redis", redis, "--precision", precision]
     return [sys.executable, *words, "--port", str(port), "--workers", str(workers)]
 

@@ -28,10 +28,10 @@ from adrank_bench.measured import LoadPlan, percentile
 from adrank_bench.traffic import Entities, bodies
 from features.bundle import GOLDENS, VOCABULARIES, current_path, load_bundle, publish, set_current
 
+from .benchmark_models import BENCHMARK_MODELS, FOLDER, Built, build
 from .population import fill
 from .service import free_port
 from .subjects import Subject, adrank, serving
-from .yardstick import FOLDER, YARDSTICKS, Built, build
 
 CONNECTIONS = 8
 BODIES = 500
@@ -45,7 +45,7 @@ VERSION = b'"version":"'
 class Swaps:
     """What was measured. Milliseconds; seconds from the release of a version until one, and until each answer, is of it."""
 
-    yardstick: str
+    benchmark_model: str
     workers: int
     candidates: int
     rate: float
@@ -97,9 +97,9 @@ class Noting(LoadRun):
 
 
 def versions(built: Built, models: Path, count: int) -> list[str]:
-    """So many copies of the yardstick's bundle in another repository, none of them live; every other has a vocabulary of its own."""
+    """So many copies of the benchmark model's bundle in another repository, none of them live; every other has a vocabulary of its own."""
     shutil.copytree(built.models, models)
-    bundle = load_bundle(current_path(models, built.yardstick.name))
+    bundle = load_bundle(current_path(models, built.benchmark_model.name))
     files = {name: (bundle.path / name).read_bytes() for name in bundle.files}
     document, goldens = json.loads(files[VOCABULARIES]), files[GOLDENS].decode()
     unused = next(i for i, ad_id in enumerate(document["categories"]["ad_id"]) if f'"{ad_id}"' not in goldens)
@@ -118,7 +118,7 @@ def swaps(subject: Subject, built: Built, models: Path, made: Sequence[str], req
     peak = measure(subject.target, whole, LoadPlan(None, PEAK_SECONDS, 1.0, CONNECTIONS)).requests_per_second
     plan = LoadPlan(peak / 2, every * (len(made) + 4), WARM_UP, CONNECTIONS)
     memory: list[int] = []
-    noting = Noting(subject.target, whole, plan, models=models, name=built.yardstick.name, versions=made, every=every)
+    noting = Noting(subject.target, whole, plan, models=models, name=built.benchmark_model.name, versions=made, every=every)
 
     def tick(passed: float) -> None:
         if not noting.released and passed >= WARM_UP + 2 * every:
@@ -145,7 +145,7 @@ def swaps(subject: Subject, built: Built, models: Path, made: Sequence[str], req
     quiet = due < noting.released[0]
     p99 = [percentile(took[some], 99) * 1e3 for some in (quiet, during)]
     return Swaps(
-        built.yardstick.name,
+        built.benchmark_model.name,
         len(subject.tree()) - 1 or 1,
         len(json.loads(requests[0])["candidates"]),
         round(peak / 2, 1),
@@ -171,11 +171,11 @@ def swaps(subject: Subject, built: Built, models: Path, made: Sequence[str], req
 @contextmanager
 def service(name: str, folder: Path, workers: int, count: int) -> Iterator[tuple[Subject, Built, Path, list[str]]]:
     """A service with a repository of its own, and versions in there to release."""
-    built = build(YARDSTICKS[name](), folder)
+    built = build(BENCHMARK_MODELS[name](), folder)
     with tempfile.TemporaryDirectory(dir=folder) as scratch, ValkeyServer(config={"save": ""}) as valkey:
         models = Path(scratch) / "models"
         made = versions(built, models, count)
-        asyncio.run(fill(built.yardstick.population, f"{valkey.connection_url}/0"))
+        asyncio.run(fill(built.benchmark_model.population, f"{valkey.connection_url}/0"))
         port = free_port()
         command = adrank(replace(built, models=models), f"{valkey.connection_url}/0", port, workers)
         with serving("adrank", command, port, folder / "logs" / f"swap-{name}.log") as subject:
@@ -183,7 +183,7 @@ def service(name: str, folder: Path, workers: int, count: int) -> Iterator[tuple
 
 
 @click.command()
-@click.option("--yardstick", "name", type=click.Choice(list(YARDSTICKS)), default="din-100", show_default=True)
+@click.option("--model", "name", type=click.Choice(list(BENCHMARK_MODELS)), default="din-100", show_default=True)
 @click.option("--swaps", "count", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--every", type=float, default=6.0, show_default=True, help="Seconds between two releases.")
 @click.option("--candidates", type=click.IntRange(min=1), default=200, show_default=True)
@@ -193,7 +193,7 @@ def service(name: str, folder: Path, workers: int, count: int) -> Iterator[tuple
 def main(name: str, count: int, every: float, candidates: int, workers: int, folder: Path, target: Path | None) -> None:
     """Measure what swapping models costs those who ask meanwhile."""
     with service(name, folder, workers, count) as (subject, built, models, made):
-        population = built.yardstick.population
+        population = built.benchmark_model.population
         requests = bodies(Entities(population.user_ids, population.ad_ids), candidates)[:BODIES]
         found = swaps(subject, built, models, made, requests, every)
     table = Table("", "swaps")

@@ -26,10 +26,10 @@ from adrank_bench.measured import LoadPlan, percentile
 from adrank_bench.traffic import Entities, bodies
 from training.progress import progress_bar
 
+from .benchmark_models import BENCHMARK_MODELS, FOLDER, Built, build
 from .population import fill
 from .service import BODIES, CONNECTIONS, free_port, load, show
 from .subjects import HOST, Subject, adrank, serving
-from .yardstick import FOLDER, YARDSTICKS, Built, build
 
 OFF, SAME, TRACED = "off", "off again", "traced"
 WARM_UP = 0.2
@@ -66,7 +66,7 @@ class Cost:
     traces_per_request: float
 
 
-def _sink(port: int, told: Connection) -> None:
+def _sink(port: int, pipe: Connection) -> None:
     """Take what is sent there and count its traces, until asked for the count."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -85,9 +85,9 @@ def _sink(port: int, told: Connection) -> None:
     counts: list[int] = []
     with ThreadingHTTPServer((HOST, port), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        while told.poll(None):
-            told.recv()
-            told.send(sum(counts))
+        while pipe.poll(None):
+            pipe.recv()
+            pipe.send(sum(counts))
 
 
 class Sink:
@@ -95,14 +95,14 @@ class Sink:
 
     def __init__(self) -> None:
         self.port = free_port()
-        self._told, theirs = multiprocessing.Pipe()
+        self._pipe, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("spawn").Process(target=_sink, args=(self.port, theirs), daemon=True)
         self._process.start()
 
     def traces(self) -> int:
         """How many have come by now."""
-        self._told.send(None)
-        return int(self._told.recv())
+        self._pipe.send(None)
+        return int(self._pipe.recv())
 
     def stop(self) -> None:
         """End it."""
@@ -159,13 +159,13 @@ def costs(turns: Mapping[str, Sequence[Turn]], traces: int) -> list[Cost]:
 def run(built: Built, candidates: int, share: float, rounds: int, seconds: float, progress: Progress) -> list[Cost]:
     """All services in turn, their order changing from round to round."""
     turns: dict[str, list[Turn]] = {OFF: [], SAME: [], TRACED: []}
-    population, sink = built.yardstick.population, Sink()
+    population, sink = built.benchmark_model.population, Sink()
     try:
         with ValkeyServer(config={"save": ""}) as valkey:
             asyncio.run(fill(population, f"{valkey.connection_url}/0"))
             requests = bodies(Entities(population.user_ids, population.ad_ids), candidates)[:BODIES]
             with services(built, f"{valkey.connection_url}/0", share, sink) as subjects:
-                for i in progress.track(range(rounds), description=f"{built.yardstick.name}, {share:.0%} traced"):
+                for i in progress.track(range(rounds), description=f"{built.benchmark_model.name}, {share:.0%} traced"):
                     for name in np.roll(list(turns), i).tolist():
                         turns[name].append(turn(subjects[name], requests, seconds))
         return costs(turns, sink.traces())  # the service that has ended has sent what it had
@@ -174,7 +174,7 @@ def run(built: Built, candidates: int, share: float, rounds: int, seconds: float
 
 
 @click.command()
-@click.option("--yardstick", "name", type=click.Choice(list(YARDSTICKS)), default="deepfm-20", show_default=True)
+@click.option("--model", "name", type=click.Choice(list(BENCHMARK_MODELS)), default="deepfm-20", show_default=True)
 @click.option("--candidates", type=click.IntRange(min=1), default=50, show_default=True, help="Few, so that the rest of a request counts.")
 @click.option("--share", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Of the requests, to be traced.")
 @click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True)
@@ -184,7 +184,7 @@ def run(built: Built, candidates: int, share: float, rounds: int, seconds: float
 def main(name: str, candidates: int, share: float, rounds: int, seconds: float, folder: Path, target: Path | None) -> None:
     """Measure what tracing costs."""
     with progress_bar() as progress:
-        found = run(build(YARDSTICKS[name](), folder), candidates, share, rounds, seconds, progress)
+        found = run(build(BENCHMARK_MODELS[name](), folder), candidates, share, rounds, seconds, progress)
     document = {"traces": [asdict(cost) for cost in found]}
     show(document, Console())
     write(document, target)

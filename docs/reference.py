@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from features.schema import Field
-from service.api.event_wire import AdTold, Click, Conversion, Impression, UserTold
+from service.api.event_wire import AdUpdate, Click, Conversion, Impression, UserUpdate
 from service.api.wire import (
     Candidate,
     CandidateColumns,
@@ -51,8 +51,8 @@ def described(kind: type) -> dict[str, str]:
     texts: dict[str, str] = {}
     for each in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
         (body,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
-        told = body.body if isinstance(body, ast.ClassDef) else []
-        for one, then in pairwise(told):
+        statements = body.body if isinstance(body, ast.ClassDef) else []
+        for one, then in pairwise(statements):
             if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(then, ast.Expr):
                 texts[one.target.id] = ast.literal_eval(then.value)
     missing = [field.name for field in dataclasses.fields(kind) if field.name not in texts]
@@ -157,17 +157,19 @@ def page() -> str:
         *_models({"options.explore": ExploreGreedy, "options.explore ": ExploreEpsilonGreedy, "options.explore  ": ExplorePlackettLuce}),
         "## `POST /v1/events`\n",
         '`{"events": [...]}`, each of one of these types:\n',
-        *_models({get_args(kind.model_fields["type"].annotation)[0]: kind for kind in (Impression, Click, Conversion, UserTold, AdTold)}),
+        *_models(
+            {get_args(kind.model_fields["type"].annotation)[0]: kind for kind in (Impression, Click, Conversion, UserUpdate, AdUpdate)}
+        ),
     ]
     return "\n".join(parts)
 
 
 def _models(named: Mapping[str, type[BaseModel]]) -> list[str]:
-    told = []
+    pages = []
     for name, kind in named.items():
         title = f"### `{name.strip()}`\n" if name else ""
-        told += [*filter(None, [title]), " ".join((inspect.getdoc(kind) or "").split()) + "\n", of_model(kind)]
-    return told
+        pages += [*filter(None, [title]), " ".join((inspect.getdoc(kind) or "").split()) + "\n", of_model(kind)]
+    return pages
 
 
 if __name__ == "__main__":

@@ -147,10 +147,10 @@ class Bundle:
     @property
     def graphs(self) -> Mapping[str, GraphFacts]:
         """What its ONNX files say of themselves, by name, as far as the manifest tells; one that was published before it did has none."""
-        told = self.manifest.get("graphs")
-        if not isinstance(told, Mapping):
+        graphs = self.manifest.get("graphs")
+        if not isinstance(graphs, Mapping):
             return {}
-        return {file: GraphFacts(int(each["ir"]), int(each["opset"])) for file, each in told.items()}
+        return {file: GraphFacts(int(each["ir"]), int(each["opset"])) for file, each in graphs.items()}
 
     def check_goldens(self, score: Score, graph: str = MODEL) -> None:
         """Score the goldens with one of the graphs, and compare.
@@ -222,7 +222,7 @@ def publish(models: Path, name: str, contents: Mapping[str, bytes], facts: Mappi
                 _write(staged / file, data)
             schema = parse_schema(contents[SCHEMA].decode())
             print_ = fingerprint(schema, parse_vocabularies(contents[VOCABULARIES].decode(), schema))
-            told = {
+            documents = {
                 "fingerprint": print_,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 **facts,
@@ -231,7 +231,7 @@ def publish(models: Path, name: str, contents: Mapping[str, bytes], facts: Mappi
             }
             with locked(home):
                 version = _free_version(home)
-                manifest = {"name": name, "version": version, **told}
+                manifest = {"name": name, "version": version, **documents}
                 _write(staged / MANIFEST, json.dumps(manifest, indent=1).encode())
                 _sync(staged)
                 staged.rename(home / str(version))
@@ -244,13 +244,13 @@ def publish(models: Path, name: str, contents: Mapping[str, bytes], facts: Mappi
 
 def _graphs(contents: Mapping[str, bytes]) -> dict[str, dict[str, int]]:
     """Format and opset of each graph; what is no graph is found out by whoever loads it."""
-    told = {}
+    documents = {}
     for file, data in contents.items():
         if file.endswith(".onnx"):
             with contextlib.suppress(GraphFileError):
                 facts = graph_facts(data)
-                told[file] = {"ir": facts.ir, "opset": facts.opset}
-    return told
+                documents[file] = {"ir": facts.ir, "opset": facts.opset}
+    return documents
 
 
 def _make_current(home: Path, version: int) -> None:
@@ -487,8 +487,8 @@ def read_bundle(path: Path, manifest: Mapping[str, Any], others: Collection[Bund
     except (OSError, ValueError, TypeError, SchemaError) as error:
         raise _unreadable(path, error) from error
     if theirs != ours and theirs != _fingerprint_of_before(path, schema, vocabularies):
-        cure = "train it again with this version"
-        raise BundleError(f"bundle {path}: made with feature contract {theirs}, this program has {ours}; {cure}", "other_contract")
+        fix = "train it again with this version"
+        raise BundleError(f"bundle {path}: made with feature contract {theirs}, this program has {ours}; {fix}", "other_contract")
     bundle = Bundle(path, *called(path, manifest), ours, schema, vocabularies, manifest)
     _ = bundle.goldens
     return bundle
@@ -538,5 +538,5 @@ def version_numbers(home: Path) -> list[int]:
 
 def goldens_json(goldens: Sequence[Golden]) -> bytes:
     """The goldens as the contents of `goldens.json`."""
-    told = [{name: value for name, value in asdict(golden).items() if value or name not in TIMES} for golden in goldens]
-    return json.dumps(told, ensure_ascii=False).encode()
+    rows = [{name: value for name, value in asdict(golden).items() if value or name not in TIMES} for golden in goldens]
+    return json.dumps(rows, ensure_ascii=False).encode()

@@ -1,4 +1,4 @@
-"""A version that challenges the live one: the file `models/<name>/challenger`, which services follow, and the verdict beside it."""
+"""A version that challenges the live one: the file `models/<name>/challenger`, which services follow, and the decision beside it."""
 
 import contextlib
 import hashlib
@@ -112,7 +112,7 @@ def read_challenger(home: Path) -> Challenger | None:
         raise BundleError(f"{path} does not name a challenger: {error!r}; announce it again with adrank promote", "challenger") from error
 
 
-def read_verdict(home: Path, challenger: Challenger) -> CanaryDecision | None:
+def read_decision(home: Path, challenger: Challenger) -> CanaryDecision | None:
     """Why the challenger was stopped, None while it is not."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         document = _document(home / VERDICT) or {}
@@ -121,7 +121,7 @@ def read_verdict(home: Path, challenger: Challenger) -> CanaryDecision | None:
     return None
 
 
-def write_verdict(home: Path, challenger: Challenger, verdict: CanaryDecision) -> None:
+def write_decision(home: Path, challenger: Challenger, decision: CanaryDecision) -> None:
     """Tell all services that the challenger is to be stopped, unless another challenges by now.
 
     Raises:
@@ -129,7 +129,7 @@ def write_verdict(home: Path, challenger: Challenger, verdict: CanaryDecision) -
     """
     with locked(home), contextlib.suppress(BundleError):
         if read_challenger(home) == challenger:
-            replace_file(home / VERDICT, json.dumps({"since": challenger.since, **asdict(verdict)}).encode())
+            replace_file(home / VERDICT, json.dumps({"since": challenger.since, **asdict(decision)}).encode())
 
 
 def _document(path: Path) -> dict[str, Any] | None:

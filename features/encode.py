@@ -380,7 +380,7 @@ def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
     if np.count_nonzero(known) < len(known):  # several times faster than all(), which numpy has in Python
         _fill_unknown(encoder, ads, request.candidates, ~known)
     if request.sent:
-        encoder.overlay(ads, {row: features if known[row] else _told(features) for row, features in request.sent.items()})
+        encoder.overlay(ads, {row: features if known[row] else _without_missing(features) for row, features in request.sent.items()})
     blocks = {"user": user, "ad": ads}
     if encoder.schema.history_fields:
         blocks["history"] = encoder.history_of(_behaved(table, encoder.newest(request.history)))
@@ -391,7 +391,7 @@ def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
     return feeds, known
 
 
-def _told(features: Features) -> Features:
+def _without_missing(features: Features) -> Features:
     """Without those that are None: of an ad that nobody knows, to say that a feature is missing is to say nothing."""
     return {name: value for name, value in features.items() if value is not None}
 

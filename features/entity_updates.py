@@ -99,26 +99,26 @@ def _after(state: UserState | Ad | None, event: Event) -> UserState | Ad | None:
 
 
 def by_entity(events: Iterable[Event], nobody: Collection[str] = ()) -> list[EntityUpdates]:
-    """The events by what they are about, in their order; a subject of very many comes several times.
+    """The events by what they are about, in their order; an entity of very many comes several times.
 
     A click of one who is `nobody` is about its ranking alone: nothing is kept of such a user.
     """
     groups: dict[tuple[Kind, str], list[Event]] = {}
     for event in events:
-        whom: tuple[Kind, str] = ("request", event.request_id) if event.user_id in nobody else (KINDS[event.type], event.subject)
+        whom: tuple[Kind, str] = ("request", event.request_id) if event.user_id in nobody else (KINDS[event.type], event.entity_id)
         groups.setdefault(whom, []).append(event)
     parts = ((whom, about[start : start + AT_ONCE]) for whom, about in groups.items() for start in range(0, len(about), AT_ONCE))
     return [EntityUpdates(*whom, about) for whom, about in parts]
 
 
-def together(subjects: Iterable[EntityUpdates]) -> Iterator[list[EntityUpdates]]:
-    """The subjects, as many at a time as have `AT_ONCE` events."""
+def together(entities: Iterable[EntityUpdates]) -> Iterator[list[EntityUpdates]]:
+    """The entities, as many at a time as have `AT_ONCE` events."""
     some, count = list[EntityUpdates](), 0
-    for subject in subjects:
-        if count + len(subject.events) > AT_ONCE:
+    for entity in entities:
+        if count + len(entity.events) > AT_ONCE:
             yield some
             some, count = [], 0
-        some.append(subject)
-        count += len(subject.events)
+        some.append(entity)
+        count += len(entity.events)
     if some:
         yield some

@@ -52,7 +52,7 @@ class Event:
     """Of an ad: whether it may be shown, None where that is not told."""
 
     @property
-    def subject(self) -> str:
+    def entity_id(self) -> str:
         """What the event is about, by which its repetitions are found: a user, an ad, or a ranking."""
         return {"click": self.user_id, "user": self.user_id, "ad": self.ad_id}.get(self.type, self.request_id)
 

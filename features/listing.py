@@ -10,7 +10,7 @@ from typing import Any
 
 from . import files
 from .bundle import BundleError, current_path, read_manifest, version_numbers
-from .challenger import read_challenger, read_verdict
+from .challenger import read_challenger, read_decision
 from .repository import NAME
 
 METRICS = "metrics.json"
@@ -72,7 +72,7 @@ def _versions(models: Path, home: Path, wrong: dict[str, str]) -> list[Listed]:
         if (home / "current").exists() or (home / "current").is_symlink():
             roles[int(current_path(models, home.name).name)] = "live"
         if challenger := read_challenger(home):
-            role = "stopped" if read_verdict(home, challenger) else f"{challenger.mode} {challenger.share:.3g}"
+            role = "stopped" if read_decision(home, challenger) else f"{challenger.mode} {challenger.share:.3g}"
             roles.setdefault(challenger.version, role)
     except BundleError as error:
         wrong[home.name] = str(error)
@@ -93,8 +93,8 @@ def _listed(home: Path, version: int, role: str) -> Listed:
 
 def _created(manifest: Mapping[str, Any], version: int) -> str | None:
     """When it was published, which older bundles tell by their number alone."""
-    if isinstance(told := manifest.get("created"), str):
-        return told
+    if isinstance(created := manifest.get("created"), str):
+        return created
     with contextlib.suppress(ValueError):
         return datetime.strptime(str(version), "%Y%m%d%H%M%S").replace(tzinfo=UTC).isoformat()
     return None

@@ -162,8 +162,8 @@ def merged_ad(stored: Ad, loaded: Ad, until: float | None, whole: bool, fields: 
     that it was missing in a whole catalogue does not.
     """
     features, changed, kept = _features(stored.features, stored.changed, loaded.features, until, fields)
-    told = stored.changed.get(ACTIVE)
-    if type(told) is float and not (whole and not _is_newer(told, until)):
+    active = stored.changed.get(ACTIVE)
+    if type(active) is float and not (whole and not _is_newer(active, until)):
         return Ad(loaded.ad_id, features, stored.active, changed), News(features=kept, activity=int(stored.active != loaded.active))
     changed = {name: ts for name, ts in changed.items() if name != ACTIVE}
     return Ad(loaded.ad_id, features, loaded.active, changed), News(features=kept)

@@ -243,8 +243,8 @@ class Store(Protocol):
             StateError: a rewrite cannot be.
         """
 
-    async def apply(self, subjects: Sequence["EntityUpdates"]) -> "list[Sequence[Outcome]]":
-        """Do what events lead to, and say what became of each, beside the subjects.
+    async def apply(self, entities: Sequence["EntityUpdates"]) -> "list[Sequence[Outcome]]":
+        """Do what events lead to, and say what became of each, beside the entities.
 
         An event is done once, however often and by however many it is brought, and is remembered until it would be refused as too
         old. Where this raises, some may have been done; all may be brought again.
@@ -326,29 +326,29 @@ class MemoryStore:
                 self._changes.append(each.id)
                 self._news.set()
 
-    async def apply(self, subjects: Sequence["EntityUpdates"]) -> "list[Sequence[Outcome]]":
+    async def apply(self, entities: Sequence["EntityUpdates"]) -> "list[Sequence[Outcome]]":
         """See `Store`. Nobody joins what a store in memory has taken, so impressions and conversions are remembered only."""
         floor = self._clock() - self._seen_seconds
         while self._seen and max(next(iter(self._seen.values())).values()) <= floor:
             del self._seen[next(iter(self._seen))]
-        outcomes = [self._applied(subject, floor) for subject in subjects]
-        if changed := [subject.id for subject in subjects if subject.kind == "ad" and subject.id in self._ads]:
+        outcomes = [self._applied(entity, floor) for entity in entities]
+        if changed := [entity.id for entity in entities if entity.kind == "ad" and entity.id in self._ads]:
             self._changes.extend(changed)
             self._news.set()
         return outcomes
 
-    def _applied(self, subject: "EntityUpdates", floor: float) -> "Sequence[Outcome]":
-        seen = {event_id: ts for event_id, ts in self._seen.pop((subject.kind, subject.id), {}).items() if ts > floor}
+    def _applied(self, entity: "EntityUpdates", floor: float) -> "Sequence[Outcome]":
+        seen = {event_id: ts for event_id, ts in self._seen.pop((entity.kind, entity.id), {}).items() if ts > floor}
         if len(seen) >= SEEN_LIMIT:
             floor = max(floor, min(seen.values()))
-        kept = {"user": self._users, "ad": self._ads}.get(subject.kind, {})
-        change = subject.change(kept.get(subject.id), [event.event_id in seen for event in subject.events], floor)
+        kept = {"user": self._users, "ad": self._ads}.get(entity.kind, {})
+        change = entity.change(kept.get(entity.id), [event.event_id in seen for event in entity.events], floor)
         seen |= {event.event_id: event.ts for event in change.fresh}
         if change.fresh:
-            kept[subject.id] = change.packed
+            kept[entity.id] = change.packed
         if seen:  # the newest last, so that those to be forgotten stand first
             newest = sorted(seen, key=seen.__getitem__)[-SEEN_LIMIT:]
-            self._seen[subject.kind, subject.id] = {event_id: seen[event_id] for event_id in newest}
+            self._seen[entity.kind, entity.id] = {event_id: seen[event_id] for event_id in newest}
         return change.outcomes
 
     async def all_ads(self) -> AsyncIterator[list[Ad]]:

@@ -61,7 +61,7 @@ class Service:
         self.guard = _guard(settings)
         self.failing: dict[str, str] = {}
         """Work of the background that failed in a way nobody foresaw and has not gone well since, and a sentence about it."""
-        self._store_told: tuple[str, float, bool] | None = None
+        self._store_logged: tuple[str, float, bool] | None = None
         """Why the store was down when it was last asked, since when, and whether the log says so."""
 
     async def run(self) -> None:
@@ -135,7 +135,7 @@ class Service:
             store |= of_store_error(error)
             self._tell_store(error)
         else:
-            self._store_told = None
+            self._store_logged = None
         models, catalogue = self.ranker.models, self.ranker.catalogue  # only now: they may change while the store is asked
         reasons = [] if models.ready else [self.reload.waiting_for]
         if not catalogue.loaded and (models.ready or catalogue.detail):
@@ -166,13 +166,13 @@ class Service:
 
     def _tell_store(self, error: StoreError) -> None:
         """Log what `/readyz` does not tell anybody, once, unless the catalogue has: it finds most of it, if a little later."""
-        reason, since, told = self._store_told or (error.reason, time.monotonic(), False)
+        reason, since, logged = self._store_logged or (error.reason, time.monotonic(), False)
         if reason != error.reason:
-            since, told = time.monotonic(), False
-        if not told and self.ranker.catalogue.reason != error.reason and time.monotonic() - since > TELL_SECONDS:
+            since, logged = time.monotonic(), False
+        if not logged and self.ranker.catalogue.reason != error.reason and time.monotonic() - since > TELL_SECONDS:
             log.warning("the store is down, as /readyz found: %s", error)
-            told = True
-        self._store_told = error.reason, since, told
+            logged = True
+        self._store_logged = error.reason, since, logged
 
 
 @asynccontextmanager

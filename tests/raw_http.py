@@ -25,10 +25,10 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     if scope["path"] == "/slow":
         await asyncio.sleep(float(body or 0.2))
     names = b",".join(sorted(name for name, _ in scope["headers"] if name.startswith(b"x-")))
-    told = b"%s %s %s[%s]" % (scope["method"].encode(), scope["path"].encode(), names, body)
-    told = b"x" * 2**22 if scope["path"] == "/big" else told
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(told))]})
-    await send({"type": "http.response.body", "body": told})
+    answer = b"%s %s %s[%s]" % (scope["method"].encode(), scope["path"].encode(), names, body)
+    answer = b"x" * 2**22 if scope["path"] == "/big" else answer
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(answer))]})
+    await send({"type": "http.response.body", "body": answer})
 
 
 async def early(scope: Any, receive: Any, send: Any) -> None:

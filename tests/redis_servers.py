@@ -196,8 +196,8 @@ class Nodes:
 
     def _epochs(self, n: int) -> dict[str, int]:
         """The epoch of each primary, by its id, as a node knows it."""
-        told = self.clients[n].execute_command("CLUSTER NODES")
-        return {each["node_id"]: int(each["epoch"]) for each in told.values() if "master" in each["flags"]}
+        nodes = self.clients[n].execute_command("CLUSTER NODES")
+        return {each["node_id"]: int(each["epoch"]) for each in nodes.values() if "master" in each["flags"]}
 
     def _owner(self, n: int, slot: int) -> int:
         """The port of the slot's owner, as a node sees it."""

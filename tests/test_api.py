@@ -93,8 +93,8 @@ class TestRank:
         rows = {"ad_id": candidates, "bid": [1.0] * 6}
         for sent in (candidates, rows, [{"ad_id": ad_id} for ad_id in candidates]):
             answer = await client.rank("7.0", sent, options={"top_k": 2})
-            told = [entry["ad_id"] for entry in (*answer["ads"], *answer["omitted"])]
-            assert sorted(told) == sorted(candidates)
+            returned = [entry["ad_id"] for entry in (*answer["ads"], *answer["omitted"])]
+            assert sorted(returned) == sorted(candidates)
             assert sorted(each["ad_id"] for each in answer["omitted"] if each["reason"] == "duplicate") == ["7", "7.0", "a1"]
         one, other = [await client.rank(user, ["a1", "a2", "a3"], options={"explain": True}) for user in ("7", "7.0")]
         assert (one["ads"], one["explain"]) == (other["ads"], other["explain"])
@@ -103,10 +103,10 @@ class TestRank:
         assert sent[0]["explain"] == sent[1]["explain"]
 
     async def test_numbers_and_truths_are_their_texts(self, client):
-        told = [
+        returned = [
             await client.rank({"id": "u1", "features": {"age": age}}, options={"explain": True}) for age in ("25", "25.0", 25, 25.0, 2.5e1)
         ]
-        assert all((each["ads"], each["explain"]) == (told[0]["ads"], told[0]["explain"]) for each in told)
+        assert all((each["ads"], each["explain"]) == (returned[0]["ads"], returned[0]["explain"]) for each in returned)
         assert (await client.rank(context={"slot": True}))["ads"]
 
     @pytest.mark.parametrize("odd", ["😀", "\u202eabc", "e\u0301", "a\u0000b", "\u200d", "}{", " ", "\ufeff", "x" * 256])
@@ -372,8 +372,8 @@ class TestLimits:
         problem = check(answer, 500, "unexpected")
         assert "Traceback" not in answer.text
         assert "NoneType" not in answer.text
-        (told,) = [record for record in caplog.records if record.exc_info]
-        assert (told.request_id, told.route, told.status, told.code) == (problem.request_id, "/rank", 500, "unexpected")
+        (returned,) = [record for record in caplog.records if record.exc_info]
+        assert (returned.request_id, returned.route, returned.status, returned.code) == (problem.request_id, "/rank", 500, "unexpected")
         assert await client.metric('adrank_requests_total{model="din",outcome="unexpected",route="/rank"}') == 1
 
 

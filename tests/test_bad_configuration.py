@@ -159,10 +159,12 @@ class TestWaitedFor:
         with Redis.from_url(server.url) as redis:
             redis.config_set("requirepass", "secret")
         async with starting(tmp_path, models=repository, redis=with_password(server, "mended"), workers=workers) as (client, log):
-            told = {"store": {}, "catalogue": {}}
+            readiness = {"store": {}, "catalogue": {}}
             async with asyncio.timeout(PATIENCE):
-                while {told[part].get("reason") for part in ("store", "catalogue")} != {"store_denied"}:
-                    told = await unready(client, "the store refuses the service's user or password, or the user lacks a permission; the")
+                while {readiness[part].get("reason") for part in ("store", "catalogue")} != {"store_denied"}:
+                    readiness = await unready(
+                        client, "the store refuses the service's user or password, or the user lacks a permission; the"
+                    )
             await logged(log, "refuses the user name or password", workers)
             with Redis.from_url(with_password(server, "secret")) as redis:
                 redis.config_set("requirepass", "mended")
@@ -173,10 +175,10 @@ class TestWaitedFor:
         await fill(server.url)
         server.stop()
         async with starting(tmp_path, models=repository, redis=server.url) as (client, log):
-            told = await unready(client, "the store cannot be reached")
-            assert told["store"]["reason"] == "store_unreachable"
+            readiness = await unready(client, "the store cannot be reached")
+            assert readiness["store"]["reason"] == "store_unreachable"
             await logged(log, "cannot be reached", 1)
-            nobody_is_told(told, server.port, "127.0.0.1", "Errno", "onnect call")
+            nobody_is_told(readiness, server.port, "127.0.0.1", "Errno", "onnect call")
             await asyncio.to_thread(server.start)
             await until_ready(client)
 
@@ -189,8 +191,8 @@ class TestWaitedFor:
                 nobody_is_told(await unready(client, "or the user lacks a permission"), "hscan", "some has")
                 await logged(log, "lacks a permission: User some has no permissions to run the 'hscan' command", 1)
                 redis.execute_command("ACL", "SETUSER", "some", "+hscan", "-getrange")
-                told = await until_ready(client, "degraded")
-                nobody_is_told(told, "getrange")
+                readiness = await until_ready(client, "degraded")
+                nobody_is_told(readiness, "getrange")
                 async with asyncio.timeout(90):
                     while "'getrange' command" not in log.read_text():
                         await client.get("/readyz")

@@ -5,27 +5,27 @@ import pytest
 from click.testing import CliRunner
 from rich.progress import Progress
 
+from benchmarks.benchmark_models import build, deepfm_20, din_100, make
 from benchmarks.gpu import Device, floor, in_torch, main, measure, rowwise, tiles
 from benchmarks.scoring import requests
-from benchmarks.yardstick import build, deepfm_20, din_100, make
 from service.ranking.scorer import PROVIDERS
 
 
 @pytest.fixture(scope="module", params=["din", "deepfm"])
 def built(request, tmp_path_factory):
-    yardstick = din_100(ads=300, history=8) if request.param == "din" else deepfm_20(ads=300)
-    return build(yardstick, tmp_path_factory.mktemp("gpu"))
+    benchmark_model = din_100(ads=300, history=8) if request.param == "din" else deepfm_20(ads=300)
+    return build(benchmark_model, tmp_path_factory.mktemp("gpu"))
 
 
 def test_all_give_the_same_scores(built):
-    feeds = requests(built, 70, max(built.yardstick.population.schema.history_length, 1), 3)
-    expected = in_torch(make(built.yardstick), "cpu", compiled=False)(feeds)
+    feeds = requests(built, 70, max(built.benchmark_model.population.schema.history_length, 1), 3)
+    expected = in_torch(make(built.benchmark_model), "cpu", compiled=False)(feeds)
     for score in (tiles(built, "cpu"), rowwise(built, "cpu")):
         np.testing.assert_allclose(np.stack(score(feeds)), np.stack(expected), atol=1e-5)
 
 
 def test_the_floor_is_the_slower_of_arithmetic_and_memory(built):
-    served, feeds = make(built.yardstick), requests(built, 50, 8, 1)[0]
+    served, feeds = make(built.benchmark_model), requests(built, 50, 8, 1)[0]
     slow, fast = 1.0, 1e30
     assert floor(served, feeds, Device("", fast, 1e9)) == pytest.approx(floor(served, feeds, Device("", fast, 2e9)) * 2)
     read = floor(served, feeds, Device("", slow, fast))

@@ -13,13 +13,13 @@ from adrank_bench.load import LoadError, ask
 from adrank_bench.measured import LoadPlan
 from benchmarks import crosscheck, growth, service
 from benchmarks.bare import Bare
+from benchmarks.benchmark_models import build
 from benchmarks.population import fill
 from benchmarks.scoring import requests as tensors
 from benchmarks.service import ALONE, BARE, CONNECTIONS, OURS, PEER, Bench, Sample, benches
 from benchmarks.subjects import serving
-from benchmarks.yardstick import build
 from tests.small import quiet
-from tests.test_bench_yardstick import NARROW, small
+from tests.test_bench_scoring import NARROW, small
 
 
 @pytest.fixture(scope="module", params=list(NARROW))
@@ -53,7 +53,7 @@ def _ranked(bench: Bench, name: str, body: bytes) -> dict[str, float]:
 
 def test_a_round_measures_every_subject(bench: Bench) -> None:
     requests = bench.requests(20)
-    feeds = tensors(bench.built, 20, bench.built.yardstick.population.schema.history_length)
+    feeds = tensors(bench.built, 20, bench.built.benchmark_model.population.schema.history_length)
     samples = {name: bench.turn(name, requests, feeds) for name in (BARE, OURS, PEER, ALONE)}
     assert all(sample.requests_per_s > 0 and sample.cpu > 0 and sample.errors == 0 for sample in samples.values())
     assert samples[BARE].cpu < samples[OURS].cpu  # a service is the graph and more
@@ -119,8 +119,8 @@ def test_ctrl_c_ends_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> N
         service.load(bench.subjects[OURS], [b"{}"], LoadPlan(None, 1, 0, 1))
 
 
-def test_the_store_of_each_yardstick_is_its_own(servers: Callable[[str], Server], bench: Bench) -> None:
-    population = bench.built.yardstick.population
+def test_the_store_of_each_benchmark_model_is_its_own(servers: Callable[[str], Server], bench: Bench) -> None:
+    population = bench.built.benchmark_model.population
     asyncio.run(fill(population, servers("valkey").url.replace("/0", "/9")))
     assert _ranked(bench, OURS, bench.requests(3)[0])
 

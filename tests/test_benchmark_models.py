@@ -41,9 +41,9 @@ def test_what_is_measured_stays_and_what_cannot_be_trained_says_why(
     assert whole.test["rows"] == 100
     assert sum(each["rows"] for each in whole.cold if each["of"] == "user") == 100
     assert min(whole.training_rows_per_second, whole.candidates_per_second, whole.parameters) > 0
-    told = json.loads(target.read_text())
-    assert told["data_set"] == "small"
-    assert told["runs"][0]["settings"] == QUICK
+    document = json.loads(target.read_text())
+    assert document["data_set"] == "small"
+    assert document["runs"][0]["settings"] == QUICK
 
     def none(*_: object) -> None:
         raise AssertionError("measured twice")
@@ -73,9 +73,9 @@ def test_rows_are_apart_by_what_training_has_seen_of_their_ad_and_user(data: Pre
     assert exposure["ad"].tolist() == expected
     seen = np.array([0, 0, 3, 10, 11, 500])
     labels, p = np.array([1, 0, 1, 0, 1, 1]), np.array([0.2, 0.4, 0.9, 0.1, 0.5, 0.6])
-    told = by_exposure({"ad": seen}, labels, p)
-    assert [(each["seen"], each["rows"], each["auc"]) for each in told] == [("0", 2, 0.0), ("1 to 10", 2, 1.0), ("more", 2, None)]
-    assert told[0]["log_loss"] == pytest.approx(-(np.log(0.2) + np.log(0.6)) / 2)
+    document = by_exposure({"ad": seen}, labels, p)
+    assert [(each["seen"], each["rows"], each["auc"]) for each in document] == [("0", 2, 0.0), ("1 to 10", 2, 1.0), ("more", 2, None)]
+    assert document[0]["log_loss"] == pytest.approx(-(np.log(0.2) + np.log(0.6)) / 2)
 
 
 def a_run(family: str, seed: int, auc: float, serving: float) -> ModelRun:

@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from features import bundle, files
 from features.bundle import BundleError, check_files, current_path, load_bundle, locked, read_bundle
-from features.challenger import CHALLENGER, VERDICT, Challenger, read_challenger, read_verdict
+from features.challenger import CHALLENGER, VERDICT, Challenger, read_challenger, read_decision
 from features.graph_file import GraphFileError, graph_facts
 from features.releases import promote, rollback
 from service.settings import Settings
@@ -165,7 +165,7 @@ class TestNoFiles:
             ODD[kind](home / file)
         assert isinstance(within(5, lambda: current_path(tmp_path, "din")), BundleError)
         assert isinstance(within(5, lambda: read_challenger(home)), BundleError)
-        assert within(5, lambda: read_verdict(home, Challenger(1, "shadow", 1.0))) is None
+        assert within(5, lambda: read_decision(home, Challenger(1, "shadow", 1.0))) is None
 
     @pytest.mark.parametrize("kind", ["pipe", "device", "socket", "folder"])
     def test_a_lock(self, tmp_path: Path, kind: str) -> None:

@@ -170,7 +170,7 @@ async def test_a_view_is_of_its_moment():
     catalogue = one(store)
     cursor = await catalogue.load()
     ad_ids = ["a1", "a2", "bad", "new"]
-    views, told = [], []
+    views, expected = [], []
     for ads in (
         [Ad("a1", {"price": 1.5})],
         [Ad("a1", {"price": "dear"}), Ad("a2", {}, active=False)],
@@ -180,16 +180,22 @@ async def test_a_view_is_of_its_moment():
     ):
         views.append(catalogue.view("f"))
         table = catalogue.table("f")
-        told.append({ad_id: table.take(table.rows([ad_id])).numbers.tolist() for ad_id in ad_ids if table.rows([ad_id])[0]})
+        expected.append({ad_id: table.take(table.rows([ad_id])).numbers.tolist() for ad_id in ad_ids if table.rows([ad_id])[0]})
         await store.put_ads(ads)
         cursor = await catalogue._step(cursor)
     encoder = bundles.encoder()
-    for view, numbers in zip(views, told, strict=True):
+    for view, numbers in zip(views, expected, strict=True):
         found = {
             ad_id: encoder.encode_one("ad", unpack_features(packed)).numbers.tolist() for ad_id, packed in view.features(ad_ids).items()
         }
         assert found == numbers
-    assert [sorted(each) for each in told] == [["a1", "a2"], ["a1", "a2"], ["a1", "a2"], ["a1", "a2", "new"], ["a1", "a2", "bad", "new"]]
+    assert [sorted(each) for each in expected] == [
+        ["a1", "a2"],
+        ["a1", "a2"],
+        ["a1", "a2"],
+        ["a1", "a2", "new"],
+        ["a1", "a2", "bad", "new"],
+    ]
     await catalogue.add("late", bundles.encoder())
     assert sorted(catalogue.view("late").features(ad_ids)) == ["a1", "a2", "new"], "a misfit has no row in a table that is new"
     later = [view.features(["a1"])["a1"] for view in views]

@@ -23,8 +23,8 @@ from features.challenger import (
     Challenger,
     challenge,
     read_challenger,
-    read_verdict,
-    write_verdict,
+    read_decision,
+    write_decision,
 )
 from features.releases import promote, rollback, stop
 from features.state import UserState
@@ -59,18 +59,18 @@ async def until(client, predicate, seconds=20):
     """Wait until `/v1/models` says so of the challenger of `din`; what it says then."""
     async with asyncio.timeout(seconds):
         while True:
-            (told,) = [m["challenger"] for m in (await client.get("/v1/models")).json()["models"] if m["name"] == "din"]
-            if predicate(told):
-                return told
+            (status,) = [m["challenger"] for m in (await client.get("/v1/models")).json()["models"] if m["name"] == "din"]
+            if predicate(status):
+                return status
             await asyncio.sleep(0.02)
 
 
-def there(told):
-    return told is not None
+def there(status):
+    return status is not None
 
 
-def stopped(told):
-    return told is not None and told["state"] == "stopped"
+def stopped(status):
+    return status is not None and status["state"] == "stopped"
 
 
 @contextlib.asynccontextmanager
@@ -123,13 +123,13 @@ class TestFile:
         facts = Challenger(int(other), "shadow", 0.25, CanaryBounds(0.02, 2.0, (0.8, 1.25), 50))
         challenge(tmp_path, "din", facts)
         assert read_challenger(tmp_path / "din") == facts
-        verdict = CanaryDecision("p99", "slow")
-        write_verdict(tmp_path / "din", facts, verdict)
-        assert read_verdict(tmp_path / "din", facts) == verdict
+        decision = CanaryDecision("p99", "slow")
+        write_decision(tmp_path / "din", facts, decision)
+        assert read_decision(tmp_path / "din", facts) == decision
         again = Challenger(int(other), "shadow", 0.25)
         challenge(tmp_path, "din", again)
-        assert read_verdict(tmp_path / "din", again) is None
-        write_verdict(tmp_path / "din", facts, verdict)  # late, of the one before
+        assert read_decision(tmp_path / "din", again) is None
+        write_decision(tmp_path / "din", facts, decision)  # late, of the one before
         assert not (tmp_path / "din" / VERDICT).exists()
 
     @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ class TestFile:
         with pytest.raises(BundleError, match="does not name a challenger"):
             read_challenger(tmp_path)
         (tmp_path / VERDICT).write_text(text)
-        assert read_verdict(tmp_path, Challenger(1, "shadow", 1.0)) is None
+        assert read_decision(tmp_path, Challenger(1, "shadow", 1.0)) is None
 
     def test_the_command_line(self, tmp_path):
         live, other, _ = two(tmp_path)
@@ -204,7 +204,7 @@ class TestFile:
         publish(tmp_path)
         _, other, _ = two(tmp_path)
         challenge(tmp_path, "din", facts := Challenger(int(other), "shadow", 0.25))
-        write_verdict(tmp_path / "din", facts, CanaryDecision("p99", "slow"))
+        write_decision(tmp_path / "din", facts, CanaryDecision("p99", "slow"))
         end(tmp_path, "din")
         assert not {CHALLENGER, VERDICT} & {path.name for path in (tmp_path / "din").iterdir()}
 
@@ -230,11 +230,11 @@ class TestCanary:
             taken = 3 * sum(facts.takes("din", user) for user in users)
             assert await client.metric('adrank_challenger_requests_total{mode="canary",model="din",outcome="ok"}') == taken
             assert (await client.get("/metrics")).text.count("adrank_model_info{") == 2
-            told = await until(client, there)
-            assert (told["version"], told["mode"], told["share"], told["state"]) == (other, "canary", facts.share, "running")
-            assert told["last_10_minutes"]["requests"] == taken
+            status = await until(client, there)
+            assert (status["version"], status["mode"], status["share"], status["state"]) == (other, "canary", facts.share, "running")
+            assert status["last_10_minutes"]["requests"] == taken
             stop(tmp_path / "models", "din")
-            await until(client, lambda told: told is None)
+            await until(client, lambda status: status is None)
             assert {(await client.rank(user))["model"]["version"] for user in users} == {live}
             assert (await client.get("/metrics")).text.count("adrank_model_info{") == 1
 
@@ -256,16 +256,16 @@ class TestCanary:
 
             task = asyncio.create_task(asking())
             async with asyncio.timeout(90):
-                while not stopped(told := await until(client, there)):
+                while not stopped(status := await until(client, there)):
                     at = time.monotonic()
                     await client.rank(others, CANDIDATES)
                     took.append(time.monotonic() - at)
                     await asyncio.sleep(0.01)
             task.cancel()
             assert time.monotonic() - began < 10
-            assert told["verdict"]["reason"] == "late"
-            assert told["last_10_minutes"]["late"] >= 5
-            assert (told["bounds"]["max_seconds"], told["bounds"]["min_requests"]) == (0.1, 200)
+            assert status["verdict"]["reason"] == "late"
+            assert status["last_10_minutes"]["late"] >= 5
+            assert (status["bounds"]["max_seconds"], status["bounds"]["min_requests"]) == (0.1, 200)
             # Held up, each that comes while it runs would take up to 0.6 s: more than half of them over 0.1 s.
             assert np.mean(np.array(took) > 0.1) < 0.2, took
             assert await client.metric('adrank_challenger_requests_total{mode="canary",model="din",outcome="late"}') >= 5
@@ -277,8 +277,8 @@ class TestCanary:
         async with challenged(tmp_path / "models", ads, other, "canary", 1.0, CanaryBounds(max_seconds=0.1)) as client:
             slow_down(client, 1.5)
             await client.rank("u1", CANDIDATES)
-            told = await until(client, stopped, 5)
-            assert re.search(r"a run has taken 0\.\d s, 0\.1 s are allowed", told["verdict"]["detail"])
+            status = await until(client, stopped, 5)
+            assert re.search(r"a run has taken 0\.\d s, 0\.1 s are allowed", status["verdict"]["detail"])
 
     async def test_a_caller_s_deadline_is_kept_and_no_fault_of_it(self, tmp_path, ads):
         live, other, _ = two(tmp_path / "models", bias=0.0)
@@ -287,9 +287,9 @@ class TestCanary:
             began = time.monotonic()
             answer = await client.rank("u1", CANDIDATES, options={"deadline_ms": 300})
             assert (answer["model"]["version"], time.monotonic() - began < 0.4) == (live, True)
-            told = await until(client, lambda told: told["last_10_minutes"]["requests"] == 1)
-            assert (told["last_10_minutes"]["late"], told["last_10_minutes"]["errors"]) == (0, 0)
-            assert told["last_10_minutes"]["p99_ms"] > 350
+            status = await until(client, lambda status: status["last_10_minutes"]["requests"] == 1)
+            assert (status["last_10_minutes"]["late"], status["last_10_minutes"]["errors"]) == (0, 0)
+            assert status["last_10_minutes"]["p99_ms"] > 350
 
     async def test_the_store_is_asked_once_and_stages_are_those_of_who_ranks(self, tmp_path, ads, monkeypatch):
         asked, get_user = [], ads.get_user
@@ -437,9 +437,9 @@ class TestStop:
 
     async def stops(self, client, reason, models, live):
         async with asyncio.timeout(90):
-            while not stopped(told := await until(client, there)):
+            while not stopped(status := await until(client, there)):
                 await ask(client, 10)
-        assert told["verdict"]["reason"] == reason
+        assert status["verdict"]["reason"] == reason
         assert await client.metric(f'adrank_challenger_rollback_total{{model="din",reason="{reason}"}}') == 1
         assert {(await client.rank(f"u{i}"))["model"]["version"] for i in range(20)} == {live}
         async with asyncio.timeout(90):
@@ -447,7 +447,7 @@ class TestStop:
                 await asyncio.sleep(0.01)
             while (await client.get("/metrics")).text.count("adrank_model_info{") != 1:
                 await asyncio.sleep(0.01)
-        return told["verdict"]["detail"]
+        return status["verdict"]["detail"]
 
     async def test_a_model_that_fails(self, tmp_path, ads, caplog):
         live, other, _ = two(tmp_path / "models")
@@ -485,10 +485,10 @@ class TestStop:
         publish(models)
         set_current(models, "din", int(live))
         challenge(models, "din", facts := Challenger(int(other), "canary", 1.0, FEW))
-        write_verdict(models / "din", facts, CanaryDecision("p99", "slow"))
+        write_decision(models / "din", facts, CanaryDecision("p99", "slow"))
         async with running(Settings(models=models, redis="memory://"), ads) as client:  # as after a restart
-            told = await until(client, stopped)
-            assert told["verdict"] == {"reason": "p99", "detail": "slow"}
+            status = await until(client, stopped)
+            assert status["verdict"] == {"reason": "p99", "detail": "slow"}
             assert (await client.rank())["model"]["version"] == live
             challenge(models, "din", Challenger(int(other), "canary", 1.0, FEW))
             await until_version(client, other)
@@ -512,7 +512,7 @@ class TestStop:
         def full(*_):
             raise OSError("read-only")
 
-        monkeypatch.setattr(reload, "write_verdict", full)
+        monkeypatch.setattr(reload, "write_decision", full)
         live, other, _ = two(tmp_path / "models")
         async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
             spoil(client)
@@ -553,11 +553,11 @@ async def test_a_challenger_that_is_promoted_is_not_loaded_again(tmp_path, ads):
         promote(models, "din")
         await until_version(client, other)
         assert ranker.models.loaded["din"] is model
-        await until(client, lambda told: told is None)
+        await until(client, lambda status: status is None)
         assert (await client.get("/metrics")).text.count("adrank_model_info{") == 1
 
 
-async def test_one_worker_s_verdict_stops_it_in_all(tmp_path, server):
+async def test_one_worker_s_decision_stops_it_in_all(tmp_path, server):
     models = tmp_path / "models"
     await fill(server.url)
     live, other, _ = two(models, bias=-5.0)
@@ -615,8 +615,8 @@ class TestJudge:
         ],
     )
     def test_each_bound(self, own, errors, reason):
-        verdict = judge(self.filled(own=own, errors=errors), CanaryBounds())
-        assert (verdict and verdict.reason) == reason, verdict
+        decision = judge(self.filled(own=own, errors=errors), CanaryBounds())
+        assert (decision and decision.reason) == reason, decision
 
     def test_without_requests_of_the_live_version_only_errors_count(self):
         assert judge(self.filled((0, 0.001, 0.1), (1000, 1.0, 0.9)), CanaryBounds()) is None

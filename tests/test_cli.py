@@ -184,7 +184,7 @@ def test_the_base_installation_says_which_extra_a_command_needs(tmp_path: Path) 
     command = [sys.executable, "-c", BASE, json.dumps([words.split() for words in WITHOUT])]
     done = subprocess.run(command, check=False, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.splitlines() == [f"{words.split()[0]} 2" for words in WITHOUT]
-    for told, (words, extra) in zip(done.stderr.splitlines(), WITHOUT.items(), strict=True):
+    for line, (words, extra) in zip(done.stderr.splitlines(), WITHOUT.items(), strict=True):
         needs = rf"Error: adrank {words.split()[0]} needs \w+, which is not installed: pip install 'adrank\[{extra}\]'.*"
-        assert re.fullmatch(needs, told), told
+        assert re.fullmatch(needs, line), line
     assert not list(tmp_path.iterdir())

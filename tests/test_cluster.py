@@ -173,11 +173,11 @@ async def test_a_cluster_that_is_resharded_under_load_loses_and_refuses_nothing(
     await fill(nodes.url)
     keys = [*map(user_key, USERS), *(ads_key(f"a{i}") for i in range(30)), SERVED, EVENTS, CHANGES]
     slots = dict.fromkeys(map(nodes.where, keys))
-    told = {"ASK": 0, "MOVED": 0}
+    replies_by_kind = {"ASK": 0, "MOVED": 0}
 
     async def count(cluster, elsewhere, commands, replies):
         for i in elsewhere:
-            told[replies[i].status_code] = told.get(replies[i].status_code, 0) + 1
+            replies_by_kind[replies[i].status_code] = replies_by_kind.get(replies[i].status_code, 0) + 1
         return await redirected(cluster, elsewhere, commands, replies)
 
     redirected = Cluster._redirected
@@ -190,7 +190,7 @@ async def test_a_cluster_that_is_resharded_under_load_loses_and_refuses_nothing(
             assert (await client.get("/readyz")).json()["status"] == "ready"
     assert {each.status for each in made.ranked} == {200}
     assert made.degraded() == made.refused == []
-    assert min(told["ASK"], told["MOVED"]) > 0, told
+    assert min(replies_by_kind["ASK"], replies_by_kind["MOVED"]) > 0, replies_by_kind
     assert made.acknowledged.keys() <= kept(nodes.url)
     joining = Joining(nodes.url, tmp_path / "log", repository, time.time())
     await joining.once(everything=True)

@@ -110,7 +110,7 @@ def test_logits_are_crosses_and_mlp_over_all_fields(family: str, settings: dict[
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "told"),
+    ("family", "settings", "message"),
     [
         ("dcn", {"crosses": 0}, r"^crosses is 0; DCN needs at least 1 cross layer$"),
         ("dcn_v2", {"structure": "both"}, r"^structure is 'both'; it must be stacked or parallel$"),
@@ -118,6 +118,6 @@ def test_logits_are_crosses_and_mlp_over_all_fields(family: str, settings: dict[
         ("dcn_v2", {"experts": 4}, r"^experts is 4, and experts are matrices of low rank; set low_rank too, such as 32$"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(family: str, settings: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_settings_that_contradict_each_other_are_refused(family: str, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         small.network(family, **settings)

@@ -109,7 +109,7 @@ class TestCommands:
         code, out, _ = run("doctor", "--models", tmp_path, "--redis", "memory://", "--port", free_port(), "--json")
         findings = {each["check"]: each for each in json.loads(out)["findings"] if each["status"] == "problem"}
         assert (code, BOTH.partition("; ")[0]) == (11, findings["repository"]["said"])
-        assert findings["repository"]["cure"] == "set ADRANK_MODEL, or --model"
+        assert findings["repository"]["fix"] == "set ADRANK_MODEL, or --model"
         monkeypatch.setenv("ADRANK_MODEL", "aa")
         assert run("doctor", "--models", tmp_path, "--redis", "memory://", "--port", free_port())[0] == 0
 

@@ -53,9 +53,9 @@ def test_the_demo_prints_a_ranking_beside_the_truth_and_a_loop_that_runs_as_prin
         (curl,) = (line for line in printed if line.startswith("curl "))
         assert len(json.loads(subprocess.run(curl, shell=True, check=True, capture_output=True).stdout)["ads"]) == demo.CANDIDATES
         for line in (line for line in printed if line.split(" ")[0].endswith("/adrank")):
-            code, told = ran(line)
+            code, output = ran(line)
             ended.add(line.split()[1])
-            assert code in ((0, 3) if "retrain" in line else (0,)), line + told
+            assert code in ((0, 3) if "retrain" in line else (0,)), line + output
         raise KeyboardInterrupt
 
     pause = time.sleep

@@ -35,8 +35,8 @@ def test_users_visit_click_and_are_learned_from(tmp_path: Path, capfd: pytest.Ca
     assert set(rows["model"].unique()) == {"din", "frozen"}
     assert {policy.partition(" ")[0] for policy in rows["policy"].unique()} == {"greedy", "plackett_luce"}
     # Clicks of the newest rankings are still on their way, and the oracle's are of no ranking; all others are in the log.
-    told = sum(result["clicks"][arm] for result in rounds for arm in ("retrained", "exploring", "frozen"))
-    assert 0.5 * told < rows["label"].sum() <= told
+    clicks = sum(result["clicks"][arm] for result in rounds for arm in ("retrained", "exploring", "frozen"))
+    assert 0.5 * clicks < rows["label"].sum() <= clicks
 
 
 def test_once_and_loop_are_two_things() -> None:

@@ -65,11 +65,11 @@ def of(findings, check, area=None):
     return found
 
 
-def told(findings, check, status, *words, area=None):
+def assert_finding(findings, check, status, *words, area=None):
     found = of(findings, check, area)
     assert found.status == status, found
     for word in words:
-        assert word in f"{found.said}; {found.cure}"
+        assert word in f"{found.said}; {found.fix}"
 
 
 def problems(findings):
@@ -80,9 +80,9 @@ def test_all_is_well(healthy, repository):
     findings = examine({"models": repository, "model": "din", "redis": healthy.url})
     assert {finding.area for finding in findings} == set(CODES)
     assert [finding for finding in findings if finding.status != "ok"] == []
-    told(findings, "adrank:served", "ok", "1 of 100,000 entries", "read by a joiner")
-    told(findings, "ads", "ok", "30")
-    told(findings, "din", "ok", "2 goldens hold", "float32")
+    assert_finding(findings, "adrank:served", "ok", "1 of 100,000 entries", "read by a joiner")
+    assert_finding(findings, "ads", "ok", "30")
+    assert_finding(findings, "din", "ok", "2 goldens hold", "float32")
 
 
 def test_it_changes_nothing(healthy, repository, tmp_path):
@@ -112,7 +112,7 @@ def test_people_and_programs_are_told_the_same(healthy, repository):
     assert "\x1b" not in out
 
 
-class TestTold:
+class TestFindings:
     findings = (
         Finding("port", "listen", "problem", "it is taken", "choose another"),
         Finding("models", "din", "problem", "it is damaged " * 9, "publish it again"),
@@ -146,18 +146,18 @@ class TestSettings:
         monkeypatch.setenv("ADRANK_EPSILON", "2")
         monkeypatch.setenv("ADRANK_WORKERS", "none")
         findings = examine({"models": repository, "model": "din", "redis": healthy.url, "port": "0"})
-        told(findings, "ADRANK_STORE_TIMEOUT", "problem", "did you mean ADRANK_STORE_TIMEOUT_MS")
-        told(findings, "ADRANK_EPSILON", "problem", "less than or equal to 1")
-        told(findings, "ADRANK_WORKERS", "problem", "integer")
-        told(findings, "ADRANK_PORT", "problem", "greater than or equal to 1")
+        assert_finding(findings, "ADRANK_STORE_TIMEOUT", "problem", "did you mean ADRANK_STORE_TIMEOUT_MS")
+        assert_finding(findings, "ADRANK_EPSILON", "problem", "less than or equal to 1")
+        assert_finding(findings, "ADRANK_WORKERS", "problem", "integer")
+        assert_finding(findings, "ADRANK_PORT", "problem", "greater than or equal to 1")
         assert exit_code(findings) == 2
         assert {finding.area for finding in findings} == set(CODES)  # all else is looked at nevertheless
 
     def test_a_store_that_cannot_be_is_not_asked_and_not_quoted(self, monkeypatch, repository):
         monkeypatch.setenv("ADRANK_REDIS", "http://:secret@host:1/")
         findings = examine({"models": repository, "model": "din"})
-        told(findings, "ADRANK_REDIS", "problem", "redis://host:6379/0")
-        told(findings, "server", "skipped", "ADRANK_REDIS is impossible")
+        assert_finding(findings, "ADRANK_REDIS", "problem", "redis://host:6379/0")
+        assert_finding(findings, "server", "skipped", "ADRANK_REDIS is impossible")
         assert "secret" not in table(findings)
 
     def test_the_variables_of_a_kubernetes_service(self, monkeypatch, healthy, repository):
@@ -168,18 +168,18 @@ class TestSettings:
         findings = examine({"models": repository, "model": "din", "redis": healthy.url})
         wrong = problems(findings)
         assert len(wrong) == 4
-        assert all("enableServiceLinks: false" in finding.cure for finding in wrong)
+        assert all("enableServiceLinks: false" in finding.fix for finding in wrong)
         assert exit_code(findings) == 2
 
     def test_what_is_possible_but_not_good(self, repository, healthy):
-        told(examine({"models": repository, "model": "din", "redis": "memory://"}), "redis", "warning", "memory://")
+        assert_finding(examine({"models": repository, "model": "din", "redis": "memory://"}), "redis", "warning", "memory://")
         findings = examine({"models": repository, "model": "din", "redis": healthy.url.replace("//", "//:secret@")})
-        told(findings, "redis", "warning", "command line")
+        assert_finding(findings, "redis", "warning", "command line")
 
     def test_workers_with_nowhere_to_count(self, monkeypatch, repository):
         monkeypatch.setattr(tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError()))
         findings = examine({"models": repository, "model": "din", "redis": "memory://", "workers": 2})
-        told(findings, "TMPDIR", "problem", "set TMPDIR")
+        assert_finding(findings, "TMPDIR", "problem", "set TMPDIR")
 
 
 class TestStore:
@@ -189,20 +189,20 @@ class TestStore:
     def test_an_eviction_policy_that_takes_ads_away(self, alone, repository):
         server, client = alone
         client.config_set("maxmemory-policy", "allkeys-lru")
-        told(self.found(server.url, repository), "eviction", "warning", "allkeys-lru")
+        assert_finding(self.found(server.url, repository), "eviction", "warning", "allkeys-lru")
         client.config_set("maxmemory", "100mb")
         findings = self.found(server.url, repository)
-        told(findings, "eviction", "problem", "users, ads", "set maxmemory-policy noeviction")
+        assert_finding(findings, "eviction", "problem", "users, ads", "set maxmemory-policy noeviction")
         assert exit_code(findings) == 10
         client.config_set("maxmemory-policy", "volatile-ttl")
-        told(self.found(server.url, repository), "eviction", "warning", "users vanish")
+        assert_finding(self.found(server.url, repository), "eviction", "warning", "users vanish")
 
     def test_memory_that_is_used_up(self, alone, repository):
         server, client = alone
         client.config_set("maxmemory", "100kb")
         findings = self.found(server.url, repository)
-        told(findings, "memory", "warning", "no write is taken when it is full", area="store")
-        told(findings, "writes", "problem", "maxmemory")
+        assert_finding(findings, "memory", "warning", "no write is taken when it is full", area="store")
+        assert_finding(findings, "writes", "problem", "maxmemory")
 
     def test_passwords(self, alone, repository, monkeypatch):
         server, client = alone
@@ -210,7 +210,7 @@ class TestStore:
         for given, words in (("", "was given none"), (":wrong-secret@", "refuses the user name or password")):
             monkeypatch.setenv("ADRANK_REDIS", server.url.replace("//", f"//{given}"))
             findings = examine({"models": repository, "model": "din"})
-            told(findings, "server", "problem", words)
+            assert_finding(findings, "server", "problem", words)
             assert exit_code(findings) == 10
             assert "secret" not in table(findings) + json.dumps(as_dict(findings))
         monkeypatch.setenv("ADRANK_REDIS", server.url.replace("//", "//:secret@"))
@@ -228,15 +228,15 @@ class TestStore:
             "POST /v1/events may not: EVALSHA adrank:seen:probe, TIME",
             "adrank join may not: XREADGROUP adrank:served",
         }
-        told(findings, "server", "skipped", "INFO")
-        told(findings, "store", "skipped", "TIME", area="clock")
-        told(findings, "ads", "ok", "30")
+        assert_finding(findings, "server", "skipped", "INFO")
+        assert_finding(findings, "store", "skipped", "TIME", area="clock")
+        assert_finding(findings, "ads", "ok", "30")
         client.execute_command("ACL", "SETUSER", "some", "-hscan", "-hlen", "-xlen", "-ping")
         findings = self.found(server.url.replace("//", "//some:word@"), repository)
         (grave,) = [finding for finding in findings if finding.check == "permissions" and finding.status == "problem"]
         assert "adrank serve may not: HSCAN adrank:ads:{0}, XLEN adrank:served" in grave.said
-        told(findings, "ads", "skipped", "may not count")
-        told(findings, "streams", "skipped", "may not read")
+        assert_finding(findings, "ads", "skipped", "may not count")
+        assert_finding(findings, "streams", "skipped", "may not read")
 
     def test_the_permissions_that_the_documentation_lists_are_enough(self, alone, repository):
         server, client = alone
@@ -245,7 +245,7 @@ class TestStore:
         client.execute_command("ACL", "SETUSER", "adrank", "on", ">PASSWORD", *words)
         url = server.url.replace("//", "//adrank:PASSWORD@")
         findings = self.found(url, repository)
-        told(findings, "permissions", "ok")
+        assert_finding(findings, "permissions", "ok")
         assert [finding for finding in findings if finding.status == "skipped"] == []
 
         async def used():
@@ -270,7 +270,7 @@ class TestStore:
         server, client = alone
         client.replicaof("127.0.0.1", healthy.port)
         findings = self.found(server.url, repository)
-        told(findings, "role", "problem", f"a replica of 127.0.0.1:{healthy.port}", "name the primary")
+        assert_finding(findings, "role", "problem", f"a replica of 127.0.0.1:{healthy.port}", "name the primary")
         assert [finding.check for finding in findings if finding.check == "writes"] == []
 
     def test_streams_that_nobody_reads(self, alone, repository, monkeypatch):
@@ -278,14 +278,14 @@ class TestStore:
         monkeypatch.setenv("ADRANK_LOG_KEPT", "10")
         for _ in range(5):
             client.xadd("adrank:served", {"v": b"x"})
-        told(self.found(server.url, repository), "adrank:served", "warning", "5 of 10", "no joiner has ever read")
+        assert_finding(self.found(server.url, repository), "adrank:served", "warning", "5 of 10", "no joiner has ever read")
         for _ in range(4):
             client.xadd("adrank:served", {"v": b"x"})
-        told(self.found(server.url, repository), "adrank:served", "warning", "nearly full")
+        assert_finding(self.found(server.url, repository), "adrank:served", "warning", "nearly full")
         client.xadd("adrank:served", {"v": b"x"})
         findings = self.found(server.url, repository)
-        told(findings, "adrank:served", "problem", "it is full", "run adrank join")
-        told(findings, "ads", "warning", "the store has no ads")
+        assert_finding(findings, "adrank:served", "problem", "it is full", "run adrank join")
+        assert_finding(findings, "ads", "warning", "the store has no ads")
 
     @pytest.mark.parametrize(
         ("url", "words"),
@@ -297,13 +297,13 @@ class TestStore:
     )
     def test_a_store_that_is_not_there(self, repository, url, words):
         findings = self.found(url, repository)
-        told(findings, "server", "problem", words)
-        told(findings, "store", "skipped", area="clock")
+        assert_finding(findings, "server", "problem", words)
+        assert_finding(findings, "store", "skipped", area="clock")
         assert exit_code(findings) == 10
 
     def test_tls_to_a_plain_port(self, healthy, repository):
         findings = self.found(healthy.url.replace("redis:", "rediss:"), repository)
-        told(findings, "server", "problem")
+        assert_finding(findings, "server", "problem")
 
     def test_a_cluster_is_asked_node_by_node(self):
         port = free_port()
@@ -337,7 +337,7 @@ class TestClock:
     @pytest.mark.parametrize(("off", "status"), [(0, "ok"), (-20, "warning"), (20, "warning"), (-400, "problem"), (400, "problem")])
     def test_a_clock_that_is_off(self, healthy, repository, off, status):
         findings = examine({"models": repository, "model": "din", "redis": healthy.url}, clock=lambda: time.time() + off)
-        told(findings, "store", status, *(["ahead of" if off > 0 else "behind"] if off else []), area="clock")
+        assert_finding(findings, "store", status, *(["ahead of" if off > 0 else "behind"] if off else []), area="clock")
         assert exit_code(findings) == (14 if status == "problem" else 0)
 
 
@@ -346,15 +346,15 @@ class TestModels:
         return examine({"models": models, "redis": "memory://", **flags})
 
     def test_none_yet(self, tmp_path):
-        told(self.found(tmp_path / "absent"), "repository", "problem", "is not there", "waits unready")
+        assert_finding(self.found(tmp_path / "absent"), "repository", "problem", "is not there", "waits unready")
         findings = self.found(tmp_path)
-        told(findings, "repository", "problem", "has no model yet")
+        assert_finding(findings, "repository", "problem", "has no model yet")
         assert exit_code(findings) == 11
 
     def test_a_file_in_its_place(self, tmp_path):
         (tmp_path / "file").touch()
         findings = self.found(tmp_path / "file")
-        told(findings, "models", "problem", "is not a folder")
+        assert_finding(findings, "models", "problem", "is not a folder")
         assert exit_code(findings) == 2
 
     @pytest.mark.parametrize(
@@ -369,8 +369,8 @@ class TestModels:
         bundles.publish(tmp_path, "bad", files=files)
         bundles.publish(tmp_path, "good")
         findings = self.found(tmp_path)
-        told(findings, "bad", "problem", words)
-        told(findings, "good", "ok")
+        assert_finding(findings, "bad", "problem", words)
+        assert_finding(findings, "good", "ok")
         assert exit_code(findings) == 11
 
     def test_one_that_was_changed_and_one_that_is_gone(self, tmp_path):
@@ -379,26 +379,26 @@ class TestModels:
         bundles.publish(tmp_path, "torn")
         (tmp_path / "torn" / bundle.CURRENT).write_text("x")
         findings = self.found(tmp_path, precision="int8")
-        told(findings, "changed", "problem", "its digest differs", "publish it again")
-        told(findings, "gone", "problem", "manifest.json")
-        told(findings, "torn", "problem", "does not name a version")
+        assert_finding(findings, "changed", "problem", "its digest differs", "publish it again")
+        assert_finding(findings, "gone", "problem", "manifest.json")
+        assert_finding(findings, "torn", "problem", "does not name a version")
 
     def test_a_chosen_model_that_is_not_there(self, repository, monkeypatch):
         monkeypatch.setenv("ADRANK_MODEL", "absent")
-        told(self.found(repository), "repository", "problem", "has only din, other")
+        assert_finding(self.found(repository), "repository", "problem", "has only din, other")
 
     def test_challengers(self, tmp_path):
         first = bundles.publish(tmp_path)
         second = bundles.publish(tmp_path, bias=0.1, make_current=False)
         challenge(tmp_path, "din", Challenger(int(second.name), "canary", 0.1, CanaryBounds()))
-        told(self.found(tmp_path), "din, challenger", "ok", second.name, "canary for 0.1 of the users")
+        assert_finding(self.found(tmp_path), "din, challenger", "ok", second.name, "canary for 0.1 of the users")
         (second / bundle.MODEL).write_bytes(b"x")
-        told(self.found(tmp_path), "din, challenger", "problem", "digest differs")
+        assert_finding(self.found(tmp_path), "din, challenger", "problem", "digest differs")
         (first.parent / CHALLENGER).write_text("{}")
-        told(self.found(tmp_path), "din, challenger", "problem", "does not name a challenger")
+        assert_finding(self.found(tmp_path), "din, challenger", "problem", "does not name a challenger")
 
     def test_int8_that_a_bundle_does_not_have(self, repository):
-        told(self.found(repository, precision="int8"), "din", "warning", "it was not asked for")
+        assert_finding(self.found(repository, precision="int8"), "din", "warning", "it was not asked for")
 
     def test_a_volume_that_may_not_be_read(self, tmp_path):
         bundles.publish(tmp_path / "models")
@@ -416,20 +416,20 @@ class TestMachine:
 
     def test_more_threads_than_processors(self, repository, tmp_path):
         (tmp_path / "cpu.max").write_text("100000 100000")
-        told(self.found(repository, tmp_path, workers=1), "threads", "ok", "1 processor(s) by quota")
-        told(self.found(repository, tmp_path, workers=2), "threads", "warning", "lower --workers to 1")
+        assert_finding(self.found(repository, tmp_path, workers=1), "threads", "ok", "1 processor(s) by quota")
+        assert_finding(self.found(repository, tmp_path, workers=2), "threads", "warning", "lower --workers to 1")
         findings = self.found(repository, tmp_path, workers=4)
-        told(findings, "threads", "problem", "4 worker(s) x 1 request(s) x 1 thread(s) = 4")
+        assert_finding(findings, "threads", "problem", "4 worker(s) x 1 request(s) x 1 thread(s) = 4")
         assert exit_code(findings) == 13
 
     def test_a_limit_that_is_too_low_and_no_room_to_load(self, repository, tmp_path):
         (tmp_path / "memory.max").write_text(str(90 * 2**20))
         (tmp_path / "memory.current").write_text(str(80 * 2**20))
         findings = self.found(repository, tmp_path)
-        told(findings, "memory", "problem", "the limit is 90 MB", area="resources")
-        told(findings, "din", "skipped", "is not loaded")
+        assert_finding(findings, "memory", "problem", "the limit is 90 MB", area="resources")
+        assert_finding(findings, "din", "skipped", "is not loaded")
         (tmp_path / "memory.max").write_text("max")
-        told(self.found(repository, tmp_path), "memory", "ok", "no limit", area="resources")
+        assert_finding(self.found(repository, tmp_path), "memory", "ok", "no limit", area="resources")
 
     def test_a_model_that_fits_but_not_twice(self):
         assert check_memory(Settings(), 200 * 2**20, 0, 350 * 2**20).status == "warning"
@@ -441,8 +441,8 @@ class TestMachine:
 
     def test_a_device_that_is_not_there(self, repository, tmp_path):
         findings = self.found(repository, tmp_path, device="cuda")
-        told(findings, "cuda", "problem", "not available")
-        told(findings, "din", "ok")  # the models are tried on the processor
+        assert_finding(findings, "cuda", "problem", "not available")
+        assert_finding(findings, "din", "ok")  # the models are tried on the processor
         assert exit_code(findings) == 12
 
     def test_features_of_the_processor(self, tmp_path):
@@ -455,11 +455,11 @@ class TestMachine:
 class TestPort:
     def test_taken_by_something_else(self, repository, healthy):
         findings = examine({"models": repository, "model": "din", "redis": "memory://", "port": healthy.port})
-        told(findings, "listen", "problem", "Address already in use", "choose another")
+        assert_finding(findings, "listen", "problem", "Address already in use", "choose another")
         assert exit_code(findings) == 15
 
     def test_a_host_that_is_none(self, repository):
-        told(
+        assert_finding(
             examine({"models": repository, "model": "din", "redis": "memory://", "host": "no-such-host.invalid"}),
             "listen",
             "problem",

@@ -30,14 +30,14 @@ async def take(client, *events):
     """The outcomes of a batch that must be taken."""
     answer = await client.post("/v1/events", json={"events": list(events)})
     assert answer.status_code == 202, answer.text
-    told = EventsAnswer.model_validate_json(answer.content)
-    assert answer.headers["x-request-id"] == told.request_id
-    assert len(told.events) == len(events)
+    answered = EventsAnswer.model_validate_json(answer.content)
+    assert answer.headers["x-request-id"] == answered.request_id
+    assert len(answered.events) == len(events)
     return answer.json()["events"]
 
 
 async def results(client, *events):
-    return [told.get("reason", told["status"]) for told in await take(client, *events)]
+    return [answered.get("reason", answered["status"]) for answered in await take(client, *events)]
 
 
 class TestOutcomes:
@@ -77,19 +77,19 @@ class TestOutcomes:
             click("good"),
             click("week", now - 6.9 * DAY),
         ]
-        told = await take(client, *events)
-        reasons = [each.get("reason", each["status"]) for each in told]
+        answered = await take(client, *events)
+        reasons = [each.get("reason", each["status"]) for each in answered]
         late = ["accepted", "too_old", "too_old"]
         assert reasons == [
             *("accepted", "in_the_future", "in_the_future"),
             *late,
             *("malformed", "malformed", "mistyped", "mistyped", "duplicate", "accepted"),
         ]
-        assert [each["event_id"] for each in told][6:8] == ["bad", None]
-        assert [each.get("pointer") for each in told][5:9] == [None, "/events/6/ts", "/events/7", None]
-        assert "milliseconds" in told[2]["detail"]
-        assert told[8]["detail"].startswith("user.income: expected a finite number")
-        assert all(each["detail"] for each in told if each["status"] == "rejected")
+        assert [each["event_id"] for each in answered][6:8] == ["bad", None]
+        assert [each.get("pointer") for each in answered][5:9] == [None, "/events/6/ts", "/events/7", None]
+        assert "milliseconds" in answered[2]["detail"]
+        assert answered[8]["detail"].startswith("user.income: expected a finite number")
+        assert all(each["detail"] for each in answered if each["status"] == "rejected")
         assert len((await client.store.get_user("u1")).ts) == 3
         counted = {"accepted": 3, "duplicate": 1, "in_the_future": 2, "too_old": 2, "malformed": 1}
         for result, count in counted.items():
@@ -118,30 +118,31 @@ class TestOutcomes:
         ],
     )
     async def test_what_is_malformed_is_said_where(self, client, wrong, pointer):
-        (told,) = await take(client, {**click(), **wrong})
-        assert (told["status"], told["reason"], told["pointer"]) == ("rejected", "malformed", "/events/0" + pointer)
-        assert len(json.dumps(told)) < 1000
+        (answered,) = await take(client, {**click(), **wrong})
+        assert (answered["status"], answered["reason"], answered["pointer"]) == ("rejected", "malformed", "/events/0" + pointer)
+        assert len(json.dumps(answered)) < 1000
         assert await client.store.get_user("u1") is None
 
     async def test_numbers_are_bounded(self, client):
         ranked = {"event_id": "e", "ts": time.time(), "request_id": "r1", "ad_id": "a1"}
         wrong = [{"type": "impression", "position": 0}, {"type": "impression", "position": 1.5}, {"type": "conversion", "value": 1e13}]
-        told = await take(client, *({**ranked, **each} for each in wrong))
-        assert [each["pointer"] for each in told] == ["/events/0/position", "/events/1/position", "/events/2/value"]
+        answered = await take(client, *({**ranked, **each} for each in wrong))
+        assert [each["pointer"] for each in answered] == ["/events/0/position", "/events/1/position", "/events/2/value"]
 
     async def test_a_repetition_of_what_was_refused_is_no_duplicate(self, client):
         now = time.time()
         assert await results(client, click("e", now + DAY), click("e", now), click("e", now)) == ["in_the_future", "accepted", "duplicate"]
 
     async def test_features_are_told_and_taken_away(self, client):
-        def told(event_id, features, ts):
+        def answered(event_id, features, ts):
             return {"type": "user", "event_id": event_id, "ts": time.time() + ts, "user_id": "u1", "features": features}
 
         assert (
-            await results(client, told("e1", {"age": "25", "interests": ["news"]}, -9), told("e2", {"age": None}, -5)) == ["accepted"] * 2
+            await results(client, answered("e1", {"age": "25", "interests": ["news"]}, -9), answered("e2", {"age": None}, -5))
+            == ["accepted"] * 2
         )
         assert (await client.store.get_user("u1")).features == {"interests": ["news"]}
-        assert await results(client, told("e3", {f"f{i}": 1 for i in range(256)}, -1)) == ["too_many_features"]
+        assert await results(client, answered("e3", {f"f{i}": 1 for i in range(256)}, -1)) == ["too_many_features"]
 
 
 class TestEnvelope:
@@ -181,7 +182,7 @@ class TestEnvelope:
         document = (await client.get("/openapi.json")).json()
         described = document["paths"]["/v1/events"]["post"]
         assert set(described["responses"]) == {"202", "400", "408", "413", "415", "422", "429", "503"}
-        assert {"EventBatch", "EventsAnswer", "Click", "Impression", "Conversion", "UserTold", "AdTold"} <= set(
+        assert {"EventBatch", "EventsAnswer", "Click", "Impression", "Conversion", "UserUpdate", "AdUpdate"} <= set(
             document["components"]["schemas"]
         )
         assert set(document["paths"]["/rank"]["post"]["responses"]) >= {"404", "500", "504"}
@@ -204,13 +205,13 @@ class TestRanking:
 
     async def test_an_ad_that_is_told_is_ranked_with_by_another_service(self, run, ads):
         async with run(ads) as first, run(ads) as second:
-            told = {"type": "ad", "event_id": "e1", "ts": time.time(), "ad_id": "new", "features": {"genre": "news", "price": 3.0}}
+            answered = {"type": "ad", "event_id": "e1", "ts": time.time(), "ad_id": "new", "features": {"genre": "news", "price": 3.0}}
             assert (await second.rank(candidates=["new"]))["ads"][0]["known"] is False
-            assert await results(first, told) == ["accepted"]
+            assert await results(first, answered) == ["accepted"]
             await eventually(lambda: known(second, "new"))
             sent = {"ad_id": "new", "features": {"genre": "news", "price": 3.0}}
             assert (await second.rank(candidates=["new"]))["ads"] == (await second.rank(candidates=[sent]))["ads"]
-            assert await results(first, {**told, "event_id": "e2", "features": {}, "active": False}) == ["accepted"]
+            assert await results(first, {**answered, "event_id": "e2", "features": {}, "active": False}) == ["accepted"]
             await eventually(lambda: unknown(second, "new"))
 
 
@@ -302,7 +303,7 @@ known_events = st.builds(
 def settled(events):
     """Events whose order is decided: no two of one subject at the same time, no id twice."""
     by_id = {event.event_id: event for event in events}
-    return list({(KINDS[event.type], event.subject, event.ts): event for event in by_id.values()}.values())
+    return list({(KINDS[event.type], event.entity_id, event.ts): event for event in by_id.values()}.values())
 
 
 async def state_of(store):

@@ -40,11 +40,11 @@ async def test_the_same_batch_at_once_over_several_services_is_taken_once(reposi
             while (answer := await (first, second)[n % 2].post("/v1/events", json={"events": shuffled})).status_code == 429:
                 await asyncio.sleep(0.02)
             assert answer.status_code == 202, answer.text
-            return {told["event_id"]: told["status"] for told in answer.json()["events"]}
+            return {outcome["event_id"]: outcome["status"] for outcome in answer.json()["events"]}
 
         outcomes = await asyncio.gather(*map(send, range(20)))
         for event in events:
-            assert sorted(told[event["event_id"]] for told in outcomes) == ["accepted", *["duplicate"] * 19]
+            assert sorted(outcome[event["event_id"]] for outcome in outcomes) == ["accepted", *["duplicate"] * 19]
         with redis.Redis.from_url(server.url) as raw:
             for user in range(10):
                 assert behaviours(raw, f"e{user}") == sorted(
@@ -77,7 +77,7 @@ async def test_a_redis_that_dies_in_the_middle_loses_nothing_that_was_acknowledg
                         refusals.add(answer.json()["code"])
                         assert answer.headers["retry-after"]
                         await asyncio.sleep(0.01)
-                    assert {told["status"] for told in answer.json()["events"]} <= {"accepted", "duplicate"}
+                    assert {outcome["status"] for outcome in answer.json()["events"]} <= {"accepted", "duplicate"}
                     acknowledged.update(event["event_id"] for event in batch)
 
             senders = [asyncio.create_task(send(n)) for n in range(4)]
@@ -113,6 +113,6 @@ async def test_a_caller_who_hangs_up_leaves_a_batch_that_can_come_again(reposito
             with pytest.raises(httpx.TimeoutException):
                 await client.post("/v1/events", json={"events": events}, timeout=seconds)
         answer = await client.post("/v1/events", json={"events": events})
-        assert {told["status"] for told in answer.json()["events"]} <= {"accepted", "duplicate"}
+        assert {outcome["status"] for outcome in answer.json()["events"]} <= {"accepted", "duplicate"}
         with redis.Redis.from_url(server.url) as raw:
             assert [ad_id for _, ad_id in behaviours(raw, "e1")] == [f"a{i}" for i in range(299, -1, -1)]

@@ -160,8 +160,8 @@ class TestServer:
     async def test_a_state_that_cannot_be_read_gives_way(self, store, raw, value):
         await raw.set(user_key("u1"), value)
         await raw.hset(ads_key("a1"), "a1", value)
-        told = await applied(store, click("c"), user("u", {"age": "25"}), ad("a", {"genre": "news"}))
-        assert told == dict.fromkeys("cua", "state_replaced")
+        statuses = await applied(store, click("c"), user("u", {"age": "25"}), ad("a", {"genre": "news"}))
+        assert statuses == dict.fromkeys("cua", "state_replaced")
         state = await store.get_user("u1")
         assert (state.ad_ids, state.features) == (["a1"], {"age": "25"})
         assert await applied(store, click("c"), click("c2", 1)) == {"c": "duplicate", "c2": "accepted"}

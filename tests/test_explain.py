@@ -61,15 +61,15 @@ def some_feeds(requests: int, behaviours: int, candidates: int) -> Feeds:
 def test_contributions_and_the_rest_are_the_logit(family: str, settings: dict[str, Any], text: str) -> None:
     network, request = small.network(family, text, **settings), request_of(text)
     with torch.no_grad():
-        told, logits = network.explained(request), network(request)[CLICK]
-        assert len(set(told.names)) == len(told.names) == told.addends.shape[-1]
-        rest = logits - told.addends.sum(-1)
+        parts, logits = network.explained(request), network(request)[CLICK]
+        assert len(set(parts.names)) == len(parts.names) == parts.addends.shape[-1]
+        rest = logits - parts.addends.sum(-1)
         if family in SUMS:
             assert torch.allclose(rest, network.bias.expand(3, 5), atol=1e-4)
         else:  # the MLP has a say
             assert rest.std() > 1e-3
             network.tower.last.weight.zero_()
-            biases = network(request)[CLICK] - told.addends.sum(-1)
+            biases = network(request)[CLICK] - parts.addends.sum(-1)
             assert torch.allclose(biases, biases[:1, :1].expand(3, 5), atol=1e-4)
 
 
@@ -138,7 +138,7 @@ def test_the_weights_of_din_are_those_of_its_equations(softmax: bool) -> None:
         return x * (p + (1 - p) * alpha)
 
     with torch.no_grad():
-        told = network.explained(request).attention.numpy()
+        parts = network.explained(request).attention.numpy()
         shared = [["ad_id", "genre", "tags", "price"].index(name) for name in network.fields.names("history")]
         ads = network.embed("ad", request.ad)[:, :, shared].flatten(2).numpy().astype(np.float64)
         past = network.embed("history", request.history).flatten(2).numpy().astype(np.float64)
@@ -149,7 +149,7 @@ def test_the_weights_of_din_are_those_of_its_equations(softmax: bool) -> None:
             by_hand = (first @ weights["rest.1.weight"].T + weights["rest.1.bias"])[:, 0]
             if softmax:
                 by_hand = np.exp(by_hand) / np.exp(by_hand).sum()
-            assert told[r, c, :behaviours] == pytest.approx(by_hand, rel=1e-4, abs=1e-5)
+            assert parts[r, c, :behaviours] == pytest.approx(by_hand, rel=1e-4, abs=1e-5)
 
 
 def test_networks_without_attention_or_sums_have_nothing_to_say() -> None:
@@ -268,10 +268,10 @@ async def test_an_answer_says_why(tmp_path: Path) -> None:
             "/rank", json={"user": USER, "candidates": ["a1", "new", "a5", "a3"], "options": {**EXPLAIN, "top_k": 3}}
         )
         RankAnswer.model_validate_json(answer.content)
-        told = answer.json()
-        assert [ad["ad_id"] for ad in told["ads"]] == [ad["ad_id"] for ad in plain["ads"]]
-        assert set(told["explain"]) == {"user", "context", "history"}
-        for ad in told["ads"]:
+        parts = answer.json()
+        assert [ad["ad_id"] for ad in parts["ads"]] == [ad["ad_id"] for ad in plain["ads"]]
+        assert set(parts["explain"]) == {"user", "context", "history"}
+        for ad in parts["ads"]:
             [ad_id], behaviours = ids([ad["ad_id"]]), ids(["a9", "a2", "a7"])
             assert ad["attention"] == [float(np.float32(ad_id) * np.float32(each)) for each in behaviours]
             seen = ad["explain"]
@@ -279,7 +279,7 @@ async def test_an_answer_says_why(tmp_path: Path) -> None:
             assert ad["contributions"]["ad.ad_id"] == float(ad_id)
             assert ad["contributions"]["ad.genre"] == float(seen["genre"])
             assert ad["contributions"]["rest"] == float(ad_id + seen["genre"] + sum(seen["tags"])) + 0.5
-        assert list(told["timings_ms"]) == ["parse", "features", "queue", "inference", "explain", "total"]
+        assert list(parts["timings_ms"]) == ["parse", "features", "queue", "inference", "explain", "total"]
         nothing = await client.rank({"id": "nobody"}, ["a1"], options=EXPLAIN)
         assert nothing["ads"][0]["attention"] == []
         assert "attention" not in (await client.rank(USER))["ads"][0]
@@ -375,10 +375,10 @@ async def test_a_trained_bundle_s_contributions_add_up_to_what_it_ranks_by(tmp_p
     await store.put_ads(ads(data))
     async with running(Settings(models=tmp_path / "models", redis="memory://"), store) as client:
         user = {"id": "u2", "features": {"age": "25", "income": 7}, "history": [{"ad_id": "a3"}, {"ad_id": "a1"}]}
-        told = await client.rank(user, ["a0", "a1", "a2", "new"], context={"slot": "feed"}, options=EXPLAIN)
+        parts = await client.rank(user, ["a0", "a1", "a2", "new"], context={"slot": "feed"}, options=EXPLAIN)
     calibration = manifest["calibration"]
-    assert (manifest["explains"], len(told["ads"]), "notice" in told["explain"]) == ([CONTRIBUTIONS], 4, False)
-    for ad in told["ads"]:
+    assert (manifest["explains"], len(parts["ads"]), "notice" in parts["explain"]) == ([CONTRIBUTIONS], 4, False)
+    for ad in parts["ads"]:
         logit = calibration["scale"] * sum(ad["contributions"].values()) + calibration["shift"] + calibration["sampling"]
         assert 1 / (1 + np.exp(-logit)) == pytest.approx(ad["p_click"], abs=1e-6)
         assert {"user.age", "history.genre", "user.age*ad.genre", "context.slot*ad.ad_id", REST} <= ad["contributions"].keys()

@@ -63,17 +63,17 @@ def test_orders_come_as_often_as_their_propensities_say(values, policy):
     random, rows, by = np.random.default_rng(7), np.arange(len(values)), np.array(values)
     ad_ids = [f"a{i}" for i in rows]
     best = best_first(rows, by, ad_ids)
-    drawn, told = Counter(), {}
+    drawn, exact = Counter(), {}
     for _ in range(DRAWS):
         order, propensity = arrange_rows(best, by, policy, None, random)
         drawn[tuple(order.tolist())] += 1
-        told[tuple(order.tolist())] = math.prod(propensity.tolist())
+        exact[tuple(order.tolist())] = math.prod(propensity.tolist())
     named = dict(zip(ad_ids, values, strict=True))
     truth = {
         order: math.prod(by_definition([ad_ids[row] for row in order], named, policy)) for order in itertools.permutations(rows.tolist())
     }
     assert math.fsum(truth.values()) == pytest.approx(1)
-    assert told == pytest.approx({order: truth[order] for order in told})
+    assert exact == pytest.approx({order: truth[order] for order in exact})
     assert chi_square(drawn, truth) > 1e-3
 
 
@@ -169,8 +169,8 @@ class TestRequests:
         assert {ad["ad_id"]: ad["p_click"] for ad in answer["ads"]}.items() <= p_click.items()
         assert [ad["rank"] for ad in answer["ads"]] == list(range(1, 8))
         policy = EpsilonGreedy(0.5) if "epsilon" in explore else PlackettLuce(2.0)
-        told = [ad["propensity"] for ad in answer["ads"]]
-        assert told == pytest.approx(by_definition([ad["ad_id"] for ad in answer["ads"]], p_click, policy))
+        exact = [ad["propensity"] for ad in answer["ads"]]
+        assert exact == pytest.approx(by_definition([ad["ad_id"] for ad in answer["ads"]], p_click, policy))
         assert len(answer["omitted"]) == 23
         orders = {tuple(ad["ad_id"] for ad in (await client.rank(candidates=ALL, options={"explore": explore}))["ads"]) for _ in range(5)}
         assert len(orders) > 1
@@ -180,8 +180,8 @@ class TestRequests:
         options = {"objective": "ecpm", "explore": EXPLORES[1], "explain": True}
         ads = (await client.rank(candidates=rows, options=options))["ads"]
         ecpm = {ad["ad_id"]: ad["ecpm"] for ad in ads}
-        told = [ad["propensity"] for ad in ads]
-        assert told == pytest.approx(by_definition(list(ecpm), ecpm, PlackettLuce(2.0)))
+        exact = [ad["propensity"] for ad in ads]
+        assert exact == pytest.approx(by_definition(list(ecpm), ecpm, PlackettLuce(2.0)))
         assert [list(ad) for ad in ads if ad["ad_id"] == "new"] == [["ad_id", "rank", "p_click", "ecpm", "propensity", "known", "explain"]]
 
     async def test_the_best_first_is_said_as_ever(self, client):
@@ -201,9 +201,9 @@ class TestRequests:
     )
     async def test_the_setting_is_for_requests_that_say_nothing(self, run, ads, settings, policy):
         async with run(ads, **settings) as client:
-            told = (await client.rank(candidates=ALL))["ads"]
-            values = {ad["ad_id"]: ad["p_click"] for ad in told}
-            assert [ad["propensity"] for ad in told] == pytest.approx(by_definition(list(values), values, policy))
+            exact = (await client.rank(candidates=ALL))["ads"]
+            values = {ad["ad_id"]: ad["p_click"] for ad in exact}
+            assert [ad["propensity"] for ad in exact] == pytest.approx(by_definition(list(values), values, policy))
             greedy = (await client.rank(candidates=ALL, options={"explore": {"policy": "greedy"}}))["ads"]
             assert [ad["p_click"] for ad in greedy] == sorted(values.values(), reverse=True)
             assert "propensity" not in greedy[0]

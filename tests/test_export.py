@@ -47,8 +47,8 @@ def test_a_graph_is_what_the_oldest_onnxruntime_takes(graphs: dict[str, bytes]) 
     for graph in graphs.values():
         facts = graph_facts(graph)
         assert (facts.ir, facts.opset, facts.needs, facts.external) == (IR, OPSET, "onnxruntime >= 1.20", set())
-        told = onnx.ModelProto.FromString(graph)
-        assert (told.ir_version, {each.domain: each.version for each in told.opset_import}[""]) == (facts.ir, facts.opset)
+        model = onnx.ModelProto.FromString(graph)
+        assert (model.ir_version, {each.domain: each.version for each in model.opset_import}[""]) == (facts.ir, facts.opset)
     assert '"onnxruntime>=1.20"' in Path("pyproject.toml").read_text()
 
 

@@ -35,13 +35,13 @@ class Odd(MemoryStore):
 async def said(client, path, predicate, seconds=15):
     """What a route says, once the predicate holds of it."""
     async with asyncio.timeout(seconds):
-        while not predicate(told := (await client.get(path)).json()):
+        while not predicate(status := (await client.get(path)).json()):
             await asyncio.sleep(0.02)
-    return told
+    return status
 
 
-def live_version(told):
-    return next((model["version"] for model in told["models"] if model["name"] == "din"), None)
+def live_version(status):
+    return next((model["version"] for model in status["models"] if model["name"] == "din"), None)
 
 
 class TestFollowers:
@@ -59,19 +59,19 @@ class TestFollowers:
 
         monkeypatch.setattr(ModelWatcher, "judge", judging)
         async with running(Settings(models=tmp_path, redis="memory://"), store, ready=False) as client:
-            told = await said(client, "/readyz", lambda told: any("catalogue" in reason for reason in told["reasons"]))
-            assert "following the catalogue failed (RuntimeError) and starts over; the log says where" in told["reasons"]
-            assert "nobody foresaw" not in str(told)
+            status = await said(client, "/readyz", lambda status: any("catalogue" in reason for reason in status["reasons"]))
+            assert "following the catalogue failed (RuntimeError) and starts over; the log says where" in status["reasons"]
+            assert "nobody foresaw" not in str(status)
             assert judged.is_set()
             second = bundles.publish(tmp_path, "din", bias=1.0)
-            await said(client, "/v1/models", lambda told: live_version(told) == second.name)
+            await said(client, "/v1/models", lambda status: live_version(status) == second.name)
             third = bundles.publish(tmp_path, "din", bias=0.5, make_current=False)
             challenge(tmp_path, "din", Challenger(int(third.name), "canary", 0.5))
-            await said(client, "/v1/models", lambda told: any(each.get("challenger") for each in told["models"]))
+            await said(client, "/v1/models", lambda status: any(each.get("challenger") for each in status["models"]))
             assert await client.metric('adrank_degraded_total{reason="failed",stage="background"}') >= 1
             store.odd = False
-            told = await said(client, "/readyz", lambda told: told["status"] == "ready")
-            assert told["reasons"] == []
+            status = await said(client, "/readyz", lambda status: status["status"] == "ready")
+            assert status["reasons"] == []
 
     async def test_a_repository_that_fails_leaves_the_catalogue_followed(self, ads, repository, monkeypatch):
         async def fails(_):
@@ -81,8 +81,8 @@ class TestFollowers:
         monkeypatch.setattr(ModelWatcher, "follow", fails)
         async with running(Settings(models=repository, redis="memory://"), ads) as client:
             await ads.put_ads([Ad("new", {"genre": "news"})])
-            told = await said(client, "/readyz", lambda told: told["catalogue"]["ads"] == len(bundles.ADS) + 1)
-            assert (told["status"], len(told["reasons"])) == ("degraded", 2)
+            status = await said(client, "/readyz", lambda status: status["catalogue"]["ads"] == len(bundles.ADS) + 1)
+            assert (status["status"], len(status["reasons"])) == ("degraded", 2)
 
 
 class TestOlderServers:
@@ -126,9 +126,9 @@ class TestOlderServers:
         async with editing(shared_server.port, without(*AGED)) as url, running(Settings(models=repository, redis=url)) as client:
             store = redis_store(url)
             await store.put_ads([Ad("a1", bundles.ADS["a1"])])
-            await said(client, "/readyz", lambda told: told["catalogue"]["ads"] == 1 and told["status"] == "ready")
+            await said(client, "/readyz", lambda status: status["catalogue"]["ads"] == 1 and status["status"] == "ready")
             await store.put_ads([Ad("a2", bundles.ADS["a2"])])
-            await said(client, "/readyz", lambda told: told["catalogue"]["ads"] == 2)
+            await said(client, "/readyz", lambda status: status["catalogue"]["ads"] == 2)
             await store.close()
 
     async def test_a_reply_of_another_form_is_a_sentence_and_no_crash(self, raw, shared_server, repository, caplog):  # noqa: F811
@@ -136,9 +136,9 @@ class TestOlderServers:
         async with editing(shared_server.port, edit) as url, running(Settings(models=repository, redis=url), ready=False) as client:
             store = redis_store(shared_server.url)
             await store.put_ads([Ad("a1", {})])
-            told = await said(client, "/readyz", lambda told: told["catalogue"]["detail"])
-            assert told["catalogue"]["detail"] == of_store(told["catalogue"]["reason"])
+            status = await said(client, "/readyz", lambda status: status["catalogue"]["detail"])
+            assert status["catalogue"]["detail"] == of_store(status["catalogue"]["reason"])
             assert "another form" in caplog.text
             assert "last-generated-id" in caplog.text
-            assert told["models"]["loaded"] == ["din", "other"]
+            assert status["models"]["loaded"] == ["din", "other"]
             await store.close()

@@ -71,10 +71,10 @@ def test_a_first_version_that_is_fit_is_live_and_says_on_what_its_calibration_re
     assert code == 0, printed
     path, calibration = current_path(tmp_path / "models", "deepfm"), made[0].calibration
     assert f"{calibration.line()}\npublished {path}\n" in printed
-    told = read_manifest(path)
-    assert (told["gate"]["promote"], told["gate"]["reasons"]) == ("gate", [])
-    assert told["gate"]["metrics"]["challenger"]["rows"] == 300
-    assert (told["calibration"]["rows"], told["calibration"]["clicks"]) == (300, made[0].metrics["valid"].clicks)
+    manifest = read_manifest(path)
+    assert (manifest["gate"]["promote"], manifest["gate"]["reasons"]) == ("gate", [])
+    assert manifest["gate"]["metrics"]["challenger"]["rows"] == 300
+    assert (manifest["calibration"]["rows"], manifest["calibration"]["clicks"]) == (300, made[0].metrics["valid"].clicks)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_labels_of_one_class_are_a_flaw(data: Prepared, tmp_path: Path, split: s
     assert np.isfinite([trained.calibration.scale, trained.calibration.shift]).all()
 
 
-def test_what_is_not_fit_is_published_and_not_live_with_the_reason_and_the_cure(
+def test_what_is_not_fit_is_published_and_not_live_with_the_reason_and_the_fix(
     train: Callable[..., tuple[int, str]], made: Made, tmp_path: Path
 ) -> None:
     models, none = tmp_path / "models", dict.fromkeys(("train", "valid", "test"), 0)
@@ -100,11 +100,11 @@ def test_what_is_not_fit_is_published_and_not_live_with_the_reason_and_the_cure(
     assert code == 3
     [version] = versions(models)
     assert "\nnot live: all 1,500 labels of the data set are 0\n" in printed
-    cure = f"adrank promote --models {models} --name deepfm --version {version}"
-    assert f"{version} is published and not live; {cure} makes it so\n" in printed
+    fix = f"adrank promote --models {models} --name deepfm --version {version}"
+    assert f"{version} is published and not live; {fix} makes it so\n" in printed
     assert not (models / "deepfm" / "current").exists()
     assert read_manifest(models / "deepfm" / version)["gate"]["reasons"] == ["all 1,500 labels of the data set are 0"]
-    assert run(*cure.split()[1:])[0] == 0
+    assert run(*fix.split()[1:])[0] == 0
     assert current_path(models, "deepfm").name == version
 
 
@@ -122,8 +122,8 @@ def test_what_measures_badly_is_not_live(data: Prepared, made: Made, train: Call
 )
 def test_a_loss_that_runs_away_is_a_flaw(data: Prepared, rate: float, reason: str) -> None:
     trained = small.quick(data, epochs=2, learning_rate=rate)
-    [told] = gate.flaws(trained, Enough())
-    assert told.startswith(reason)
+    [manifest] = gate.flaws(trained, Enough())
+    assert manifest.startswith(reason)
     assert np.isfinite(trained.metrics["test"].log_loss)
 
 
@@ -200,11 +200,11 @@ def test_a_loss_that_only_wavers_has_not_diverged() -> None:
     fine = measure(np.array([0.0, 1.0]), np.array([0.4, 0.6]), np.zeros(2))
     assert list(gate.diverged([Epoch(1, 0.1, 0.72, fine, 0.70)])) == []
     assert list(gate.diverged([Epoch(1, 0.1, 9.0, fine, 0.70), Epoch(2, 0.1, 0.4, fine, 0.70)])) == []
-    [told] = gate.diverged([Epoch(1, 0.1, 9.0, fine, 0.70)])
-    assert told.startswith("the training diverged: its loss began at 0.7, and no epoch's mean is below 9;")
+    [manifest] = gate.diverged([Epoch(1, 0.1, 9.0, fine, 0.70)])
+    assert manifest.startswith("the training diverged: its loss began at 0.7, and no epoch's mean is below 9;")
     none = unmeasured(np.array([0.0, 1.0]))
-    [told] = gate.diverged([Epoch(1, 0.1, 0.5, fine, 0.7), Epoch(2, 0.1, 0.5, none, 0.7)])
-    assert told == "the training diverged in epoch 2, the weights are the best of those after epoch 1; try a learning_rate below 0.1"
+    [manifest] = gate.diverged([Epoch(1, 0.1, 0.5, fine, 0.7), Epoch(2, 0.1, 0.5, none, 0.7)])
+    assert manifest == "the training diverged in epoch 2, the weights are the best of those after epoch 1; try a learning_rate below 0.1"
 
 
 def test_a_schema_without_a_history_is_trained(tmp_path: Path) -> None:

@@ -58,10 +58,10 @@ def test_labels_that_are_not_known_and_rows_without_weight_do_not_count() -> Non
 
 def test_the_labels_of_rows_are_those_of_their_column(data: Prepared) -> None:
     rows, frame = encode_split(data, "valid", small.encoder(), HEADS), next(data.frames("valid"))
-    told = [float("nan") if value is None else value for value in frame["conversion"]]
-    assert np.array_equal(rows.outcomes["conversion"], np.array(told, np.float32), equal_nan=True)
+    labels = [float("nan") if value is None else value for value in frame["conversion"]]
+    assert np.array_equal(rows.outcomes["conversion"], np.array(labels, np.float32), equal_nan=True)
     some = rows.labels_of(np.array([5, 2]))
-    assert np.array_equal(some.heads["conversion"].numpy(), np.array([told[5], told[2]], np.float32), equal_nan=True)
+    assert np.array_equal(some.heads["conversion"].numpy(), np.array([labels[5], labels[2]], np.float32), equal_nan=True)
     assert some.weight is not None
     assert some.weight.tolist() == [frame["weight"][5], frame["weight"][2]]
     assert encode_split(data, "valid", small.encoder()).outcomes == {}
@@ -162,8 +162,8 @@ def test_a_bundle_serves_each_head_calibrated(data: Prepared, traced_export: Non
     converted, there = valid.known("conversion")
     assert p[there, 1].mean() == pytest.approx(converted[there].mean(), rel=1e-3)
     assert p[:, 0].mean() == pytest.approx(valid.labels.mean(), rel=1e-3)
-    told = json.loads((bundle.path / "metrics.json").read_text())
-    assert told["heads"]["conversion"]["test"]["clicks"] == labels[known].sum()
+    metrics = json.loads((bundle.path / "metrics.json").read_text())
+    assert metrics["heads"]["conversion"]["test"]["clicks"] == labels[known].sum()
     again = start_of(bundle).network  # a warm start has the heads too
     assert again.heads == HEADS
 

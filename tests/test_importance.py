@@ -75,8 +75,8 @@ def test_the_command_prints_a_table_or_json(made: tuple[Prepared, Bundle]) -> No
     code, shown, _ = run(*words)
     assert code in (0, None)
     assert "ad.ad_id" in shown
-    told = json.loads(run(*words, "--json")[1])
-    assert told["rows"] == 400
-    assert told["fields"][0]["field"] == "ad.ad_id"
-    assert told["fields"][0]["low"] <= told["fields"][0]["drop"]
+    document = json.loads(run(*words, "--json")[1])
+    assert document["rows"] == 400
+    assert document["fields"][0]["field"] == "ad.ad_id"
+    assert document["fields"][0]["low"] <= document["fields"][0]["drop"]
     assert Path(bundle.path).exists()

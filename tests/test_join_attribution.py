@@ -195,9 +195,12 @@ async def test_it_is_what_a_recomputation_says(streams, joining, monkeypatch):
     raw = RawLog(joining.folder, open_log(joining.folder).schema)
     settled = settle(raw.events(0, inf), raw.rankings(0, inf, joining.settings), joining.settings).collect()
     assert Counter(settled["outcome"]) == outcomes
-    told = joining.watch.counts  # live figures, which look at the newest hours for what belongs to nothing
-    assert sum(told[kind, outcome] for kind in joining.settings.windows for outcome in ("joined", "no_impression")) == outcomes["joined"]
-    assert sum(count for (kind, *_), count in told.items() if kind in joining.settings.windows) == len(events)
+    live_counts = joining.watch.counts  # live figures, which look at the newest hours for what belongs to nothing
+    assert (
+        sum(live_counts[kind, outcome] for kind in joining.settings.windows for outcome in ("joined", "no_impression"))
+        == outcomes["joined"]
+    )
+    assert sum(count for (kind, *_), count in live_counts.items() if kind in joining.settings.windows) == len(events)
 
 
 def test_a_log_of_the_layout_of_before_is_read_with_the_conversions_that_came_later(tmp_path):

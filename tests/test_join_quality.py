@@ -119,8 +119,10 @@ def test_a_bundle_without_a_reference_tells_no_drift(tmp_path):
 
 
 def test_rows_of_models_that_the_repository_lacks_stand_together(repository):
-    told = Windows(repository).add(pl.concat([log_rows([0.1], [1]), log_rows([0.2], [0], model="../x"), log_rows([0.3], [1], model="")]))
-    assert {name: sums.rows.sum() for name, (sums, _) in told.items()} == {"din": 1, OTHER: 2}
+    by_model = Windows(repository).add(
+        pl.concat([log_rows([0.1], [1]), log_rows([0.2], [0], model="../x"), log_rows([0.3], [1], model="")])
+    )
+    assert {name: sums.rows.sum() for name, (sums, _) in by_model.items()} == {"din": 1, OTHER: 2}
 
 
 def values(page: str) -> Iterator[tuple[str, float]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import bundles
 
 from features import bundle
-from features.challenger import CanaryDecision, Challenger, challenge, write_verdict
+from features.challenger import CanaryDecision, Challenger, challenge, write_decision
 from features.listing import METRICS, list_models, table
 from tests.test_cli import refused, run
 
@@ -19,20 +19,20 @@ def test_each_version_with_its_role_and_how_it_did(tmp_path: Path) -> None:
     other = int(bundles.publish(tmp_path, "aa", make_current=False).name)
     challenge(tmp_path, "din", facts := Challenger(second, "canary", 0.1))
     code, out, _ = run("models", "--models", tmp_path, "--json")
-    told = json.loads(out)
-    assert (code, told["wrong"]) == (0, {})
-    assert [(each["name"], each["version"], each["role"]) for each in told["versions"]] == [
+    document = json.loads(out)
+    assert (code, document["wrong"]) == (0, {})
+    assert [(each["name"], each["version"], each["role"]) for each in document["versions"]] == [
         ("aa", other, ""),
         ("din", second, "canary 0.1"),
         ("din", first, "live"),
     ]
-    assert told["versions"][2]["metrics"] == {"auc": 0.75, "log_loss": 0.3, "calibration_ratio": 1.01}
-    assert told["versions"][0]["created"].startswith("20")
+    assert document["versions"][2]["metrics"] == {"auc": 0.75, "log_loss": 0.3, "calibration_ratio": 1.01}
+    assert document["versions"][0]["created"].startswith("20")
     lines = run("models", "--models", tmp_path)[1].splitlines()
     assert lines[0].split()[:5] == ["model", "version", "role", "network", "created"]
     assert f"din    {first}  live        -" in lines[3]
     assert lines[3].endswith("0.75000  0.30000   1.01000")
-    write_verdict(tmp_path / "din", facts, CanaryDecision("p99", "slow"))
+    write_decision(tmp_path / "din", facts, CanaryDecision("p99", "slow"))
     assert list_models(tmp_path).versions[1].role == "stopped"
 
 

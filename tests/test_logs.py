@@ -64,9 +64,9 @@ def fail(message="MARK"):
 
 
 def test_a_json_line_says_when_where_and_for_which_request(lines, request_at_hand):
-    logger, told = lines(JsonLines(None))
+    logger, written = lines(JsonLines(None))
     logger.warning("%d of %s", 3, "x", extra={"route": "/rank", "status": 503, "color_message": "no"})
-    (line,) = map(json.loads, told())
+    (line,) = map(json.loads, written())
     at = line.pop("time")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", at)
     assert abs(datetime.fromisoformat(at).timestamp() - time.time()) < 60
@@ -76,37 +76,37 @@ def test_a_json_line_says_when_where_and_for_which_request(lines, request_at_han
 
 
 def test_outside_of_requests_there_is_no_request(lines):
-    logger, told = lines(JsonLines(None))
+    logger, written = lines(JsonLines(None))
     logger.info("x")
-    assert set(json.loads(told()[0])) == {"time", "level", "logger", "process", "message"}
+    assert set(json.loads(written()[0])) == {"time", "level", "logger", "process", "message"}
 
 
 @pytest.mark.parametrize("formatter", [TextLines, JsonLines])
 def test_nobody_forges_a_line(lines, formatter):
-    logger, told = lines(formatter(False))
+    logger, written = lines(formatter(False))
     logger.info("%s", FORGED)
     logger.error("x", exc_info=fail(FORGED), extra={"detail": FORGED})
-    records = told() if formatter is JsonLines else [line for line in told() if not line.startswith("    ")]
+    records = written() if formatter is JsonLines else [line for line in written() if not line.startswith("    ")]
     assert len(records) == 2
-    for line in told():
+    for line in written():
         assert line.isprintable() or formatter is JsonLines
     for line in records:
         assert "forged" in line
         assert formatter is TextLines or json.loads(line)
-    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO \d+ service\.made: fine\\n2026", told()[0]) or formatter is JsonLines
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO \d+ service\.made: fine\\n2026", written()[0]) or formatter is JsonLines
 
 
 @pytest.mark.parametrize(
-    ("private", "within", "told_all"), [(None, True, False), (None, False, True), (True, False, False), (False, True, True)]
+    ("private", "within", "says_all"), [(None, True, False), (None, False, True), (True, False, False), (False, True, True)]
 )
 @pytest.mark.parametrize("formatter", [TextLines, JsonLines])
-def test_what_an_exception_says_stays_out_of_requests(lines, formatter, private, within, told_all):
-    logger, told = lines(formatter(private))
+def test_what_an_exception_says_stays_out_of_requests(lines, formatter, private, within, says_all):
+    logger, written = lines(formatter(private))
     token = REQUEST.set({"request_id": "r1"} if within else None)
     logger.error("it failed", exc_info=fail())
     REQUEST.reset(token)
-    text = "\n".join(told())
-    assert ("MARK" in text) == told_all
+    text = "\n".join(written())
+    assert ("MARK" in text) == says_all
     for word in ("KeyError", "ValueError", "ExceptionGroup", "test_logs.py", "No space left on device"):
         assert word in text
     if formatter is JsonLines:
@@ -124,12 +124,12 @@ def test_an_exception_that_is_its_own_cause_ends():
 def test_few_records_pass_and_the_next_tells_of_the_others(lines, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
-    logger, told = lines(JsonLines(None))
+    logger, written = lines(JsonLines(None))
     logger.addFilter(RateLimitFilter(2, 10.0))
     for second in (100, 101, 102, 109, 110, 111, 125):
         now[0] = second
         logger.info("%d", second)
-    passed = [(line["message"], line.get("left_out_before")) for line in map(json.loads, told())]
+    passed = [(line["message"], line.get("left_out_before")) for line in map(json.loads, written())]
     assert passed == [("100", None), ("101", None), ("110", 2), ("111", None), ("125", None)]
 
 
@@ -166,17 +166,17 @@ async def test_an_exception_nobody_foresaw_is_told_by_place_and_request(run, ads
                 assert answer.status_code == 500
         finally:
             logging.getLogger("service").removeHandler(handler)
-    told = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert {name: told[0][name] for name in ("level", "request_id", "route", "status", "code")} == {
+    written = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert {name: written[0][name] for name in ("level", "request_id", "route", "status", "code")} == {
         "level": "error",
         "request_id": "mine",
         "route": "/rank",
         "status": 500,
         "code": "unexpected",
     }
-    assert "KeyError" in told[0]["exception"]
+    assert "KeyError" in written[0]["exception"]
     assert "MARK" not in out.getvalue()
-    assert 10 <= len(told) < 40  # ten a second
+    assert 10 <= len(written) < 40  # ten a second
 
 
 async def test_a_store_that_lacks_a_command_quotes_no_record():
@@ -205,7 +205,7 @@ async def odd_requests(client, now):
         "candidates": [{"ad_id": "MARKad", "features": {"genre": "MARKgenre"}}, {"ad_id": "a1"}],
     }
     event = {"type": "click", "event_id": "MARKevent", "ts": now, "user_id": "MARKuser", "ad_id": "MARKad"}
-    told = {"type": "user", "event_id": "MARKtold", "ts": now, "user_id": "MARKuser", "features": {"age": "MARKage"}}
+    written = {"type": "user", "event_id": "MARKtold", "ts": now, "user_id": "MARKuser", "features": {"age": "MARKage"}}
     sent = [
         ("/rank", json.dumps(good)),
         ("/rank", '{"user": {"id": "MARKuser"'),
@@ -216,8 +216,8 @@ async def odd_requests(client, now):
         ("/rank", json.dumps({**good, "options": {"model": "MARKmodel", "deadline_ms": 50}})),
         ("/rank?MARKquery", json.dumps(good)),
         ("/MARKpath", json.dumps(good)),
-        ("/v1/events", json.dumps({"events": [event, told, {**event, "type": "MARKtype"}, {**event, "ts": 1e12}, {"MARK": 1}]})),
-        ("/v1/events", json.dumps({"events": [{**told, "event_id": "MARKmore", "user_id": "damaged"}]})),
+        ("/v1/events", json.dumps({"events": [event, written, {**event, "type": "MARKtype"}, {**event, "ts": 1e12}, {"MARK": 1}]})),
+        ("/v1/events", json.dumps({"events": [{**written, "event_id": "MARKmore", "user_id": "damaged"}]})),
         ("/v1/events", "MARK"),
     ]
     return [(await client.post(path, content=body, headers={"content-type": "application/json"})).status_code for path, body in sent]
@@ -242,8 +242,8 @@ async def test_no_line_at_the_default_level_tells_of_a_user(repository, server, 
                 await asyncio.sleep(0.05)
         await asyncio.to_thread(server.stop)
         headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
-        told = {"type": "user", "event_id": "MARK", "ts": now, "user_id": "MARKuser", "features": {}}
-        down = await client.post("/v1/events", json={"events": [told]}, headers=headers)
+        written = {"type": "user", "event_id": "MARK", "ts": now, "user_id": "MARKuser", "features": {}}
+        down = await client.post("/v1/events", json={"events": [written]}, headers=headers)
         assert down.status_code == 503
         assert (await client.post("/rank", json={"user": {"id": "MARKuser"}, "candidates": ["a1"]})).status_code == 200
         client.process.send_signal(signal.SIGTERM)

@@ -34,7 +34,7 @@ def clicked(before: UserState, behaviours: list[tuple[str, float]]) -> UserState
     return before
 
 
-def told(before: UserState, words: list[tuple[dict[str, Any], float]]) -> UserState:
+def after(before: UserState, words: list[tuple[dict[str, Any], float]]) -> UserState:
     for features, ts in words:
         before = before.updated(features, ts)
     return before
@@ -65,8 +65,8 @@ def test_a_history_without_times_of_its_own_keeps_its_order() -> None:
 
 
 def test_of_each_feature_the_newer_word_stays() -> None:
-    stored = told(UserState({"x": 1.0, "y": 1.0, "old": 1.0}), [({"x": 5.0, "w": 5.0}, UNTIL + 1.0), ({"y": 6.0, "v": 6.0}, UNTIL - 1.0)])
-    stored = told(stored, [({"z": None}, UNTIL + 2.0)])
+    stored = after(UserState({"x": 1.0, "y": 1.0, "old": 1.0}), [({"x": 5.0, "w": 5.0}, UNTIL + 1.0), ({"y": 6.0, "v": 6.0}, UNTIL - 1.0)])
+    stored = after(stored, [({"z": None}, UNTIL + 2.0)])
     merged, kept = merged_user(stored, UserState({"x": 2.0, "y": 2.0, "z": 2.0, "n": 2.0}), UNTIL)
     assert merged.features == {"x": 5.0, "w": 5.0, "y": 2.0, "v": 6.0, "n": 2.0}
     assert kept.features == 4  # x, w, v, and that z was taken away
@@ -83,7 +83,7 @@ def test_what_the_data_set_does_not_speak_of_stays() -> None:
 
 
 def test_without_times_what_events_told_stays() -> None:
-    stored = clicked(told(UserState({"x": 1.0}), [({"x": 5.0}, 10.0)]), [("b", 20.0)])
+    stored = clicked(after(UserState({"x": 1.0}), [({"x": 5.0}, 10.0)]), [("b", 20.0)])
     merged, _ = merged_user(stored, state([("a", 0), ("b", 0)], {"x": 2.0, "y": 2.0}), None)
     assert (merged.features, history(merged)) == ({"x": 5.0, "y": 2.0}, [("a", 0), ("b", 20.0)])
 
@@ -99,7 +99,7 @@ def test_no_event_s_behaviour_is_lost_and_loading_again_changes_nothing(
     words: list[tuple[dict[str, Any], float]],
     until: float | None,
 ) -> None:
-    stored = pack_user("u", told(clicked(state(before, known), behaviours), words))
+    stored = pack_user("u", after(clicked(state(before, known), behaviours), words))
     merge = MergeUser("u", state(loaded, fresh), until)
     once = merge.of(stored)
     merged = unpack_user("u", once)

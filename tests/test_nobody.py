@@ -107,8 +107,8 @@ async def test_events_of_nobody_are_joined_and_nothing_is_kept_of_them() -> None
         Event("user", "3", time.time(), user_id=ZEROS, features={"age": "25"}),
         Event("click", "4", time.time(), user_id="u", ad_id="a1"),
     ]
-    told = await intake.take(events)
-    assert [outcome.reason or outcome.status for outcome in told] == ["accepted", "nobody", "nobody", "accepted"]
+    outcomes = await intake.take(events)
+    assert [outcome.reason or outcome.status for outcome in outcomes] == ["accepted", "nobody", "nobody", "accepted"]
     assert [outcome.status for outcome in await intake.take(events[:1])] == ["duplicate"]
     assert await store.get_user(ZEROS) is None
     assert (await store.get_user("u")).ad_ids == ["a1"]

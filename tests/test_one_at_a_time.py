@@ -177,7 +177,7 @@ def test_however_the_bytes_are_cut_the_answers_are_the_same(which, cuts):
         async with raw() as client:
             return bodies((await client.ask(*pieces, end=True))[0])
 
-    assert asyncio.run(ask()) == [told(event) for event in map(read, (REQUESTS[i] for i in which))]
+    assert asyncio.run(ask()) == [expected(event) for event in map(read, (REQUESTS[i] for i in which))]
 
 
 def read(request):
@@ -189,6 +189,6 @@ def read(request):
     return head, body
 
 
-def told(event):
+def expected(event):
     head, body = event
     return b"%s %s [%s]" % (head.method, head.target, body)

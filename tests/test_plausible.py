@@ -98,7 +98,7 @@ def test_nobody_has_no_history(tmp_path: Path) -> None:
 def test_values_that_look_missing_are_told(tmp_path: Path) -> None:
     table = "".join(line(i, os="NULL" if i % 10 == 0 else "ios", price=-1 if i % 5 == 0 else 3, topics="x|0|0") for i in range(100))
     table += line(100, user="None", ad="null") + line(101, user="None")
-    told = "\n".join(prepare(tmp_path, table))
+    message = "\n".join(prepare(tmp_path, table))
     for part in (
         "'None' 2.0%",
         'nobody = ["None"]',
@@ -108,7 +108,7 @@ def test_values_that_look_missing_are_told(tmp_path: Path) -> None:
         "98% of the lists of ad.topics end with a value twice, mostly '0'",
     ):
         for piece in part.split(" … "):
-            assert piece in told
+            assert piece in message
 
 
 def test_a_user_with_many_rows_is_told(tmp_path: Path) -> None:
@@ -197,11 +197,11 @@ def test_numbers_that_are_times_written_otherwise_are_refused(tmp_path: Path, se
 
 
 @pytest.mark.parametrize(
-    ("first", "told"), [(0, "20 of 20 rows have a time before 1990"), (4_000_000_000, "20 of 20 rows have a time after next year")]
+    ("first", "message"), [(0, "20 of 20 rows have a time before 1990"), (4_000_000_000, "20 of 20 rows have a time after next year")]
 )
-def test_strange_times_that_may_be_meant_are_told(tmp_path: Path, first: int, told: str) -> None:
+def test_strange_times_that_may_be_meant_are_told(tmp_path: Path, first: int, message: str) -> None:
     (doubt,) = prepare(tmp_path, "".join(line(i, time=first + i) for i in range(20)), 'ts = "time"')
-    assert doubt.startswith(told)
+    assert doubt.startswith(message)
 
 
 @pytest.mark.parametrize("time", ["1012", "2511010", "noon", "", "31/12/2025"])

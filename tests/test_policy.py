@@ -56,8 +56,8 @@ def test_the_service_tells_the_same_of_what_it_draws(drawing: Policy) -> None:
     for _ in range(50):
         falling = np.sort(random.random(7) * random.integers(0, 2, 7))[::-1]
         drawn = drawing.draw(falling, 4, random)
-        told = propensities(parse_policy(str(drawing)), falling[None], np.ones((1, 7), np.bool_), drawn.ranks[None, :4])
-        assert drawn.propensity == pytest.approx(told[0])
+        logged = propensities(parse_policy(str(drawing)), falling[None], np.ones((1, 7), np.bool_), drawn.ranks[None, :4])
+        assert drawn.propensity == pytest.approx(logged[0])
 
 
 def test_what_is_no_candidate_changes_nothing() -> None:

@@ -69,8 +69,12 @@ def test_a_folder_that_is_no_data_set_is_called_what_it_seems_to_be(tmp_path: Pa
     version = tmp_path / "models" / "din" / "1"
     version.mkdir(parents=True)
     (version / "schema.toml").write_text('name = "s"\n[ad.ad_id]\nkind = "category"\n')
-    for folder, told in {"none": "there is no such folder", "models": "it has no schema.toml", "models/din": "but 1 in it has one"}.items():
-        with pytest.raises(DataError, match=rf"{folder} is not a prepared data set: .*{told}.*adrank prepare makes one"):
+    for folder, message in {
+        "none": "there is no such folder",
+        "models": "it has no schema.toml",
+        "models/din": "but 1 in it has one",
+    }.items():
+        with pytest.raises(DataError, match=rf"{folder} is not a prepared data set: .*{message}.*adrank prepare makes one"):
             open_prepared(tmp_path / folder)
     (version / "manifest.json").write_text("{}")
     with pytest.raises(DataError, match="this seems to be a model"):

@@ -169,16 +169,16 @@ def fm(models: Path) -> Path:
 
 
 def test_an_fnn_begins_with_the_bundle_of_an_fm_and_says_where_it_does_not(models: Path, fm: Path) -> None:
-    fnn, told = published(models, "fnn", init_from=str(fm))
+    fnn, output = published(models, "fnn", init_from=str(fm))
     values = sum(vocabulary.size - 2 for vocabulary in load_bundle(fm).vocabularies.categories.values())
-    assert f"second (4 wide): {values} of {values} values begin with those of the bundle" in told
+    assert f"second (4 wide): {values} of {values} values begin with those of the bundle" in output
     assert read_manifest(fnn)["settings"]["init_from"] == str(fm)
     old, new = start_of(load_bundle(fm)).network, start_of(load_bundle(fnn)).network
     for table in ("first", "second"):
         for each in range(2, 5):
             assert torch.allclose(row(new, table, "genre", each), row(old, table, "genre", each), atol=1e-5)
-    _, told = published(models, "fnn")
-    assert "this network starts fresh: --init-from a bundle of fm lets its embeddings begin there" in told
+    _, output = published(models, "fnn")
+    assert "this network starts fresh: --init-from a bundle of fm lets its embeddings begin there" in output
 
 
 def test_a_bundle_that_does_not_fit_stops_the_training_with_a_sentence(models: Path, fm: Path) -> None:

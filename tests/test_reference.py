@@ -46,7 +46,7 @@ def test_nothing_that_can_be_set_is_missing() -> None:
 def test_a_class_that_says_nothing_of_itself_is_refused(reference: ModuleType) -> None:
     @dataclasses.dataclass
     class Silent:
-        told: int = 1
+        count: int = 1
         """Something."""
         silent: int = 2
 

@@ -460,9 +460,9 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, bundle: Bundle, logg
         assert words in out
     assert "warning: " in out
     code, out, _ = run("replay", "--log", folder, "--bundle", bundle.path, "--policy", "plackett_luce:0.5", "--top-k", 2, "--json")
-    told = json.loads(out)
-    assert (code, told["policy"], told["rankings"], told["impressions"]) == (0, "plackett_luce 0.5", 39, 78)
-    assert told["ips"]["low"] <= told["ips"]["value"] <= told["ips"]["high"]
+    document = json.loads(out)
+    assert (code, document["policy"], document["rankings"], document["impressions"]) == (0, "plackett_luce 0.5", 39, 78)
+    assert document["ips"]["low"] <= document["ips"]["value"] <= document["ips"]["high"]
 
 
 @pytest.mark.parametrize(
@@ -475,6 +475,6 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, bundle: Bundle, logg
     ],
 )
 def test_mistakes_are_sentences(bundle: Bundle, logged: Callable[..., ImpressionLog], words: list[str], complaint: str) -> None:
-    code, _, told = run("replay", "--log", logged(explored(5)).folder, "--bundle", bundle.path, *words)
-    assert (code, "Traceback" in told) == (2, False)
-    assert complaint in told
+    code, _, document = run("replay", "--log", logged(explored(5)).folder, "--bundle", bundle.path, *words)
+    assert (code, "Traceback" in document) == (2, False)
+    assert complaint in document

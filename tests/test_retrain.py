@@ -110,10 +110,10 @@ def test_a_better_challenger_is_published(poor: Path, better: tuple[Path, Report
     bundle, champion = load_bundle(current_path(models, "shop")), load_bundle(current_path(poor, "shop"))
     assert (report.published, report.champion) == (bundle.version, champion.version)
     bundle.check_goldens(Scorer(bundle.path / "model.onnx", "cpu", 1).score)
-    told = bundle.manifest["retrain"]
-    assert (told["champion"], told["start"], told["seed"]) == (champion.version, "warm", 1)
-    assert told["window"]["rows"] == {"train": 1080, "valid": 180, "test": 540}
-    assert told["comparison"]["differences"]["log_loss"]["high"] < 0
+    facts = bundle.manifest["retrain"]
+    assert (facts["champion"], facts["start"], facts["seed"]) == (champion.version, "warm", 1)
+    assert facts["window"]["rows"] == {"train": 1080, "valid": 180, "test": 540}
+    assert facts["comparison"]["differences"]["log_loss"]["high"] < 0
     assert bundle.manifest["settings"]["embedding"] == 4  # as the champion's
     assert versions(models) == sorted([str(champion.version), str(bundle.version)])
 
@@ -131,12 +131,12 @@ def test_a_report_says_what_came_of_it(better: tuple[Path, Report]) -> None:
     models, report = better
     folder = only_report(models)
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.md", "report.svg"]
-    told = json.loads((folder / "report.json").read_text())
-    assert told == json.loads(json.dumps(report.as_dict()))
-    assert told["accepted"] is True
-    assert told["metrics"]["challenger"]["log_loss"] < told["metrics"]["champion"]["log_loss"]
-    assert set(told["differences"]) == {"auc", "gauc", "log_loss", "normalised_entropy", "calibration_error", "calibration_distance"}
-    assert told["bootstrap"] == {"resamples": 1000, "seed": 1, "level": 0.95, "of": "users", "users": 20}
+    facts = json.loads((folder / "report.json").read_text())
+    assert facts == json.loads(json.dumps(report.as_dict()))
+    assert facts["accepted"] is True
+    assert facts["metrics"]["challenger"]["log_loss"] < facts["metrics"]["champion"]["log_loss"]
+    assert set(facts["differences"]) == {"auc", "gauc", "log_loss", "normalised_entropy", "calibration_error", "calibration_distance"}
+    assert facts["bootstrap"] == {"resamples": 1000, "seed": 1, "level": 0.95, "of": "users", "users": 20}
     page = (folder / "report.md").read_text()
     change = r"log loss -\d+\.\d\d% \(95 % interval -\d+\.\d\d% to -\d+\.\d\d%\)"
     assert re.fullmatch(rf"\*\*Published shop {report.published}: {change} against {report.champion}\*\*", page.splitlines()[0])

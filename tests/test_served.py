@@ -106,7 +106,7 @@ CLICK = Event("click", "e1", 1_763_800_001, "u1", "r1", "a1")
 )
 def test_an_event_packed_and_unpacked_is_the_same(event: Event) -> None:
     assert unpack_event(pack_event(event)) == event
-    assert event.subject == {"impression": "r1", "conversion": "r1", "ad": "a1"}.get(event.type, "u1")
+    assert event.entity_id == {"impression": "r1", "conversion": "r1", "ad": "a1"}.get(event.type, "u1")
 
 
 @pytest.mark.parametrize(

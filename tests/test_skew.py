@@ -197,8 +197,8 @@ def test_the_command_says_so_by_its_exit_code(tmp_path: Path, rankings: list[Ser
     assert "no skew" in out
     assert "history.genre" in out
     code, out, _ = run("skew", "--log", folder, "--models", models, "--json", "--since", "2025-11-22", "--until", START + 600)
-    told = json.loads(out)
-    assert (code, told["skew"], told["rows"], told["versions"][0]["model"]) == (0, False, 40, "din")
+    document = json.loads(out)
+    assert (code, document["skew"], document["rows"], document["versions"][0]["model"]) == (0, False, 40, "din")
     swapped = [replace(each, user={**each.user, "age": "35"}) for each in rankings]
     code, out, _ = run("skew", "--log", logs.write_log(tmp_path / "bad", swapped, bundles.encoder().schema), "--models", models)
     assert (code, "skew found" in out) == (3, True)
@@ -215,6 +215,6 @@ def test_the_command_says_so_by_its_exit_code(tmp_path: Path, rankings: list[Ser
 )
 def test_mistakes_are_sentences(tmp_path: Path, rankings: list[ServedRecord], models: Path, words: list[str], complaint: str) -> None:
     folder = logs.write_log(tmp_path / "log", rankings, bundles.encoder().schema)
-    code, _, told = run("skew", "--log", folder, "--models", models, *words)
-    assert (code, "Traceback" in told) == (2, False)
-    assert complaint in told.replace("\n", " ")
+    code, _, document = run("skew", "--log", folder, "--models", models, *words)
+    assert (code, "Traceback" in document) == (2, False)
+    assert complaint in document.replace("\n", " ")

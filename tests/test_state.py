@@ -159,13 +159,13 @@ def test_a_history_whose_times_are_none_is_refused() -> None:
 @patient
 @given(updates, st.randoms())
 def test_of_each_feature_the_newest_word_holds_in_whatever_order_words_come(news: list[tuple[dict[str, Any], int]], random: Random) -> None:
-    distinct = list({ts: (told, ts) for told, ts in news}.values())
+    distinct = list({ts: (change, ts) for change, ts in news}.values())
     state, ad = UserState(), Ad("a", {})
-    for told, ts in random.sample(distinct, len(distinct)):
-        state, ad = state.updated(told, ts), ad.updated(told, None, ts)
+    for change, ts in random.sample(distinct, len(distinct)):
+        state, ad = state.updated(change, ts), ad.updated(change, None, ts)
     last: dict[str, Any] = {}
-    for told, _ in sorted(distinct, key=lambda word: word[1]):
-        last |= told
+    for change, _ in sorted(distinct, key=lambda word: word[1]):
+        last |= change
     expected = {name: value for name, value in last.items() if value is not None}
     assert (state.features, ad.features) == (expected, expected)
     again = unpack_user("u", pack_user("u", state))

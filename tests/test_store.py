@@ -167,12 +167,12 @@ class TestEvents:
         cursor = await store.cursor()
         await store.put_ads([Ad("a1", {"genre": "news"})])
         await applied(store, ad("e2", {}, 10, active=False), ad("e1", {"genre": "drama"}, 5, active=True))
-        told = (await everything(store))["a1"]
-        assert (told.active, told.features) == (False, {"genre": "drama"})
+        stored = (await everything(store))["a1"]
+        assert (stored.active, stored.features) == (False, {"genre": "drama"})
         ads, after = await store.changed_ads(cursor, 0.01)
-        assert ads == [told]
+        assert ads == [stored]
         assert await applied(store, ad("e1", {}, 5)) == {"e1": "duplicate"}
-        assert (await store.changed_ads(after, 0.01))[0] == [told], "whoever did it first may not have lived to announce it"
+        assert (await store.changed_ads(after, 0.01))[0] == [stored], "whoever did it first may not have lived to announce it"
 
     async def test_many_at_once_are_each_done_once(self, store):
         events = [click(f"c{i}", i, f"a{i}", user_id=f"u{i % 7}") for i in range(-140, 0)]

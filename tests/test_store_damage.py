@@ -24,7 +24,7 @@ HUGE = 50 * 2**20
 
 
 @pytest.fixture(autouse=True)
-def always_told(monkeypatch):
+def always_logged(monkeypatch):
     monkeypatch.setattr(store_damage, "TELL_SECONDS", 0.0)
 
 
@@ -49,9 +49,9 @@ async def test_events_are_taken_and_done_once_whatever_stood_in_a_key_s_place(re
     await spoil(raw, key, kind)
     if (key, kind) == (ads_key("a1"), "hash"):
         await raw.delete(key)  # it is right
-    told = await applied(redis_only, *events())
-    assert set(told) == set("cuai")
-    assert set(told.values()) <= {"accepted", "state_replaced"}
+    statuses = await applied(redis_only, *events())
+    assert set(statuses) == set("cuai")
+    assert set(statuses.values()) <= {"accepted", "state_replaced"}
     assert set((await applied(redis_only, *events())).values()) == {"duplicate"}
     state = await redis_only.get_user("u1")
     assert (state.ad_ids, state.features) == (["a1"], {"age": "25"})
@@ -152,8 +152,8 @@ async def test_a_catalogue_whose_hashes_are_all_of_a_wrong_type_keeps_no_service
         await spoil(raw, key, "string" if key != user_key("u1") else "list")
     now = round(time.time())
     async with running(Settings(models=repository, redis=shared_server.url)) as client:
-        told = await said(client, "/readyz", lambda told: told["status"] == "ready")
-        assert (told["store"]["status"], told["catalogue"]["ads"]) == ("up", 0)
+        statuses = await said(client, "/readyz", lambda statuses: statuses["status"] == "ready")
+        assert (statuses["store"]["status"], statuses["catalogue"]["ads"]) == ("up", 0)
         ranked = await client.rank("u1")
         assert {entry["reason"] for entry in ranked["degraded"]} == {"store_corrupt"}
         sent = [
@@ -162,7 +162,7 @@ async def test_a_catalogue_whose_hashes_are_all_of_a_wrong_type_keeps_no_service
         ]
         answer = await client.post("/v1/events", json={"events": sent})
         assert {event["reason"] for event in answer.json()["events"]} == {"state_replaced"}
-        await said(client, "/readyz", lambda told: told["catalogue"]["ads"] == 1)
+        await said(client, "/readyz", lambda statuses: statuses["catalogue"]["ads"] == 1)
         assert "degraded" not in await client.rank("u1") or not (await client.rank("u1"))["degraded"]
         assert await client.metric('adrank_degraded_total{reason="key_replaced",stage="store"}') >= 4
         assert await client.metric('adrank_degraded_total{reason="ad_damaged",stage="catalogue"}') >= HASHES

@@ -102,12 +102,12 @@ def test_a_name_has_no_secrets(url, name):
 def test_a_password_that_is_not_escaped_is_told_nowhere(form: str, secret: str) -> None:
     """Whatever the characters in it make of the rest."""
     url = form.format(secret)
-    told = [store_name(url)]
+    names = [store_name(url)]
     try:
         parse_store_url(url)
     except ValueError as error:
-        told.append(str(error))
-    assert not [text for text in told if "Zq" in text]
+        names.append(str(error))
+    assert not [text for text in names if "Zq" in text]
 
 
 def test_one_that_ends_too_early_says_how_to_write_it() -> None:

@@ -82,7 +82,7 @@ def test_what_layer_norm_would_leave_nothing_of_goes_in_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "settings", "told"),
+    ("text", "settings", "message"),
     [
         (ONLY_NUMBERS, {}, r"^tab_transformer lets categories look at each other, and this schema has only numbers; train deepfm instead$"),
         (ONLY_CATEGORIES, {"attention_heads": 3}, r"^attention_heads is 3; it must divide embedding, 4, which must be at least 2$"),
@@ -93,6 +93,6 @@ def test_what_layer_norm_would_leave_nothing_of_goes_in_as_it_is() -> None:
         ),
     ],
 )
-def test_what_cannot_be_built_is_refused(text: str, settings: dict[str, int], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_built_is_refused(text: str, settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         small.network("tab_transformer", text, **settings)

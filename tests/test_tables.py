@@ -229,9 +229,9 @@ def test_every_mistake_of_a_schema_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(schema)
     with pytest.raises(DataError) as caught:
         csv_table.prepare(tmp_path / "log", tmp_path / "out", tmp_path / "my.toml")
-    told = str(caught.value).split("\n")
-    assert len(told) == 6
-    assert all(line.startswith(f"{tmp_path / 'my.toml'}: ") for line in told)
+    sentences = str(caught.value).split("\n")
+    assert len(sentences) == 6
+    assert all(line.startswith(f"{tmp_path / 'my.toml'}: ") for line in sentences)
     for part in (
         "unknown entries ['shuffle']",
         "label must be text",
@@ -240,7 +240,7 @@ def test_every_mistake_of_a_schema_file_is_told(tmp_path: Path) -> None:
         "length must be",
         "only a list or a vector has",
     ):
-        assert any(part in line for line in told)
+        assert any(part in line for line in sentences)
 
 
 # The published data sets

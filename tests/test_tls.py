@@ -42,7 +42,7 @@ def url(secure):
     return f"rediss://:{PASSWORD}@{secure.tls}{secure.client}"
 
 
-async def told(url, ask=RedisStore.ping):
+async def error_of(url, ask=RedisStore.ping):
     """What a store says of a server that it cannot use."""
     store = RedisStore(url, timeout=5, ttl=100, on_damaged=lambda: None)
     try:
@@ -75,14 +75,14 @@ async def test_a_ranking_its_click_and_the_log(run, repository, url, tmp_path, c
 
 async def test_an_authority_that_is_not_the_servers(secure, folder, url):
     for wrong in (url.replace("ca.pem", "wrong.pem"), url.partition("?")[0]):
-        assert "certificate verify failed" in await told(wrong)
+        assert "certificate verify failed" in await error_of(wrong)
     broken = folder / "broken.pem"
     broken.write_text("no certificate")
-    assert "the certificates of the store's URL cannot be used" in await told(url.replace("ca.pem", "broken.pem"))
+    assert "the certificates of the store's URL cannot be used" in await error_of(url.replace("ca.pem", "broken.pem"))
 
 
 async def test_a_name_that_is_not_the_certificates(url):
-    assert "certificate is not valid for 'localhost'" in (await told(url.replace("127.0.0.1", "localhost")))
+    assert "certificate is not valid for 'localhost'" in (await error_of(url.replace("127.0.0.1", "localhost")))
     store = RedisStore(url.replace("127.0.0.1", "localhost") + "&ssl_check_hostname=no", timeout=5, ttl=100, on_damaged=lambda: None)
     await store.ping()
     await store.close()
@@ -90,16 +90,16 @@ async def test_a_name_that_is_not_the_certificates(url):
 
 async def test_no_certificate_of_our_own_or_no_tls_at_all(secure, url):
     for wrong in (url.removesuffix(secure.client), f"redis://:{PASSWORD}@{secure.tls.partition('?')[0]}"):
-        sentence = await told(wrong)
+        sentence = await error_of(wrong)
         assert re.search("certificate required|reset by peer|Connection closed", sentence), sentence
         assert PASSWORD not in sentence
 
 
 async def test_a_wrong_password_degrades_and_is_never_told(repository, secure, url, run):
     wrong = url.replace(PASSWORD, "let-me-in")
-    sentence = await told(wrong)
+    sentence = await error_of(wrong)
     assert "WRONGPASS" in sentence
-    assert "NOAUTH" in await told(url.replace(f":{PASSWORD}@", ""))
+    assert "NOAUTH" in await error_of(url.replace(f":{PASSWORD}@", ""))
     streams = RedisStreams(wrong)
     with pytest.raises(StoreError, match="WRONGPASS") as caught:
         await streams.begin("adrank:events")

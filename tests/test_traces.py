@@ -110,14 +110,21 @@ async def test_a_request_is_a_span_with_its_stages_below_it_and_nothing_of_its_u
     assert (below["inference"].end - below["inference"].start) / 1e6 == pytest.approx(spent["inference"], abs=0.01)
     assert (below["features"].end - below["features"].start) / 1e6 == pytest.approx(spent["features"], abs=0.01)
 
-    def told(response):
+    def root_span(response):
         return collector.trace(response.headers["traceresponse"].split("-")[1])[0]
 
-    assert (told(taken).name, told(taken).attributes["http.response.status_code"], told(taken).parent_id) == ("POST /v1/events", 202, "")
-    assert (told(wrong).name, told(wrong).status) == ("POST /v1/rank", 0)
-    assert (told(wrong).attributes["http.response.status_code"], told(wrong).attributes["adrank.outcome"]) == (404, "unknown_model")
-    assert told(degraded).attributes["adrank.degraded"] == ["user: store_unreachable"]
-    assert (told(down).status, told(down).attributes["error.type"]) == (2, "store_down")
+    assert (root_span(taken).name, root_span(taken).attributes["http.response.status_code"], root_span(taken).parent_id) == (
+        "POST /v1/events",
+        202,
+        "",
+    )
+    assert (root_span(wrong).name, root_span(wrong).status) == ("POST /v1/rank", 0)
+    assert (root_span(wrong).attributes["http.response.status_code"], root_span(wrong).attributes["adrank.outcome"]) == (
+        404,
+        "unknown_model",
+    )
+    assert root_span(degraded).attributes["adrank.degraded"] == ["user: store_unreachable"]
+    assert (root_span(down).status, root_span(down).attributes["error.type"]) == (2, "store_down")
     payload = b"".join(collector.bodies)
     assert [mark for mark in (*MARKS, "MARK") if mark.encode() in payload] == []
 

@@ -248,8 +248,8 @@ def test_a_training_that_diverges_is_a_sentence(rows: tuple[Rows, Rows]) -> None
     before = predict(network, rows[1])
     settings = TrainSettings(epochs=3, batch=64, learning_rate=1e30, threads=1, flat_below=0)
     epochs = fit_network(network, rows[0], rows[1], settings, small.quiet())
-    [told] = diverged(epochs)
-    assert told == "the training diverged in epoch 1, the weights are the best of those before it; try a learning_rate below 1e+30"
+    [sentence] = diverged(epochs)
+    assert sentence == "the training diverged in epoch 1, the weights are the best of those before it; try a learning_rate below 1e+30"
     assert (predict(network, rows[1]) == before).all()
 
 

@@ -62,12 +62,12 @@ def test_what_is_best_is_a_command_and_a_file_of_settings(data: Prepared, tmp_pa
     best, target = search.best(), tmp_path / "best.toml"
     words = shlex.split(best.command(Path("some where"), "fm"))
     assert words[:6] == ["adrank", "train", "--data", "some where", "--model", "fm"]
-    told = dict(word.split("=") for word in words[7::2])
-    assert told == {**TINY, "learning_rate": "0.003", "embedding": "16", "embedding_l2": "1e-05"}
+    parsed = dict(word.split("=") for word in words[7::2])
+    assert parsed == {**TINY, "learning_rate": "0.003", "embedding": "16", "embedding_l2": "1e-05"}
     target.write_text("seed = 3\n[fm]\nbatch = 7\n[deepfm]\nhidden = [4, 2]\n")
     best.write(target, "fm")
     assert {name: float(text) for name, text in settings_in(target, "fm").items()} == {
-        "seed": 3.0, **{name: float(text) for name, text in told.items()}
+        "seed": 3.0, **{name: float(text) for name, text in parsed.items()}
     }  # fmt: skip
     assert settings_in(target, "deepfm") == {"seed": "3", "hidden": "4-2"}
 
@@ -99,9 +99,9 @@ def test_ctrl_c_keeps_what_is_done(data: Prepared, tmp_path: Path) -> None:
 def test_the_command_tunes_and_prints_one_that_trains(tmp_path: Path) -> None:
     folder = small.data_set(tmp_path).folder
     fixed = [word for name, value in TINY.items() for word in ("--set", f"{name}={value}")]
-    code, told, _ = run("tune", "--data", folder, "--model", "lr", "--minutes", 1, "--most", 1, "--trials", tmp_path / "lr.log", *fixed)
+    code, parsed, _ = run("tune", "--data", folder, "--model", "lr", "--minutes", 1, "--most", 1, "--trials", tmp_path / "lr.log", *fixed)
     assert code == 0
-    first, command = told.splitlines()
+    first, command = parsed.splitlines()
     assert first.startswith("best of 1 trials that ended (0 were cut short): 0.")
     _, name, *words = shlex.split(command)
     given = adrank.cli.commands[name].make_context(name, words).params

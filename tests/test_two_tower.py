@@ -135,7 +135,7 @@ def test_the_vectors_order_ads_as_the_logits_do_whatever_else_is_in_the_request(
 
 
 @pytest.mark.parametrize(
-    ("text", "settings", "told"),
+    ("text", "settings", "message"),
     [
         (ONLY_ADS, {}, r"^two_tower has a tower for the request, and in this schema all fields are the ad's; train deepfm instead$"),
         (ONLY_AD_NUMBER, {}, r"^two_tower has a tower for the request"),
@@ -146,6 +146,6 @@ def test_the_vectors_order_ads_as_the_logits_do_whatever_else_is_in_the_request(
         (small.SCHEMA, {"negatives": -1}, r"^temperature must be above 0; softmax and negatives at least 0$"),
     ],
 )
-def test_what_cannot_be_built_is_refused(text: str, settings: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_built_is_refused(text: str, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         small.network("two_tower", text, **settings)

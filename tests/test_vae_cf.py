@@ -91,13 +91,13 @@ def test_a_user_s_other_fields_play_no_part() -> None:
 
 @pytest.mark.parametrize("text", [WITHOUT_HISTORY, ONLY_ADS])
 def test_a_schema_without_history_is_refused(text: str) -> None:
-    told = r"^vae_cf encodes the ads of a user's history, and this schema has no \[history\]; train deepfm instead$"
-    with pytest.raises(ValueError, match=told):
+    message = r"^vae_cf encodes the ads of a user's history, and this schema has no \[history\]; train deepfm instead$"
+    with pytest.raises(ValueError, match=message):
         small.network("vae_cf", text)
 
 
 def test_more_ads_than_a_step_can_sum_over_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vae_cf, "MOST_ADS", 10)
-    told = r"^vae_cf sums over all ads in each step, 14 of them, and 10 are the most; train two_tower, which draws some$"
-    with pytest.raises(ValueError, match=told):
+    message = r"^vae_cf sums over all ads in each step, 14 of them, and 10 are the most; train two_tower, which draws some$"
+    with pytest.raises(ValueError, match=message):
         small.network("vae_cf")

@@ -216,7 +216,7 @@ def test_every_digit_of_an_id_is_kept(tmp_path: Path, column: str, values: pl.Se
 
 @pytest.mark.parametrize("column", ["user_id", "ad_id", "x", "l"])
 @pytest.mark.parametrize(
-    ("value", "dtype", "told"),
+    ("value", "dtype", "message"),
     [
         (2.0**53, pl.Float64, r"this float is 2\*\*53 or more, where a float no longer tells whole numbers apart"),
         (2.0**24, pl.Float32, r"this float is 2\*\*24 or more"),
@@ -228,17 +228,17 @@ def test_every_digit_of_an_id_is_kept(tmp_path: Path, column: str, values: pl.Se
         (1, pl.Datetime("ns"), "a time of whole microseconds"),
     ],
 )
-def test_an_id_that_has_lost_digits_is_refused_with_its_row(tmp_path: Path, column: str, value: Any, dtype: Any, told: str) -> None:
+def test_an_id_that_has_lost_digits_is_refused_with_its_row(tmp_path: Path, column: str, value: Any, dtype: Any, message: str) -> None:
     good: Any = "1" if dtype == pl.String else 1000 if dtype == pl.Datetime("ns") else 1.0
     values = pl.Series([good] * 13 + [value] + [good] * 6).cast(dtype)
-    with pytest.raises(DataError, match=rf"log.parquet, row 14: {column} is .*; expected .*{told}"):
+    with pytest.raises(DataError, match=rf"log.parquet, row 14: {column} is .*; expected .*{message}"):
         _ids(tmp_path, column, values)
 
 
 def _ids(folder: Path, column: str, values: pl.Series) -> Path:
     frame = pl.DataFrame({"label": [0, 1] * 10, "user_id": ["u"] * 20, "ad_id": ["a"] * 20, "x": ["x"] * 20, "l": [["l"]] * 20})
-    told = values if column != "l" else values.reshape((20, 1)).arr.to_list()
-    frame.with_columns(told.alias(column)).write_parquet(folder / "log.parquet")
+    column_values = values if column != "l" else values.reshape((20, 1)).arr.to_list()
+    frame.with_columns(column_values.alias(column)).write_parquet(folder / "log.parquet")
     schema = "\n".join(line for line in SCHEMA.splitlines() if not line.startswith("split"))
     (folder / "my.toml").write_text(schema)
     csv_table.prepare(folder / "log.parquet", folder / "out", folder / "my.toml")

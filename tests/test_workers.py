@@ -259,18 +259,18 @@ async def test_one_worker_answers_all_that_was_asked_too(repository):
 
 async def test_a_worker_that_is_told_to_end_is_replaced_and_loses_nothing(repository):
     async with two_workers(repository) as client:
-        told = workers_of(client)[0]
+        worker = workers_of(client)[0]
 
         async def until(asking):
             async with asyncio.timeout(PATIENCE):
-                while psutil.pid_exists(told) or len(workers_of(client)) < 3:
+                while psutil.pid_exists(worker) or len(workers_of(client)) < 3:
                     await asyncio.sleep(0.05)
             assert not any(task.done() for task in asking)
             client.process.terminate()
             await asyncio.gather(*asking)
 
-        await drained(client, lambda: os.kill(told, signal.SIGTERM), until)
-        assert f"worker {told} ended with exit code 0; another takes its place" in client.log.read_text()
+        await drained(client, lambda: os.kill(worker, signal.SIGTERM), until)
+        assert f"worker {worker} ended with exit code 0; another takes its place" in client.log.read_text()
 
 
 async def test_a_worker_that_cannot_rank_gets_no_connections_while_another_can(repository, tmp_path):

@@ -39,9 +39,11 @@ class Calibration:
 
     def line(self) -> str:
         """For people: how good it can be."""
-        told = f"calibrated on {self.clicks:,} clicks in {self.rows:,} rows of valid: slope {self.scale:.4g}, intercept {self.shift:+.4g}"
+        sentence = (
+            f"calibrated on {self.clicks:,} clicks in {self.rows:,} rows of valid: slope {self.scale:.4g}, intercept {self.shift:+.4g}"
+        )
         off = f"; so few leave the mean p(click) uncertain by about {1 / math.sqrt(max(self.clicks, 1)):.0%}" if self.clicks < 100 else ""
-        return told + off
+        return sentence + off
 
 
 def as_sampled(p_click: Array, negative_sampling: float) -> Array:

@@ -55,8 +55,8 @@ class Loaded:
         """What the store knows and the data set does not, for people; empty where that is nothing."""
         counted = ((self.behaviours, "behaviour"), (self.features, "feature"))
         users = " and ".join(_counted(count, what) for count, what in counted if count)
-        told = f"what was told of {_counted(self.newer_ads, 'ad')}" if self.newer_ads else ""
-        return " and ".join(part for part in (users and f"{users} of {_counted(self.newer_users, 'user')}", told) if part)
+        newer = f"what was told of {_counted(self.newer_ads, 'ad')}" if self.newer_ads else ""
+        return " and ".join(part for part in (users and f"{users} of {_counted(self.newer_users, 'user')}", newer) if part)
 
     @property
     def summary(self) -> str:

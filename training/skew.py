@@ -126,13 +126,13 @@ def find_skew(data: ImpressionLog, models: Path, name: str | None = None, sample
         skew.rows += len(frame)
         for (model, version), some in chosen.group_by(["model", "version"], maintain_order=True):
             key = str(model), int(version)
-            told = skew.versions.setdefault(key, VersionSkew())
-            told.rows += len(some)
+            version_skew = skew.versions.setdefault(key, VersionSkew())
+            version_skew.rows += len(some)
             if key not in checkers:
-                checkers[key], told.unusable = _checker(data, models, key, GRAPHS[precision])
+                checkers[key], version_skew.unusable = _checker(data, models, key, GRAPHS[precision])
             if checker := checkers[key]:
                 _compare_fields(skew, some, checker)
-                _compare_scores(told, some.filter("score"), checker, skew.tolerance)
+                _compare_scores(version_skew, some.filter("score"), checker, skew.tolerance)
     if not skew.compared:
         why = "; ".join(f"{model} {version}: {each.unusable}" for (model, version), each in skew.versions.items())
         raise DataError(f"{data.folder} has no row that could be compared; {why or f'none of {name} is in the window'}")
@@ -165,13 +165,13 @@ def _checker(data: ImpressionLog, models: Path, key: tuple[str, int], graph: str
     return Checker(own, bundle, Graph(bundle, graph), ad_table(own, bundle.encoder)), None
 
 
-def _compare_scores(told: VersionSkew, frame: pl.DataFrame, checker: Checker, tolerance: float) -> None:
+def _compare_scores(version_skew: VersionSkew, frame: pl.DataFrame, checker: Checker, tolerance: float) -> None:
     if len(frame):
         off = np.abs(checker.graph.p_click(checker.rows(frame)) - frame["p_click"].to_numpy())
         off[np.isnan(off)] = np.inf
-        told.compared += len(frame)
-        told.differ += int((off > tolerance).sum())
-        told.max_difference = max(told.max_difference, float(off.max()))
+        version_skew.compared += len(frame)
+        version_skew.differ += int((off > tolerance).sum())
+        version_skew.max_difference = max(version_skew.max_difference, float(off.max()))
 
 
 def _compare_fields(skew: Skew, frame: pl.DataFrame, checker: Checker) -> None:
@@ -202,8 +202,8 @@ def _compare_row(skew: Skew, checker: Checker, logged: Mapping[str, list[float]]
     schema = checker.bundle.schema
     for name, (part, width) in schema.tensors.items():
         if name == AGES:
-            told = np.array(logged[AGES], np.float32)[:, None] if AGES in logged else None
-            skew.fields.setdefault("history_ts", FieldSkew()).see("history", told, parts[AGES].numbers, secret=False)
+            ages = np.array(logged[AGES], np.float32)[:, None] if AGES in logged else None
+            skew.fields.setdefault("history_ts", FieldSkew()).see("history", ages, parts[AGES].numbers, secret=False)
             continue
         is_ids = name.endswith("_ids")
         ours = parts[part].ids if is_ids else parts[part].numbers

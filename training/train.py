@@ -388,8 +388,8 @@ def heads_of(family: str, asked: str = "") -> tuple[str, ...]:
     heads = tuple(asked.split("-")) if asked else NETWORKS[family].own_heads
     wrong = [mistake for head in heads[1:] if (mistake := wrong_head(head))]
     if heads[:1] != (CLICK,) or len(set(heads)) < len(heads) or wrong:
-        told = "; ".join(wrong) or "the click comes first, and each head once"
-        raise TrainError(f"heads is {asked!r}; expected a value such as click-conversion: {told}")
+        mistakes = "; ".join(wrong) or "the click comes first, and each head once"
+        raise TrainError(f"heads is {asked!r}; expected a value such as click-conversion: {mistakes}")
     return heads
 
 

@@ -117,8 +117,8 @@ class Tuning:
 
         def say(_: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             came = "ended early" if trial.state.name == "PRUNED" else f"{trial.value:.5f} on valid"
-            told = ", ".join(f"{name}={text}" for name, text in texts_of(trial.params).items())
-            progress.console.print(f"trial {trial.number + 1}: {came}; {told}", soft_wrap=True)
+            tried = ", ".join(f"{name}={text}" for name, text in texts_of(trial.params).items())
+            progress.console.print(f"trial {trial.number + 1}: {came}; {tried}", soft_wrap=True)
 
         try:
             self.study.optimize(lambda trial: self._try(trial, watch), trials, 60 * minutes, callbacks=[say])

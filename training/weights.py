@@ -50,9 +50,9 @@ def sampling_of(bundle: Bundle) -> float:
     Bundles of before do not tell it in their manifest. Of those, one that was retrained on a log was trained on all that was served,
     whatever its calibration took the share to be: the log's schema had it from the first model.
     """
-    told = bundle.manifest.get("negative_sampling")
-    if told is not None:
-        return float(told)
+    share = bundle.manifest.get("negative_sampling")
+    if share is not None:
+        return float(share)
     if bundle.manifest.get("retrain", {}).get("window", {}).get("held_out_from") is not None or CALIBRATION not in bundle.files:
         return 1.0
     return float(np.exp(json.loads((bundle.path / CALIBRATION).read_text("utf-8"))["sampling"]))
@@ -65,11 +65,11 @@ def settings_of(bundle: Bundle) -> tuple[Any, TrainSettings]:
         BundleError: the manifest does not tell them, or tells what this program does not know.
     """
     try:
-        told = {name: tuple(value) if isinstance(value, list) else value for name, value in bundle.manifest["settings"].items()}
-        for name in told.pop("by_data", ()):  # what followed that log's size follows the next one's
-            del told[name]
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in bundle.manifest["settings"].items()}
+        for name in settings.pop("by_data", ()):  # what followed that log's size follows the next one's
+            del settings[name]
         kinds: tuple[Any, Any] = (NETWORKS[bundle.manifest["network"]].settings, TrainSettings)
-        network, loop = (kind(**{f.name: told[f.name] for f in fields(kind) if f.name in told}) for kind in kinds)
+        network, loop = (kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings}) for kind in kinds)
     except (KeyError, TypeError, AttributeError, TrainError) as error:
         raise BundleError(f"bundle {bundle.path}: its manifest does not tell how it was trained: {error!r}") from error
     return network, replace(loop, threads=0)

@@ -45,7 +45,7 @@ class Reader:
         Raises:
             ServiceError: it is not JSON by its type, too large, too slow, or its sender left.
         """
-        sent = _told(scope)
+        sent = _joined_headers(scope)
         kind = sent.get(b"content-type", b"").partition(b";")[0].strip().lower()
         json = kind == b"application/json" or (kind.startswith(b"application/") and kind.endswith(b"+json"))
         if not json and not (plain and kind in (b"", b"text/plain")):
@@ -81,13 +81,13 @@ class Reader:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _told(scope: Scope) -> dict[bytes, bytes]:
+def _joined_headers(scope: Scope) -> dict[bytes, bytes]:
     """What the headers say of the body; what is said twice stands together, and is neither of the two."""
-    told: dict[bytes, bytes] = {}
+    joined: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
         if name in OF_THE_BODY:
-            told[name] = told[name] + b"," + value if name in told else value
-    return told
+            joined[name] = joined[name] + b"," + value if name in joined else value
+    return joined
 
 
 def peer(scope: Scope) -> str | None:

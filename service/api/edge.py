@@ -148,10 +148,10 @@ def _tell(scope: Scope, status: int) -> None:
 
 def _details(scope: Scope, status: int) -> dict[str, Any]:
     stages: RequestTimings = scope["state"]["observed"]
-    told = {"request_id": scope["state"]["request_id"], "route": stages.route, "status": status, "code": stages.outcome}
+    fields = {"request_id": scope["state"]["request_id"], "route": stages.route, "status": status, "code": stages.outcome}
     if stages.outcome in PLAIN:
-        told["detail"] = scope["state"]["detail"]
-    return told
+        fields["detail"] = scope["state"]["detail"]
+    return fields
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -74,7 +74,7 @@ class Conversion(_Happened):
     """What it was worth."""
 
 
-class UserTold(_Happened):
+class UserUpdate(_Happened):
     """Features of a user from now on; null takes one away."""
 
     type: Literal["user"]
@@ -85,7 +85,7 @@ class UserTold(_Happened):
     """Those that change, by the schema's names; null takes one away."""
 
 
-class AdTold(_Happened):
+class AdUpdate(_Happened):
     """Features of an ad from now on, null takes one away, and whether it may be shown. An ad that is not there yet is created."""
 
     type: Literal["ad"]
@@ -98,7 +98,7 @@ class AdTold(_Happened):
     """Whether it may be shown."""
 
 
-OneOf = Annotated[Impression | Click | Conversion | UserTold | AdTold, Field(discriminator="type")]
+OneOf = Annotated[Impression | Click | Conversion | UserUpdate | AdUpdate, Field(discriminator="type")]
 
 
 class EventBatch(Wire):
@@ -157,8 +157,8 @@ def _read(item: object, place: int) -> Event | Malformed:
         values = dict(_one.validate_python(item))
     except ValidationError as error:
         return _malformed(item, place, error)
-    told = {name: value for name, value in values.items() if value is not None or name not in ("request_id", "user_id")}
-    return Event(**told | {name: plain(told[name]) for name in ("user_id", "ad_id") if name in told})
+    given = {name: value for name, value in values.items() if value is not None or name not in ("request_id", "user_id")}
+    return Event(**given | {name: plain(given[name]) for name in ("user_id", "ad_id") if name in given})
 
 
 def _malformed(item: object, place: int, error: ValidationError) -> Malformed:
@@ -185,10 +185,10 @@ def events_answer(request_id: str, sent: Sequence[Event | Malformed], outcomes: 
     """The JSON of an `EventsAnswer`; what there is nothing to say of is left out."""
     events = []
     for item, outcome in zip(sent, outcomes, strict=True):
-        told = {"event_id": item.event_id or None, "status": outcome.status}
+        answer = {"event_id": item.event_id or None, "status": outcome.status}
         if outcome.reason:
-            told |= {"reason": outcome.reason, "detail": outcome.detail}
+            answer |= {"reason": outcome.reason, "detail": outcome.detail}
         if isinstance(item, Malformed):
-            told["pointer"] = item.pointer
-        events.append(told)
+            answer["pointer"] = item.pointer
+        events.append(answer)
     return orjson.dumps({"request_id": request_id, "events": events})

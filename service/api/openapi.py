@@ -48,7 +48,10 @@ def errors_of(others: tuple[type[errors.ServiceError], ...]) -> dict[int | str, 
     for error, kind in errors.KINDS.items():
         if error not in (*others, errors.CallerLeftError, errors.MetricsGoneError):
             titles.setdefault(str(kind.status), []).append(kind.title)
-    return {status: {"description": "; ".join(told), **content("application/problem+json", "Problem")} for status, told in titles.items()}
+    return {
+        status: {"description": "; ".join(meanings), **content("application/problem+json", "Problem")}
+        for status, meanings in titles.items()
+    }
 
 
 def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:

@@ -49,8 +49,8 @@ def refusal(error: ValidationError) -> NotJsonError | InvalidError:
     if wrong[0]["type"] == "json_invalid":
         return NotJsonError(wrong[0]["msg"])
     mistakes = [_mistake(entry["loc"], entry["type"], entry["msg"]) for entry in wrong[:MISTAKES_TOLD]]
-    told = f"{count} things are" if count > 1 else "one thing is"
-    return InvalidError(f"{told} wrong with the request; errors says where", mistakes)
+    number = f"{count} things are" if count > 1 else "one thing is"
+    return InvalidError(f"{number} wrong with the request; errors says where", mistakes)
 
 
 def sent_request_id(body: bytes) -> str | None:

@@ -23,8 +23,8 @@ def check_settings(flags: Mapping[str, Any]) -> tuple[Settings, frozenset[str], 
 
 
 def _problem(name: str, wrong: str, note: str = "") -> Finding:
-    said, _, cure = wrong.partition("; ")
-    return Finding("settings", name, "problem", said, "; ".join(filter(None, (cure, note))))
+    said, _, fix = wrong.partition("; ")
+    return Finding("settings", name, "problem", said, "; ".join(filter(None, (fix, note))))
 
 
 def _together(settings: Settings) -> Iterator[Finding]:
@@ -33,8 +33,8 @@ def _together(settings: Settings) -> Iterator[Finding]:
         if wrong := check(settings):
             yield _problem(name, wrong)
     if loose := tokens_loose(settings):
-        said, _, cure = loose.partition("; ")
-        yield Finding("settings", "tokens", "warning", said, cure)
+        said, _, fix = loose.partition("; ")
+        yield Finding("settings", "tokens", "warning", said, fix)
     if settings.redis.startswith("memory:"):
         said = "the store is memory://, so users and ads are gone when a process ends, and each worker has its own"
         yield Finding("settings", "redis", "warning", said, "name a Redis with ADRANK_REDIS for anything but a trial")

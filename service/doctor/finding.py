@@ -24,7 +24,7 @@ class Finding:
     check: str
     status: Status
     said: str
-    cure: str = ""
+    fix: str = ""
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
@@ -46,7 +46,7 @@ def table(findings: Sequence[Finding], width: int | None = None) -> str:
     room = max(NARROWEST, (width or shutil.get_terminal_size((110, 24)).columns) - indent)
     lines = []
     for finding in findings:
-        text = f"{finding.said}. {_sentence(finding.cure)}" if finding.cure else finding.said
+        text = f"{finding.said}. {_sentence(finding.fix)}" if finding.fix else finding.said
         wrapped = textwrap.wrap(text, room, break_on_hyphens=False) or [""]
         status = click.style(f"{finding.status:<7}", COLOURS[finding.status])
         lines.append(f"{finding.area:<{first}}  {finding.check:<{second}}  {status}  {wrapped[0]}")
@@ -56,11 +56,11 @@ def table(findings: Sequence[Finding], width: int | None = None) -> str:
 
 def _sum(findings: Sequence[Finding]) -> str:
     counts = {status: sum(finding.status == status for finding in findings) for status in COLOURS}
-    told = [f"{counts['ok']} ok"]
-    told += [f"{counts['warning']} warning(s)"] if counts["warning"] else []
-    told += [f"{counts['problem']} problem(s)"] if counts["problem"] else []
-    told += [f"{counts['skipped']} skipped"] if counts["skipped"] else []
-    return ", ".join(told)
+    counted = [f"{counts['ok']} ok"]
+    counted += [f"{counts['warning']} warning(s)"] if counts["warning"] else []
+    counted += [f"{counts['problem']} problem(s)"] if counts["problem"] else []
+    counted += [f"{counts['skipped']} skipped"] if counts["skipped"] else []
+    return ", ".join(counted)
 
 
 def _sentence(text: str) -> str:

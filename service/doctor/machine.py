@@ -28,8 +28,8 @@ def check_provider(settings: Settings) -> Iterator[Finding]:
     except DeviceError as error:
         wrong = str(error)
     if wrong:
-        what, _, cure = wrong.partition("; ")
-        yield Finding("provider", settings.device, "problem", what, cure)
+        what, _, fix = wrong.partition("; ")
+        yield Finding("provider", settings.device, "problem", what, fix)
     else:
         yield Finding("provider", settings.device, "ok", said)
     yield check_features(settings)
@@ -66,8 +66,8 @@ def check_threads(settings: Settings, cgroup: Path = CGROUP) -> Finding:
     said = f"{parts} = {busy} threads score, on {usable} processor(s) by {limit}"
     if busy <= usable:
         return _found("threads", "ok", said)
-    cure = f"lower --workers to {usable} at most, and leave ADRANK_THREADS and ADRANK_INTRA_OP_THREADS at their defaults"
-    return _found("threads", "problem" if busy > 2 * usable else "warning", f"{said}, so answers wait for each other", cure)
+    fix = f"lower --workers to {usable} at most, and leave ADRANK_THREADS and ADRANK_INTRA_OP_THREADS at their defaults"
+    return _found("threads", "problem" if busy > 2 * usable else "warning", f"{said}, so answers wait for each other", fix)
 
 
 def check_memory(settings: Settings, weight: int, ads: int, limit: int | None) -> Finding:
@@ -93,6 +93,6 @@ def check_files(limit: int) -> Finding:
     return _found("open files", "problem" if limit < FILES // 32 else "warning", said, f"raise it to {FILES:,} or more, with ulimit -n")
 
 
-def _found(check: str, status: Status, said: str, cure: str = "") -> Finding:
+def _found(check: str, status: Status, said: str, fix: str = "") -> Finding:
     area: Area = "resources"
-    return Finding(area, check, status, said, cure)
+    return Finding(area, check, status, said, fix)

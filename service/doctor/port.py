@@ -25,9 +25,9 @@ def check_port(settings: Settings) -> Finding:
     try:
         _bind(settings.host, settings.port)
     except OSError as error:
-        told = readyz(ANY.get(settings.host, settings.host), settings.port)
-        cure = "choose another with --host and --port, or ADRANK_HOST and ADRANK_PORT"
-        return _of_adrank(where, told) if told else _found("problem", f"{where} cannot be listened on: {reason(error)}", cure)
+        readiness = readyz(ANY.get(settings.host, settings.host), settings.port)
+        fix = "choose another with --host and --port, or ADRANK_HOST and ADRANK_PORT"
+        return _of_adrank(where, readiness) if readiness else _found("problem", f"{where} cannot be listened on: {reason(error)}", fix)
     return _found("ok", f"{where} is free{_idle(settings)}")
 
 
@@ -57,18 +57,18 @@ def _bind(host: str, port: int) -> None:
         raise refusal
 
 
-def _of_adrank(where: str, told: dict[str, Any]) -> Finding:
-    status, taken = told["status"], f"{where} is taken by adrank, which is"
+def _of_adrank(where: str, readiness: dict[str, Any]) -> Finding:
+    status, taken = readiness["status"], f"{where} is taken by adrank, which is"
     if status == "ready":
         return _found("ok", f"{taken} ready")
-    cure = "this is about the service that runs; what is found above is about these settings"
+    fix = "this is about the service that runs; what is found above is about these settings"
     if status == "unready":
-        return _found("problem", f"{taken} unready because {'; '.join(map(str, told.get('reasons', [])))}", cure)
-    return _found("warning", f"{taken} {status} because {_shaky(told)}", cure)
+        return _found("problem", f"{taken} unready because {'; '.join(map(str, readiness.get('reasons', [])))}", fix)
+    return _found("warning", f"{taken} {status} because {_shaky(readiness)}", fix)
 
 
-def _shaky(told: dict[str, Any]) -> str:
-    store, catalogue, models = (told.get(part) or {} for part in ("store", "catalogue", "models"))
+def _shaky(readiness: dict[str, Any]) -> str:
+    store, catalogue, models = (readiness.get(part) or {} for part in ("store", "catalogue", "models"))
     refused = [f"model {name} is refused: {why}" for name, why in (models.get("refused") or {}).items()]
     reasons = [store.get("detail") or store.get("reason"), catalogue.get("detail") or catalogue.get("reason"), *refused]
     return "; ".join(dict.fromkeys(str(reason) for reason in reasons if reason)) or "/readyz does not say"
@@ -79,14 +79,14 @@ def readyz(host: str, port: int) -> dict[str, Any] | None:
     connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
     try:
         connection.request("GET", "/readyz")
-        told = json.loads(connection.getresponse().read(MOST_BYTES))
+        readiness = json.loads(connection.getresponse().read(MOST_BYTES))
     except (OSError, ValueError, http.client.HTTPException):
         return None
     finally:
         connection.close()
-    known = isinstance(told, dict) and told.get("status") in ("ready", "degraded", "unready") and "catalogue" in told
-    return told if known else None
+    known = isinstance(readiness, dict) and readiness.get("status") in ("ready", "degraded", "unready") and "catalogue" in readiness
+    return readiness if known else None
 
 
-def _found(status: Status, said: str, cure: str = "") -> Finding:
-    return Finding("port", "listen", status, said, cure)
+def _found(status: Status, said: str, fix: str = "") -> Finding:
+    return Finding("port", "listen", status, said, fix)

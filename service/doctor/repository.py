@@ -38,12 +38,12 @@ class Repository:
         try:
             there, found = models.exists(), look(models)
         except OSError as error:
-            cure = "let the user that adrank runs as read it, or mend the volume"
-            yield _found("repository", "problem", f"{models} cannot be read: {error.strerror or error}", cure)
+            fix = "let the user that adrank runs as read it, or mend the volume"
+            yield _found("repository", "problem", f"{models} cannot be read: {error.strerror or error}", fix)
             return
         if not there:
-            cure = "train a model into it, mount it, or name another with --models or ADRANK_MODELS"
-            yield _found("repository", "problem", f"{models} is not there; the service waits unready", cure)
+            fix = "train a model into it, mount it, or name another with --models or ADRANK_MODELS"
+            yield _found("repository", "problem", f"{models} is not there; the service waits unready", fix)
             return
         yield from self._models(found)
         yield _disk(models)
@@ -73,14 +73,14 @@ class Repository:
             yield self._load(name, found.path, beside, kept)
         if found.challenger_wrong:
             yield _found(f"{name}, challenger", "problem", *_halves(found.challenger_wrong.detail))
-        elif found.challenger and found.verdict:
-            said = f"version {found.challenger.version} was stopped: {found.verdict.detail}"
+        elif found.challenger and found.decision:
+            said = f"version {found.challenger.version} was stopped: {found.decision.detail}"
             yield _found(f"{name}, challenger", "warning", said, "end it with adrank promote --stop, or announce another")
         elif found.challenger:
             path = self.settings.models / name / str(found.challenger.version)
             finding = self._load(f"{name}, challenger", path, beside, kept)
             share = f"{found.challenger.mode} for {found.challenger.share:.3g} of the users"
-            yield Finding(finding.area, finding.check, finding.status, f"{finding.said}; {share}", finding.cure)
+            yield Finding(finding.area, finding.check, finding.status, f"{finding.said}; {share}", finding.fix)
 
     def _load(self, check: str, path: Path, beside: Executor, kept: list[Model]) -> Finding:
         """Digests, contract and goldens of a version, if there is memory to load it."""
@@ -95,8 +95,8 @@ class Repository:
         said = f"version {path.name}, contract {model.bundle.fingerprint}, {len(model.bundle.goldens)} goldens hold, {model.precision}"
         if self.settings.precision == "int8" and INT8_MODEL not in model.bundle.files:
             why = model.bundle.manifest.get("int8", {}).get("refused", "it was not asked for")
-            cure = "train it with --set int8=true, or set ADRANK_PRECISION=float32"
-            return _found(check, "warning", f"{said}: ADRANK_PRECISION is int8, and the bundle has no such graph ({why})", cure)
+            fix = "train it with --set int8=true, or set ADRANK_PRECISION=float32"
+            return _found(check, "warning", f"{said}: ADRANK_PRECISION is int8, and the bundle has no such graph ({why})", fix)
         return _found(check, "ok", said)
 
 
@@ -116,9 +116,9 @@ def _size(path: Path) -> int:
 
 
 def _halves(text: str) -> tuple[str, str]:
-    said, _, cure = text.partition("; ")
-    return said, cure or "see what training published, and publish it again"
+    said, _, fix = text.partition("; ")
+    return said, fix or "see what training published, and publish it again"
 
 
-def _found(check: str, status: Status, said: str, cure: str = "") -> Finding:
-    return Finding("models", check, status, said, cure)
+def _found(check: str, status: Status, said: str, fix: str = "") -> Finding:
+    return Finding("models", check, status, said, fix)

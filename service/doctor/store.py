@@ -30,8 +30,8 @@ def check_store(settings: Settings, skip: str | None = None, clock: Callable[[],
     try:
         looked = asyncio.run(look(settings.redis, clock))
     except (StoreError, ValueError) as error:
-        said, _, cure = str(error).partition("; ")
-        findings = [_found("server", "problem", f"{settings.store_name}: {said}", cure or "see that it runs and that its URL is right")]
+        said, _, fix = str(error).partition("; ")
+        findings = [_found("server", "problem", f"{settings.store_name}: {said}", fix or "see that it runs and that its URL is right")]
         return [*findings, Finding("clock", "store", "skipped", "the store was not reached, so there is no clock to compare with")], None
     findings = [finding for node in looked.nodes for finding in _server(node)]
     findings += [*_rights(looked), *_contents(looked, settings), *check_clock(looked.nodes, settings.event_ahead_seconds)]
@@ -45,7 +45,7 @@ def _server(node: Node) -> Iterator[Finding]:
         return
     for check in (version, role, eviction, memory, persistence):
         finding = check(node.facts)
-        yield _found(f"{finding.check}{name}", finding.status, finding.said, finding.cure)
+        yield _found(f"{finding.check}{name}", finding.status, finding.said, finding.fix)
 
 
 def version(facts: Facts) -> Finding:
@@ -106,8 +106,8 @@ def persistence(facts: Facts) -> Finding:
 def _rights(looked: Looked) -> Iterator[Finding]:
     for part, commands in looked.denied.items():
         grave: Status = "problem" if part == "adrank serve" else "warning"
-        cure = "grant it what docs/redis.md lists, with ACL SETUSER"
-        yield _found("permissions", grave, f"{part} may not: {', '.join(commands)}", cure)
+        fix = "grant it what docs/redis.md lists, with ACL SETUSER"
+        yield _found("permissions", grave, f"{part} may not: {', '.join(commands)}", fix)
     if not looked.denied:
         yield _found("permissions", "ok", "all commands that adrank gives")
     if looked.unwritable and all(node.facts is None or node.facts.get("role") == "master" for node in looked.nodes):
@@ -156,17 +156,17 @@ def check_clock(nodes: Sequence[Node], most: float) -> Iterator[Finding]:
             continue
         off = abs(node.ahead)
         said = f"this machine is {off:,.3f} s {'behind' if node.ahead > 0 else 'ahead of'} the store"
-        cure = "let a time service such as chrony keep the clocks of both machines"
+        fix = "let a time service such as chrony keep the clocks of both machines"
         if off > most:
-            yield Finding("clock", name, "problem", f"{said}; events further ahead than {most:g} s are refused", cure)
+            yield Finding("clock", name, "problem", f"{said}; events further ahead than {most:g} s are refused", fix)
         elif off > CLOCK_SECONDS:
-            yield Finding("clock", name, "warning", f"{said}; windows of the joiner are off by as much", cure)
+            yield Finding("clock", name, "warning", f"{said}; windows of the joiner are off by as much", fix)
         else:
             yield Finding("clock", name, "ok", said)
 
 
-def _found(check: str, status: Status, said: str, cure: str = "") -> Finding:
-    return Finding("store", check, status, said, cure)
+def _found(check: str, status: Status, said: str, fix: str = "") -> Finding:
+    return Finding("store", check, status, said, fix)
 
 
 def _mb(count: float) -> str:

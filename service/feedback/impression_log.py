@@ -132,7 +132,7 @@ class ServedLog:
         """Bytes appended since it was looked, and all that were appended, in bytes and records."""
         self._closing = False
         self._task: asyncio.Task[None] | None = None
-        self._told = -TELL_SECONDS
+        self._last_line = -TELL_SECONDS
 
     def left(self) -> None:
         """Count a ranking whose caller had left before its answer went out: nobody saw it, so it is no record."""
@@ -260,15 +260,15 @@ class ServedLog:
         each = self._appended / self._appended_records if self._appended_records else 0.0
         size = kept * each if self._room.stream is None else self._room.stream + self._since
         used, most = (self._room.used or 0) + self._since, settings.log_memory_share * self._room.most
-        cure = "see whether adrank join runs and keeps up"
+        fix = "see whether adrank join runs and keeps up"
         if kept >= settings.log_kept or size >= settings.log_kept_bytes:
             said = f"{kept:,} records of {size / 2**20:,.0f} MB wait in {SERVED}; {settings.log_kept:,} and"
-            self._now_full(BACKLOG, f"{said} {settings.log_kept_bytes / 2**20:,.0f} MB are kept: {cure}")
+            self._now_full(BACKLOG, f"{said} {settings.log_kept_bytes / 2**20:,.0f} MB are kept: {fix}")
         elif most and used >= most:
             said = (
                 f"the store uses {used / 2**20:,.0f} of its {self._room.most / 2**20:,.0f} MB (maxmemory), and what is left is for events"
             )
-            self._now_full(MEMORY, f"{said}: raise maxmemory, or {cure}")
+            self._now_full(MEMORY, f"{said}: raise maxmemory, or {fix}")
         else:
             self._full = self._why = ""
 
@@ -287,8 +287,8 @@ class ServedLog:
 
     def _tell(self, what: str, error: Exception) -> None:
         """Log a failure, unless one was logged just now."""
-        if time.monotonic() - self._told >= TELL_SECONDS:
-            self._told = time.monotonic()
+        if time.monotonic() - self._last_line >= TELL_SECONDS:
+            self._last_line = time.monotonic()
             why = str(error) if isinstance(error, StoreError) else where(error)
             log.warning("%s; adrank_served_log_total counts it: %s", what, why)
 

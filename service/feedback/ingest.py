@@ -73,7 +73,7 @@ class Intake:
             self._count(sent, [outcome or Outcome("rejected", error.reason) for outcome in outcomes])
             kind = BacklogError if error.reason == "backlog" else StoreDownError
             raise kind(str(error) if kind is BacklogError else of_store(error.reason)) from None
-        return self._told(sent, outcomes, done)
+        return self._answer(sent, outcomes, done)
 
     async def _checked(self, sent: Sequence[Event | Malformed], fields: "_Fields", nobody: Collection[str]) -> list[Outcome | None]:
         """What can be said before the store is asked: None where it has to be."""
@@ -98,12 +98,12 @@ class Intake:
         return _mistyped(item, fields) if item.features else None
 
     async def _applied(self, events: Sequence[Event], nobody: Collection[str]) -> dict[str, Outcome]:
-        subjects = by_entity(events, nobody)
-        outcomes = await self._store.apply(subjects) if subjects else []
-        pairs = (pair for subject, each in zip(subjects, outcomes, strict=True) for pair in zip(subject.events, each, strict=True))
+        entities = by_entity(events, nobody)
+        outcomes = await self._store.apply(entities) if entities else []
+        pairs = (pair for entity, each in zip(entities, outcomes, strict=True) for pair in zip(entity.events, each, strict=True))
         return {event.event_id: outcome for event, outcome in pairs}
 
-    def _told(self, sent: Sequence[Event | Malformed], checked: Sequence[Outcome | None], done: Mapping[str, Outcome]) -> list[Outcome]:
+    def _answer(self, sent: Sequence[Event | Malformed], checked: Sequence[Outcome | None], done: Mapping[str, Outcome]) -> list[Outcome]:
         """Every event's outcome. Of those with the same id the first was done; the others repeat it, as they would in a later batch."""
         outcomes, before = list[Outcome](), set[str]()
         for item, outcome in zip(sent, checked, strict=True):

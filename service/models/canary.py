@@ -111,15 +111,15 @@ class Challenge:
     def __init__(self, name: str, facts: Challenger, model: Model | None, metrics: Metrics, folder: Path | None = None) -> None:
         """`folder` is that which the workers of a service share."""
         self.name, self.facts, self.model = name, facts, model
-        self.verdict: CanaryDecision | None = None
+        self.decision: CanaryDecision | None = None
         self._metrics = metrics
         key = f"{name}.{facts.version}.{facts.mark}"
-        self._told = folder / f"{key}.verdict" if folder else None
+        self._decision_mark = folder / f"{key}.verdict" if folder else None
         self._window = EvidenceWindow(folder=folder, key=key)
         self._thread: Executor | None = None
         self._runs: set[ChallengerRun] = set()
         self._shadow: asyncio.Task[None] | None = None
-        self._told_failure = False
+        self._failure_logged = False
 
     def begin(self, thread: Executor) -> None:
         """Run in this thread, which ends with the challenger."""
@@ -185,9 +185,9 @@ class Challenge:
         """The challenger failed on a request that the live version could rank."""
         if isinstance(error, LateError):  # which has been counted
             return
-        if not self._told_failure:
+        if not self._failure_logged:
             log.warning("challenger %s %d failed on a request, and may on more: %s", self.name, self.facts.version, error)
-            self._told_failure = True
+            self._failure_logged = True
         self._metrics.challenged(self.name, self.facts.mode, "error")
         self._window.failed()
 
@@ -239,19 +239,19 @@ class Challenge:
         just_now, newest, all_ = window.periods(EARLY_REQUESTS, bounds.min_requests)
         return hopeless(just_now, bounds) or hopeless(all_, bounds) or judge(newest, bounds) or judge(all_, bounds)
 
-    def stop(self, verdict: CanaryDecision | None = None) -> None:
-        """Rank with the live version alone from the next request on; the verdict says why, if the challenger is at fault."""
-        self.verdict, self.model = verdict, None
+    def stop(self, decision: CanaryDecision | None = None) -> None:
+        """Rank with the live version alone from the next request on; the decision says why, if the challenger is at fault."""
+        self.decision, self.model = decision, None
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
         self._window.close()
 
     def first_to_stop(self) -> bool:
         """Whether no other worker has stopped it before: it is counted once."""
-        if self._told is None:
+        if self._decision_mark is None:
             return True
         try:
-            self._told.touch(exist_ok=False)
+            self._decision_mark.touch(exist_ok=False)
         except FileExistsError:
             return False
         except OSError:
@@ -270,7 +270,7 @@ class Challenge:
             "share": self.facts.share,
             "since": self.facts.since,
             "state": "running" if self.model else "stopped",
-            "verdict": None if self.verdict is None else {"reason": self.verdict.reason, "detail": self.verdict.detail},
+            "verdict": None if self.decision is None else {"reason": self.decision.reason, "detail": self.decision.detail},
             "bounds": {**asdict(bounds), "p_click_ratio": list(bounds.p_click_ratio)},
             "last_10_minutes": {**own, **counts, "live": live},
         }

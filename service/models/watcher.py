@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 from features.bundle import BundleError, current_path
-from features.challenger import CanaryDecision, Challenger, read_challenger, read_verdict, write_verdict
+from features.challenger import CanaryDecision, Challenger, read_challenger, read_decision, write_decision
 from features.repository import NAME, is_live
 
 from ..errors import ScoringError
@@ -57,7 +57,7 @@ class Found:
     wrong: Refused | None = None
     challenger: Challenger | None = None
     challenger_wrong: Refused | None = None
-    verdict: CanaryDecision | None = None
+    decision: CanaryDecision | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +118,13 @@ class ModelWatcher:
         while True:
             await asyncio.sleep(JUDGE_SECONDS)
             for name, challenge in list(self._ranker.challenges.items()):
-                if verdict := challenge.judged():
-                    challenge.stop(verdict)
+                if decision := challenge.judged():
+                    challenge.stop(decision)
                     if challenge.first_to_stop():
-                        self._metrics.rolled_back(name, verdict.reason)
-                    log.error("challenger %s %d is stopped: %s", name, challenge.facts.version, verdict.detail)
-                    # Not waited for: another challenger's verdict must not wait for a volume, or for a model that is being loaded.
-                    self._beside.submit(_tell_others, self._settings.models / name, challenge.facts, verdict)
+                        self._metrics.rolled_back(name, decision.reason)
+                    log.error("challenger %s %d is stopped: %s", name, challenge.facts.version, decision.detail)
+                    # Not waited for: another challenger's decision must not wait for a volume, or for a model that is being loaded.
+                    self._beside.submit(_tell_others, self._settings.models / name, challenge.facts, decision)
 
     def close(self) -> None:
         """Let the threads end."""
@@ -186,17 +186,17 @@ class ModelWatcher:
         if facts is None or facts.version == live.bundle.version:
             return None
         if before is not None and before.facts == facts:
-            if before.verdict is None and found.verdict is not None:
-                log.error("challenger %s %d is stopped, as another process found: %s", name, facts.version, found.verdict.detail)
-                before.stop(found.verdict)
+            if before.decision is None and found.decision is not None:
+                log.error("challenger %s %d is stopped, as another process found: %s", name, facts.version, found.decision.detail)
+                before.stop(found.decision)
             return before
-        model = None if found.verdict else await self._load(what, self._settings.models / name / str(facts.version), refused)
-        if model is None and found.verdict is None:
+        model = None if found.decision else await self._load(what, self._settings.models / name / str(facts.version), refused)
+        if model is None and found.decision is None:
             return None
         challenge = Challenge(name, facts, model, self._metrics, shared_folder())
         challenge.begin(ThreadPoolExecutor(1, "challenger", give_way))
         self._metrics.challenger(name, facts.mode)
-        challenge.verdict = found.verdict
+        challenge.decision = found.decision
         return challenge
 
     async def _load(self, what: str, path: Path, refused: dict[str, Refused]) -> Model | None:
@@ -306,17 +306,17 @@ def look(models: Path) -> dict[str, Found]:
 
 
 def _find(models: Path, home: Path) -> Found:
-    path = wrong = challenger = verdict = challenger_wrong = None
+    path = wrong = challenger = decision = challenger_wrong = None
     try:
         path = current_path(models, home.name)
     except BundleError as error:
         wrong = Refused.by(error)
     try:
         if challenger := read_challenger(home):
-            verdict = read_verdict(home, challenger)
+            decision = read_decision(home, challenger)
     except BundleError as error:
         challenger_wrong = Refused.by(error)
-    return Found(path, wrong, challenger, challenger_wrong, verdict)
+    return Found(path, wrong, challenger, challenger_wrong, decision)
 
 
 def mark_of(path: Path) -> Mark:
@@ -331,9 +331,9 @@ def mark_of(path: Path) -> Mark:
     return tuple(sorted(found))
 
 
-def _tell_others(home: Path, challenger: Challenger, verdict: CanaryDecision) -> None:
+def _tell_others(home: Path, challenger: Challenger, decision: CanaryDecision) -> None:
     try:
-        write_verdict(home, challenger, verdict)
+        write_decision(home, challenger, decision)
     except OSError as error:
         log.warning("other processes are not told, each will judge for itself: %s", error)
 

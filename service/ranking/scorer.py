@@ -117,8 +117,8 @@ class ExplainGraph:
         outputs = [entry.name for entry in self._session.get_outputs()]
         self.attends = ATTENTION in outputs
         try:
-            told = self._session.get_modelmeta().custom_metadata_map
-            self.names: list[str] = json.loads(told[CONTRIBUTIONS]) if CONTRIBUTIONS in outputs else []
+            metadata = self._session.get_modelmeta().custom_metadata_map
+            self.names: list[str] = json.loads(metadata[CONTRIBUTIONS]) if CONTRIBUTIONS in outputs else []
         except (KeyError, ValueError) as error:
             raise ScoringError(f"{graph} does not say what its contributions are called") from error
 

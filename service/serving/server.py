@@ -89,7 +89,7 @@ class Member(WorkerServer):
         self.server_state.on_closed = self._count_closed
         self._pair = pair
         self._closed = 0
-        self._told: bool | None = None
+        self._said_able: bool | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start without a socket to listen on, and say so."""
@@ -106,7 +106,7 @@ class Member(WorkerServer):
 
     async def on_tick(self, counter: int) -> bool:
         """Report what there was no room for before, whether this process has become able, and now and then that it is there."""
-        if self._closed or self._able() != self._told or not counter % BEAT_TICKS:
+        if self._closed or self._able() != self._said_able or not counter % BEAT_TICKS:
             self._report()
         return await super().on_tick(counter)
 
@@ -141,4 +141,4 @@ class Member(WorkerServer):
         able = self._able()
         with contextlib.suppress(OSError):  # no room now, or the other process died, which is heard of elsewhere
             self._pair.send(b"%d %d" % (self._closed, able))
-            self._closed, self._told = 0, able
+            self._closed, self._said_able = 0, able

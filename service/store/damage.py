@@ -37,16 +37,16 @@ class Damage:
     def __init__(self) -> None:
         self.on_replaced: Callable[[], None] = lambda: None
         """Called for each key that had a wrong type and was taken away."""
-        self._told, self._untold = float("-inf"), 0
+        self._last_line, self._unlogged = float("-inf"), 0
 
     def tell(self, key: str | bytes, why: str) -> None:
         """Log a key that is done without; not each time where there are many."""
         now = time.monotonic()
-        if now - self._told < TELL_SECONDS:
-            self._untold += 1
+        if now - self._last_line < TELL_SECONDS:
+            self._unlogged += 1
             return
-        more = f"; so were {self._untold} more since the last such line" if self._untold else ""
-        self._told, self._untold = now, 0
+        more = f"; so were {self._unlogged} more since the last such line" if self._unlogged else ""
+        self._last_line, self._unlogged = now, 0
         log.warning("the store's key %s is done without: %s%s", _text(key), why, more)
 
     async def clear(self, client: Client, key: str | bytes, kind: bytes) -> None:

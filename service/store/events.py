@@ -81,7 +81,7 @@ DIGEST = hashlib.sha1(WRITE, usedforsecurity=False).hexdigest()
 
 
 class Place(NamedTuple):
-    """The keys of a subject: of its events' ids, and of its state, in one slot; a `field` where the state is in a hash."""
+    """The keys of an entity: of its events' ids, and of its state, in one slot; a `field` where the state is in a hash."""
 
     seen: str
     state: str = ""
@@ -123,9 +123,9 @@ UNTOLD = Bounds()
 
 
 class _Turn(NamedTuple):
-    """A subject, what was read of it, and what is to become of it."""
+    """An entity, what was read of it, and what is to become of it."""
 
-    subject: EntityUpdates
+    entity: EntityUpdates
     place: Place
     stored: bytes
     change: Change
@@ -141,29 +141,29 @@ class EventStore:
     """Applies events to what a server keeps."""
 
     def __init__(self, client: Client, place: Callable[[EntityUpdates], Place], ttl: int, bounds: Bounds, damage: Damage) -> None:
-        """The way to the servers, the keys of a subject, seconds that a user's state is kept."""
+        """The way to the servers, the keys of an entity, seconds that a user's state is kept."""
         self._client, self._place, self._ttl, self._bounds, self._damage = client, place, ttl, bounds, damage
         self._bytes, self._looked = 0, -LOOK_SECONDS
         """What the events that wait take of memory, and when that was asked."""
 
-    async def apply(self, subjects: Sequence[EntityUpdates]) -> list[Sequence[Outcome]]:
-        """What became of each event, beside the subjects.
+    async def apply(self, entities: Sequence[EntityUpdates]) -> list[Sequence[Outcome]]:
+        """What became of each event, beside the entities.
 
         Raises:
             StoreError: too many events wait to be joined, or others change the same all the time.
             OSError, RedisError: the server did not answer, or refused.
         """
         outcomes: list[Sequence[Outcome]] = []
-        for some in together(subjects):
+        for some in together(entities):
             outcomes += await self._apply(some)
             await asyncio.sleep(0)
         return outcomes
 
-    async def _apply(self, subjects: Sequence[EntityUpdates]) -> list[Sequence[Outcome]]:
+    async def _apply(self, entities: Sequence[EntityUpdates]) -> list[Sequence[Outcome]]:
         outcomes: dict[int, Sequence[Outcome]] = {}
-        waiting = dict.fromkeys(range(len(subjects)), NEVER)
+        waiting = dict.fromkeys(range(len(entities)), NEVER)
         for attempt in range(ATTEMPTS):
-            turns = await self._read(subjects, waiting)
+            turns = await self._read(entities, waiting)
             if attempt == 0:  # what is new later on was new before
                 await self._append(turns.values())
             replies = await self._write({i: turn for i, turn in turns.items() if turn.change.fresh})
@@ -172,19 +172,19 @@ class EventStore:
             outcomes |= {i: turn.change.outcomes for i, turn in done.items()}
             waiting = {i: waiting[i] if reply == TAKEN else float(reply) for i, reply in replies.items() if reply != DONE}
             if not waiting:
-                return [outcomes[i] for i in range(len(subjects))]
+                return [outcomes[i] for i in range(len(entities))]
             await asyncio.sleep(random.uniform(0, PAUSE_SECONDS * attempt))
         raise StoreError("contended", f"others changed the same users or ads {ATTEMPTS} times over; send the events again")
 
-    async def _read(self, subjects: Sequence[EntityUpdates], waiting: Mapping[int, float]) -> dict[int, _Turn]:
-        places = {i: self._place(subjects[i]) for i in waiting}
-        commands = [command for i, place in places.items() for command in _reads(subjects[i], place)]
+    async def _read(self, entities: Sequence[EntityUpdates], waiting: Mapping[int, float]) -> dict[int, _Turn]:
+        places = {i: self._place(entities[i]) for i in waiting}
+        commands = [command for i, place in places.items() for command in _reads(entities[i], place)]
         answers, replaced = await self._damage.ask_all(self._client, commands)
         replies, turns = iter(unrefused(answers)), {}
         for i, place in places.items():
             stored = (next(replies) or b"") if place.state else b""
-            change = subjects[i].change(UNREADABLE if place.state in replaced else stored, next(replies), waiting[i])
-            turns[i] = _Turn(subjects[i], place, stored, change)
+            change = entities[i].change(UNREADABLE if place.state in replaced else stored, next(replies), waiting[i])
+            turns[i] = _Turn(entities[i], place, stored, change)
         return turns
 
     async def _append(self, turns: Iterable[_Turn]) -> None:
@@ -225,8 +225,8 @@ class EventStore:
                 self._damage.tell(turn.place.name, "what it held could not be read and gave way to what events tell")
 
 
-def _reads(subject: EntityUpdates, place: Place) -> list[Command]:
-    ids = [event.event_id for event in subject.events]
+def _reads(entity: EntityUpdates, place: Place) -> list[Command]:
+    ids = [event.event_id for event in entity.events]
     seen: Command = (b"ZMSCORE", place.seen, *ids)
     if place.field:
         return [(b"EVAL", READ, b"1", place.state, place.field, str(STATE_BYTES)), seen]

@@ -72,9 +72,9 @@ def ads_key(ad_id: str) -> str:
     return f"adrank:ads:{{{_hash(ad_id)}}}"
 
 
-def place(subject: EntityUpdates) -> Place:
-    """The keys of what events are about; those of one subject are in one slot."""
-    return place_of(subject.kind, subject.id)
+def place(entity: EntityUpdates) -> Place:
+    """The keys of what events are about; those of one entity are in one slot."""
+    return place_of(entity.kind, entity.id)
 
 
 def place_of(kind: Kind, name: str) -> Place:
@@ -148,14 +148,14 @@ class RedisStore:
                 if changed and kind == "ad":
                     await self._announce(self._bulk, changed)
 
-    async def apply(self, subjects: Sequence[EntityUpdates]) -> list[Sequence[Outcome]]:
+    async def apply(self, entities: Sequence[EntityUpdates]) -> list[Sequence[Outcome]]:
         """See `Store`."""
         try:
-            outcomes = await self._events.apply(subjects)
+            outcomes = await self._events.apply(entities)
         except (OSError, RedisError) as error:
             raise as_store_error(error, EVENT_SECONDS) from error
         # Those of duplicates too: who did such an event first may not have lived to announce it.
-        for batch in batches(dict.fromkeys(subject.id for subject in subjects if subject.kind == "ad")):
+        for batch in batches(dict.fromkeys(entity.id for entity in entities if entity.kind == "ad")):
             async with answering(EVENT_SECONDS):
                 await self._announce(self._eventful, batch)
         return outcomes

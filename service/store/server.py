@@ -116,8 +116,8 @@ def alone(url: StoreUrl) -> Single:
 
 def options_of(login: Login, tls: Tls | None) -> dict[str, Any]:
     """What a connection is to be like. `driver_info` would be told to the server, whose user may lack that right."""
-    told = {"username": login.user or None, "password": login.password or None, **({"tls": tls} if tls else {})}
-    return {**told, "protocol": 2, "driver_info": None, "socket_timeout": None, "socket_connect_timeout": CONNECT_SECONDS}
+    options = {"username": login.user or None, "password": login.password or None, **({"tls": tls} if tls else {})}
+    return {**options, "protocol": 2, "driver_info": None, "socket_timeout": None, "socket_connect_timeout": CONNECT_SECONDS}
 
 
 def unrefused(replies: list[Any]) -> list[Any]:

@@ -49,8 +49,8 @@ class TextLines(PrivateFormatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """See `logging.Formatter`."""
-        told = " ".join(f"{name}={value}" for name, value in merge_record_extra(record, {}, RESERVED).items())
-        return printable(super().formatMessage(record) + (f" [{told}]" if told else ""))
+        extra = " ".join(f"{name}={value}" for name, value in merge_record_extra(record, {}, RESERVED).items())
+        return printable(super().formatMessage(record) + (f" [{extra}]" if extra else ""))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """See `logging.Formatter`."""
@@ -123,7 +123,7 @@ def start(settings: Settings, private: bool = False) -> None:
     )
     logging.captureWarnings(True)
     sys.excepthook = _ended
-    threading.excepthook = lambda told: _ended(told.exc_type, told.exc_value, told.exc_traceback)
+    threading.excepthook = lambda failed: _ended(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
 
 def where(error: BaseException) -> str:

@@ -111,7 +111,7 @@ class Tracer:
 
     def _make(self, trace: Trace, stages: RequestTimings, answered: Answered) -> None:
         clock = time.time_ns() - round(time.perf_counter() * 1e9)
-        for stage, began, until in _told(stages.stretches or ()):
+        for stage, began, until in _spans(stages.stretches or ()):
             context = _context(trace.context.trace_id)
             self._span(stage, context, trace.context, clock, (began, until))
         failed = answered.status is None or answered.status >= 500 or stages.outcome == "cut_off"
@@ -197,14 +197,14 @@ def _context(trace_id: int) -> SpanContext:
     return SpanContext(trace_id, random.getrandbits(64) or 1, is_remote=False, trace_flags=SAMPLED)
 
 
-def _told(stretches: Sequence[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-    told, before = list[tuple[str, float, float]](), set[str]()
+def _spans(stretches: Sequence[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    spans, before = list[tuple[str, float, float]](), set[str]()
     for stretch in stretches:
         stage, began, until = stretch
-        if stage in CHILDREN and len(told) < MOST_SPANS and (until - began >= SHORT_SECONDS or stage not in before):
+        if stage in CHILDREN and len(spans) < MOST_SPANS and (until - began >= SHORT_SECONDS or stage not in before):
             before.add(stage)
-            told.append(stretch)
-    return told
+            spans.append(stretch)
+    return spans
 
 
 def _attributes(stages: RequestTimings, answered: Answered, failed: bool) -> dict[str, str | int | list[str]]:

@@ -242,8 +242,8 @@ def end_of(folder: Path) -> int:
 
 def _window(begin: float, end: float) -> str:
     bounds = (("from", begin), ("before", end))
-    told = [f"{word} {datetime.fromtimestamp(ts, UTC):%Y-%m-%d %H:%M:%S} UTC" for word, ts in bounds if np.isfinite(ts)]
-    return " ".join(["", *told])
+    bounds_text = [f"{word} {datetime.fromtimestamp(ts, UTC):%Y-%m-%d %H:%M:%S} UTC" for word, ts in bounds if np.isfinite(ts)]
+    return " ".join(["", *bounds_text])
 
 
 def _check_position(schema: Schema, path: str) -> None:

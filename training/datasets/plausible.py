@@ -1,6 +1,6 @@
 """What a log looks like that nobody has said of it: values that mean missing, users who are nobody, padded histories, strange times.
 
-Knows nothing about files. A doubt is a sentence with its cure, and the log is taken as it is; only what cannot be meant is refused.
+Knows nothing about files. A doubt is a sentence with its fix, and the log is taken as it is; only what cannot be meant is refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -76,9 +76,9 @@ def _crowds(users: pl.Series) -> Iterator[str]:
     odd = pl.col("user_id").is_in(USUAL) | pl.col("user_id").str.contains(ZEROS)
     found = counts.filter(large | (odd & (pl.col("count") > 1))).head(TOLD)
     if len(found):
-        told = ", ".join(f"{user_id!r} {count / rows:.1%}" for user_id, count in found.rows())
+        found_text = ", ".join(f"{user_id!r} {count / rows:.1%}" for user_id, count in found.rows())
         yield (
-            f"some users have many rows: {told}, the user in the middle {middle / rows:.2%}; if they are nobody (a default, "
+            f"some users have many rows: {found_text}, the user in the middle {middle / rows:.2%}; if they are nobody (a default, "
             f"a phone that does not tell its id), say nobody = {_listed(found['user_id'].to_list())}, else nobody = []"
         )
 
@@ -102,17 +102,17 @@ def _stand_ins(column: pl.Series, field: Field) -> Iterator[str]:
     rows = max(len(column), 1)
     words = column.filter(column.is_in([*USUAL, "-1"])).value_counts(sort=True).filter(pl.col("count") >= max(SHARE * rows, 2)).head(TOLD)
     if len(words):
-        told = ", ".join(f"{value!r} ({count / rows:.1%})" for value, count in words.rows())
-        cure = f"if they mean missing, say missing = {_listed(words[column.name].to_list())}"
-        yield f"{field.path} has {told} as values like any other; {cure}"
+        found_text = ", ".join(f"{value!r} ({count / rows:.1%})" for value, count in words.rows())
+        fix = f"if they mean missing, say missing = {_listed(words[column.name].to_list())}"
+        yield f"{field.path} has {found_text} as values like any other; {fix}"
 
 
 def _negative(column: pl.Series, field: Field) -> Iterator[str]:
     below = column.filter(column < 0)
     if len(below) >= max(SHARE * len(column), 2) and below.n_unique() == 1 and below[0] == round(below[0]):
         value = f"{below[0]:.0f}"
-        told = f"{field.path} is {value} in {len(below) / len(column):.1%} of the rows, and never below 0 else"
-        yield f'{told}; if that means missing, say missing_values = ["{value}"] in [{field.path}]'
+        found_text = f"{field.path} is {value} in {len(below) / len(column):.1%} of the rows, and never below 0 else"
+        yield f'{found_text}; if that means missing, say missing_values = ["{value}"] in [{field.path}]'
 
 
 def _padded_lists(column: pl.Series, field: Field) -> Iterator[str]:
@@ -121,8 +121,8 @@ def _padded_lists(column: pl.Series, field: Field) -> Iterator[str]:
     twice = several.filter((last == several.list.get(-2, null_on_oob=True)).fill_null(value=False)).list.last()
     if len(several) and len(twice) >= OFTEN * len(several) and len(twice) > 1:
         value = twice.value_counts(sort=True)[0, 0]
-        told = f"{len(twice) / len(several):.0%} of the lists of {field.path} end with a value twice, mostly {value!r}"
-        yield f"{told}; if that fills them up, say missing_values = {_listed([value])} in [{field.path}]"
+        found_text = f"{len(twice) / len(several):.0%} of the lists of {field.path} end with a value twice, mostly {value!r}"
+        yield f"{found_text}; if that fills them up, say missing_values = {_listed([value])} in [{field.path}]"
 
 
 def _padded_histories(log: pl.DataFrame, settings: TableSettings) -> Iterator[str]:
@@ -134,17 +134,17 @@ def _padded_histories(log: pl.DataFrame, settings: TableSettings) -> Iterator[st
     share, behaviours = count / len(histories), int(histories.list.len().sum())
     if share < HALF or len(histories) < 2:
         return
-    told = f"{value!r} is in {share:.0%} of the histories in column {settings.history}"
-    cure = f"if it only fills them up, say padding = {_listed([value])}, else padding = []"
+    found_text = f"{value!r} is in {share:.0%} of the histories in column {settings.history}"
+    fix = f"if it only fills them up, say padding = {_listed([value])}, else padding = []"
     if value not in log["ad_id"]:
-        told = f"{told}, and is no ad of the table; {cure}"
+        found_text = f"{found_text}, and is no ad of the table; {fix}"
         if len(histories) >= FEW:
-            raise DataError(told)
-        yield told
+            raise DataError(found_text)
+        yield found_text
         return
     at_an_end = max(int((histories.list.first() == value).sum()), int((histories.list.last() == value).sum()))
     if at_an_end >= HALF * len(histories) and histories.list.count_matches(value).sum() >= OFTEN * behaviours:
-        yield f"{told}, mostly at an end; {cure}"
+        yield f"{found_text}, mostly at an end; {fix}"
 
 
 def _strange_times(instants: Ids) -> Iterator[str]:
@@ -152,9 +152,9 @@ def _strange_times(instants: Ids) -> Iterator[str]:
     for what, wrong in (("before 1990", instants < first), ("after next year", instants > last)):
         count = int(np.count_nonzero(wrong))
         if count:
-            told = pl.Series(instants[wrong][[0, -1]]).cast(pl.Datetime("us")).dt.strftime("%Y-%m-%d %H:%M:%S").to_list()
+            found_text = pl.Series(instants[wrong][[0, -1]]).cast(pl.Datetime("us")).dt.strftime("%Y-%m-%d %H:%M:%S").to_list()
             which = f"{count:,} of {len(instants):,} rows have a time {what}"
-            yield f"{which} ({told[0]} to {told[1]} UTC); see ts_unit and ts_format if it is none"
+            yield f"{which} ({found_text[0]} to {found_text[1]} UTC); see ts_unit and ts_format if it is none"
 
 
 def _strange_propensities(log: pl.DataFrame) -> Iterator[str]:

@@ -130,13 +130,13 @@ def open_prepared(folder: Path) -> Prepared:
         DataError: the folder is not one.
     """
     schema, said = read_schema(folder)
-    told = read_facts(folder)
+    recorded = read_facts(folder)
     if (folder / MANIFEST).is_file():
         raise DataError(f"{folder} is not a prepared data set but a bundle, a version of a model: name the data that it is to be used with")
-    if None not in (said, told) and said != told:
-        both = f"{folder / FACTS} says negative_sampling = {told:g}, and schema.toml beside it {said:g}"
+    if None not in (said, recorded) and said != recorded:
+        both = f"{folder / FACTS} says negative_sampling = {recorded:g}, and schema.toml beside it {said:g}"
         raise DataError(f"{both}; leave it to {FACTS}, and out of schema.toml")
-    return Prepared(folder, schema, negative_sampling=next((share for share in (told, said) if share is not None), 1.0))
+    return Prepared(folder, schema, negative_sampling=next((share for share in (recorded, said) if share is not None), 1.0))
 
 
 def read_schema(folder: Path) -> tuple[Schema, float | None]:
@@ -282,8 +282,8 @@ def _check_times(frame: pl.DataFrame, path: Path) -> None:
         raise DataError(f"{path}: column ts has gaps or is no number, and the ages of behaviours are counted from it")
     if frame.schema.get("history_ts") != pl.List(pl.Float64()):  # as a log has them
         check_columns(frame, {"history_ts": pl.List(pl.Int64())}, path)
-    told = frame.filter(pl.col("history_ts").is_not_null())
-    if (told["history"].fill_null([]).list.len() != told["history_ts"].list.len()).any():
+    dated = frame.filter(pl.col("history_ts").is_not_null())
+    if (dated["history"].fill_null([]).list.len() != dated["history_ts"].list.len()).any():
         raise DataError(f"{path}: history and history_ts differ in length")
 
 

@@ -29,7 +29,7 @@ class Dialect:
     """Around fields that hold separators or ends of line; "" where quotes are text like any other."""
     newlines: bool = False
     """Whether quoted fields may hold lines that look like rows."""
-    cure: str = ""
+    fix: str = ""
     """What to say of quotes that do not fit."""
 
     def reader(self, lines: Iterable[str], *, strict: bool = True) -> "_csv.Reader":
@@ -78,15 +78,15 @@ def csv_rows(file: SourceFile, lines: Iterable[str], dialect: Dialect) -> Rows:
 
 def _swallowed(file: SourceFile, first: int, held: list[str], header: list[str], dialect: Dialect) -> str:
     column = header[min(len(dialect.fields(held[0])), len(header)) - 1]
-    told = f"{file.name}, line {first}: a quote that opens in column {column} takes line {first + len(held)} into its field"
-    cure = f"; {dialect.cure}; if such lines are part of the text, say quoted_newlines = true" if dialect.cure else ""
-    return f"{told}, which looks like a row of its own and would be lost{cure}"
+    sentence = f"{file.name}, line {first}: a quote that opens in column {column} takes line {first + len(held)} into its field"
+    fix = f"; {dialect.fix}; if such lines are part of the text, say quoted_newlines = true" if dialect.fix else ""
+    return f"{sentence}, which looks like a row of its own and would be lost{fix}"
 
 
 def _misquoted(file: SourceFile, first: int, last: int, error: csv.Error, dialect: Dialect) -> str:
     where = f"{file.name}, line {first}" + (f" (its quotes reach to line {last})" if last > first else "")
     rule = "a quoted field begins and ends with a quote, and doubles those inside"
-    return f"{where}: not a CSV: {error}; {rule}" + (f"; {dialect.cure}" if dialect.cure else "")
+    return f"{where}: not a CSV: {error}; {rule}" + (f"; {dialect.fix}" if dialect.fix else "")
 
 
 def split_rows(lines: Iterable[str], separator: str) -> Rows:

@@ -105,16 +105,16 @@ class Table:
         values = self.column(name)
         if values.dtype.is_nested() or values.dtype == pl.Binary:
             raise DataError(f"{self.path}: column {name} is {values.dtype}; a category needs text or whole numbers")
-        return self._told(name, texts_of, values)
+        return self._cells(name, texts_of, values)
 
-    def _told(self, name: str, texts: Callable[[pl.Series], pl.Series], values: pl.Series) -> pl.Series:
+    def _cells(self, name: str, texts: Callable[[pl.Series], pl.Series], values: pl.Series) -> pl.Series:
         try:
             return texts(values)
         except CellError as error:
             cell = self.frame[name][error.row]
-            told = cell.to_list() if isinstance(cell, pl.Series) else cell
+            cells = cell.to_list() if isinstance(cell, pl.Series) else cell
             line = int(self.lines[error.row])
-            raise RowError(f"{self.path}, {self.unit} {line}: {name} is {told!r}; expected {error.expected}", line) from error
+            raise RowError(f"{self.path}, {self.unit} {line}: {name} is {cells!r}; expected {error.expected}", line) from error
 
     def required(self, name: str) -> pl.Series:
         """As `text`, of which every row must have some."""
@@ -132,7 +132,7 @@ class Table:
         inner = getattr(values.dtype, "inner", None)
         if not isinstance(values.dtype, pl.List) or not isinstance(inner, pl.DataType) or inner.is_nested() or inner == pl.Binary:
             raise DataError(f"{self.path}: column {name} is {values.dtype}; a list needs lists, or text with a separator")
-        return self._told(name, lists_of, values)
+        return self._cells(name, lists_of, values)
 
     def vectors(self, name: str, length: int, separator: str) -> pl.Series:
         """A column of vectors, as List(Float64): lists of numbers, or text with a separator; a cell may have none.

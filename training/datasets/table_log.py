@@ -82,8 +82,8 @@ def _all_or_mistakes(columns: Mapping[str, Callable[[], pl.Series]]) -> dict[str
         except RowError as mistake:
             mistakes.append(mistake)
     if mistakes:
-        told = [str(mistake) for mistake in sorted(mistakes, key=lambda mistake: mistake.line)]
-        raise DataError("\n".join(dict.fromkeys(told)))
+        sentences = [str(mistake) for mistake in sorted(mistakes, key=lambda mistake: mistake.line)]
+        raise DataError("\n".join(dict.fromkeys(sentences)))
     return read
 
 

@@ -207,9 +207,9 @@ def _misnamed(paths: set[str], settings: TableSettings) -> list[str]:
 def _with_tokens(schema: Schema, settings: TableSettings) -> Schema:
     """The schema with what means missing, nobody and padding, so that a request is read as the table is."""
     tokens = settings.missing or ()
-    told = tuple(
+    replaced = tuple(
         replace(each, missing_values=tuple(dict.fromkeys((*each.missing_values, *each.fitting(tokens))))) for each in schema.fields
     )
     nobody = tuple(dict.fromkeys((*schema.nobody, *settings.nobodies)))
     padding = tuple(dict.fromkeys((*schema.history_padding, *(settings.padding or ()), *(tokens if schema.history_length else ()))))
-    return replace(schema, fields=told, nobody=nobody, history_padding=padding)
+    return replace(schema, fields=replaced, nobody=nobody, history_padding=padding)

@@ -73,8 +73,8 @@ def count_lines(file: SourceFile) -> int:
 
 
 def _read(file: SourceFile, keep: Sequence[str], dialect: Dialect, *, alone: bool) -> Iterator[Table]:
-    told = {name: value for name, value in file.partitions.items() if name in keep}
-    wanted = [name for name in keep if name not in told]
+    constants = {name: value for name, value in file.partitions.items() if name in keep}
+    wanted = [name for name in keep if name not in constants]
     if file.form == "parquet":
         tables = _read_parquet(file, wanted)
     elif file.form == "json":
@@ -82,7 +82,7 @@ def _read(file: SourceFile, keep: Sequence[str], dialect: Dialect, *, alone: boo
     else:
         tables = _read_csv(file, wanted, dialect, alone=alone)
     for table in tables:
-        yield replace(table, frame=table.frame.with_columns(pl.lit(value).alias(name) for name, value in told.items()))
+        yield replace(table, frame=table.frame.with_columns(pl.lit(value).alias(name) for name, value in constants.items()))
 
 
 def _read_parquet(file: SourceFile, keep: Sequence[str]) -> Iterator[Table]:

@@ -92,7 +92,7 @@ def _fits_width(text: str, form: str) -> bool:
 
 
 def looks_like(values: pl.Series, unit: str) -> str | None:
-    """What numbers look like that no impression has in `unit`: a sentence with the cure; None where they may be what they are."""
+    """What numbers look like that no impression has in `unit`: a sentence with the fix; None where they may be what they are."""
     whole = values.cast(pl.Int64, strict=False) if values.dtype.is_float() else values
     texts = whole.cast(pl.String).drop_nulls().unique(maintain_order=True).head(LOOKED_AT)
     first, last = (second * SECOND for second in plausible())
@@ -102,7 +102,7 @@ def looks_like(values: pl.Series, unit: str) -> str | None:
     formats = [
         (f'{_spelt(form)}: ts_format = "{form}"', at) for form in COMPACT if (at := _all_between(from_formats(texts, (form,)), first, last))
     ]
-    hints = [f"{cure} ({_moment(at)})" for cure, at in [*others, *formats]]
+    hints = [f"{fix} ({_moment(at)})" for fix, at in [*others, *formats]]
     return "it looks like " + ", or ".join(hints) if hints else None
 
 

@@ -30,12 +30,12 @@ class Explaining(nn.Module):
     def forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Contributions `(R, C, K + 1)`, at the end what is left of the logit, and attention `(R, C, T)`."""
         request, found = RequestTensors.of(tensors), []
-        told = self.network.explained(request)  # type: ignore[operator]  # a `Network`
-        if told.addends is not None:
-            rest = self.network(request)[CLICK] - told.addends.sum(-1)
-            found.append(torch.cat([told.addends, rest.unsqueeze(-1)], dim=-1))
-        if told.attention is not None:
-            found.append(told.attention)
+        explained = self.network.explained(request)  # type: ignore[operator]  # a `Network`
+        if explained.addends is not None:
+            rest = self.network(request)[CLICK] - explained.addends.sum(-1)
+            found.append(torch.cat([explained.addends, rest.unsqueeze(-1)], dim=-1))
+        if explained.attention is not None:
+            found.append(explained.attention)
         return tuple(found)
 
 
@@ -46,11 +46,11 @@ def explain_graph(network: Network, schema: Schema, cases: Sequence[Feeds]) -> t
         BundleError: ONNX Runtime and torch differ.
     """
     with torch.no_grad():
-        told = network.explained(RequestTensors.of(tensors_of(cases[0])))
-    outputs = [name for name, values in ((CONTRIBUTIONS, told.addends), (ATTENTION, told.attention)) if values is not None]
+        additive = network.explained(RequestTensors.of(tensors_of(cases[0])))
+    outputs = [name for name, values in ((CONTRIBUTIONS, additive.addends), (ATTENTION, additive.attention)) if values is not None]
     if not outputs:
         return {}, []
-    names = {CONTRIBUTIONS: json.dumps([*told.names, REST])} if told.names else {}
+    names = {CONTRIBUTIONS: json.dumps([*additive.names, REST])} if additive.names else {}
     graph = request_graph(Explaining(fused(network, None, explaining=True)).eval(), schema, cases[0], outputs, names)
     session = open_graph(graph)
     inputs = [entry.name for entry in session.get_inputs()]

@@ -67,5 +67,5 @@ def _share(coarse: float, exact: float) -> float:
 def refusal(moves: dict[str, float]) -> str | None:
     """Why int8 is not to be served, None where it may be."""
     allowed = {"auc": AUC, "log_loss": SHARE, "calibration_ratio": SHARE}
-    told = [f"{name} moves by {move:+.2g}, {allowed[name]} is allowed" for name, move in moves.items() if not abs(move) <= allowed[name]]
-    return "; ".join(told) or None
+    beyond = [f"{name} moves by {move:+.2g}, {allowed[name]} is allowed" for name, move in moves.items() if not abs(move) <= allowed[name]]
+    return "; ".join(beyond) or None

@@ -139,22 +139,24 @@ def settle(events: pl.LazyFrame, rankings: pl.LazyFrame, settings: Attribution) 
 
     A record that was written twice is one event. `rankings` has `NARROW` and `counted`.
     """
-    subject = pl.when(pl.col("type") == "click").then("user_id").otherwise("request_id")
-    told = events.rename({"entry": "record"}).unique(["record", "event_id"], keep="any").sort("received", "record")
-    told = told.with_columns(first=pl.struct("type", subject.alias("subject"), "event_id").is_first_distinct()).with_row_index("event")
-    told = told.collect().lazy()  # once: it is needed thrice
-    named = rankings.join(told.select("request_id").unique(), on="request_id", how="semi").unique(ONCE, keep="any").collect().lazy()
+    entity = pl.when(pl.col("type") == "click").then("user_id").otherwise("request_id")
+    events_once = events.rename({"entry": "record"}).unique(["record", "event_id"], keep="any").sort("received", "record")
+    events_once = events_once.with_columns(first=pl.struct("type", entity.alias("entity"), "event_id").is_first_distinct()).with_row_index(
+        "event"
+    )
+    events_once = events_once.collect().lazy()  # once: it is needed thrice
+    named = rankings.join(events_once.select("request_id").unique(), on="request_id", how="semi").unique(ONCE, keep="any").collect().lazy()
     ads = named.with_columns(index=pl.int_ranges(pl.col("ad_id").list.len()), ranked_user=pl.col("user_id")).explode("ad_id", "index")
     ads = ads.select("request_id", "ad_id", "entry", "since", "ranked_user", counted=pl.col("index") < pl.col("counted"))
     gap, owner = pl.col("at") - pl.col("since"), (pl.col("user_id") == "") | (pl.col("user_id") == pl.col("ranked_user"))
-    pairs = told.filter("first").join(ads, on=["request_id", "ad_id"]).with_columns(owned=owner).collect().lazy()
+    pairs = events_once.filter("first").join(ads, on=["request_id", "ad_id"]).with_columns(owned=owner).collect().lazy()
     answered = pairs.group_by("event").agg(pl.lit(True).alias("answered"), pl.col("owned").any())
     distance = pl.when(gap >= 0).then(gap).otherwise(DAY - gap).alias("distance")
     fitting = pairs.filter(pl.col("owned"), gap >= -SKEW_SECONDS).select("event", "entry", "since", "counted", distance)
     best = fitting.sort("distance", "entry", descending=[False, True]).unique("event", keep="first", maintain_order=True).drop("distance")
     found = answered.join(best, on="event", how="left")
     requested = named.select("request_id", requested=pl.lit(True)).unique()
-    whole = told.join(found, on="event", how="left").join(requested, on="request_id", how="left")
+    whole = events_once.join(found, on="event", how="left").join(requested, on="request_id", how="left")
     window = pl.col("type").replace_strict(settings.windows, default=0.0, return_dtype=pl.Float64)
     came_late = (pl.col("type") != "conversion") & (pl.col("received") > pl.col("since") + window + settings.lateness)
     outcome = (

@@ -27,7 +27,7 @@ from .attribution import (
 )
 from .log import OWN, LogFolder, NoRoomError, room, write_file
 from .raw import HOUR
-from .summary import Told
+from .summary import JoinSummary
 
 HOURS = 3
 """The most that one measurement looks at: of what closed while no sink was at work, the newest."""
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 class Live:
     """Measures what has closed since it was last measured, by any sink: of several, one does, as long as it lives."""
 
-    def __init__(self, into: LogFolder, settings: Attribution, told: Told) -> None:
-        self._log, self._settings, self._told = into, settings, told
+    def __init__(self, into: LogFolder, settings: Attribution, report: JoinSummary) -> None:
+        self._log, self._settings, self._summary = into, settings, report
         self._lock: IO[bytes] | None = None
 
     def measure(self) -> None:
@@ -86,7 +86,7 @@ class Live:
         said = pl.when(pl.col("counted") == pl.col("shown")).then(pl.lit("said")).otherwise(pl.lit("assumed"))
         how = pl.when(pl.col("counted") == 0).then(pl.lit("reported")).otherwise(said)
         made = pl.col("request_id").is_in(rows["request_id"].unique().implode() if len(rows) else [])
-        self._told.closed(rows, Counter(listed.select(pl.when(made).then(how).otherwise(pl.lit("unknown"))).to_series()))
+        self._summary.closed(rows, Counter(listed.select(pl.when(made).then(how).otherwise(pl.lit("unknown"))).to_series()))
         return float(listed["since"].max() or -inf)  # type: ignore[arg-type]  # of floats
 
     def _events(self, raw: RawLog, hour: int, after: float, closed: float) -> float:
@@ -102,5 +102,5 @@ class Live:
         found = settled.join(seen, on=list(KEY), how="left").filter(mine, pl.col("received") <= closed)
         counts = found.group_by("type", outcome.alias("outcome")).agg(pl.len(), pl.col("received").max()).collect()
         for type_, what, count, _ in counts.rows():
-            self._told.event(type_, what, count)
+            self._summary.event(type_, what, count)
         return float(counts["received"].max() or -inf)  # type: ignore[arg-type]  # of floats

@@ -110,14 +110,14 @@ def wait_for_log(folder: Path, models: Path, name: str | None) -> LogFolder:
     Raises:
         JoinError: the folder cannot be made or read.
     """
-    told = False
+    warned = False
     while True:
         try:
             return open_log(folder, models, name)
         except NoModelError as error:
-            if not told:
+            if not warned:
                 log.warning("%s; waiting for it", error)
-            told = True
+            warned = True
             time.sleep(LOOK_SECONDS)
 
 

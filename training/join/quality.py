@@ -157,8 +157,8 @@ class Windows:
         """Add the rows of a file; of each model in it their sums, and what its window then comes to."""
         known = pl.col("model").is_in(model_names(self._models))
         named = rows.with_columns(label_of=pl.when(known).then(pl.col("model")).otherwise(pl.lit(OTHER)))
-        told = {}
+        by_model = {}
         for (name,), frame in named.group_by("label_of", maintain_order=True):
             window = self._windows.setdefault(str(name), Window(self._models))
-            told[str(name)] = window.add(str(name), frame), window.quality()
-        return told
+            by_model[str(name)] = window.add(str(name), frame), window.quality()
+        return by_model

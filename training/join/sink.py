@@ -23,7 +23,7 @@ from .attribution import EVENTS as RAW_EVENTS
 from .live import Live
 from .log import OWN, JoinError, LogFolder, NoRoomError, room, write_file, write_parquet
 from .raw import ASIDE_TYPES, HOUR, Columns, RawBatch, events_of, impressions_of, revision
-from .summary import JoinWatch, Told
+from .summary import JoinSummary, JoinWatch
 
 READ = 500
 """Entries of a read, of `BATCH_BYTES` at most."""
@@ -100,8 +100,8 @@ class Sink:
     def __init__(self, streams: Streams, into: LogFolder, settings: SinkSettings, watch: JoinWatch) -> None:
         self._streams, self._log, self._settings = streams, into, settings
         self._columns = Columns(into.schema)
-        self._told = Told(watch, into.models)
-        self._live = Live(into, settings.attribution, self._told)
+        self._summary = JoinSummary(watch, into.models)
+        self._live = Live(into, settings.attribution, self._summary)
         self.take_over = False
         """Whether to take the streams from another log whose sink is at work."""
         self._held: dict[Stream, list[Entry]] = {stream: [] for stream in STREAMS}
@@ -157,7 +157,7 @@ class Sink:
 
     def summary(self) -> str:
         """What has happened since the start, in a line."""
-        return self._told.summary()
+        return self._summary.summary()
 
     async def _step(self) -> bool:
         """Take what has come, write it if it is due, and look about; whether there was anything to do."""
@@ -187,7 +187,7 @@ class Sink:
             except (StoreError, NoRoomError) as error:
                 if isinstance(error, StoreError) and error.reason in (TOO_OLD, WRONG_TYPE):
                     raise  # waiting mends neither
-                self._told.incident(DISK_FULL if isinstance(error, NoRoomError) else UNREACHABLE)
+                self._summary.incident(DISK_FULL if isinstance(error, NoRoomError) else UNREACHABLE)
                 if not tries:
                     log.warning("waiting: %s", error)
                 await self._rest(RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)])
@@ -220,7 +220,7 @@ class Sink:
                 f"two logs would each lack what the other takes: stop that one and wait {LEASE_SECONDS} s, or say --take-over"
             )
         if other is not None:
-            self._told.incident(OTHER_LOG)
+            self._summary.incident(OTHER_LOG)
             log.warning("the streams were joined into another log before, %s: what that one has is not in this one", other.place)
         self._owned, self.take_over = now, False
 
@@ -260,7 +260,7 @@ class Sink:
                 entries += [each for each in await self._streams.claim(stream, READ, self._settings.claim) if each.id not in mine]
         except StreamLostError as error:
             log.warning("%s: Redis has been emptied, and entries that were not yet written are lost", error)
-            self._told.incident(STREAM_LOST)
+            self._summary.incident(STREAM_LOST)
             self._begun.discard(stream)
             return False
         if entries:
@@ -278,7 +278,7 @@ class Sink:
         for stream, entries in self._held.items():
             if entries:
                 with room(self._log.folder):
-                    self._told.written(self._write(stream, entries))
+                    self._summary.written(self._write(stream, entries))
                 self._held[stream] = []
                 self._size -= sum(len(entry.value) for entry in entries)
                 self._unacknowledged[stream] += [entry.id for entry in entries]
@@ -321,9 +321,9 @@ class Sink:
             except StreamLostError:
                 return  # the next read finds out
             kept.append(extent.kept)
-            self._told.watch.stream(stream, extent.length, 0.0 if extent.oldest is None else max(0.0, extent.now - extent.oldest))
+            self._summary.watch.stream(stream, extent.length, 0.0 if extent.oldest is None else max(0.0, extent.now - extent.oldest))
             if extent.trimmed:
-                self._told.incident(TRIMMED, extent.trimmed)
+                self._summary.incident(TRIMMED, extent.trimmed)
                 log.warning("%d entries of %s were trimmed before they were read; they are lost", extent.trimmed, stream)
         with room(self._log.folder):
             whole = min(kept) if watermark is None else watermark
@@ -334,5 +334,5 @@ class Sink:
         if now - self._summed >= TELL_SECONDS:
             self._summed = now
             log.info("%s", self.summary())
-            if untrained := self._told.untrained():
+            if untrained := self._summary.untrained():
                 log.warning("%s", untrained.removeprefix("; "))

@@ -39,7 +39,7 @@ class JoinWatch(Protocol):
         """So many entries stand in a stream, the oldest of them for so many seconds."""
 
 
-class Told:
+class JoinSummary:
     """Passes on what happens, and adds it up."""
 
     def __init__(self, watch: JoinWatch, models: Path) -> None:

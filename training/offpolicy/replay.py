@@ -68,10 +68,10 @@ class Replay:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what is not a number is None there."""
-        told = {name: getattr(self, name) for name in ("rankings", "impressions", "greedy", "unfit", "clip")}
+        counts = {name: getattr(self, name) for name in ("rankings", "impressions", "greedy", "unfit", "clip")}
         rates = {name: _finite(getattr(self.estimates, name)) for name in ("log", *METHODS)}
         facts = {name: getattr(self.estimates, name) for name in ("effective_sample", "largest_weight", "clicks", "warnings")}
-        return {"policy": str(self.policy), **told, **rates, **facts}
+        return {"policy": str(self.policy), **counts, **rates, **facts}
 
 
 def _finite(rate: Estimate) -> dict[str, float | None]:
@@ -165,8 +165,8 @@ def replay(
     source = _of_log(data, weigher, top_k, counted) if isinstance(data, ImpressionLog) else _of_bandit(data, weigher, split, top_k, counted)
     trail = joined([trail for rankings in source for trail in weigher.trails(rankings)])
     if len(trail) < 2:
-        told = f"{counted['greedy']:,} impressions are of greedy rankings, {counted['unfit']:,} of rankings that are not whole"
-        raise DataError(f"{data.folder} has {len(trail)} rankings that explored, which replay needs at least two of; {told}")
+        impressions = f"{counted['greedy']:,} impressions are of greedy rankings, {counted['unfit']:,} of rankings that are not whole"
+        raise DataError(f"{data.folder} has {len(trail)} rankings that explored, which replay needs at least two of; {impressions}")
     return Replay(policy, estimate(trail, clip), len(trail), trail.impressions, **counted, clip=clip)
 
 
@@ -188,12 +188,12 @@ def _whole(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The impressions that can be weighed, with `n`, their ranking's number, and `column`; and the candidates by `n` and id."""
     within = {"partition_by": RANKING, "order_by": "position"}
     rows = rows.sort(*RANKING, "position").with_columns(
-        told=pl.col("candidates").is_not_null().sum().over(RANKING),
+        recorded=pl.col("candidates").is_not_null().sum().over(RANKING),
         place=pl.int_range(1, pl.len() + 1).over(**within),  # type: ignore[arg-type]
     )
-    fits = (pl.col("position") == pl.col("place")) & (pl.col("told") == 1) & pl.col("propensity").is_between(0, 1, closed="right")
+    fits = (pl.col("position") == pl.col("place")) & (pl.col("recorded") == 1) & pl.col("propensity").is_between(0, 1, closed="right")
     rows = rows.with_columns(fits=fits)
-    keys = rows.filter(pl.col("candidates").is_not_null(), pl.col("told") == 1).select(*RANKING, *OFFERED)
+    keys = rows.filter(pl.col("candidates").is_not_null(), pl.col("recorded") == 1).select(*RANKING, *OFFERED)
     keys = keys.filter(pl.col("candidates").list.len() == pl.col("candidates").list.n_unique())
     keys = keys.filter(pl.col("candidates").list.len() == pl.col("candidate_revisions").list.len()).with_row_index("n")
     offered = keys.select("n", ad_id="candidates", revision="candidate_revisions").explode("ad_id", "revision").sort("n", "ad_id")

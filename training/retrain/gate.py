@@ -53,14 +53,14 @@ def diverged(epochs: Sequence[Epoch]) -> Iterator[str]:
     """That the loss of a training is no number any more, or worse than at its start."""
     if not epochs:
         return
-    last, cure = epochs[-1], f"try a learning_rate below {epochs[-1].learning_rate:g}"
+    last, fix = epochs[-1], f"try a learning_rate below {epochs[-1].learning_rate:g}"
     if not math.isfinite(last.valid.log_loss):
         kept = f"after epoch {last.number - 1}" if len(epochs) > 1 else "before it"
-        yield f"the training diverged in epoch {last.number}, the weights are the best of those {kept}; {cure}"
+        yield f"the training diverged in epoch {last.number}, the weights are the best of those {kept}; {fix}"
         return
     start, loss = max(COIN, epochs[0].first_loss), min(epoch.train_loss for epoch in epochs)
     if loss > WORSE * start:
-        yield f"the training diverged: its loss began at {epochs[0].first_loss:.3g}, and no epoch's mean is below {loss:.3g}; {cure}"
+        yield f"the training diverged: its loss began at {epochs[0].first_loss:.3g}, and no epoch's mean is below {loss:.3g}; {fix}"
 
 
 def violations(
@@ -78,5 +78,5 @@ def violations(
         return [*reasons, f"it cannot be compared with the live version {champion.path.name if champion else ''}: {error}"], {}
     if champion and (alone := compare.no_better(found.challenger)):
         reasons.append(alone)
-    told = {name: value for name, value in found.as_dict().items() if name != "reliability"}
-    return [*reasons, *compare.violations(found, gate, trained.calibration.clicks)], told
+    measured = {name: value for name, value in found.as_dict().items() if name != "reliability"}
+    return [*reasons, *compare.violations(found, gate, trained.calibration.clicks)], measured

@@ -129,9 +129,9 @@ def _challenge(order: RetrainRequest, plan: RetrainPlan, data: Prepared, report:
     files, facts = contents(data, trained, progress)
     found = gate.compared(plan.champion, data, trained, files[MODEL], progress)
     reasons = [*gate.diverged(trained.epochs), *compare.violations(found, plan.gate, trained.calibration.clicks)]
-    told = {**report.training, "settings": trained.settings, "epochs": [epoch.line() for epoch in trained.epochs]}
-    told["calibration"] = trained.calibration.line()
-    report = replace(report, reasons=reasons, training=told, comparison=found, warnings=_warnings(order, plan, data))
+    training = {**report.training, "settings": trained.settings, "epochs": [epoch.line() for epoch in trained.epochs]}
+    training["calibration"] = trained.calibration.line()
+    report = replace(report, reasons=reasons, training=training, comparison=found, warnings=_warnings(order, plan, data))
     if reasons:
         return report
     if (now := _live(order)) != report.champion:
@@ -195,8 +195,8 @@ def _past(data: Prepared, before: Iterable[pl.DataFrame], champion: Bundle | Non
     varied = {path: seen.varied for path, seen in earlier.fields.items()} if earlier.total else {}
     rate = None
     if champion is not None:
-        told = champion.manifest.get(FACTS, {}).get("window", {}).get("fields")
-        varied |= {path: bool(seen["varied"]) for path, seen in told.items()} if told else _varied(champion)
+        seen_before = champion.manifest.get(FACTS, {}).get("window", {}).get("fields")
+        varied |= {path: bool(seen["varied"]) for path, seen in seen_before.items()} if seen_before else _varied(champion)
         measured = json.loads((champion.path / METRICS).read_text("utf-8")).values()
         clicks, rows = (sum(each[what] for each in measured) for what in ("clicks", "rows"))
         rate = data_checks.click_rate(clicks, rows, sampling_of(champion))

@@ -60,13 +60,13 @@ def train_and_publish(
     trained = train(data, family, network, loop, progress, start)
     task = progress.add_task("exporting", total=1)
     files, facts = contents(data, trained, progress)
-    reasons, told = gates.flaws(trained, enough), dict[str, Any]()
+    reasons, measured = gates.flaws(trained, enough), dict[str, Any]()
     if not reasons and promote in ("gate", "if-better"):
-        reasons, told = gates.violations(champion, data, trained, files[MODEL], gate, progress)
+        reasons, measured = gates.violations(champion, data, trained, files[MODEL], gate, progress)
     if champion and (now := _live(models, name)) and now.version != champion.version:
         reasons.append(f"the live version was {champion.version} and is {now.version} now, so the comparison is void")
     live = promote == "always" or (promote != "never" and not reasons)
-    path = publish(models, name, files, {**facts, "gate": {"promote": promote, "reasons": reasons, **told}}, make_current=live)
+    path = publish(models, name, files, {**facts, "gate": {"promote": promote, "reasons": reasons, **measured}}, make_current=live)
     progress.update(task, completed=1)
     return path, GateVerdict(trained, live, reasons if promote != "never" else [])
 

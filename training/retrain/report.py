@@ -79,10 +79,10 @@ class Report:
         if self.comparison is not None:
             lines += ["## On the newest slice", "", *_markdown(METRIC_HEAD, metric_rows(self.comparison)), "", "![](report.svg)", ""]
         lines += ["## The window", "", *_markdown(("", "rows", "clicks", "click rate"), window_rows(self.window, self.past)), ""]
-        lines += ["## The training", "", *_markdown(("", ""), [(k, str(v)) for k, v in self._told()]), ""]
+        lines += ["## The training", "", *_markdown(("", ""), [(k, str(v)) for k, v in self._training_rows()]), ""]
         return "\n".join(lines)
 
-    def _told(self) -> Iterable[tuple[str, Any]]:
+    def _training_rows(self) -> Iterable[tuple[str, Any]]:
         yield "started", f"{datetime.fromtimestamp(self.started, UTC):%Y-%m-%d %H:%M:%S} UTC"
         yield "live version then", self.champion or "none"
         for name, value in self.training.items():

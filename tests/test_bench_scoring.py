@@ -6,10 +6,10 @@ import pytest
 from conftest import Server
 from rich.console import Console
 
-from benchmarks import scoring, yardstick
+from benchmarks import benchmark_models, scoring
+from benchmarks.benchmark_models import BenchmarkModel, Built, build
 from benchmarks.population import fill
 from benchmarks.rowwise import repeated
-from benchmarks.yardstick import Built, Yardstick, build
 from features.bundle import GOLDEN_TOLERANCE, current_path, load_bundle
 from features.schema import parse_schema
 from service.ranking.scorer import Scorer
@@ -23,9 +23,9 @@ NARROW = {
 }
 
 
-def small(name: str) -> Yardstick:
-    """A yardstick in all but its widths and numbers."""
-    whole = yardstick.YARDSTICKS[name](ads=300)
+def small(name: str) -> BenchmarkModel:
+    """A benchmark model in all but its widths and numbers."""
+    whole = benchmark_models.BENCHMARK_MODELS[name](ads=300)
     sizes = {vocabulary: min(size, 300) for vocabulary, size in whole.population.sizes.items()}
     return replace(whole, settings=NARROW[name], population=replace(whole.population, sizes=sizes))
 
@@ -60,9 +60,9 @@ def test_probabilities_spread_and_nothing_folds_away(built: Built) -> None:
 
 
 def test_it_is_a_bundle_that_the_service_takes(built: Built) -> None:
-    bundle = load_bundle(current_path(built.models, built.yardstick.name))
+    bundle = load_bundle(current_path(built.models, built.benchmark_model.name))
     bundle.check_goldens(Scorer(built.graph, "cpu", 1).score)
-    assert len(bundle.goldens) == yardstick.GOLDEN_REQUESTS
+    assert len(bundle.goldens) == benchmark_models.GOLDEN_REQUESTS
     assert len({round(p, 6) for golden in bundle.goldens for p in golden.p_click}) > 50
     assert GOLDEN_TOLERANCE == 1e-5
     length = bundle.schema.history_length
@@ -72,8 +72,8 @@ def test_it_is_a_bundle_that_the_service_takes(built: Built) -> None:
 def test_it_is_built_once_and_again_when_its_code_has_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     yard, folder, code = small("deepfm-20"), tmp_path / "bench", tmp_path / "training"
     code.mkdir()
-    monkeypatch.setattr(yardstick, "ROOT", tmp_path)
-    monkeypatch.setattr(yardstick, "SOURCES", ("training",))
+    monkeypatch.setattr(benchmark_models, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark_models, "SOURCES", ("training",))
     (code / "export.py").write_text("a")
     first = build(yard, folder)
     (folder / "built-mine").mkdir()
@@ -90,7 +90,7 @@ def test_it_is_built_once_and_again_when_its_code_has_changed(monkeypatch: pytes
 
 @pytest.mark.anyio
 async def test_the_store_is_filled_with_what_the_model_knows(server: Server, built: Built) -> None:
-    population = built.yardstick.population
+    population = built.benchmark_model.population
     await fill(population, server.url)
     store = RedisStore(server.url, timeout=5, ttl=1000, on_damaged=lambda: None)
     ads = {ad.ad_id: ad.features async for batch in store.all_ads() for ad in batch}
@@ -118,7 +118,7 @@ def test_scoring_compares_graphs_and_shows_them(built: Built, capsys: pytest.Cap
     off = scoring.compare(built, {"wrong": lambda feeds: ours(feeds) + 0.25}, peers, 5, rounds=3)
     assert off[0].difference == pytest.approx(0.25, abs=1e-5)
     scoring.show(timings, Console(width=120))
-    assert built.yardstick.name in capsys.readouterr().out
+    assert built.benchmark_model.name in capsys.readouterr().out
 
 
 def test_a_variant_is_a_file_of_the_bundle_or_a_path(built: Built) -> None:
@@ -129,8 +129,8 @@ def test_a_variant_is_a_file_of_the_bundle_or_a_path(built: Built) -> None:
             scoring._variants([wrong], built.bundle)
 
 
-def test_every_field_of_the_yardsticks_is_there() -> None:
-    din, deepfm = (make().population.schema for make in yardstick.YARDSTICKS.values())
+def test_every_field_of_the_benchmark_models_is_there() -> None:
+    din, deepfm = (make().population.schema for make in benchmark_models.BENCHMARK_MODELS.values())
     assert (len(din.side("user")), len(din.side("ad")), din.history_length, len(din.history)) == (1, 2, 100, 2)
     assert (len(deepfm.side("user")), len(deepfm.side("ad")), deepfm.history_length) == (8, 12, 0)
     assert parse_schema(deepfm.to_toml()) == deepfm

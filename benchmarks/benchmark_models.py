@@ -39,7 +39,7 @@ SOURCES = (
     "training/export/onnx.py",
     "training/export/int8.py",
     "features",
-    *(f"benchmarks/{name}.py" for name in ("population", "rowwise", "yardstick")),
+    *(f"benchmarks/{name}.py" for name in ("population", "rowwise", "benchmark_models")),
 )
 LOW, HIGH = 0.01, 0.9
 """The 1st and the 99th percentile of p(click)."""
@@ -62,7 +62,7 @@ AD_FEATURES = {
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class BenchmarkModel:
     """A network with its settings, and the users and ads that it knows."""
 
     name: str
@@ -73,9 +73,9 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class Built:
-    """A yardstick on disk: a model repository that holds it alone, its bundle in there, and the row-wise graph."""
+    """A benchmark model on disk: a model repository that holds it alone, its bundle in there, and the row-wise graph."""
 
-    yardstick: Yardstick
+    benchmark_model: BenchmarkModel
     models: Path
     bundle: Path
     rowwise: Path
@@ -93,7 +93,7 @@ class Built:
         return path if path.exists() else None
 
 
-def din_100(ads: int = 100_000, history: int = 100) -> Yardstick:
+def din_100(ads: int = 100_000, history: int = 100) -> BenchmarkModel:
     """DIN over 100 behaviours of an item and its category."""
     text = f"""
 name = "din-100"
@@ -106,36 +106,36 @@ category = {{ kind = "category" }}
 """
     settings = DINSettings(embedding=16, attention=(80, 40), hidden=(200, 80), dropout=0.0)
     sizes = {"user_id": 10_000, "ad_id": ads, "category": 1_000}
-    return Yardstick("din-100", "din", settings, Population(parse_schema(text), sizes))
+    return BenchmarkModel("din-100", "din", settings, Population(parse_schema(text), sizes))
 
 
-def deepfm_20(ads: int = 100_000) -> Yardstick:
+def deepfm_20(ads: int = 100_000) -> BenchmarkModel:
     """DeepFM over 20 fields: 8 of the user, 12 of the ad."""
     lines = ['name = "deepfm-20"']
     for side, identity, features in (("user", "user_id", USER_FEATURES), ("ad", "ad_id", AD_FEATURES)):
         lines += [f"[{side}]", *(f'{name} = {{ kind = "category" }}' for name in (identity, *features))]
     settings = DeepFMSettings(embedding=16, hidden=(400, 400, 400), dropout=0.0)
     sizes = {"user_id": 10_000, "ad_id": ads, **USER_FEATURES, **AD_FEATURES}
-    return Yardstick("deepfm-20", "deepfm", settings, Population(parse_schema("\n".join(lines)), sizes))
+    return BenchmarkModel("deepfm-20", "deepfm", settings, Population(parse_schema("\n".join(lines)), sizes))
 
 
-YARDSTICKS = {"din-100": din_100, "deepfm-20": deepfm_20}
+BENCHMARK_MODELS = {"din-100": din_100, "deepfm-20": deepfm_20}
 
 
-def build(yardstick: Yardstick, folder: Path = FOLDER) -> Built:
-    """The yardstick under `folder`; built anew only where the code that makes it has changed, and then what older code built is removed."""
+def build(benchmark_model: BenchmarkModel, folder: Path = FOLDER) -> Built:
+    """The benchmark model under `folder`; built anew only where the code that makes it has changed, which removes what older code built."""
     made = folder / f"built-{_sources()}"
-    home = made / f"{yardstick.name}-{hashlib.sha256(repr(yardstick).encode()).hexdigest()[:8]}"
+    home = made / f"{benchmark_model.name}-{hashlib.sha256(repr(benchmark_model).encode()).hexdigest()[:8]}"
     if not home.exists():
         for old in folder.glob("built-" + 12 * "[0-9a-f]"):
             if old != made:
                 shutil.rmtree(old)
         made.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=made) as staging:
-            _write(yardstick, Path(staging) / "built")
+            _write(benchmark_model, Path(staging) / "built")
             (Path(staging) / "built").rename(home)
     models = home / "models"
-    return Built(yardstick, models, current_path(models, yardstick.name), home / "rowwise.onnx", home / "textbook.onnx")
+    return Built(benchmark_model, models, current_path(models, benchmark_model.name), home / "rowwise.onnx", home / "textbook.onnx")
 
 
 def _sources() -> str:
@@ -148,29 +148,29 @@ def _sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def _write(yardstick: Yardstick, home: Path) -> None:
-    served, encoder = make(yardstick), yardstick.population.encoder
+def _write(benchmark_model: BenchmarkModel, home: Path) -> None:
+    served, encoder = make(benchmark_model), benchmark_model.population.encoder
     graph = to_onnx(served)
-    pays = NETWORKS[yardstick.family].int8_pays
-    rough = quantised(graph, _requests(served.schema, yardstick.population.heights, 8)) if pays else None
+    pays = NETWORKS[benchmark_model.family].int8_pays
+    rough = quantised(graph, _requests(served.schema, benchmark_model.population.heights, 8)) if pays else None
     files = {
         MODEL: graph,
         CUDA_MODEL: to_onnx(served, tile=None),
         **({INT8_MODEL: rough} if rough else {}),
         SCHEMA: encoder.schema.to_toml().encode(),
         VOCABULARIES: encoder.vocabularies.to_json().encode(),
-        GOLDENS: goldens_json(_goldens(yardstick.population, served, encoder, rough)),
+        GOLDENS: goldens_json(_goldens(benchmark_model.population, served, encoder, rough)),
     }
-    publish(home / "models", yardstick.name, files, {"network": yardstick.family, "settings": vars(yardstick.settings)})
+    publish(home / "models", benchmark_model.name, files, {"network": benchmark_model.family, "settings": vars(benchmark_model.settings)})
     for name in ("rowwise", "textbook"):
-        (home / f"{name}.onnx").write_bytes(rowwise_onnx(served, yardstick.population.heights, textbook=name == "textbook"))
+        (home / f"{name}.onnx").write_bytes(rowwise_onnx(served, benchmark_model.population.heights, textbook=name == "textbook"))
 
 
-def make(yardstick: Yardstick, seed: int = 1) -> ServedNetwork:
+def make(benchmark_model: BenchmarkModel, seed: int = 1) -> ServedNetwork:
     """The network with its random weights and the calibration that spreads its probabilities."""
     torch.manual_seed(seed)
-    schema, sizes = yardstick.population.schema, yardstick.population.heights
-    network = NETWORKS[yardstick.family](Fields(schema.layouts, sizes), yardstick.settings)
+    schema, sizes = benchmark_model.population.schema, benchmark_model.population.heights
+    network = NETWORKS[benchmark_model.family](Fields(schema.layouts, sizes), benchmark_model.settings)
     _randomise(network)
     _settle(network, schema, sizes)
     plain = ServedNetwork(network.eval(), Calibration(), schema).eval()
