@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,19 @@ async def fill(url: str) -> None:
 def workers_of(client: Client) -> list[int]:
     """Ids of the worker processes that ever started, in the order of their starting."""
     return [int(pid) for pid in re.findall(r"Started server process \[(\d+)\]", client.log.read_text())]
+
+
+@contextlib.contextmanager
+def ended(process: "subprocess.Popen[Any]") -> Iterator["subprocess.Popen[Any]"]:
+    """The process, which is told to end in the end, and killed if it does not: `with Popen` would wait for ever, and hide what failed."""
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
 
 
 def without_privileges() -> None:

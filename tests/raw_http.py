@@ -97,6 +97,7 @@ async def raw(app: Any = echo, **settings: Any) -> AsyncIterator[Raw]:
     listener = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server._serve([listener]))
     while not server.started:
+        assert not task.done(), task
         await asyncio.sleep(0.01)
     try:
         yield Raw(server, listener.getsockname()[1])

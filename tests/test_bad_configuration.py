@@ -12,7 +12,7 @@ import httpx
 import pytest
 import small
 from conftest import Client, Server, free_port, until_ready
-from processes import PATIENCE, SERVE, adrank, environment, fill, without_privileges
+from processes import PATIENCE, SERVE, adrank, ended, environment, fill, without_privileges
 from redis import Redis
 
 from tests.test_cli import refused, run
@@ -230,7 +230,7 @@ class TestWaitedFor:
             redis.config_set("requirepass", "secret")
         words = ("join", "--models", repository, "--name", "din", "--log", tmp_path / "log", "--redis", with_password(server, "mended"))
         command = [sys.executable, "-m", "adrank", *map(str, words)]
-        with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        with ended(subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)) as process:
             lines = iter(process.stderr.readline, "")
             assert "waiting: the store refuses the user name or password" in next(line for line in lines if "waiting" in line)
             with Redis.from_url(with_password(server, "secret")) as redis:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 from conftest import free_port
+from processes import ended
 from test_cli import run
 
 import adrank
@@ -82,7 +83,7 @@ def test_the_embedded_redis_keeps_what_it_holds_and_stops_when_told(tmp_path: Pa
     port, folder = free_port(), tmp_path / "redis"
     command = [sys.executable, "-m", "adrank", "redis", "--port", str(port), "--dir", str(folder)]
     for held in (None, b"1"):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with ended(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as process:
             assert process.stdout
             url = process.stdout.readline().split()[0]
             assert url == f"redis://127.0.0.1:{port}/0"
@@ -91,7 +92,7 @@ def test_the_embedded_redis_keeps_what_it_holds_and_stops_when_told(tmp_path: Pa
                 client.set("kept", 1)
                 assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
             if held is None:
-                taken = subprocess.run([*command[:-1], str(tmp_path / "other")], check=False, capture_output=True, text=True)
+                taken = subprocess.run([*command[:-1], str(tmp_path / "other")], check=False, capture_output=True, text=True, timeout=60)
                 assert taken.returncode == 2
                 assert f"Redis cannot be started on port {port}" in taken.stderr
             process.send_signal(signal.SIGTERM)

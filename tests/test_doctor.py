@@ -11,7 +11,7 @@ import time
 import bundles
 import pytest
 from conftest import Server, free_port
-from processes import ROOT, SERVE, adrank, environment, fill
+from processes import ROOT, SERVE, adrank, ended, environment, fill
 from redis import Redis
 
 from features import bundle
@@ -469,16 +469,13 @@ class TestPort:
     def test_taken_by_adrank(self, repository, tmp_path):
         port = free_port()
         settings = {"models": tmp_path / "models", "redis": "memory://", "port": port}
-        with subprocess.Popen(SERVE, env=environment(**settings), stderr=subprocess.DEVNULL) as process:
-            try:
-                flags = {"models": repository, "redis": "memory://", "port": port}
-                found = eventually(lambda: of(examine(flags), "listen"), "unready")
-                assert "waiting for one to be published" in found.said
-                assert exit_code([found]) == 15
-                bundles.publish(tmp_path / "models")
-                assert eventually(lambda: of(examine(flags), "listen"), "which is ready").status == "ok"
-            finally:
-                process.terminate()
+        with ended(subprocess.Popen(SERVE, env=environment(**settings), stderr=subprocess.DEVNULL)):
+            flags = {"models": repository, "redis": "memory://", "port": port}
+            found = eventually(lambda: of(examine(flags), "listen"), "unready")
+            assert "waiting for one to be published" in found.said
+            assert exit_code([found]) == 15
+            bundles.publish(tmp_path / "models")
+            assert eventually(lambda: of(examine(flags), "listen"), "which is ready").status == "ok"
 
 
 def eventually(ask, word, seconds=20):

@@ -170,6 +170,8 @@ def test_an_image_runs_as_a_number_and_ends_when_told(path: Path) -> None:
 @pytest.mark.parametrize(("path", "code", "said"), [("/livez", 0, "alive"), ("/nowhere", 1, "404"), ("/readyz", 1, "no answer")])
 def test_the_health_check_tells_what_it_heard(path: str, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     class Answers(BaseHTTPRequestHandler):
+        timeout = 10  # whoever connects and says nothing would keep the only thread
+
         def do_GET(self) -> None:
             self.send_response(200 if self.path == "/livez" else 404)
             self.end_headers()

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import re
-import signal
 import subprocess
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ import httpx
 import pytest
 from conftest import Server, free_port
 from joining import eventually, join_process
-from processes import SERVE, environment, fill
+from processes import SERVE, ended, environment, fill
 from test_dashboard import BOARD, QUERIES
 from watching import asked, get, prometheus, rules, tool, unanswered, values
 
@@ -97,16 +96,6 @@ def visit(client: httpx.Client, wave: int, store: Server) -> None:
     codes[client.post("/v1/rank", json=request).status_code] += 1
     store.resume()
     assert codes == {200: 2 * USERS + 1, 202: 1, 422: 1, 404: 1, 504: 1}
-
-
-@contextlib.contextmanager
-def ended(process: "subprocess.Popen[bytes]") -> Iterator["subprocess.Popen[bytes]"]:
-    """The process, which is ended in the end."""
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=90)
 
 
 @pytest.fixture(scope="module")
