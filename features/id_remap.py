@@ -14,7 +14,7 @@ AT_ONCE = 5_000
 """Values looked up before other work gets a turn: about half a millisecond."""
 
 
-class Renumbering:
+class IdRemap:
     """From the ids of one encoder to those of another. Complete after its `steps`."""
 
     def __init__(self, old: Encoder, new: Encoder) -> None:

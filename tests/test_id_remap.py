@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.encode import AdTable, Encoder
-from features.id_remap import Renumbering
+from features.id_remap import IdRemap
 from features.schema import parse_schema
 from features.state import Ad, pack_features
 from features.vocabulary import HashBuckets, Moments, Vocabularies, Vocabulary
@@ -111,5 +111,5 @@ def test_only_what_the_old_vocabulary_lacked_is_encoded_again():
     ],
 )
 def test_rows_that_depend_on_more_than_values_are_encoded_again(other):
-    assert Renumbering(encoder(VALUES), encoder(VALUES[:2])).possible
-    assert not Renumbering(encoder(VALUES), other).possible
+    assert IdRemap(encoder(VALUES), encoder(VALUES[:2])).possible
+    assert not IdRemap(encoder(VALUES), other).possible

@@ -28,6 +28,7 @@ from .networks import NETWORKS, build
 from .networks.contract import CLICK, Fields, Labels, Network, RequestTensors
 from .networks.pretrained import copy_embeddings
 from .networks.warm_start import warm_start
+from .tenure import Tenure, renewed
 from .unknown import Hiding, Unseen
 from .updates import Updates
 
@@ -94,6 +95,9 @@ class TrainSettings:
     init_from: str = ""
     """A bundle whose embeddings the network's begin with, those of values that both know; `adrank retrain` goes on from the live version
     instead, or begins without."""
+    evict_after: int = 0
+    """Retrainings in a row whose rows lack a value after which the next value that is new may take its row of the embeddings, so that
+    tables stop growing; 0: every value stays. Counted from version to version, where a training goes on from the one before."""
     int8: bool = False
     """Publish an int8 graph too, which processors with VNNI or AMX score 2 to 3 times faster, if its scores are as good."""
 
@@ -114,6 +118,7 @@ class TrainSettings:
             ("sparse_above", self.sparse_above >= 0, "at least 0"),
             ("clip", self.clip > 0, "above 0"),
             ("threads", self.threads >= 0, "at least 0"),
+            ("evict_after", self.evict_after >= 0, "at least 0"),
             ("cooccurrence", 0 <= self.cooccurrence < float("inf"), "at least 0"),
         )
         wrong = [f"{name} is {getattr(self, name)!r}; it must be {rule}" for name, fits, rule in rules if not fits]
@@ -186,6 +191,8 @@ class Trained:
     """By split."""
     head_metrics: dict[str, dict[str, Measures]] = field(default_factory=dict)
     """Of the heads other than the click, by head and split."""
+    tenure: Tenure = field(default_factory=Tenure)
+    """Which values are idle, for the training that goes on from this one."""
 
     @property
     def calibration(self) -> Calibration:
@@ -203,6 +210,8 @@ class Start:
     """The share of non-clicks in the rows that the network was trained on: its logits are right for those."""
     embeddings_only: bool = False
     """Take the embeddings of values that both know, for a network that may be another one; all else begins fresh."""
+    idle: Mapping[str, dict[str, int]] = field(default_factory=dict)
+    """See `Tenure.idle`."""
 
 
 def train(
@@ -217,9 +226,10 @@ def train(
     for split in SPLITS:
         data.files(split)  # an absent test split would be found after hours
     heads, whole = heads_of(family, settings.heads), start if start and not start.embeddings_only else None
+    tenure = Tenure(settings.evict_after, dict(whole.idle) if whole else {})
     with deterministic(settings):
         with _step(progress, "learning vocabularies"):
-            encoder = Encoder(data.schema, learn_vocabularies(data, whole.vocabularies if whole else None))
+            encoder = Encoder(data.schema, learn_vocabularies(data, whole.vocabularies if whole else None, tenure))
         with _step(progress, "encoding"):
             rows, valid = (encode_split(data, split, encoder, heads) for split in ("train", "valid"))
         left, settings = settings.open, settings.for_rows(len(rows))
@@ -227,7 +237,8 @@ def train(
         try:
             network = build(family, Fields.of(data.schema, encoder.vocabularies, heads), network_settings)
             if whole:
-                warm_start(whole.network, network, math.log(whole.negative_sampling / data.negative_sampling))
+                shift = math.log(whole.negative_sampling / data.negative_sampling)
+                warm_start(whole.network, network, shift, renewed(whole.vocabularies, encoder.vocabularies))
             else:
                 _begin_embeddings(network, encoder.vocabularies, start, progress)
         except ValueError as error:
@@ -247,7 +258,7 @@ def train(
     by_split = ({split: counts[i] for split, counts in counted.items()} for i in range(2))
     others = {head: {split: found[head] for split, found in measured.items()} for head in heads if head != CLICK}
     rows_by_split, clicks_by_split = by_split
-    return Trained(family, network, encoder, calibrations, epochs, metrics, facts, test, rows_by_split, clicks_by_split, others)
+    return Trained(family, network, encoder, calibrations, epochs, metrics, facts, test, rows_by_split, clicks_by_split, others, tenure)
 
 
 def _begin_embeddings(network: Network, vocabularies: Vocabularies, start: Start | None, progress: Progress) -> None:

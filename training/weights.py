@@ -14,6 +14,7 @@ from features.bundle import Bundle, BundleError
 
 from .networks import NETWORKS, build
 from .networks.contract import Fields
+from .tenure import IDLE, parse_idle
 from .train import Start, TrainError, TrainSettings, heads_of
 
 WEIGHTS, CALIBRATION = "weights.npz", "calibration.json"
@@ -39,9 +40,12 @@ def start_of(bundle: Bundle) -> Start:
         network = build(family, Fields.of(bundle.schema, bundle.vocabularies, heads_of(family, loop.heads)), settings)
         with (bundle.path / WEIGHTS).open("rb") as file, np.load(file, allow_pickle=False) as weights:
             network.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights.files})
+        idle = parse_idle((bundle.path / IDLE).read_bytes()) if IDLE in bundle.files else {}
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, BadZipFile) as error:
-        raise BundleError(f"bundle {bundle.path}: {WEIGHTS} cannot be used: {' '.join(str(error).split())}; use --start scratch") from error
-    return Start(network.eval(), bundle.vocabularies, sampling_of(bundle))
+        raise BundleError(
+            f"bundle {bundle.path}: {WEIGHTS} or {IDLE} cannot be used: {' '.join(str(error).split())}; use --start scratch"
+        ) from error
+    return Start(network.eval(), bundle.vocabularies, sampling_of(bundle), idle=idle)
 
 
 def sampling_of(bundle: Bundle) -> float:

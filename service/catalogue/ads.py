@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 from features.encode import AdTable
-from features.id_remap import Renumbering
+from features.id_remap import IdRemap
 from features.state import ACTIVE, NEVER, Ad, pack_features, unpack_features
 
 AT_ONCE = 1_000
@@ -94,24 +94,24 @@ class Ads:
                 self._fill(fingerprint, rest[at : at + size], encode)
                 yield
 
-    def _like(self, fingerprint: str) -> Generator[None, None, tuple[str, Renumbering] | None]:
+    def _like(self, fingerprint: str) -> Generator[None, None, tuple[str, IdRemap] | None]:
         """A table whose rows can be taken over, by its fingerprint, and how."""
         encoder = self.tables[fingerprint].encoder
         for other, table in self.tables.items():
-            renumbering = Renumbering(table.encoder, encoder)
-            if other != fingerprint and renumbering.possible:
-                yield from renumbering.steps()
-                return other, renumbering
+            remap = IdRemap(table.encoder, encoder)
+            if other != fingerprint and remap.possible:
+                yield from remap.steps()
+                return other, remap
         return None
 
-    def _take_over(self, fingerprint: str, source: tuple[str, Renumbering], ad_ids: list[str]) -> list[str]:
+    def _take_over(self, fingerprint: str, source: tuple[str, IdRemap], ad_ids: list[str]) -> list[str]:
         """Take over the rows of ads from another table; the ads that could not be."""
-        other, renumbering = source
+        other, remap = source
         if not {fingerprint, other} <= self.tables.keys():
             return ad_ids
         table, misfits = self.tables[other], self.misfits_of(other)
         rows = table.rows(ad_ids)
-        ads, unsure = renumbering(table.take(rows))
+        ads, unsure = remap(table.take(rows))
         unsure |= rows == 0
         if misfits:
             unsure |= np.fromiter((ad_id in misfits for ad_id in ad_ids), np.bool_, len(ad_ids))

@@ -19,6 +19,7 @@ from features.schema import Field, Schema, Side
 from features.vocabulary import UNKNOWN, HashBuckets, Ids, Moments, Vocabularies, Vocabulary
 
 from ..networks.contract import CLICK, Labels, Part, RequestTensors
+from ..tenure import Tenure
 from .fields import check_fields
 from .log import ImpressionLog
 from .prepared import DataError, Prepared, column_of
@@ -135,11 +136,11 @@ def _part(block: Block) -> Part:
     return Part(torch.from_numpy(block.ids), torch.from_numpy(block.numbers))
 
 
-def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Vocabularies:
+def learn_vocabularies(data: Prepared, base: Vocabularies | None = None, tenure: Tenure | None = None) -> Vocabularies:
     """Values and moments of the train split: most frequent first, then by the value, so that the order is certain.
 
-    What `base` has stays as it is, ids and moments, and the values that are new come after it. The moments of a number that was constant
-    then are learned anew: it told nothing.
+    What `base` has stays as it is, ids and moments, and the values that are new come after it, or where `tenure` finds rows of idle ones.
+    The moments of a number that was constant then are learned anew: it told nothing.
 
     Raises:
         DataError: the split is absent, or a column is of another type than its field.
@@ -165,9 +166,10 @@ def learn_vocabularies(data: Prepared, base: Vocabularies | None = None) -> Voca
         if not field.dense:
             kept = base.categories[field.vocabulary] if base else None
             first = kept.values if isinstance(kept, Vocabulary) else ()
-            categories[field.vocabulary] = (
-                HashBuckets(field.buckets) if field.buckets else _vocabulary(counts[field.vocabulary], field, first)
-            )
+            if field.buckets:
+                categories[field.vocabulary] = HashBuckets(field.buckets)
+            elif field.vocabulary not in categories:
+                categories[field.vocabulary] = _vocabulary(counts[field.vocabulary], field, first, tenure or Tenure())
     kept_moments = {path: m for path, m in base.moments.items() if not m.constant} if base else {}
     return Vocabularies(categories, {path: kept_moments.get(path) or _moments(spread, path) for path, spread in spreads.items()})
 
@@ -177,13 +179,14 @@ def _counts(column: pl.Series) -> pl.DataFrame:
     return flat.drop_nulls().rename("value").value_counts(name="count")
 
 
-def _vocabulary(counts: Sequence[pl.DataFrame], field: Field, first: Sequence[str]) -> Vocabulary:
+def _vocabulary(counts: Sequence[pl.DataFrame], field: Field, first: Sequence[str], tenure: Tenure) -> Vocabulary:
     if not counts:
         raise DataError(f"no column holds the values of {field.path}, neither the train split nor a table; prepare the data set again")
     total = pl.concat(counts).group_by("value").agg(pl.col("count").sum())
     kept = total.filter(pl.col("count") >= field.min_count).sort(["count", "value"], descending=[True, False])
     known = set(first)
-    return Vocabulary([*first, *(value for value in kept["value"].to_list() if value not in known)])
+    new = [value for value in kept["value"].to_list() if value not in known]
+    return Vocabulary(tenure.place(field.vocabulary, first, set(total["value"].to_list()) if first else (), new))
 
 
 def _moments(spread: Spread, path: str) -> Moments:

@@ -43,6 +43,7 @@ from ..networks import NETWORKS
 from ..networks.contract import CLICK, RequestTensors
 from ..networks.fuse import TILE, fused, is_tiled
 from ..retrain.drift import REFERENCE, make_reference
+from ..tenure import IDLE
 from ..train import Trained, TrainError, TrainSettings
 from ..weights import CALIBRATION, WEIGHTS, packed
 from .explain import explain_graph, tensors_of
@@ -279,6 +280,7 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
         CALIBRATION: json.dumps(asdict(trained.calibration)).encode(),
         WEIGHTS: packed(trained.network),
         METRICS: json.dumps(metrics, indent=1).encode(),
+        **({IDLE: trained.tenure.to_json()} if trained.settings["evict_after"] else {}),
         REFERENCE: make_reference(data, encoder.vocabularies),
         **_retrieval(data, trained, sizes),
     }

@@ -131,6 +131,7 @@ def _challenge(order: RetrainRequest, plan: RetrainPlan, data: Prepared, report:
     reasons = [*gate.diverged(trained.epochs), *compare.violations(found, plan.gate, trained.calibration.clicks)]
     training = {**report.training, "settings": trained.settings, "epochs": [epoch.line() for epoch in trained.epochs]}
     training["calibration"] = trained.calibration.line()
+    training |= {f"ids of {name}": line for name, line in trained.tenure.counts.items()}
     report = replace(report, reasons=reasons, training=training, comparison=found, warnings=_warnings(order, plan, data))
     if reasons:
         return report
