@@ -21,6 +21,7 @@ from training.calibrate import Calibration
 from training.datasets.encoded import Rows, encode_split, learn_vocabularies
 from training.datasets.prepared import SPLITS, DataError, Prepared
 from training.export.export import ServedNetwork, random_feeds, to_onnx
+from training.first_order import settled
 from training.networks import NETWORKS, build
 from training.networks.contract import CLICK, Fields, Network
 from training.train import (
@@ -137,6 +138,7 @@ class Measuring:
         heads = heads_of(wanted.family, settings.heads)
         try:
             rows = self.rows(heads)
+            network_settings = settled(network_settings, len(rows["train"]) < settings.flat_below)
             with deterministic(settings):
                 network = build(wanted.family, Fields.of(self.data.schema, self.encoder.vocabularies, heads), network_settings)
                 begun = time.perf_counter()

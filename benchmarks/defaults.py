@@ -31,6 +31,7 @@ from features.encode import Encoder
 from training.datasets.encoded import Rows, encode_split, joined, learn_vocabularies
 from training.datasets.prepared import SPLITS, Prepared, by_order, column_of, open_prepared
 from training.evaluate import auc
+from training.first_order import settled
 from training.networks import NETWORKS
 from training.networks.contract import Fields
 from training.progress import progress_bar
@@ -69,6 +70,7 @@ class Encoded:
         """A network trained with these settings, and its AUC by split; one thread, so that a seed gives the same bits again."""
         network, loop = overridden({"threads": "1", **given}, NETWORKS[family].settings(), TrainSettings())
         with deterministic(loop):
+            network = settled(network, len(self.rows["train"]) < loop.flat_below)
             made = NETWORKS[family](Fields.of(self.encoder.schema, self.encoder.vocabularies), network)
             epochs = fit_network(made, self.rows["train"], self.rows["valid"], loop, progress)
         aucs = {split: auc(rows.labels, predict(made, rows)) for split, rows in self.rows.items() if split != "train"}

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared, open_prepared
 from training.networks.layers import Tower
 from training.retrain.publish import train_and_publish
-from training.train import TrainError, TrainSettings, fit_network
+from training.train import Start, TrainError, TrainSettings, fit_network, train
 from training.updates import EmbeddingDecay
 from training.weights import settings_of
 
@@ -130,6 +131,20 @@ def test_the_first_order_learns_alone_at_first_and_then_all(tmp_path: Path) -> N
     moved = {name for name, weight in after[-1].items() if not torch.equal(weight, before[name])}
     assert {"second.table.weight", "tower.first.weight"} <= moved
     assert all(weight.requires_grad for weight in network.parameters())
+
+
+def test_a_din_of_few_rows_has_a_first_order_and_goes_on_with_what_it_had(tmp_path: Path) -> None:
+    data, few = small.data_set(tmp_path), TrainSettings(epochs=2, threads=1, unknown_rate=0)
+    many = replace(few, epochs=1, flat_below=300)
+    chosen = {rows: train(data, "din", small.NETWORK_SETTINGS["din"], rows, small.quiet()) for rows in (few, many)}
+    assert [each.settings["first_order"] for each in chosen.values()] == [1, 0]
+    assert [bool(each.network.first_weights()) for each in chosen.values()] == [True, False]
+    for before in chosen.values():  # such as a bundle of before, whose manifest does not tell it
+        start = Start(before.network, before.encoder.vocabularies)
+        after = train(data, "din", small.NETWORK_SETTINGS["din"], few, small.quiet(), start)
+        assert after.settings["first_order"] == before.settings["first_order"]
+    given = replace(small.NETWORK_SETTINGS["din"], first_order=0)
+    assert train(data, "din", given, few, small.quiet()).settings["first_order"] == 0
 
 
 def test_the_first_order_decays_as_little_as_a_regression(tmp_path: Path) -> None:

@@ -74,6 +74,27 @@ def test_logits_are_the_tower_over_user_interests_and_ad(text: str, softmax: boo
         assert logits.shape == (3, 5)
 
 
+def test_a_first_order_adds_a_weight_of_each_value_and_begins_alone() -> None:
+    network, plain = small.network("din", first_order=1), small.network("din")
+    assert isinstance(network, DIN)
+    assert network.first is not None
+    plain.load_state_dict({name: weight for name, weight in network.state_dict().items() if not name.startswith("first.")})
+    (user, history, ad), first = small.parts(), network.first
+    with torch.no_grad():
+        own, past, ads = first("user", user), first("history", history), first("ad", ad)
+        real = (history.ids[..., 0] > 0)[:, :, None, None]
+        mean = (past * real).sum(1) / real.sum(1).clamp(min=1)
+        expected = own.sum((1, 2))[:, None] + mean.sum((1, 2))[:, None] + ads.sum((2, 3))
+        assert torch.allclose(small.click(network, user, history, ad), small.click(plain, user, history, ad) + expected, **CLOSE)
+        network.flatten()
+        alone = small.click(network, user, history, ad) - network.tower.bias
+        assert torch.allclose(alone, expected, **CLOSE)
+    assert {id(weight) for weight in network.first_weights()} == {id(network.tower.bias), *map(id, first.parameters())}
+    assert plain.first_weights() == []
+    with pytest.raises(ValueError, match=r"^first_order is 2; it must be 0 or 1, or -1: by the rows$"):
+        small.network("din", first_order=2)
+
+
 def test_a_schema_without_history_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^DIN weighs a user's behaviours, and this schema has no \[history\]; train deepfm instead$"):
         small.network("din", ONLY_ADS)

@@ -23,6 +23,7 @@ CASES = [
     ("deepfm", ONLY_ADS, {}),
     ("din", small.SCHEMA, {"attention": (6, 5, 4), "hidden": (8, 7)}),
     ("din", small.SCHEMA, {"attention": (6, 5), "softmax": True}),
+    ("din", small.SCHEMA, {"attention": (6, 5), "first_order": 1}),
     ("din", HISTORY_AND_ADS, {"attention": (3,)}),
 ]
 

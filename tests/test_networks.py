@@ -37,6 +37,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("finalmlp", {"gates": False}),
     ("deeplight", {"prune_from": 10, "prune_steps": 10}),
     ("din", {"softmax": True}),
+    ("din", {"first_order": 1}),
     ("bst", {"layers": 2, "attention_heads": 1}),
     ("two_tower", {"tower": "dcn_v2"}),
     ("vae_cf", {"hidden": (8, 5)}),

@@ -5,6 +5,8 @@ users of a small log, and keeps it from learning more.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -32,6 +34,12 @@ class FirstOrder:
         for weight in self.held:
             weight.requires_grad_(True)
         times(self.optimisers, 1 / FASTER)
+
+
+def settled(network_settings: Any, few: bool) -> Any:
+    """A network's settings, whose first order may be left to the data (`first_order` is -1): there is one where there are `few` rows."""
+    open_ = getattr(network_settings, "first_order", 0) == -1
+    return replace(network_settings, first_order=int(few)) if open_ else network_settings
 
 
 def times(optimisers: Sequence[torch.optim.Optimizer], factor: float) -> None:

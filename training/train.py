@@ -23,7 +23,7 @@ from .cooccurrence import Cooccurrence
 from .datasets.encoded import Rows, encode_split, learn_vocabularies
 from .datasets.prepared import SPLITS, Prepared, wrong_head
 from .evaluate import Measures, measure, unmeasured
-from .first_order import SHARE, FirstOrder, times
+from .first_order import SHARE, FirstOrder, settled, times
 from .networks import NETWORKS, build
 from .networks.contract import CLICK, Fields, Labels, Network, RequestTensors
 from .networks.pretrained import copy_embeddings
@@ -233,6 +233,8 @@ def train(
         with _step(progress, "encoding"):
             rows, valid = (encode_split(data, split, encoder, heads) for split in ("train", "valid"))
         left, settings = settings.open, settings.for_rows(len(rows))
+        few = bool(whole.network.first_weights()) if whole else len(rows) < settings.flat_below
+        network_settings = settled(network_settings, few)
         progress.console.print(settings.summary(len(rows)), soft_wrap=True)
         try:
             network = build(family, Fields.of(data.schema, encoder.vocabularies, heads), network_settings)

@@ -25,6 +25,7 @@ from features.encode import Encoder
 
 from .datasets.encoded import encode_split, learn_vocabularies
 from .datasets.prepared import Prepared
+from .first_order import settled
 from .networks import NETWORKS, build
 from .networks.contract import Fields
 from .retrain.compare import Gate
@@ -140,7 +141,7 @@ class Tuning:
     def _try(self, trial: optuna.Trial, watch: Callable[[optuna.Trial, Epoch], None]) -> float:
         network_settings, loop = self._settings(texts_of({name: SPACE[name](trial, usual) for name, usual in self.usual.items()}))
         with deterministic(loop), Progress(console=Console(quiet=True), disable=True) as nobody:
-            network = build(self.family, self.fields, network_settings)
+            network = build(self.family, self.fields, settled(network_settings, len(self.train) < loop.flat_below))
             epochs = fit_network(network, self.train, self.valid, loop, nobody, each=lambda epoch: watch(trial, epoch))
         return max(score_of(epoch.valid) for epoch in epochs)
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .contract import CLICK, Explained, Fields, Network, RequestTensors
 from .embeddings import Embeddings
+from .interactions import first_order
 from .layers import Activation, Dice, Layer, Linear, Tower, merged
 from .lookup import look_up
 
@@ -29,6 +30,9 @@ class DINSettings:
     """Share of their activations that a training step leaves out."""
     softmax: bool = False
     """Normalise the attention over the behaviours, which the paper does not."""
+    first_order: int = -1
+    """1: each value has a weight of its own beside the MLP too, as in a regression; 0: none has, as in the paper. -1: by the rows, 1 on
+    fewer than `flat_below`, whose users an MLP alone learns by heart."""
 
 
 class LocalActivation(nn.Module):
@@ -94,6 +98,8 @@ class DIN(Network):
     def __init__(self, fields: Fields, settings: DINSettings) -> None:
         super().__init__(fields, settings)
         fields.require_history("DIN weighs a user's behaviours")
+        if settings.first_order not in (-1, 0, 1):
+            raise ValueError(f"first_order is {settings.first_order}; it must be 0 or 1, or -1: by the rows")
         width = settings.embedding
         self.embed = Embeddings(fields, width)
         self.shared = fields.shared
@@ -102,6 +108,7 @@ class DIN(Network):
         candidate = interest + fields.count("ad") * width
         # The paper is silent on a normalised input of the MLP; the authors' program has it.
         self.tower = Tower(fields.count("user") * width, candidate, settings.hidden, settings.dropout, norm="dice")
+        self.first = Embeddings(fields, 1) if settings.first_order == 1 else None
 
     @property
     def intercept(self) -> Tensor:
@@ -113,7 +120,17 @@ class DIN(Network):
         ads = self.embed("ad", request.ad)
         interests = self.attention(*self.compared(ads, request))
         user = self.embed("user", request.user).flatten(1) if "user" in self.embed else ads.new_zeros((len(ads), 0))
-        return {CLICK: self.tower(user, torch.cat([interests, ads.flatten(2)], dim=-1))}
+        logits = self.tower(user, torch.cat([interests, ads.flatten(2)], dim=-1))
+        return {CLICK: logits if self.first is None else logits + first_order(self.first, request)}
+
+    def flatten(self) -> None:
+        """See `DeepFM`."""
+        if self.first is not None:
+            nn.init.zeros_(self.tower.last.weight)
+
+    def first_weights(self) -> list[nn.Parameter]:
+        """See `Network`."""
+        return [] if self.first is None else [*self.first.parameters(), self.tower.last.bias]
 
     def compared(self, ads: Tensor, request: RequestTensors) -> tuple[Tensor, Tensor, Tensor]:
         """What the attention unit compares: of `ads (R, C, F, D)` what a behaviour has too, the behaviours, and which are no padding."""
