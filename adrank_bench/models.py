@@ -40,6 +40,8 @@ from .cold import by_exposure, exposures
 
 CANDIDATES = 200
 SCORING_SECONDS = 1.0
+LETTER = (8, 13)
+"""How wide and high a letter of a network's name is in the picture, in pixels: names do not lie on each other."""
 Said = Callable[[str], Mapping[str, str]]
 """The settings of a network, as the texts of `--set`."""
 
@@ -278,16 +280,33 @@ def draw(runs: Sequence[ModelRun], path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
+    rows = table_of(runs)
+    costs, aucs = [1e6 / row.serving for row in rows], [row.auc for row in rows]
     figure, axes = plt.subplots(figsize=(9, 6))
-    for row in table_of(runs):
-        cost = 1e6 / row.serving
-        axes.scatter(cost, row.auc, color="#1f6feb", s=25)
-        axes.annotate(row.family, (cost, row.auc), textcoords="offset points", xytext=(5, 4), fontsize=9)
+    axes.scatter(costs, aucs, color="#1f6feb", s=25)
     axes.set_xscale("log")
     axes.set_xlabel(f"microseconds a candidate, of requests of {CANDIDATES}, one thread")
     axes.set_ylabel("AUC on test")
-    axes.grid(alpha=0.3)
+    axes.set_yscale("logit")  # halving what is missing is as far everywhere
+    axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(10))
+    axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%.3f"))
+    axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+    axes.margins(x=0.12)
+    axes.grid(alpha=0.3, which="both")
     figure.tight_layout()
+    _name(axes, [(row.family, cost, row.auc) for row, cost in zip(rows, costs, strict=True)])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _name(axes: Any, points: Iterable[tuple[str, float, float]]) -> None:
+    """Write names beside their points, lower where another name is."""
+    placed: list[tuple[float, float, float]] = []
+    for name, *at in points:
+        x, y = axes.transData.transform(at)
+        width, low = LETTER[0] * len(name), y
+        while any(x < end and start < x + width and abs(low - other) < LETTER[1] for start, end, other in placed):
+            low -= 1
+        placed.append((x, x + width, low))
+        axes.annotate(name, at, textcoords="offset pixels", xytext=(8, low - y - 3), fontsize=9)
