@@ -7,7 +7,7 @@ every id kept and once with rows of idle ids taken by new ones. Both are measure
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -69,12 +69,11 @@ def window(world: World, number: int, rows: int, folder: Path) -> Prepared:
     return open_prepared(folder)
 
 
-def windows(world: World, count: int, rows: int, evict_after: int, progress: Progress) -> list[Window]:
+def windows(world: World, count: int, rows: int, settings: TrainSettings, progress: Progress) -> list[Window]:
     """One arm: a training for each window, each from the one before it."""
-    settings = TrainSettings(threads=1, flat_below=0, least_steps=0, patience=1, epochs=3, batch=256, evict_after=evict_after)
     start, found = None, []
     with tempfile.TemporaryDirectory() as folder:
-        for number in progress.track(range(count), description=f"evict_after {evict_after}"):
+        for number in progress.track(range(count), description=f"seed {settings.seed}, evict_after {settings.evict_after}"):
             data = window(world, number, rows, Path(folder) / str(number))
             quiet = Progress(console=Console(quiet=True), disable=True)
             trained = train(data, "deepfm", NETWORKS["deepfm"].settings(), settings, quiet, start)
@@ -94,18 +93,28 @@ def _next(trained: Trained) -> Start:
 @click.option("--rows", type=click.IntRange(min=100), default=20_000, show_default=True, help="Of a window.")
 @click.option("--ads", type=click.IntRange(min=20), default=400, show_default=True)
 @click.option("--evict-after", type=click.IntRange(min=1), default=2, show_default=True)
-def main(count: int, rows: int, ads: int, evict_after: int) -> None:
-    """Run both arms, and print how large the tables grow and what AUC comes to."""
-    world = make_world(ads=ads, later=count * DAYS_A_WINDOW)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
+def main(count: int, rows: int, ads: int, evict_after: int, seeds: int) -> None:
+    """Run both arms with each seed, and print how large the tables grow and what AUC comes to."""
+    world, usual = make_world(ads=ads, later=count * DAYS_A_WINDOW), TrainSettings(threads=1, flat_below=0, least_steps=0, patience=1)
+    arms: dict[int, list[list[Window]]] = {0: [], evict_after: []}
     with progress_bar() as progress:
-        kept, bounded = (windows(world, count, rows, after, progress) for after in (0, evict_after))
+        for seed in range(1, seeds + 1):
+            for after, found in arms.items():
+                settings = replace(usual, seed=seed, epochs=3, batch=256, evict_after=after)
+                found.append(windows(world, count, rows, settings, progress))
+    auc = {after: np.array([[each.auc for each in chain] for chain in found]) for after, found in arms.items()}
     table = Table("window", "ids kept", "with eviction", "AUC kept", "with eviction", "difference")
-    for number, (before, after) in enumerate(zip(kept, bounded, strict=True), 1):
-        cells = (f"{before.ids:,}", f"{after.ids:,}", f"{before.auc:.4f}", f"{after.auc:.4f}", f"{after.auc - before.auc:+.4f}")
-        table.add_row(str(number), *cells)
+    for number in range(count):
+        ids = (f"{found[0][number].ids:,}" for found in arms.values())
+        means = [float(each[:, number].mean()) for each in auc.values()]
+        table.add_row(str(number + 1), *ids, *(f"{mean:.4f}" for mean in means), f"{means[1] - means[0]:+.4f}")
     Console(width=160).print(table)
-    off = np.array([after.auc - before.auc for before, after in zip(kept, bounded, strict=True)])
-    print(f"AUC with eviction less AUC without: {off.mean():+.5f} (standard error {off.std(ddof=1) / len(off) ** 0.5:.5f})")
+    for name, found in (
+        ("with eviction less without", auc[evict_after] - auc[0]),
+        ("the same between two seeds", auc[0][1:] - auc[0][:-1]),
+    ):
+        print(f"AUC {name}, mean over windows, by seed: {', '.join(f'{each:+.5f}' for each in found.mean(1))}")
 
 
 if __name__ == "__main__":

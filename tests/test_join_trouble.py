@@ -36,6 +36,7 @@ from features.state import StoreError
 from features.streams import EVENTS, SERVED
 from service.store.streams import RedisStreams
 from training.join import sink as sink_module
+from training.join.log import open_log
 from training.join.sink import Sink
 
 pytestmark = pytest.mark.anyio
@@ -250,6 +251,23 @@ async def test_a_full_disk_is_waited_for(streams, joining, monkeypatch, place):
     await joining.once(everything=True)
     assert joining.rows()["label"].to_list() == [1, 0, 0]
     assert not list(joining.folder.rglob("*.tmp"))
+
+
+def test_a_first_sink_that_is_killed_leaves_its_file_where_it_is_cleared_up(tmp_path, monkeypatch):
+    bundles.publish(tmp_path / "models")
+
+    def link(*_):
+        raise KeyboardInterrupt  # no OSError, so that nothing is tidied, as after SIGKILL
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(KeyboardInterrupt):
+        open_log(tmp_path / "log", tmp_path / "models", None)
+    monkeypatch.undo()
+    (left,) = (tmp_path / "log").rglob("*.tmp")
+    assert left.parent.name == ".join"
+    os.utime(left, (0, 0))
+    open_log(tmp_path / "log", tmp_path / "models", None)
+    assert not list((tmp_path / "log").rglob("*.tmp"))
 
 
 @pytest.fixture

@@ -94,7 +94,8 @@ def open_log(folder: Path, models: Path, name: str | None) -> LogFolder:
             if len(names) > 1:
                 several = f"{len(names)} models are live in {models} ({', '.join(names)})"
                 raise JoinError(f"{several}, and a new log takes the schema of one; name it with --name")
-            write_file(path, load_bundle(current_path(models, names[0])).schema.to_toml().encode(), first=True)
+            _make(folder / OWN, OWN_MODE)
+            write_file(path, load_bundle(current_path(models, names[0])).schema.to_toml().encode(), folder / OWN, first=True)
         _make(folder / OWN, OWN_MODE)
         for left in (folder / OWN).glob("*.tmp"):
             if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
