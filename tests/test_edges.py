@@ -1,12 +1,14 @@
 """What is around the routes: methods, prefixes, codings, pages of browsers, scrapes, and where the service listens."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import socket
 import stat
 
 import pytest
+from conftest import free_port
 
 from service.api.edge import METHODS
 from service.doctor.port import check_port
@@ -207,6 +209,17 @@ class TestScrapes:
 
 
 class TestListening:
+    def test_the_kernel_holds_little_of_an_answer_that_nobody_reads(self):
+        (listener,) = listen(Settings(host="127.0.0.1", port=free_port()))
+        with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            accepted.setblocking(False)
+            sent = 0
+            with contextlib.suppress(BlockingIOError):
+                while sent < 2**24:
+                    sent += accepted.send(b"x" * 2**20)
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2**18
+            assert 0 < sent < 2**20  # with what the client's kernel takes; else some megabytes
+
     @pytest.mark.parametrize("host", ["::", ""])
     def test_every_address_means_both_families(self, host):
         with socket.socket() as probe:

@@ -15,6 +15,8 @@ BACKLOG = 2048
 """Connections that wait to be accepted."""
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 PROBE_SECONDS = 1.0
+SEND_BYTES = 2**17
+"""What the kernel may hold of a connection's answers, which it doubles for its own: it would take megabytes, which no limit counts."""
 
 
 class ListenError(AdrankError, RuntimeError):
@@ -36,7 +38,8 @@ def listen(settings: Settings) -> list[socket.socket]:
         why = f"cannot listen on {host or 'all addresses'} port {port}: {reason(error)}"
         raise ListenError(f"{why}; choose another with --host and --port, or ADRANK_HOST and ADRANK_PORT") from error
     for listener in listeners:
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each connection inherits it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each connection inherits both
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
     return listeners
 
 
