@@ -38,6 +38,8 @@ SHARES: dict[str, Sequence[float]] = {
     "units": (0.0, 0.7, 0.0),
     "defaults": (0.9, 0.7, 0.4),
     "more": (0.95, 0.8, 0.9),
+    "90 % of all": (0.9, 0.9, 0.9),
+    "95 % of all": (0.95, 0.95, 0.95),
 }
 """What is pruned of pairs, units and values."""
 
