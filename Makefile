@@ -5,7 +5,7 @@ PROGRAMS := $(patsubst %,tests/test_bench_%.py,fleet freshness gpu scoring servi
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 K8S := build/k8s-tools/installed
 
-.PHONY: demo test bench-test lint bench k8s-test rollout-test redis-test peers-test parity-test reference lock images compose-test clean
+.PHONY: demo test bench-test console-test lint bench k8s-test rollout-test redis-test peers-test parity-test reference lock images compose-test clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -15,6 +15,9 @@ test: $(INSTALLED)  ## everything that CI tests
 
 bench-test: $(INSTALLED)  ## that the programs of benchmarks/ measure what they say
 	$(TEST) $(PROGRAMS) $(ARGS)
+
+console-test: $(INSTALLED)  ## the console in a real browser; needs Chromium
+	$(BIN)/python -m pytest tests/test_console.py tests/test_console_pages.py $(ARGS)
 
 lint: $(INSTALLED)  ## style, types and the rules between the packages
 	$(BIN)/ruff check .

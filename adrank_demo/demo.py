@@ -188,7 +188,9 @@ def commands(settings: Settings, folder: Path) -> list[str]:
 
 
 def _stay(console: Console, url: str, request: Mapping[str, Any], loop: Sequence[str]) -> None:
-    console.print(f"\nThe service is up at {url} (try {url}/docs). Ctrl-C stops it, and its store with it. Ask it from another terminal:\n")
+    console.print(
+        f"\nThe service is up, its console is {url}/console. Ctrl-C stops it, and its store with it. Ask it from another terminal:\n"
+    )
     print(f"curl -s {url}/rank -H 'content-type: application/json' -d '{json.dumps(request)}'")
     console.print("\nThe loop, with this store and these models: visits, what was served joined with clicks, a check, a better model:\n")
     print("\n".join(loop))

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from features.encode import Encoder
 from features.state import MemoryStore, Store, StoreError
 
+from .api.console import OPEN, console_routes
 from .api.edge import Edge, add_error_handlers
 from .api.events import EventsCORS, event_routes
 from .api.openapi import describe, openapi_page
@@ -221,6 +222,7 @@ def _guard(settings: Settings) -> Guard | None:
     if settings.tokens is None:
         return None
     opened = (PROBES if settings.open_probes else frozenset()) | (METRICS if settings.open_metrics else frozenset())
+    opened |= OPEN if settings.console else frozenset()
     return Guard(settings.tokens, opened)
 
 
@@ -274,6 +276,8 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
     app.include_router(event_routes(_intake(service), settings))
     reload = service.reload
     app.include_router(status_routes(service.ranker, metrics, service.health, lambda: reload.stuck or reload.default.notice))
+    if settings.console:
+        app.include_router(console_routes(service.ranker, service.store, settings))
     add_error_handlers(app)
     app.add_middleware(Direct, ranking=ranking)
     if settings.origins:

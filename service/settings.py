@@ -144,6 +144,8 @@ class Settings(BaseSettings):
     """With `tokens`, `/livez` and `/readyz` answer without one all the same."""
     open_metrics: bool = False
     """With `tokens`, `/metrics` answers without one all the same."""
+    console: bool = True
+    """Whether there is a console for people at `/console`, to which `/` leads."""
     log_format: Literal["text", "json"] = "text"
     """Of the lines on standard error; with `log_level` the joiner's too."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from features import bundle
 from features.state import Ad, MemoryStore, UserState
 from service import errors
+from service.api.console import CONSOLE
 from service.api.edge import ROUTES
 from service.api.requests import parse_request, to_query
 from service.api.wire import Problem, RankAnswer
@@ -493,7 +494,7 @@ class TestMetrics:
 
 async def test_routes_are_those_documented(client):
     document = (await client.get("/openapi.json")).json()
-    assert set(document["paths"]) | {"/docs", "/openapi.json"} == ROUTES
+    assert set(document["paths"]) | {"/docs", "/openapi.json", *CONSOLE} == ROUTES
     page = await client.get("/docs")
     assert page.headers["content-type"].startswith("text/html")
     assert "openapi.json" in page.text

@@ -14,6 +14,7 @@ from ..errors import FieldProblem, Kind
 from ..public import SCORING
 from ..telemetry.logs import REQUEST, RateLimitFilter
 from ..telemetry.metrics import Metrics, RequestTimings
+from .console import CONSOLE
 from .openapi import EVENTS, RANKED
 from .tokens import Guard
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 READ, WRITTEN = "GET, HEAD, OPTIONS", "OPTIONS, POST"
 METHODS = {
     **dict.fromkeys([*RANKED, EVENTS], WRITTEN),
-    **dict.fromkeys(("/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/docs", "/openapi.json"), READ),
+    **dict.fromkeys(("/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/docs", "/openapi.json", *CONSOLE), READ),
 }
 """What each path takes."""
 ROUTES = frozenset(METHODS)

@@ -16,8 +16,8 @@ from .. import errors
 from ..errors import Kind
 
 SCOPES = ("rank", "events", "read")
-NEEDED = {"/rank": "rank", "/v1/rank": "rank", "/v1/events": "events"}
-"""The scope of a route; of all others it is `read`."""
+NEEDED = {"/rank": "rank", "/v1/rank": "rank", "/v1/events": "events", "/console/api/user": "rank"}
+"""The scope of a route; of all others it is `read`. Who may rank for a user may see the user; who reads metrics may not."""
 PROBES = frozenset({"/livez", "/readyz"})
 METRICS = frozenset({"/metrics"})
 TOKEN = re.compile(rb"[A-Za-z0-9._~+/-]{16,512}={0,2}")

@@ -7,13 +7,15 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from features.encode import AdTable, Encoder, FieldError, clean
+import numpy as np
+
+from features.encode import AdTable, Encoder, Features, FieldError, clean
 from features.merging import ForgetAd, left_before
 from features.schema import IDENTITY, Field
-from features.state import Ad, ChangesLostError, Store, StoreError
+from features.state import Ad, ChangesLostError, Store, StoreError, unpack_features
 
 from ..telemetry.metrics import Metrics
 from .ads import Ads, View
@@ -89,6 +91,26 @@ class Catalogue:
     def ads(self) -> int:
         """Active ads, as the table that has been there longest has them."""
         return len(next(iter(self._ads.tables.values()), ()))
+
+    def features(self, ad_ids: Sequence[str]) -> dict[str, Features]:
+        """The features of those of the ads that are known, whether or not they have left."""
+        packed = self._ads.packed
+        return {ad_id: unpack_features(packed[ad_id]) for ad_id in ad_ids if ad_id in packed}
+
+    async def sample(self, count: int, wanted: Callable[[Ad], bool]) -> list[Ad]:
+        """Active ads at random that are wanted, `count` at most. Other work gets its turns: where few are wanted, all are looked at."""
+        ads, found = self._ads, list[Ad]()
+        ad_ids = list(ads.packed)
+        order = np.random.default_rng().permutation(len(ad_ids))
+        for start in range(0, len(ad_ids), AT_ONCE):
+            for ad_id in (ad_ids[at] for at in order[start : start + AT_ONCE].tolist()):
+                ad = Ad(ad_id, unpack_features(ads.packed[ad_id]))
+                if ad_id not in ads.gone and wanted(ad):
+                    found.append(ad)
+                if len(found) == count:
+                    return found
+            await asyncio.sleep(0)
+        return found
 
     @property
     def lag(self) -> float:

@@ -1,0 +1,251 @@
+"""The console's pages in a real browser: each against what the API says, made by clicks and keys, in light and dark, on a phone."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
+
+import bundles
+import pytest
+from axe_playwright_python.async_playwright import Axe
+from conftest import Client
+from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
+from processes import fill, serving
+from test_tokens import ALL
+
+from features.bundle import EXPLAIN_MODEL
+from features.state import Ad, UserState
+from service.store.redis import RedisStore
+from tests.test_explain import explaining
+
+pytestmark = pytest.mark.anyio
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+FLAGS = (
+    "--no-sandbox",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+PAGES = {"rank": "Take a sample", "live": "Models that rank", "models": "Measured in training"}
+"""What is there once a page is."""
+HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture(scope="module")
+async def client(servers, tmp_path_factory) -> AsyncIterator[Client]:
+    """A service whose model explains, with another one beside it, older versions, and a user and an ad with hostile ids."""
+    models, server = tmp_path_factory.mktemp("console") / "models", servers("valkey")
+    bundles.publish(models, "din")
+    metrics = {"valid": {"auc": 0.7, "rows": 4000}, "test": {"auc": 0.75, "log_loss": 0.3}}
+    bundles.publish(models, "din", files={EXPLAIN_MODEL: explaining(), "metrics.json": json.dumps(metrics).encode()})
+    bundles.publish(models, "other", bias=1.0)
+    await fill(server.url)
+    store = RedisStore(server.url, timeout=2, ttl=1000, on_damaged=lambda: None)
+    await store.put_users(
+        [
+            ("u378", UserState({"age": "25"}, ["a9", "a2", "a7"], [1e9, 1.1e9, 1.2e9])),
+            (HOSTILE, UserState({"age": HOSTILE}, [HOSTILE], [1])),
+        ]
+    )
+    await store.put_ads([Ad(HOSTILE, {"genre": HOSTILE, "price": 1.0})])
+    await store.close()
+    async with serving(models, server.url) as client:
+        yield client
+
+
+@contextlib.asynccontextmanager
+async def watched(browser: Browser, url: str, allowed: str = "", **options: object) -> AsyncIterator[Page]:
+    """A page of the console, in which nothing is wrong and from which nothing goes elsewhere."""
+    context = await browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+    page, wrong = await context.new_page(), list[str]()
+
+    def said(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning") and not (allowed and allowed in message.text):
+            wrong.append(message.text)
+
+    page.on("console", said)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: None if urlsplit(request.url).netloc == urlsplit(url).netloc else wrong.append(request.url))
+    page.set_default_timeout(20_000)
+    await page.goto(url)
+    yield page
+    await context.close()
+    assert wrong == []
+
+
+def address(client: Client) -> str:
+    return str(client.base_url).rstrip("/")
+
+
+async def rank(page: Page, user: str, candidates: str) -> None:
+    await page.get_by_label("User id").fill(user)
+    await page.get_by_label("Candidates").fill(candidates)
+    await page.get_by_role("button", name="Rank", exact=True).click()
+    await page.get_by_role("heading", name="The same by curl").wait_for()
+
+
+async def cells(page: Page, region: str) -> list[list[str]]:
+    rows = await page.get_by_role("region", name=region).locator("tbody tr").all()
+    return [await row.locator("td").all_inner_texts() for row in rows]
+
+
+async def test_a_ranking_made_by_clicks_is_the_one_of_the_api(browser, client):
+    async with watched(browser, address(client) + "/") as page:
+        assert page.url.endswith("/console")
+        await page.get_by_label("slot").fill("feed")
+        await page.get_by_label("Where").select_option("genre")
+        await page.get_by_label("is (ids: begins)").fill("news")
+        await page.get_by_role("button", name="Take a sample").click()
+        await page.wait_for_function("document.querySelector('textarea').value !== ''")
+        sampled = (await page.get_by_label("Candidates").input_value()).split("\n")
+        assert sorted(sampled) == sorted(f"a{i}" for i in range(2, 30, 3))
+        await page.get_by_label("Beside it").select_option("other")
+        await rank(page, "u378", "\n".join(sampled))
+        request = {"user": {"id": "u378"}, "context": {"slot": "feed"}, "candidates": sampled}
+        ours, theirs = [
+            (await client.post("/rank", json={**request, "options": {"model": name, "explain": True}})).json() for name in ("din", "other")
+        ]
+        beside = {ad["ad_id"]: ad for ad in theirs["ads"]}
+        assert [[row[0], row[1], row[3], row[5], row[6]] for row in await cells(page, "10 ads by din")] == [
+            [
+                str(ad["rank"]),
+                ad["ad_id"],
+                f"{ad['p_click']:.4f}",
+                f"{beside[ad['ad_id']]['p_click']:.4f}",
+                str(beside[ad["ad_id"]]["rank"]),
+            ]
+            for ad in ours["ads"]
+        ]
+        third = ours["ads"][2]
+        await page.get_by_role("button", name=third["ad_id"], exact=True).click()
+        await page.get_by_role("heading", name=f"Why {third['ad_id']} has {third['p_click']:.4f}").wait_for()
+        told = await cells(page, "The newest")
+        assert [(row[0], row[1], row[3]) for row in told] == [
+            (when, ad_id, f"{weight:.3f}")
+            for when, ad_id, weight in zip(
+                ("10 Jan 21:20", "09 Nov 11:33", "09 Sept 01:46"), ("a7", "a2", "a9"), reversed(third["attention"]), strict=True
+            )
+        ]
+        adds = {row[0]: row[1] for row in await cells(page, "What fields add")}
+        assert adds == {name: f"{'−' if value < 0 else '+'}{abs(value):.3f}" for name, value in third["contributions"].items()}
+        line = await page.locator("pre").inner_text()
+        process = await asyncio.create_subprocess_shell(line, stdout=asyncio.subprocess.PIPE)
+        out, _ = await process.communicate()
+        assert [ad["ad_id"] for ad in json.loads(out)["ads"]] == [ad["ad_id"] for ad in ours["ads"]]
+
+
+async def test_hostile_ids_and_values_are_text(browser, client):
+    async with watched(browser, address(client) + "/console") as page:
+        await rank(page, HOSTILE, f"{HOSTILE}\na1")
+        await page.get_by_role("button", name=HOSTILE, exact=True).click()
+        assert (await cells(page, "The newest"))[0][1] == HOSTILE
+        await expect(page.get_by_text(f"age: {HOSTILE}")).to_be_visible()
+        assert await page.locator("img").count() == 0
+        assert await page.title() == "rank · adrank console"
+        line = await page.locator("pre").inner_text()
+        assert json.loads(line.partition(" -d '")[2][:-1].replace("'\\''", "'"))["user"]["id"] == HOSTILE
+
+
+async def test_a_mistake_is_told_in_a_sentence(browser, client):
+    async with watched(browser, address(client) + "/console", allowed="422") as page:
+        await page.get_by_label("User id").fill("x" * 2000)
+        await page.get_by_label("Candidates").fill("a1")
+        await page.get_by_role("button", name="Rank", exact=True).click()
+        await expect(page.get_by_role("alert")).to_contain_text("Not ranked: one thing is wrong with the request")
+
+
+async def test_live_shows_rankings_as_they_come(browser, client):
+    async with watched(browser, address(client) + "/console#live") as page:
+        tile = page.locator("section", has_text="requests / s").locator("output")
+        await expect(tile).not_to_have_text("–")
+        async with asyncio.timeout(30):
+            while await tile.inner_text() in ("–", "0.0") or (await cells(page, "Stages"))[2][1] == "–":
+                await client.rank()
+        await expect(page.locator("section", has_text="ads in the catalogue").locator("output")).to_have_text("31")
+        loaded = (await client.get("/v1/models")).json()["models"]
+        assert [row[1] for row in await cells(page, "Models that rank")] == [each["version"] for each in loaded]
+        await expect(page.get_by_text("The store (redis) is up")).to_be_visible()
+
+
+async def test_percentiles_are_of_what_came_between_two_reads(browser, client):
+    """10 under 1 ms, 80 from 1 to 2, 10 from 2 to 4: the median is half way through the 80, the 99th nine tenths through the last 10."""
+
+    def exposition(*counts: int) -> str:
+        return "\n".join(f'h_bucket{{le="{le}",stage="x"}} {n}' for le, n in zip(("0.001", "0.002", "0.004", "+Inf"), counts, strict=True))
+
+    async with watched(browser, address(client) + "/console") as page:
+        script = """async ([was, now]) => {
+            const {parse, percentile} = await import("/console/live.js");
+            return [0.5, 0.99].map((share) => percentile({samples: parse(was)}, {samples: parse(now)}, "h", share, (l) => l.stage === "x"));
+        }"""
+        found = await page.evaluate(script, [exposition(5, 5, 5, 7), exposition(15, 95, 105, 107)])
+        assert found == pytest.approx([1.5, 3.8])
+
+
+async def test_models_are_those_of_the_repository(browser, client):
+    async with watched(browser, address(client) + "/console#models") as page:
+        await page.get_by_text("Measured in training").wait_for()
+        listed = (await client.get("/console/api/versions")).json()["versions"]
+        assert [row[:3] for row in await cells(page, "Versions")] == [[each["name"], each["version"], each["role"]] for each in listed]
+        assert await cells(page, "Measured in training") == [
+            ["auc", "0.70000", "0.75000"],
+            ["rows", "4,000", "–"],
+            ["log loss", "–", "0.30000"],
+        ]
+        older = listed[1]
+        await page.get_by_role("region", name="Versions").locator("tbody tr").nth(1).get_by_role("button").click()
+        command = f"adrank promote --models MODELS --name din --version {older['version']}"
+        await expect(page.get_by_text(command, exact=True)).to_be_visible()
+
+
+async def test_a_token_is_asked_for_once_and_again_where_it_is_wrong(browser, client, tmp_path):
+    (tmp_path / "tokens").write_text(f"rank,read {ALL}\n")
+    bundles.publish(tmp_path / "models", "din")
+    async with (
+        serving(tmp_path / "models", "memory://", tokens=tmp_path / "tokens") as other,
+        watched(browser, address(other) + "/console", allowed="401") as page,
+    ):
+        for token in ("x" * 32, ALL):
+            await page.get_by_role("textbox", name="Token").fill(token)
+            await page.keyboard.press("Enter")
+            if token != ALL:
+                await expect(page.get_by_text("none of this service's")).to_be_visible()
+        await rank(page, "u1", "a1")
+        await page.reload()
+        await page.get_by_role("button", name="Take a sample").wait_for()
+        assert not await page.get_by_role("dialog").is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_nobody_is_shut_out_and_a_phone_does(browser, client, scheme):
+    async with watched(browser, address(client) + "/console", color_scheme=scheme) as page:
+        await page.set_viewport_size({"width": 360, "height": 780})
+        for name, there in PAGES.items():
+            await page.get_by_role("link", name=name.title()).focus()
+            await page.keyboard.press("Enter")
+            await page.get_by_text(there).first.wait_for()
+            if name == "rank":
+                await rank(page, "u378", "a1\na2\n" + "long" * 30)
+            assert await page.evaluate("document.documentElement.scrollWidth") <= 360, name
+            found = await Axe().run(page)
+            serious = [each for each in found.response["violations"] if each["impact"] in ("serious", "critical")]
+            assert serious == [], found.generate_report()
