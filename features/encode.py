@@ -36,7 +36,9 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Encoded fields of one part of a request: `ids (n, width)` int64 and `numbers (n, number_width)` float32."""
+    """Encoded fields of one part of a request: `ids (n, width)` int64, or where many rows are kept unsigned of as few bytes as they fit,
+    and `numbers (n, number_width)` float32.
+    """
 
     ids: Ids
     numbers: Numbers
@@ -45,8 +47,8 @@ class Block:
         return len(self.ids)
 
     def take(self, rows: Any) -> "Block":
-        """The rows, in that order; `rows` of shape `(..., k)` gives blocks `(..., k, width)`."""
-        return Block(self.ids[rows], self.numbers[rows])
+        """The rows, in that order, ids as int64; `rows` of shape `(..., k)` gives blocks `(..., k, width)`."""
+        return Block(self.ids[rows].astype(np.int64, copy=False), self.numbers[rows])
 
     def beside(self, other: "Block") -> "Block":
         """Both blocks' columns, this one's first."""

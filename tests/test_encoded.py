@@ -80,6 +80,24 @@ def test_what_valid_and_test_hold_is_not_learned(tmp_path: Path) -> None:
     assert rows.user.ids.tolist() == [[1]] * 5
 
 
+def test_ids_are_kept_as_narrow_as_they_fit_and_come_out_as_int64(tmp_path: Path) -> None:
+    text = SMALLEST.replace('[ad.ad_id]\nkind = "category"', '[ad.ad_id]\nkind = "category"\nbuckets = 1000000')
+    columns = {name: each * 40 for name, each in ROWS.items()} | {"ad_id": [f"ad {n}" for n in range(200)]}
+    data = write(tmp_path, text, train=columns)
+    pl.read_parquet(tmp_path / "train" / "0.parquet").head(0).write_parquet(tmp_path / "train" / "1.parquet")  # a width of its own
+    encoder = Encoder(data.schema, learn_vocabularies(data))
+    rows = encode_split(data, "train", encoder)
+    assert (rows.user.ids.dtype, rows.ad.ids.dtype) == (np.uint8, np.uint32)
+    asked = np.array([2, 7, 6])
+    batch = rows.batch(asked)
+    expected = encoder.encode("ad", {"ad_id": ["ad 2", "ad 7", "ad 6"]}, 3).ids[:, None]
+    assert expected.max() > 2**16
+    assert (batch.ad.ids.numpy().dtype, batch.user.ids.numpy().dtype) == (np.int64, np.int64)
+    assert np.array_equal(batch.ad.ids.numpy(), expected)
+    assert batch.user.ids[:, 0].tolist() == [0, 0, 4]  # none, none, and "9", the third of 40, 30 and 9
+    assert rows.take(asked).batch(np.arange(3)).ad.ids.tolist() == expected.tolist()
+
+
 THIRDS = [0.1 + 0.2, 0.3, 0.1 * 3, 0.3, 0.3]
 
 

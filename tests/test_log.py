@@ -106,8 +106,9 @@ def check_encoded(rankings: list[ServedRecord], schema: Schema, encoder: Encoder
     for row, (request_id, ad_id) in enumerate(keys):
         feeds = of[request_id].feeds(encoder, [ad_id])
         past = rows.behaviours.take(rows.history[row][: max(1, (rows.history[row] > 0).sum())])
-        found = {"user_ids": rows.user.ids[row], "user_numbers": rows.user.numbers[row]}
-        found |= {"ad_ids": rows.ad.ids[row], "ad_numbers": rows.ad.numbers[row], "history_ids": past.ids, "history_numbers": past.numbers}
+        user, ad = rows.user.take(row), rows.ad.take(row)
+        found = {"user_ids": user.ids, "user_numbers": user.numbers, "ad_ids": ad.ids, "ad_numbers": ad.numbers}
+        found |= {"history_ids": past.ids, "history_numbers": past.numbers}
         for name, tensor in feeds.items():
             compared = tensor[0, 0] if name.startswith("ad_") else tensor[0]
             assert found[name].dtype == compared.dtype

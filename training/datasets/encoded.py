@@ -55,8 +55,9 @@ class Strangers:
 class Rows:
     """One split, encoded: N rows, each a request with one candidate.
 
-    `labels (N,)` float32; `users (N,)` a number a user, for per-user metrics; a row of nobody has one of its own; `user` and `ad` blocks;
-    `history (N, T)` rows of `table`, oldest first, padded with 0 at the end, and `ages (N, T)` beside it.
+    `labels (N,)` float32; `users (N,)` a number a user, for per-user metrics; a row of nobody has one of its own; `user` and `ad` blocks,
+    whose ids are as narrow as they fit and which `Block.take` widens; `history (N, T)` rows of `table`, oldest first, padded with 0 at the
+    end, and `ages (N, T)` beside it.
     """
 
     labels: np.ndarray[Any, np.dtype[np.float32]]
@@ -261,8 +262,8 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
     schema, users = data.schema, data.table("user")
     sides: tuple[Side, Side] = ("user", "context")
     names, labels = [pl.Series(dtype=pl.String)], [np.zeros(0, np.float32)]
-    parts: dict[str, list[Block]] = {"user": [encoder.encode("user", {}, 0).beside(encoder.encode("context", {}, 0))], "ad": []}
-    parts["ad"].append(encoder.encode("ad", {}, 0))
+    nobody, nothing = encoder.encode("user", {}, 0).beside(encoder.encode("context", {}, 0)), encoder.encode("ad", {}, 0)
+    parts: dict[str, list[Block]] = {"user": [_narrow(nobody)], "ad": [_narrow(nothing)]}
     history = [np.zeros((0, max(schema.history_length, 1)), np.int32)]
     ages = [np.zeros((0, schema.history_length), np.float32)]
     outcomes, weights = {head: list[Outcome]() for head in heads}, list[pl.Series]()
@@ -274,8 +275,9 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
         names.append(frame["user_id"])
         whole = joined(frame, schema, {"user": users})
         user, context = (encoder.encode(side, _columns(whole, schema.side(side)), len(frame)) for side in sides)
-        parts["user"].append(user.beside(context))
-        parts["ad"].append(_served_ads(frame, encoder) if isinstance(data, ImpressionLog) else _encode_ads(frame, data, encoder, table))
+        parts["user"].append(_narrow(user.beside(context)))
+        served = isinstance(data, ImpressionLog)
+        parts["ad"].append(_narrow(_served_ads(frame, encoder) if served else _encode_ads(frame, data, encoder, table)))
         history.append(_history(frame, data, table))
         if schema.history_ages:
             ages.append(_ages(frame, data))
@@ -318,6 +320,11 @@ def _user_numbers(names: pl.Series) -> np.ndarray[Any, np.dtype[np.uint32]]:
     nobody = np.flatnonzero((names == "").to_numpy())
     numbers[nobody] = numbers.max(initial=0) + 1 + np.arange(len(nobody))
     return numbers
+
+
+def _narrow(block: Block) -> Block:
+    """The block with ids in the narrowest type that holds them all: a split is kept whole, and int64 would be most of it."""
+    return Block(block.ids.astype(np.min_scalar_type(block.ids.max(initial=0))), block.numbers)
 
 
 def _stack(blocks: Sequence[Block]) -> Block:
