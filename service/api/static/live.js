@@ -41,7 +41,7 @@ const TILES = [
   ["p99, ms", (was, now) => percentile(was, now, "adrank_request_duration_seconds", 0.99, ranking), (v) => decimal(v, 1)],
   ["degraded / s", (was, now, s) => (sum(now, "adrank_degraded_total") - sum(was, "adrank_degraded_total")) / s, (v) => decimal(v, 1)],
   ["shed / s", (was, now, s) => (sum(now, "adrank_shed_total") - sum(was, "adrank_shed_total")) / s, (v) => decimal(v, 1)],
-  ["events taken / s", (was, now, s) => (sum(now, "adrank_events_total", (l) => l.result === "accepted") - sum(was, "adrank_events_total", (l) => l.result === "accepted")) / s, (v) => decimal(v, 1)],
+  ["events taken / s", (was, now, s) => (sum(now, "adrank_events_total", (l) => l.result === "accepted") - sum(was, "adrank_events_total", (l) => l.result === "accepted")) / s, count],
   ["under way", (was, now) => sum(now, "adrank_inflight_requests"), count],
   ["ads in the catalogue", (was, now) => sum(now, "adrank_catalogue_ads"), count],
   ["catalogue behind, s", (was, now) => sum(now, "adrank_catalogue_lag_seconds"), (v) => decimal(v, 1)],

@@ -134,7 +134,7 @@ function behaviours(attention, state) {
   if (state === null) return [el("p", { className: "soft" }, "The user's history cannot be read now.")];
   if (!state.known) return [el("p", { className: "soft" }, "The store does not know this user.")];
   const about = Object.entries(state.features).slice(0, 12).map(([name, value]) => `${name}: ${value}`).join(" · ");
-  const rows = state.history.map((each, i) => ({ ...each, weight: attention?.[attention.length - state.history.length + i] })).reverse();
+  const rows = state.history.map((each, i) => ({ ...each, weight: attention?.[attention.length - state.history.length + i] })).filter((row, i, all) => i >= all.length - (attention?.length || 20)).reverse();
   const most = Math.max(...rows.map((row) => Math.abs(row.weight ?? 0)), 1e-9);
   const columns = [["clicked, UTC", "when", (row) => moment(row.ts)], ["ad", "text", (row) => row.ad_id], ["features", "values", (row) => features(row.features)]];
   if (attention) columns.push(["attention", "number", (row) => decimal(row.weight, 3)], ["", "bars", (row) => bar(Math.abs(row.weight ?? 0) / most, row.weight < 0)]);
