@@ -75,21 +75,27 @@ def _print_profile(folder: Path) -> None:
     show_default=True,
     help="When it is the new live version: if it is fit by itself, always, if it is better than the live one too, never.",
 )
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint of a training that was killed, to the same weights.")
+@click.option("--checkpoint", type=FOLDER, metavar="DIR", help="Where checkpoints go. Default: MODELS-checkpoints/NAME, beside the models.")
+@click.option("--checkpoint-minutes", "minutes", type=click.FloatRange(0), default=5, show_default=True, help="From one to the next.")
 @attributing
 @needs("train")
 def train(data: Path, model: str, models: Path, name: str | None, settings: tuple[str, ...], file: Path | None, **flags: Any) -> None:
     """Train a network and publish it as a bundle, the new live version if it is fit to be; exit code 3 if not."""
     from features.bundle import check_name, read_manifest
+    from training.checkpoint import Checkpoint
     from training.datasets.log import open_data
     from training.progress import progress_bar
     from training.retrain.publish import train_and_publish
 
     check_name(name or model)
+    folder = flags.pop("checkpoint") or Path(f"{models.absolute()}-checkpoints") / (name or model)
+    checkpoint = Checkpoint(folder, flags.pop("minutes"), flags.pop("resume"))
     promote, opened = flags.pop("promote"), open_data(data, attribution_of(data, flags))
     given = settings_of(opened.schema.name, model, file, settings)
     given |= {key: str(value) for key, value in flags.items() if value is not None}
     with progress_bar() as progress:
-        path, outcome = train_and_publish(opened, model, models, name or model, given, progress, promote)
+        path, outcome = train_and_publish(opened, model, models, name or model, given, progress, promote, checkpoint)
     print_metrics(outcome.trained.metrics)
     print(outcome.trained.calibration.line())
     print(f"published {path}")

@@ -6,7 +6,7 @@ Knows nothing about ONNX or bundles (`export.py`).
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from features.errors import AdrankError
 from features.vocabulary import Vocabularies
 
 from .calibrate import Calibration, fit
+from .checkpoint import Checkpoint, CheckpointError, changing, identity, put_back
 from .cooccurrence import Cooccurrence
 from .datasets.encoded import Rows, encode_split, learn_vocabularies
 from .datasets.prepared import SPLITS, Prepared, wrong_head
@@ -171,6 +172,35 @@ class Epoch:
         return f"epoch {self.number:2}: learning rate {self.learning_rate:.0e}, train loss {self.train_loss:.5f}, {valid}"
 
 
+@dataclass
+class LoopState:
+    """Where the loop stands between two steps, beside the weights and what draws."""
+
+    best: dict[str, Tensor]
+    patient: int
+    """Steps from where on `patience` counts."""
+    alone: bool
+    """Whether the first order learns alone."""
+    best_score: float = -math.inf
+    stale: int = 0
+    """Epochs without gain."""
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Of the steps of the epoch that is under way."""
+    epochs: list[Epoch] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, values: dict[str, Any], best: dict[str, Tensor]) -> "LoopState":
+        """From `values`, as JSON gives them back."""
+        epochs = [Epoch(**{**each, "valid": Measures(**each["valid"])}) for each in values["epochs"]]
+        return cls(**{**values, "best": best, "epochs": epochs})
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All but the weights, for JSON."""
+        return {**vars(self), "best": None, "epochs": [asdict(each) for each in self.epochs]}
+
+
 @dataclass(frozen=True)
 class Trained:
     """The network of the best epoch, in evaluation mode, and what belongs to it."""
@@ -215,11 +245,18 @@ class Start:
 
 
 def train(
-    data: Prepared, family: str, network_settings: Any, settings: TrainSettings, progress: Progress, start: Start | None = None
+    data: Prepared,
+    family: str,
+    network_settings: Any,
+    settings: TrainSettings,
+    progress: Progress,
+    start: Start | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Trained:
     """Learn vocabularies, encode, train, calibrate on valid, and measure valid and test once. `start` is where the weights begin.
 
     Raises:
+        CheckpointError: see `Checkpoint`.
         DataError: a split is absent or empty, or a column does not fit the schema.
         TrainError: the network cannot be built for this schema, or is not that of `start`.
     """
@@ -245,7 +282,10 @@ def train(
                 _begin_embeddings(network, encoder.vocabularies, start, progress)
         except ValueError as error:
             raise TrainError(str(error)) from error
-        epochs = fit_network(network, rows, valid, settings, progress, warm=whole is not None)
+        if checkpoint:
+            both = {**vars(network_settings), **vars(settings)}
+            checkpoint.training = identity(family, both, data.schema.to_toml(), (rows, valid))
+        epochs = fit_network(network, rows, valid, settings, progress, warm=whole is not None, checkpoint=checkpoint)
         counted = {"train": (len(rows), int(rows.labels.sum()))}
         del rows
         logits = predict_heads(network, valid)
@@ -273,7 +313,7 @@ def _begin_embeddings(network: Network, vocabularies: Vocabularies, start: Start
         progress.console.print(f"this network starts fresh: {wanted}", soft_wrap=True)
 
 
-def fit_network(
+def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain sight
     network: Network,
     rows: Rows,
     valid: Rows,
@@ -281,14 +321,17 @@ def fit_network(
     progress: Progress,
     warm: bool = False,
     each: Callable[[Epoch], None] = lambda _: None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[Epoch]:
     """Train in place until valid stops gaining; the network ends with the weights of its best epoch, in evaluation mode.
 
     A training whose logits are no numbers any more ends there, with an epoch whose measures are none: `gate.diverged` tells.
 
     `warm`: it was trained before, and keeps what it knows of values that these rows do not have. `each` is called after each epoch.
+    `checkpoint`: where to write how far it is, and perhaps to go on from.
 
     Raises:
+        CheckpointError: see `Checkpoint`.
         TrainError: a batch would have less than two rows.
     """
     settings = settings.for_rows(len(rows))
@@ -301,47 +344,84 @@ def fit_network(
     alone = _first_order(network, updates.optimisers, settings) if len(rows) < settings.flat_below and not warm else None
     order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
     unseen = Unseen(network, rows, warm)
-    epochs: list[Epoch] = []
-    best, best_score, stale, steps = _weights(network), -np.inf, 0, 0
     patient = max(network.settles_after, settings.least_steps // (SHARE if alone else 1))
-    for number in range(1, settings.epochs + 1):
+    state = LoopState(_weights(network), patient, alone is not None)
+    if checkpoint and checkpoint.resume:
+        state = _go_on(checkpoint, updates, hiding)
+        at = f"epoch {len(state.epochs) + 1}, step {len(state.losses):,} of it"
+        progress.console.print(f"going on from {at} (step {state.steps:,} of all), by {checkpoint.path}", soft_wrap=True)
+    if alone and not state.alone:
+        alone.release()
+    for _ in state.epochs:
+        order.permutation(len(rows))  # as they were drawn before
+    for number in range(len(state.epochs) + 1, settings.epochs + 1):
         network.train()
-        losses = []
         shuffled = order.permutation(len(rows))
         # A last row alone joins the batch before it: batch normalisation needs two.
         batches = np.array_split(shuffled, range(settings.batch, len(rows) - 1, settings.batch))
-        for chosen in progress.track(batches, description=f"epoch {number}"):
+        done = len(state.losses)
+        for chosen in progress.track(batches[done:], total=len(batches), completed=done, description=f"epoch {number}"):
             batch, twins = hiding.batch(chosen)
-            loss = batch_loss(network, batch, rows.labels_of(chosen), len(twins)) + (more.loss() if more and not alone else 0.0)
+            loss = batch_loss(network, batch, rows.labels_of(chosen), len(twins)) + (more.loss() if more and not state.alone else 0.0)
             updates.step(loss, batch)
-            steps += 1
-            network.after_step(steps)
-            losses.append(loss.item())
+            state.steps += 1
+            network.after_step(state.steps)
+            state.losses.append(loss.item())
+            if checkpoint and checkpoint.due():
+                _write(checkpoint, state, updates, hiding)
         unseen.fill()
         valid_logits = predict(network, valid)
         whole = bool(np.isfinite(valid_logits).all())
         metrics = measure(valid.labels, Calibration().on_log(valid_logits), valid.users) if whole else unmeasured(valid.labels)
-        epochs.append(Epoch(number, updates.optimisers[0].param_groups[0]["lr"], float(np.mean(losses)), metrics, losses[0]))
-        progress.console.print(epochs[-1].line(), soft_wrap=True)
-        each(epochs[-1])
+        rate, losses, state.losses = updates.optimisers[0].param_groups[0]["lr"], state.losses, []
+        state.epochs.append(Epoch(number, rate, float(np.mean(losses)), metrics, losses[0]))
+        progress.console.print(state.epochs[-1].line(), soft_wrap=True)
+        each(state.epochs[-1])
         if not whole:
             break
-        score = score_of(metrics) if steps >= network.settles_after else -np.inf
-        if score > best_score:
-            best, best_score, stale = _weights(network), score, 0
-        elif steps >= patient:
-            stale += 1
-            times(updates.optimisers, 1 if alone else settings.drop)
-        if alone and (stale >= settings.patience or number >= settings.epochs // SHARE):
+        score = score_of(metrics) if state.steps >= network.settles_after else -np.inf
+        if score > state.best_score:
+            state.best, state.best_score, state.stale = _weights(network), score, 0
+        elif state.steps >= state.patient:
+            state.stale += 1
+            times(updates.optimisers, 1 if state.alone else settings.drop)
+        if alone and state.alone and (state.stale >= settings.patience or number >= settings.epochs // SHARE):
             progress.console.print("the first order has learned; now all of the network")
-            network.load_state_dict(best)
+            network.load_state_dict(state.best)
             alone.release()
-            alone, stale, patient = None, 0, steps + settings.least_steps
-        elif stale >= settings.patience:
+            state.alone, state.stale, state.patient = False, 0, state.steps + settings.least_steps
+        elif state.stale >= settings.patience:
             break
-    network.load_state_dict(best)
-    _end(network, unseen, hiding if best_score > -np.inf else None)
-    return epochs
+    network.load_state_dict(state.best)
+    _end(network, unseen, hiding if state.best_score > -np.inf else None)
+    return state.epochs
+
+
+def _write(checkpoint: Checkpoint, state: LoopState, updates: Updates, hiding: Hiding) -> None:
+    """Write all that the loop changes; the order of rows follows from the seed and the number of epochs."""
+    random = [torch.get_rng_state(), *(each.random.get_state() for each in updates.modules if isinstance(each, Cooccurrence))]
+    optimisers = [each.state_dict() for each in updates.optimisers]
+    values = {"loop": state.values, "hiding": hiding.random.bit_generator.state}
+    checkpoint.write(values, [changing(updates.modules), optimisers, state.best, random])
+
+
+def _go_on(checkpoint: Checkpoint, updates: Updates, hiding: Hiding) -> LoopState:
+    """Put all back as it was when the checkpoint was written."""
+    values, (modules, optimisers, best, random) = checkpoint.read()
+    try:
+        state = LoopState.of(values["loop"], best)
+        updates.network.after_step(state.steps)  # what it keeps elsewhere than in tensors follows from that
+        put_back(updates.modules, modules)
+        for optimiser, saved in zip(updates.optimisers, optimisers, strict=True):
+            optimiser.load_state_dict(saved)
+        hiding.random.bit_generator.state = values["hiding"]
+        torch.set_rng_state(random[0])
+        for more, drawn in zip(updates.modules[1:], random[1:], strict=True):
+            assert isinstance(more, Cooccurrence)  # noqa: S101  # the only second task
+            more.random.set_state(drawn)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.path} was written by another version of adrank; train without --resume") from error
+    return state
 
 
 def score_of(metrics: Measures) -> float:

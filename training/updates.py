@@ -23,7 +23,8 @@ class Updates:
     def __init__(self, network: Network, rows: Rows, settings: "TrainSettings", more: Cooccurrence | None = None) -> None:
         """`more` is a second task, whose weights learn too."""
         self.network, self.clip = network, settings.clip
-        self.tables = SparseTables.among([network, more] if more else [network], settings.sparse_above)
+        self.modules: list[nn.Module] = [network, more] if more else [network]
+        self.tables = SparseTables.among(self.modules, settings.sparse_above)
         optimisers = network.optimisers(settings.learning_rate) + ([more.optimiser(settings.learning_rate)] if more else [])
         self.optimisers = lazily(optimisers, self.tables)
         self.decay = EmbeddingDecay(network, rows, settings)

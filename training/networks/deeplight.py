@@ -87,8 +87,9 @@ class DeepLight(Network):
         self.tower = Tower(sides[0] * width, sides[1] * width, settings.hidden, settings.dropout)
         self.bias = nn.Parameter(torch.zeros(1))
         self.shares, self.settles_after = settings, settings.prune_from + settings.prune_steps
-        self.kept: list[tuple[Tensor, Tensor]] = []
-        """Weights, and which of them are kept: 1 or 0, spread to their shape."""
+        masks = [torch.ones_like(self.pairs.weight), torch.ones(len(self.second.table.weight), 1)]
+        for i, mask in enumerate([*masks, *(torch.ones_like(norm.weight) for norm, _ in self._hidden())]):
+            self.register_buffer(f"kept_{i}", mask.detach(), persistent=False)
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""
@@ -106,8 +107,14 @@ class DeepLight(Network):
         past = steps - self.shares.prune_from
         if 0 < past <= self.shares.prune_steps and (past % EVERY == 0 or past == self.shares.prune_steps):
             self.prune(past / self.shares.prune_steps)
-        for weight, kept in self.kept:
-            weight.mul_(kept)
+        if past > 0:
+            for weight, kept in self.kept():
+                weight.mul_(kept)
+
+    def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights, and which of them are kept: 1 or 0, spread to their shape."""
+        weights = [self.pairs.weight, self.second.table.weight, *(listener.weight for _, listener in self._hidden())]
+        return ((weight, self.get_buffer(f"kept_{i}")) for i, weight in enumerate(weights))
 
     @torch.no_grad()
     def prune(self, way: float) -> None:
@@ -117,11 +124,12 @@ class DeepLight(Network):
         norms = table.norm(dim=1)
         for vocabulary in self.second.sizes:
             norms[self.second.rows_of(vocabulary).start] = torch.inf  # what is unknown ranks by its row
-        self.kept = [(pairs, largest(pairs.abs(), share * shares.prune_pairs))]
-        self.kept += [(table, torch.cat([norms.new_ones(1), largest(norms[1:], share * shares.prune_values)])[:, None])]
+        masks = [largest(pairs.abs(), share * shares.prune_pairs)]
+        masks += [torch.cat([norms.new_ones(1), largest(norms[1:], share * shares.prune_values)])[:, None]]
         for norm, listener in self._hidden():
-            heard = norm.weight.abs() * listener.weight.norm(dim=0)
-            self.kept.append((listener.weight, largest(heard, share * shares.prune_units)))
+            masks.append(largest(norm.weight.abs() * listener.weight.norm(dim=0), share * shares.prune_units))
+        for (_, kept), mask in zip(self.kept(), masks, strict=True):
+            kept.copy_(mask)
 
     def _hidden(self) -> Iterator[tuple[BatchNorm, nn.Linear]]:
         """Each hidden layer's norm, which gives its units their size, and the linear layer that listens to them."""

@@ -28,19 +28,20 @@ class Frequencies(nn.Module):
 
     interval: Tensor
     last: Tensor
+    now: Tensor
 
     def __init__(self, ids: int) -> None:
         """Of ads with ids below that."""
         super().__init__()
         self.register_buffer("interval", torch.full((ids,), float(ids)), persistent=False)
         self.register_buffer("last", torch.zeros(ids, dtype=torch.int64), persistent=False)
-        self.now = 0
+        self.register_buffer("now", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def begin(self, ads: int) -> None:
         """Forget what was seen; there are so many ads."""
         self.interval.fill_(float(max(ads, 1)))
         self.last.zero_()
-        self.now = 0
+        self.now.zero_()
 
     @torch.no_grad()
     def update(self, ids: Tensor) -> None:

@@ -10,6 +10,7 @@ from rich.progress import Progress
 from features.bundle import MODEL, Bundle, check_publishable, current_path, load_bundle, publish
 from features.repository import CURRENT
 
+from ..checkpoint import Checkpoint
 from ..datasets.prepared import Prepared
 from ..export.export import check_int8, contents
 from ..networks import NETWORKS
@@ -38,14 +39,22 @@ class GateVerdict:
         return bool(self.reasons) and not self.live
 
 
-def train_and_publish(
-    data: Prepared, family: str, models: Path, name: str, given: Mapping[str, str], progress: Progress, promote: str = "always"
+def train_and_publish(  # noqa: PLR0913, PLR0917  # the whole road, from data to a live version
+    data: Prepared,
+    family: str,
+    models: Path,
+    name: str,
+    given: Mapping[str, str],
+    progress: Progress,
+    promote: str = "always",
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Path, GateVerdict]:
     """Train a network with the settings `given` as texts, and publish it; the bundle's folder, and whether it is live.
 
-    A version that is not fit to be live is published all the same: it can be looked at, and promoted.
+    A version that is not fit to be live is published all the same: it can be looked at, and promoted. The `checkpoint` is gone then.
 
     Raises:
+        CheckpointError: see `Checkpoint`.
         TrainError: there is no such network or setting, or the network cannot be built for this schema.
         DataError: the data set cannot be read.
         BundleError: ONNX Runtime disagrees with torch, or the repository cannot be written or its live version not read.
@@ -57,7 +66,7 @@ def train_and_publish(
     check_publishable(models, name)
     champion = _live(models, name) if promote == "if-better" else None
     start = replace(start_of(load_bundle(Path(loop.init_from))), embeddings_only=True) if loop.init_from else None
-    trained = train(data, family, network, loop, progress, start)
+    trained = train(data, family, network, loop, progress, start, checkpoint)
     task = progress.add_task("exporting", total=1)
     files, facts = contents(data, trained, progress)
     reasons, measured = gates.flaws(trained, enough), dict[str, Any]()
@@ -67,6 +76,8 @@ def train_and_publish(
         reasons.append(f"the live version was {champion.version} and is {now.version} now, so the comparison is void")
     live = promote == "always" or (promote != "never" and not reasons)
     path = publish(models, name, files, {**facts, "gate": {"promote": promote, "reasons": reasons, **measured}}, make_current=live)
+    if checkpoint:
+        checkpoint.remove()
     progress.update(task, completed=1)
     return path, GateVerdict(trained, live, reasons if promote != "never" else [])
 

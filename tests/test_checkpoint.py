@@ -1,0 +1,117 @@
+"""A training that was killed goes on from its checkpoint, and ends as one that was not, to the last bit."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+
+from tests.test_cli import QUICK, refused, run
+from training.checkpoint import FILE, Checkpoint, CheckpointError
+from training.datasets.prepared import Prepared
+from training.train import Trained, TrainSettings, train
+
+USUAL: dict[str, Any] = {"epochs": 4, "batch": 64, "threads": 1, "learning_rate": 0.02, "least_steps": 4, "unknown_rate": 0.0}
+
+
+class Killed(BaseException):
+    """What no training catches."""
+
+
+class KilledAfter(Checkpoint):
+    """A checkpoint of so many steps, and then the end of the process."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        super().__init__(folder, minutes=0)
+        self.steps = steps
+
+    def due(self) -> bool:
+        self.steps -= 1
+        return self.steps <= 0
+
+    def write(self, values: Mapping[str, Any], tensors: Sequence[Any]) -> None:
+        super().write(values, tensors)
+        raise Killed
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return small.data_set(tmp_path_factory.mktemp("small"))
+
+
+def trained(data: Prepared, family: str, checkpoint: Checkpoint | None, settings: Mapping[str, Any]) -> Trained:
+    return train(data, family, small.NETWORK_SETTINGS[family], TrainSettings(**USUAL | settings), small.quiet(), None, checkpoint)
+
+
+def state(of: Trained) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in of.network.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "steps"),
+    [
+        ("deepfm", {}, (3, 10)),  # its first order alone, and then all of it
+        ("din", {"flat_below": 0, "unknown_rate": 0.1}, (5, 8)),  # the first is an epoch's last step
+        ("wide_deep", {"flat_below": 0}, (7,)),  # FTRL and Adagrad
+        ("deepfm", {"sparse_above": 10, "flat_below": 0}, (6,)),  # lazy Adam
+        ("din", {"cooccurrence": 0.5, "flat_below": 0}, (6,)),
+        ("two_tower", {"flat_below": 0}, (6,)),  # counts rows as they come
+        ("vae_cf", {"flat_below": 0}, (6,)),  # draws, and counts steps
+    ],
+)
+def test_a_training_that_was_killed_ends_as_one_that_was_not(
+    data: Prepared, tmp_path: Path, family: str, settings: dict[str, Any], steps: tuple[int, ...]
+) -> None:
+    whole = trained(data, family, None, settings)
+    for after in steps:
+        with pytest.raises(Killed):
+            trained(data, family, KilledAfter(tmp_path, after), settings)
+        torch.manual_seed(after)  # what is drawn elsewhere does not matter
+        resumed = trained(data, family, Checkpoint(tmp_path, resume=True), settings)
+        assert state(resumed) == state(whole)
+        assert (resumed.epochs, resumed.metrics, resumed.calibrations) == (whole.epochs, whole.metrics, whole.calibrations)
+
+
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_a_sentence(data: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        trained(data, "deepfm", KilledAfter(tmp_path, 3), {})
+    again = Checkpoint(tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match=r"is of another training: its learning_rate is 0\.02, here it is 0\.01; train as it was"):
+        trained(data, "deepfm", again, {"learning_rate": 0.01})
+    with pytest.raises(CheckpointError, match="it trains deepfm, this one din"):
+        trained(data, "din", again, {})
+    (tmp_path / "other").mkdir()
+    with pytest.raises(CheckpointError, match="its data is another"):
+        trained(small.data_set(tmp_path / "other", seed=5), "deepfm", again, {})
+    whole = again.path.read_bytes()
+    flipped = whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:]
+    for damaged in (whole[: len(whole) // 2], flipped, b""):
+        again.path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="cannot be gone on from"):
+            trained(data, "deepfm", again, {})
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(tmp_path / "new")
+    checkpoint.write({"a": 1}, [torch.zeros(2)])
+    before = checkpoint.path.read_bytes()
+
+    def full(_what: object, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left on device; make room"):
+        checkpoint.write({"a": 2}, [])
+    assert [path.name for path in checkpoint.path.parent.iterdir()] == [FILE]
+    assert checkpoint.path.read_bytes() == before
+    checkpoint.remove()
+    assert not checkpoint.path.parent.exists()
+
+
+def test_resuming_where_there_is_no_checkpoint_is_a_sentence(data: Prepared, tmp_path: Path) -> None:
+    words = ("train", "--data", data.folder, "--model", "deepfm", "--models", tmp_path / "models", "--resume", *QUICK)
+    refused(run(*words), "there is no checkpoint in .*models-checkpoints/deepfm; leave out --resume")
+    assert not list(tmp_path.iterdir())
