@@ -35,7 +35,7 @@ PAGES = {
 ADS, USER, VERSIONS, VERSION = (f"/console/api/{name}" for name in ("ads", "user", "versions", "version"))
 OPEN = frozenset({"/", *PAGES})
 """What needs no token."""
-CONSOLE = (*OPEN, ADS, USER, VERSIONS, VERSION)
+CONSOLE = ("/", *PAGES, ADS, USER, VERSIONS, VERSION)
 HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'",
     "x-content-type-options": "nosniff",
