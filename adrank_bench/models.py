@@ -22,19 +22,11 @@ from training.datasets.encoded import Rows, encode_split, learn_vocabularies
 from training.datasets.prepared import SPLITS, DataError, Prepared
 from training.export.export import ServedNetwork, random_feeds, to_onnx
 from training.first_order import settled
+from training.fit import deterministic, fit_network, predict_heads
 from training.networks import NETWORKS, build
 from training.networks.contract import CLICK, Fields, Network
-from training.train import (
-    TrainError,
-    TrainSettings,
-    calibrated,
-    deterministic,
-    fit_network,
-    heads_of,
-    measured_heads,
-    overridden,
-    predict_heads,
-)
+from training.train import calibrated, heads_of, measured_heads
+from training.train_settings import TrainError, TrainSettings, overridden
 
 from .cold import by_exposure, exposures
 

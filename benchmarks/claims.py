@@ -29,11 +29,12 @@ from adrank_bench.cold import exposures
 from training.datasets.history import Past
 from training.datasets.prepared import SPLITS, Prepared, open_prepared
 from training.evaluate import auc
+from training.fit import deterministic, fit_network, predict
 from training.networks import NETWORKS
 from training.networks.contract import Fields
 from training.networks.layers import Dice
 from training.progress import progress_bar
-from training.train import TrainSettings, deterministic, fit_network, overridden, predict
+from training.train_settings import TrainSettings, overridden
 
 from .defaults import Encoded, Found, measured, resume
 

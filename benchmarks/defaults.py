@@ -32,10 +32,11 @@ from training.datasets.encoded import Rows, encode_split, joined, learn_vocabula
 from training.datasets.prepared import SPLITS, Prepared, by_order, column_of, open_prepared
 from training.evaluate import auc
 from training.first_order import settled
+from training.fit import deterministic, fit_network, predict
 from training.networks import NETWORKS
 from training.networks.contract import Fields
 from training.progress import progress_bar
-from training.train import TrainSettings, deterministic, fit_network, overridden, predict
+from training.train_settings import TrainSettings, overridden
 
 LATER, LATER_ROWS = "later", 10_000
 MEASURED = ("valid", "test", LATER)

@@ -30,9 +30,10 @@ from features.encode import Block, Encoder
 from features.schema import Schema, parse_schema
 from features.vocabulary import FIRST, HashBuckets, Vocabularies
 from training.datasets.encoded import Rows, Strangers
+from training.fit import batch_loss, deterministic
 from training.networks import NETWORKS
 from training.networks.contract import Fields, Network
-from training.train import TrainSettings, batch_loss, deterministic
+from training.train_settings import TrainSettings
 from training.unknown import Hiding
 from training.updates import Updates
 

@@ -23,7 +23,8 @@ from training.datasets.prepared import Prepared, open_prepared, write_split, wri
 from training.networks import NETWORKS
 from training.progress import progress_bar
 from training.simulation import AGES, DAYS, POSITIONS, SLOTS, World, make_world
-from training.train import Start, Trained, TrainSettings, train
+from training.train import Start, Trained, train
+from training.train_settings import TrainSettings
 
 SCHEMA = "\n".join(
     ['name = "turnover"']

@@ -28,7 +28,7 @@ from training.datasets.table_settings import TableSettings
 from training.networks import NETWORKS
 from training.retrain.compare import Gate
 from training.retrain.data_checks import Enough, Limits
-from training.train import TrainSettings
+from training.train_settings import TrainSettings
 
 PAGE = Path(__file__).with_name("reference.md")
 HEAD = """# Reference

@@ -23,7 +23,8 @@ from training.export.onnx import OPSET
 from training.networks import NETWORKS, build
 from training.networks.contract import CLICK, Fields, Network, Part, RequestTensors
 from training.networks.fuse import fused
-from training.train import Trained, TrainSettings, train
+from training.train import Trained, train
+from training.train_settings import TrainSettings
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from adrank_bench.cold import by_exposure, exposures
 from adrank_bench.models import ModelRun, draw, improvement, measure, show, table_of
 from tests.test_cli import run
 from training.datasets.prepared import DataError, Prepared
-from training.train import TrainError
+from training.train_settings import TrainError
 
 QUICK = {"embedding": "4", "hidden": "8", "epochs": "1", "batch": "64", "unknown_rate": "0", "least_steps": "0"}
 

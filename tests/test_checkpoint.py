@@ -11,7 +11,8 @@ import torch
 from tests.test_cli import QUICK, refused, run
 from training.checkpoint import FILE, Checkpoint, CheckpointError
 from training.datasets.prepared import Prepared
-from training.train import Trained, TrainSettings, train
+from training.train import Trained, train
+from training.train_settings import TrainSettings
 
 USUAL: dict[str, Any] = {"epochs": 4, "batch": 64, "threads": 1, "learning_rate": 0.02, "least_steps": 4, "unknown_rate": 0.0}
 

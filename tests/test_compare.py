@@ -13,7 +13,7 @@ from training.evaluate import Measures, measure
 from training.export.int8 import moved, refusal
 from training.retrain.compare import METRICS, Comparison, Gate, Interval, _Resampled, bootstrap, compare, violations
 from training.retrain.report import metric_rows
-from training.train import TrainError
+from training.train_settings import TrainError
 
 N, USERS = 600, 60
 

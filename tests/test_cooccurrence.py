@@ -9,7 +9,8 @@ import torch
 
 from training.cooccurrence import WINDOW, Cooccurrence, counted
 from training.datasets.encoded import Rows, encode_split
-from training.train import TrainError, TrainSettings, fit_network
+from training.fit import fit_network
+from training.train_settings import TrainError, TrainSettings
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from torch import nn
 from tests.test_deepfm import vectors
 from tests.test_networks import CLOSE, SCHEMAS
 from training.datasets.encoded import encode_split
+from training.fit import fit_network
 from training.networks.contract import Network
 from training.networks.deeplight import DeepLight, DistinctRows, largest
 from training.networks.fuse import fused
 from training.networks.interactions import FusedProducts, WeightedProducts
 from training.networks.layers import FusedTower
-from training.train import TrainError, TrainSettings, fit_network
+from training.train_settings import TrainError, TrainSettings
 
 
 def pruned(text: str = small.SCHEMA, **shares: float) -> DeepLight:

@@ -18,9 +18,11 @@ from features.bundle import load_bundle
 from features.encode import Encoder
 from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared, open_prepared
+from training.fit import fit_network
 from training.networks.layers import Tower
 from training.retrain.publish import train_and_publish
-from training.train import Start, TrainError, TrainSettings, fit_network, train
+from training.train import Start, train
+from training.train_settings import TrainError, TrainSettings
 from training.updates import EmbeddingDecay
 from training.weights import settings_of
 

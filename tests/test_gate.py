@@ -16,10 +16,11 @@ from features.bundle import current_path, read_manifest
 from training.datasets.prepared import Prepared, open_prepared
 from training.evaluate import measure, unmeasured
 from training.export.export import contents
+from training.fit import Epoch
 from training.retrain import gate, publish
 from training.retrain.compare import Gate, compare, no_better, violations
 from training.retrain.data_checks import Enough, Limits, too_little
-from training.train import Epoch, Trained
+from training.train import Trained
 
 pytestmark = pytest.mark.usefixtures("traced_export")
 Made = tuple[Trained, dict[str, bytes], dict[str, Any]]

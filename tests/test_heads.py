@@ -20,7 +20,8 @@ from training.networks import build
 from training.networks.contract import CLICK, Labels, cross_entropy
 from training.networks.esmm import both
 from training.networks.heads import SharedEmbeddings
-from training.train import Trained, TrainError, TrainSettings, heads_of, train
+from training.train import Trained, heads_of, train
+from training.train_settings import TrainError, TrainSettings
 from training.weights import start_of
 
 HEADS = (CLICK, "conversion")

@@ -18,7 +18,7 @@ from training.networks.embeddings import Embeddings
 from training.networks.fuse import fused
 from training.retrain.compare import Gate
 from training.retrain.data_checks import Enough
-from training.train import TrainSettings
+from training.train_settings import TrainSettings
 
 WITHOUT_HISTORY = small.SCHEMA.replace(small.HISTORY, "")
 ONLY_ADS = 'name = "ads"\n' + small.AD

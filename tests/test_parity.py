@@ -23,9 +23,10 @@ from training.datasets.encoded import encode_split
 from training.datasets.prepared import Prepared, open_prepared, write_split, write_tables
 from training.datasets.states import ads
 from training.export.export import export
+from training.fit import predict
 from training.networks import NETWORKS
 from training.networks.contract import CLICK
-from training.train import Trained, predict
+from training.train import Trained
 
 SOURCE = Path(__file__).parent.parent.parent / "shared" / "data" / "ml-1m"
 pytestmark = pytest.mark.anyio

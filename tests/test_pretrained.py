@@ -21,7 +21,7 @@ from training.networks.fnn import FNN
 from training.networks.mf import MF
 from training.networks.pretrained import copy_embeddings
 from training.retrain.publish import train_and_publish
-from training.train import TrainError
+from training.train_settings import TrainError
 from training.weights import start_of
 
 pytestmark = pytest.mark.usefixtures("traced_export")

@@ -19,7 +19,8 @@ from training.export import export
 from training.export.export import ServedNetwork, evaluate_bundle, random_feeds, to_onnx
 from training.export.int8 import moved, quantised, refusal
 from training.retrain.publish import train_and_publish
-from training.train import Trained, TrainError
+from training.train import Trained
+from training.train_settings import TrainError
 
 
 def metrics(p: float = 0.1) -> Measures:

@@ -13,7 +13,7 @@ from features.events import TYPES
 from service.api.wire import Options
 from service.settings import PREFIX, Settings
 from training.networks import NETWORKS
-from training.train import TrainSettings
+from training.train_settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,11 +15,13 @@ from features.vocabulary import Vocabularies, Vocabulary
 from training.datasets.encoded import encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared
 from training.export import export
+from training.fit import fit_network, predict
 from training.networks import NETWORKS
 from training.networks.contract import Fields
 from training.networks.embeddings import Embeddings
 from training.networks.warm_start import warm_start
-from training.train import Start, TrainError, TrainSettings, fit_network, predict, train
+from training.train import Start, train
+from training.train_settings import TrainError, TrainSettings
 from training.weights import packed, settings_of, start_of
 
 pytestmark = pytest.mark.usefixtures("traced_export")

@@ -10,7 +10,7 @@ import small_log
 
 from training.datasets.log import ImpressionLog, open_log
 from training.retrain.data_checks import Limits, PastLog, Profile, Seen, gaps, profile, slices, violations
-from training.train import TrainError
+from training.train_settings import TrainError
 
 BEFORE = PastLog(rows=1800, click_rate=0.5, varied={"context.slot": True, "user.age": True, "ad.price": True, "history": True})
 

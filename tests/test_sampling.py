@@ -26,6 +26,7 @@ from training.datasets.encoded import encode_split
 from training.datasets.log import open_log
 from training.datasets.prepared import DataError, Prepared, open_prepared
 from training.export.export import evaluate_bundle
+from training.fit import predict
 from training.join.log import open_log as open_joined
 from training.networks import NETWORKS
 from training.networks.contract import Fields
@@ -35,7 +36,6 @@ from training.retrain import pipeline as retraining
 from training.retrain.drift import make_reference
 from training.retrain.pipeline import RetrainRequest, retrain
 from training.retrain.publish import train_and_publish
-from training.train import predict
 from training.weights import sampling_of
 
 pytestmark = pytest.mark.usefixtures("traced_export")

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from training.datasets.encoded import Rows, encode_split
 from training.datasets.prepared import Prepared
+from training.fit import batch_loss, fit_network
 from training.networks.ftrl import FTRL
 from training.networks.lookup import EmbeddingTable, look_up, sum_up
 from training.simulation import make_world, write_log
 from training.sparse import LazyAdam, SparseTables, lazily
-from training.train import TrainSettings, batch_loss, fit_network
+from training.train_settings import TrainSettings
 from training.unknown import parts_of
 from training.updates import Updates
 

@@ -15,7 +15,8 @@ from training.export import export
 from training.networks.embeddings import Embeddings
 from training.networks.warm_start import warm_start
 from training.tenure import Tenure, parse_idle, renewed
-from training.train import TrainSettings, train
+from training.train import train
+from training.train_settings import TrainSettings
 from training.weights import start_of
 
 pytestmark = pytest.mark.usefixtures("traced_export")

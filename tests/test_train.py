@@ -12,13 +12,15 @@ from training.calibrate import Calibration
 from training.datasets.encoded import Rows, encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared
 from training.evaluate import auc
+from training.fit import fit_network, predict
 from training.networks.contract import Part
 from training.networks.deepfm import DeepFMSettings
 from training.networks.din import DINSettings
 from training.networks.embeddings import Embeddings
 from training.retrain.gate import diverged
 from training.simulation import make_world, write_log
-from training.train import Trained, TrainSettings, fit_network, override, predict
+from training.train import Trained
+from training.train_settings import TrainSettings, override
 from training.updates import EmbeddingDecay
 
 ALONE: dict[str, Any] = {"epochs": 1, "threads": 1, "unknown_rate": 0}

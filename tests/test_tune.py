@@ -14,7 +14,7 @@ import adrank
 from tests.test_cli import run
 from training.datasets.prepared import Prepared, open_prepared
 from training.networks import NETWORKS
-from training.train import TrainError, TrainSettings, overridden
+from training.train_settings import TrainError, TrainSettings, overridden
 from training.tune import Tuning
 from training.tuned import settings_in
 

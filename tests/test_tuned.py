@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from training.networks import NETWORKS
-from training.train import TrainError, TrainSettings, overridden
+from training.train_settings import TrainError, TrainSettings, overridden
 from training.tuned import FOLDER, known, names_of, settings_in
 
 

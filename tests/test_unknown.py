@@ -15,10 +15,12 @@ from features.schema import parse_schema
 from features.vocabulary import UNKNOWN
 from training.datasets.encoded import Rows, encode_split, learn_vocabularies
 from training.datasets.prepared import Prepared
+from training.fit import fit_network, predict
 from training.networks import NETWORKS
 from training.networks.contract import Fields, Part
 from training.networks.embeddings import Embeddings
-from training.train import Start, TrainSettings, fit_network, predict, train
+from training.train import Start, train
+from training.train_settings import TrainSettings
 from training.unknown import Hiding, Unseen, occurrences
 
 QUICK = {"epochs": 6, "batch": 64, "threads": 1, "learning_rate": 0.01, "embedding_l2": 1e-4, "least_steps": 0}

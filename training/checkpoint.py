@@ -1,6 +1,6 @@
 """Where a training stands, in a file: one that was killed goes on from there, and ends with the same weights to the last bit.
 
-Knows nothing about networks or epochs: `train.py` says what a training changes as it runs. No pickle is ever run: torch reads tensors and
+Knows nothing about networks or epochs: `fit.py` says what a training changes as it runs. No pickle is ever run: torch reads tensors and
 plain values alone.
 """
 

@@ -26,11 +26,13 @@ from features.encode import Encoder
 from .datasets.encoded import encode_split, learn_vocabularies
 from .datasets.prepared import Prepared
 from .first_order import settled
+from .fit import Epoch, deterministic, fit_network, score_of
 from .networks import NETWORKS, build
 from .networks.contract import Fields
 from .retrain.compare import Gate
 from .retrain.data_checks import Enough
-from .train import Epoch, TrainError, TrainSettings, deterministic, fit_network, heads_of, overridden, score_of
+from .train import heads_of
+from .train_settings import TrainError, TrainSettings, overridden
 
 SPACE: dict[str, Callable[[optuna.Trial, Any], Any]] = {
     "batch": lambda trial, _: trial.suggest_int("batch", 32, 4096, log=True),

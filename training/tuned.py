@@ -8,7 +8,7 @@ from pathlib import Path
 from .networks import NETWORKS
 from .retrain.compare import Gate
 from .retrain.data_checks import Enough
-from .train import TrainError, TrainSettings
+from .train_settings import TrainError, TrainSettings
 
 FOLDER = Path(__file__).parent / "settings"
 """A file a data set, by the name in its schema, with a table a network."""

@@ -14,7 +14,7 @@ from .sparse import SparseTables, lazily
 from .unknown import occurrences, parts_of
 
 if TYPE_CHECKING:
-    from .train import TrainSettings
+    from .train_settings import TrainSettings
 
 
 class Updates:

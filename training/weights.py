@@ -15,7 +15,8 @@ from features.bundle import Bundle, BundleError
 from .networks import NETWORKS, build
 from .networks.contract import Fields
 from .tenure import IDLE, parse_idle
-from .train import Start, TrainError, TrainSettings, heads_of
+from .train import Start, heads_of
+from .train_settings import TrainError, TrainSettings
 
 WEIGHTS, CALIBRATION = "weights.npz", "calibration.json"
 

@@ -44,7 +44,8 @@ from ..networks.contract import CLICK, RequestTensors
 from ..networks.fuse import TILE, fused, is_tiled
 from ..retrain.drift import REFERENCE, make_reference
 from ..tenure import IDLE
-from ..train import Trained, TrainError, TrainSettings
+from ..train import Trained
+from ..train_settings import TrainError, TrainSettings
 from ..weights import CALIBRATION, WEIGHTS, packed
 from .explain import explain_graph, tensors_of
 from .graph import chunks, feeds_of, open_graph

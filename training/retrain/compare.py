@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluate import Measures, bin_starts, measure
-from ..train import TrainError
+from ..train_settings import TrainError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 RESAMPLES, SEED, LEVEL = 1000, 1, 0.95

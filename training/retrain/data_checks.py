@@ -20,7 +20,7 @@ from features.schema import Schema
 from ..datasets.encoded import joined
 from ..datasets.log import ImpressionLog
 from ..datasets.prepared import SPLITS, Prepared, column_of
-from ..train import TrainError
+from ..train_settings import TrainError
 
 HOUR = 3600
 SAME_HOURS = 3

@@ -15,7 +15,8 @@ from features.bundle import Bundle
 
 from ..datasets.prepared import DataError, Prepared
 from ..export.export import scores, scores_of
-from ..train import Epoch, Trained
+from ..fit import Epoch
+from ..train import Trained
 from . import compare, data_checks
 
 COIN, WORSE = math.log(2), 1.5

@@ -29,7 +29,8 @@ from ..datasets.prepared import Prepared, open_prepared
 from ..export.export import METRICS, check_int8, contents
 from ..join.attribution import Attribution
 from ..networks import NETWORKS
-from ..train import Start, TrainSettings, overridden, train
+from ..train import Start, train
+from ..train_settings import TrainSettings, overridden
 from ..weights import sampling_of, settings_of, start_of
 from . import compare, data_checks, gate
 from .report import DONE, Report, brief

@@ -14,7 +14,8 @@ from ..checkpoint import Checkpoint
 from ..datasets.prepared import Prepared
 from ..export.export import check_int8, contents
 from ..networks import NETWORKS
-from ..train import Trained, TrainError, TrainSettings, overridden, train
+from ..train import Trained, train
+from ..train_settings import TrainError, TrainSettings, overridden
 from ..weights import start_of
 from . import gate as gates
 from .compare import Gate

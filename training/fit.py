@@ -1,0 +1,268 @@
+"""The training loop, in plain sight: a network and encoded rows in, the weights of its best epoch out.
+
+Where it stands can be written between two steps, and gone on from: see `checkpoint.py`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from .calibrate import Calibration
+from .checkpoint import Checkpoint, CheckpointError, changing, put_back
+from .cooccurrence import Cooccurrence
+from .datasets.encoded import Rows
+from .evaluate import Measures, measure, unmeasured
+from .first_order import SHARE, FirstOrder, times
+from .networks.contract import CLICK, Labels, Network, RequestTensors
+from .train_settings import TrainError, TrainSettings
+from .unknown import Hiding, Unseen
+from .updates import Updates
+
+Logits = np.ndarray[Any, np.dtype[np.float32]]
+EVALUATION_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch came to."""
+
+    number: int
+    learning_rate: float
+    train_loss: float
+    valid: Measures
+    first_loss: float = 0.0
+    """Of its first step."""
+
+    def line(self) -> str:
+        """The epoch in a line, for people who wait."""
+        valid = f"valid AUC {self.valid.auc:.5f}, log loss {self.valid.log_loss:.5f}"
+        return f"epoch {self.number:2}: learning rate {self.learning_rate:.0e}, train loss {self.train_loss:.5f}, {valid}"
+
+
+@dataclass
+class LoopState:
+    """Where the loop stands between two steps, beside the weights and what draws."""
+
+    best: dict[str, Tensor]
+    patient: int
+    """Steps from where on `patience` counts."""
+    alone: bool
+    """Whether the first order learns alone."""
+    best_score: float = -math.inf
+    stale: int = 0
+    """Epochs without gain."""
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Of the steps of the epoch that is under way."""
+    epochs: list[Epoch] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, values: dict[str, Any], best: dict[str, Tensor]) -> "LoopState":
+        """From `values`, as JSON gives them back."""
+        epochs = [Epoch(**{**each, "valid": Measures(**each["valid"])}) for each in values["epochs"]]
+        return cls(**{**values, "best": best, "epochs": epochs})
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All but the weights, for JSON."""
+        return {**vars(self), "best": None, "epochs": [asdict(each) for each in self.epochs]}
+
+
+def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain sight
+    network: Network,
+    rows: Rows,
+    valid: Rows,
+    settings: TrainSettings,
+    progress: Progress,
+    warm: bool = False,
+    each: Callable[[Epoch], None] = lambda _: None,
+    checkpoint: Checkpoint | None = None,
+) -> list[Epoch]:
+    """Train in place until valid stops gaining; the network ends with the weights of its best epoch, in evaluation mode.
+
+    A training whose logits are no numbers any more ends there, with an epoch whose measures are none: `gate.diverged` tells.
+
+    `warm`: it was trained before, and keeps what it knows of values that these rows do not have. `each` is called after each epoch.
+    `checkpoint`: where to write how far it is, and perhaps to go on from.
+
+    Raises:
+        CheckpointError: see `Checkpoint`.
+        TrainError: a batch would have less than two rows.
+    """
+    settings = settings.for_rows(len(rows))
+    _check_steps(network, len(rows), settings)
+    network.begin(rows.ads)
+    more = _second_task(network, rows, settings)
+    updates = Updates(network, rows, settings, more)
+    for line in updates.summary():
+        progress.console.print(line, soft_wrap=True)
+    alone = _first_order(network, updates.optimisers, settings) if len(rows) < settings.flat_below and not warm else None
+    order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
+    unseen = Unseen(network, rows, warm)
+    patient = max(network.settles_after, settings.least_steps // (SHARE if alone else 1))
+    state = LoopState(_weights(network), patient, alone is not None)
+    if checkpoint and checkpoint.resume:
+        state = _go_on(checkpoint, updates, hiding)
+        at = f"epoch {len(state.epochs) + 1}, step {len(state.losses):,} of it"
+        progress.console.print(f"going on from {at} (step {state.steps:,} of all), by {checkpoint.path}", soft_wrap=True)
+    if alone and not state.alone:
+        alone.release()
+    for _ in state.epochs:
+        order.permutation(len(rows))  # as they were drawn before
+    for number in range(len(state.epochs) + 1, settings.epochs + 1):
+        network.train()
+        shuffled = order.permutation(len(rows))
+        # A last row alone joins the batch before it: batch normalisation needs two.
+        batches = np.array_split(shuffled, range(settings.batch, len(rows) - 1, settings.batch))
+        done = len(state.losses)
+        for chosen in progress.track(batches[done:], total=len(batches), completed=done, description=f"epoch {number}"):
+            batch, twins = hiding.batch(chosen)
+            loss = batch_loss(network, batch, rows.labels_of(chosen), len(twins)) + (more.loss() if more and not state.alone else 0.0)
+            updates.step(loss, batch)
+            state.steps += 1
+            network.after_step(state.steps)
+            state.losses.append(loss.item())
+            if checkpoint and checkpoint.due():
+                _write(checkpoint, state, updates, hiding)
+        unseen.fill()
+        valid_logits = predict(network, valid)
+        whole = bool(np.isfinite(valid_logits).all())
+        metrics = measure(valid.labels, Calibration().on_log(valid_logits), valid.users) if whole else unmeasured(valid.labels)
+        rate, losses, state.losses = updates.optimisers[0].param_groups[0]["lr"], state.losses, []
+        state.epochs.append(Epoch(number, rate, float(np.mean(losses)), metrics, losses[0]))
+        progress.console.print(state.epochs[-1].line(), soft_wrap=True)
+        each(state.epochs[-1])
+        if not whole:
+            break
+        score = score_of(metrics) if state.steps >= network.settles_after else -np.inf
+        if score > state.best_score:
+            state.best, state.best_score, state.stale = _weights(network), score, 0
+        elif state.steps >= state.patient:
+            state.stale += 1
+            times(updates.optimisers, 1 if state.alone else settings.drop)
+        if alone and state.alone and (state.stale >= settings.patience or number >= settings.epochs // SHARE):
+            progress.console.print("the first order has learned; now all of the network")
+            network.load_state_dict(state.best)
+            alone.release()
+            state.alone, state.stale, state.patient = False, 0, state.steps + settings.least_steps
+        elif state.stale >= settings.patience:
+            break
+    network.load_state_dict(state.best)
+    _end(network, unseen, hiding if state.best_score > -np.inf else None)
+    return state.epochs
+
+
+def _write(checkpoint: Checkpoint, state: LoopState, updates: Updates, hiding: Hiding) -> None:
+    """Write all that the loop changes; the order of rows follows from the seed and the number of epochs."""
+    random = [torch.get_rng_state(), *(each.random.get_state() for each in updates.modules if isinstance(each, Cooccurrence))]
+    optimisers = [each.state_dict() for each in updates.optimisers]
+    values = {"loop": state.values, "hiding": hiding.random.bit_generator.state}
+    checkpoint.write(values, [changing(updates.modules), optimisers, state.best, random])
+
+
+def _go_on(checkpoint: Checkpoint, updates: Updates, hiding: Hiding) -> LoopState:
+    """Put all back as it was when the checkpoint was written."""
+    values, (modules, optimisers, best, random) = checkpoint.read()
+    try:
+        state = LoopState.of(values["loop"], best)
+        updates.network.after_step(state.steps)  # what it keeps elsewhere than in tensors follows from that
+        put_back(updates.modules, modules)
+        for optimiser, saved in zip(updates.optimisers, optimisers, strict=True):
+            optimiser.load_state_dict(saved)
+        hiding.random.bit_generator.state = values["hiding"]
+        torch.set_rng_state(random[0])
+        for more, drawn in zip(updates.modules[1:], random[1:], strict=True):
+            assert isinstance(more, Cooccurrence)  # noqa: S101  # the only second task
+            more.random.set_state(drawn)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.path} was written by another version of adrank; train without --resume") from error
+    return state
+
+
+def score_of(metrics: Measures) -> float:
+    """What chooses the epoch: AUC, because Platt scaling repairs the rest; a split with one class only has none."""
+    return metrics.auc if np.isfinite(metrics.auc) else -metrics.log_loss
+
+
+def _check_steps(network: Network, rows: int, settings: TrainSettings) -> None:
+    if rows < 2:
+        raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {rows}")
+    steps = settings.epochs * max(1, len(range(settings.batch, rows - 1, settings.batch)) + 1)
+    if steps < network.settles_after:
+        raise TrainError(
+            f"this network is being pruned until step {network.settles_after:,}, and {settings.epochs:,} epochs of {rows:,} rows are "
+            f"{steps:,} steps; let it have more epochs, or set prune_from and prune_steps lower"
+        )
+
+
+def _second_task(network: Network, rows: Rows, settings: TrainSettings) -> Cooccurrence | None:
+    try:
+        return Cooccurrence(network, rows, settings.cooccurrence, settings.seed) if settings.cooccurrence else None
+    except ValueError as error:
+        raise TrainError(str(error)) from error
+
+
+def batch_loss(network: Network, batch: RequestTensors, labels: Labels, twins: int) -> Tensor:
+    """That of a batch whose last rows are so many twins with an unknown ad, and as many with any ad: see `Hiding.batch`."""
+    outputs, count = network(batch), len(batch.user.ids) - 2 * twins
+    loss: Tensor = network.loss({name: values[:count] for name, values in outputs.items()}, batch.first(count), labels)
+    if not twins:
+        return loss
+    unknown, known = outputs[CLICK][count:].squeeze(1).chunk(2)
+    gap: Tensor = (unknown - known.detach()).abs().sum() / count  # least absolute deviations: the median
+    return loss + gap
+
+
+def _first_order(network: Network, optimisers: Sequence[torch.optim.Optimizer], settings: TrainSettings) -> FirstOrder | None:
+    """The first order, about to learn alone; None: there is none, or no epoch to do so in."""
+    network.flatten()
+    return FirstOrder(network, optimisers) if network.first_weights() and settings.epochs >= SHARE else None
+
+
+def _end(network: Network, unseen: Unseen, hiding: Hiding | None) -> None:
+    """Place the unknown; None: the training diverged at once, and there is nothing to place it in."""
+    if hiding is not None:
+        hiding.settle(network)
+    unseen.fill()
+    network.eval()
+
+
+def predict(network: Network, rows: Rows) -> Logits:
+    """Logits `(N,)` of a click for a split, in evaluation mode."""
+    return predict_heads(network, rows)[CLICK]
+
+
+def predict_heads(network: Network, rows: Rows) -> dict[str, Logits]:
+    """Logits `(N,)` by head for a split, in evaluation mode."""
+    network.eval()
+    with torch.no_grad():
+        chunks = np.array_split(np.arange(len(rows)), range(EVALUATION_ROWS, len(rows), EVALUATION_ROWS))
+        found = [network(rows.batch(chunk)) for chunk in chunks]
+        return {head: np.concatenate([outputs[head].squeeze(1).numpy() for outputs in found]) for head in network.heads}
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+@contextmanager
+def deterministic(settings: TrainSettings) -> Iterator[None]:
+    """As long as it lasts a seed gives the same network to the last bit, on the threads that the settings ask for."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    torch.manual_seed(settings.seed)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a tenth of the time, for memory that is written anyway
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.set_num_threads(before[1])
