@@ -1,13 +1,23 @@
 """A training that was killed goes on from its checkpoint, and ends as one that was not, to the last bit."""
 
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import torch
 
+from features.bundle import current_path
+from tests.processes import ROOT
 from tests.test_cli import QUICK, refused, run
 from training.checkpoint import FILE, Checkpoint, CheckpointError
 from training.datasets.prepared import Prepared
@@ -116,3 +126,55 @@ def test_resuming_where_there_is_no_checkpoint_is_a_sentence(data: Prepared, tmp
     words = ("train", "--data", data.folder, "--model", "deepfm", "--models", tmp_path / "models", "--resume", *QUICK)
     refused(run(*words), "there is no checkpoint in .*models-checkpoints/deepfm; leave out --resume")
     assert not list(tmp_path.iterdir())
+
+
+TRAIN = """
+import sys
+import adrank, small
+from training.export import export
+export.to_onnx, export.SIZES, export.explain_graph = small.traced, (1, 7), lambda *_: ({}, [])
+adrank.main(sys.argv[1:])
+"""
+"""`adrank train` with a quick export."""
+EACH_STEP = ("--checkpoint-minutes", "0")
+
+
+def command(data: Prepared, models: Path, *more: str) -> "subprocess.Popen[str]":
+    settings = {"epochs": "10", "patience": "10", "batch": "16", "threads": "1", "flat_below": "0", "unknown_rate": "0.1"}
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    words += ["--data", str(data.folder), "--model", "deepfm", "--models", str(models), "--promote", "always"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    program = [sys.executable, "-c", TRAIN, "train", *words, *more]
+    return subprocess.Popen(program, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def weights(models: Path) -> dict[str, bytes]:
+    with np.load(current_path(models, "deepfm") / "weights.npz") as file:
+        return {name: file[name].tobytes() for name in file.files}
+
+
+def test_the_command_killed_at_random_moments_ends_with_the_same_weights(data: Prepared, tmp_path: Path) -> None:
+    """Once; `RESUMES=10` kills it ten times, and writes when with -s."""
+    chance, moments, more = random.Random(os.environ.get("RESUMES", "1")), list[str](), list[str]()
+    checkpoint = tmp_path / "killed-checkpoints" / "deepfm" / FILE
+    while len(moments) < int(os.environ.get("RESUMES", "1")):
+        process, before = command(data, tmp_path / "killed", *EACH_STEP, *more), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        end, later = time.monotonic() + 120, chance.uniform(0, 0.4)
+        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
+            assert time.monotonic() < end
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
+        time.sleep(later)
+        process.kill()
+        said, more = process.communicate(timeout=60)[0], ["--resume"]
+        assert process.returncode == -signal.SIGKILL, said
+        moments += re.findall(r"going on from (.*), by", said) or ["the beginning"]
+    last = command(data, tmp_path / "killed", *EACH_STEP, "--resume")
+    said = last.communicate(timeout=300)[0]
+    assert last.returncode == 0, said
+    assert re.search(r"going on from epoch \d+, step [\d,]+ of it", said)
+    sys.stdout.write("; ".join(moments))
+    assert not checkpoint.parent.parent.exists(), "a training that has ended needs none"
+    whole = command(data, tmp_path / "whole")
+    assert (whole.communicate(timeout=300), whole.returncode)[1] == 0
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
