@@ -36,7 +36,7 @@ from training.networks.layers import Dice
 from training.progress import progress_bar
 from training.train_settings import TrainSettings, overridden
 
-from .defaults import Encoded, Found, measured, resume
+from .defaults import EncodedSplits, Found, measured, resume
 
 ENDS = (0, 20_000, 24_000, 36_000)
 LONGEST, LENGTH = 200, 50
@@ -115,7 +115,7 @@ def replaced(network: nn.Module, instead: Callable[[int], nn.Module]) -> None:
                 setattr(module, name, instead(len(child.alpha)))
 
 
-def tried(encoded: Encoded, cold: np.ndarray[Any, np.dtype[np.bool_]], variant: Variant, seed: int) -> Found:
+def tried(encoded: EncodedSplits, cold: np.ndarray[Any, np.dtype[np.bool_]], variant: Variant, seed: int) -> Found:
     """A training, and its AUC on all rows of test and on those of cold ads."""
     kind = NETWORKS[variant.family]
     settings, loop = overridden({**LOOP, **variant.settings, "seed": str(seed)}, kind.settings(), TrainSettings())
@@ -139,7 +139,7 @@ def main(data: Path, seeds: int, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, progress_bar() as progress:
         part = sample(open_prepared(data), Path(folder))
-        encoded, cold = Encoded.of(part), exposures(part)["ad"] <= RARE
+        encoded, cold = EncodedSplits.of(part), exposures(part)["ad"] <= RARE
         for seed in progress.track(range(1, seeds + 1), description="seeds"):
             for name, variant in VARIANTS.items():
                 measured(found, path, f"{name}/{seed}", partial(tried, encoded, cold, variant, seed))

@@ -55,14 +55,14 @@ Found = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedSplits:
     """A data set whose splits are encoded, for trainings one after the other."""
 
     encoder: Encoder
     rows: Mapping[str, Rows]
 
     @classmethod
-    def of(cls, data: Prepared) -> "Encoded":
+    def of(cls, data: Prepared) -> "EncodedSplits":
         """All splits that are there."""
         encoder = Encoder(data.schema, learn_vocabularies(data))
         return cls(encoder, {split: encode_split(data, split, encoder) for split in (*SPLITS, LATER) if (data.folder / split).exists()})
@@ -192,14 +192,14 @@ def main(data: Path, rows: tuple[int, ...], families: tuple[str, ...], seeds: in
             part = cut(open_prepared(data), size, path.parent / f"rows-{size}")
             measured(found, path, f"{size}/logistic", partial(regression, part))
             wanted = [each for each in plan(size, families, seeds if size < ONE_SEED else 1) if grid or "/defaults/" in each[0]]
-            encoded = Encoded.of(part) if any(key not in found for key, *_ in wanted) else None
+            encoded = EncodedSplits.of(part) if any(key not in found for key, *_ in wanted) else None
             for key, family, given in progress.track(wanted, description=f"{size:,} rows"):
                 if encoded:
                     measured(found, path, key, partial(_aucs, encoded, family, given))
     Console(width=140).print(table(found, rows, families))
 
 
-def _aucs(encoded: Encoded, family: str, given: Mapping[str, str]) -> Found:
+def _aucs(encoded: EncodedSplits, family: str, given: Mapping[str, str]) -> Found:
     return encoded.fit(family, given, Progress(console=Console(quiet=True), disable=True))[1]
 
 

@@ -47,7 +47,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Timing:
+class GpuTiming:
     """Requests scored together by one contender. `floor_ms` is the device's least for the arithmetic and the memory they need."""
 
     benchmark_model: str
@@ -133,7 +133,9 @@ def floor(served: ServedNetwork, feeds: Feeds, speed: Device) -> float:
     return float(max(counter.get_total_flops() / speed.flops, touched / speed.bytes_a_second))
 
 
-def measure(built: Built, device: str, speed: Device, sizes: Mapping[str, Sequence[int]], rounds: int, progress: Progress) -> list[Timing]:
+def measure(
+    built: Built, device: str, speed: Device, sizes: Mapping[str, Sequence[int]], rounds: int, progress: Progress
+) -> list[GpuTiming]:
     """Every contender at every size, taking turns."""
     benchmark_model = built.benchmark_model
     reference = make(benchmark_model)
@@ -154,7 +156,7 @@ def measure(built: Built, device: str, speed: Device, sizes: Mapping[str, Sequen
         for name, taken in seconds.items():
             p50, p99 = np.quantile(taken, (0.5, 0.99)).tolist()
             rate = count * candidates / p50
-            timings.append(Timing(benchmark_model.name, name, count, candidates, p50 * 1e3, p99 * 1e3, rate, least * 1e3, off[name]))
+            timings.append(GpuTiming(benchmark_model.name, name, count, candidates, p50 * 1e3, p99 * 1e3, rate, least * 1e3, off[name]))
     return timings
 
 
@@ -162,7 +164,7 @@ def _difference(scores: Sequence[Numbers], expected: Sequence[Numbers]) -> float
     return max(float(np.abs(a - b).max()) for a, b in zip(scores, expected, strict=True))
 
 
-def show(timings: Sequence[Timing], speed: Device, console: Console) -> None:
+def show(timings: Sequence[GpuTiming], speed: Device, console: Console) -> None:
     """A table of all."""
     console.print(f"{speed.name}: copies {speed.bytes_a_second / 1e9:,.0f} GB/s, multiplies {speed.flops / 1e12:,.1f} TFLOP/s (float32)")
     table = Table("model", "contender", "requests", "C", "p50 ms", "p99 ms", "candidates/s", "× floor", "max diff")
@@ -202,7 +204,7 @@ def main(
     if why := missing(device):
         print(f"nothing is measured: {why}")
         return
-    speed, timings = device_speed(device), list[Timing]()
+    speed, timings = device_speed(device), list[GpuTiming]()
     with progress_bar() as progress:
         for name in names or BENCHMARK_MODELS:
             sizes = {"requests": counts, "candidates": candidates}

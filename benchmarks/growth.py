@@ -34,7 +34,7 @@ WARM_UP = 0.5
 
 
 @dataclass(frozen=True)
-class Cost:
+class SizeCost:
     """One worker, one connection: what a request of a size takes."""
 
     ads: int
@@ -48,7 +48,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Start:
+class StartCost:
     """What it takes to come up with so many ads."""
 
     ads: int
@@ -58,7 +58,7 @@ class Start:
     resident_mib: float
 
 
-def cost(built: Built, subject: Subject, candidates: int, seconds: float) -> Cost:
+def cost(built: Built, subject: Subject, candidates: int, seconds: float) -> SizeCost:
     """One connection, one request after the other."""
     population = built.benchmark_model.population
     requests = bodies(Entities(population.user_ids, population.ad_ids), candidates)[:BODIES]
@@ -67,10 +67,10 @@ def cost(built: Built, subject: Subject, candidates: int, seconds: float) -> Cos
     spent = (subject.cpu() - before) / max(1, measured.answered) * 1e6
     values, length = measured.as_dict(), population.schema.history_length
     times = (values["p50_ms"], values["p99_ms"], round(spent), round(spent / candidates, 3))
-    return Cost(len(population.ad_ids), candidates, length, *times, measured.errors)
+    return SizeCost(len(population.ad_ids), candidates, length, *times, measured.errors)
 
 
-def grow(built: Built, redis: str, candidates: Sequence[int], seconds: float, logs: Path) -> tuple[Start, list[Cost]]:
+def grow(built: Built, redis: str, candidates: Sequence[int], seconds: float, logs: Path) -> tuple[StartCost, list[SizeCost]]:
     """Fill the store, start one worker, and measure it at these numbers of candidates."""
     asyncio.run(fill(built.benchmark_model.population, redis))
     population, port = built.benchmark_model.population, free_port()
@@ -79,7 +79,7 @@ def grow(built: Built, redis: str, candidates: Sequence[int], seconds: float, lo
         memory = subject.memory() / 2**20
         costs = [cost(built, subject, count, seconds) for count in candidates]
     load_line = re.search(r"active ads in ([0-9.]+) s", log.read_text("utf-8", "replace"))
-    return Start(len(population.ad_ids), round(subject.started, 2), float(load_line[1]) if load_line else None, round(memory)), costs
+    return StartCost(len(population.ad_ids), round(subject.started, 2), float(load_line[1]) if load_line else None, round(memory)), costs
 
 
 @click.command()

@@ -30,16 +30,16 @@ from service.store.redis import RedisStore, user_key
 BUNDLE, ROWWISE, REDIS = "PEER_BUNDLE", "PEER_ROWWISE", "PEER_REDIS"
 
 
-class User(BaseModel):
+class PeerUser(BaseModel):
     """Who is asking."""
 
     id: str
 
 
-class RankRequest(BaseModel):
+class PeerRequest(BaseModel):
     """A user and the ads to rank."""
 
-    user: User
+    user: PeerUser
     candidates: list[str] = Field(min_length=1)
 
 
@@ -51,7 +51,7 @@ class RankedAd(BaseModel):
     p_click: float
 
 
-class RankAnswer(BaseModel):
+class PeerAnswer(BaseModel):
     """The ads, best first."""
 
     request_id: str
@@ -59,7 +59,7 @@ class RankAnswer(BaseModel):
     ads: list[RankedAd]
 
 
-class Ads:
+class PeerAds:
     """The catalogue, encoded; row 0 is no ad."""
 
     def __init__(self, encoder: Encoder) -> None:
@@ -82,7 +82,7 @@ class Ads:
         return self.ids[[rows.get(ad_id, 0) for ad_id in ad_ids]]
 
 
-class Model:
+class PeerModel:
     """The row-wise graph and what it needs to be asked."""
 
     def __init__(self, bundle: Path, rowwise: Path) -> None:
@@ -96,7 +96,7 @@ class Model:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(rowwise, options, providers=["CPUExecutionProvider"])
 
-    def feeds(self, ads: Ads, user_id: str, packed: Any, candidates: list[str]) -> Feeds:
+    def feeds(self, ads: PeerAds, user_id: str, packed: Any, candidates: list[str]) -> Feeds:
         """Tensors of a request, one row a candidate; `packed` is the user's state as the store has it."""
         _, _, features, behaviours, *_ = msgpack.unpackb(packed) if packed else (0, 0, {}, [], [])
         known = {"user_id": user_id, **features}
@@ -115,8 +115,8 @@ class Model:
 
 def create() -> FastAPI:
     """The application, as the environment configures it."""
-    model = Model(Path(os.environ[BUNDLE]), Path(os.environ[ROWWISE]))
-    ads, redis = Ads(model.encoder), Redis.from_url(os.environ[REDIS])
+    model = PeerModel(Path(os.environ[BUNDLE]), Path(os.environ[ROWWISE]))
+    ads, redis = PeerAds(model.encoder), Redis.from_url(os.environ[REDIS])
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -132,14 +132,14 @@ def create() -> FastAPI:
     async def ready() -> dict[str, str]:
         return {"status": "ready"}
 
-    @app.post("/rank", response_model=RankAnswer)
-    async def rank(request: RankRequest) -> RankAnswer:
+    @app.post("/rank", response_model=PeerAnswer)
+    async def rank(request: PeerRequest) -> PeerAnswer:
         packed = await redis.get(user_key(request.user.id))
         scores = model.score(model.feeds(ads, request.user.id, packed, request.candidates))
         order = np.argsort(-scores, kind="stable").tolist()
         values = scores.tolist()
         ranked = [RankedAd(ad_id=request.candidates[row], rank=rank, p_click=values[row]) for rank, row in enumerate(order, 1)]
-        return RankAnswer(request_id=uuid.uuid4().hex, model=model.name, ads=ranked)
+        return PeerAnswer(request_id=uuid.uuid4().hex, model=model.name, ads=ranked)
 
     return app
 

@@ -20,7 +20,7 @@ from training.networks.embeddings import Embeddings
 from training.networks.layers import BatchNorm, Dice, Tower
 
 
-class Table(nn.Module):
+class RowwiseTable(nn.Module):
     """Vectors `(..., F, D)` of the ids `(..., F)` of some parts of a request: one table, each column with rows of its own."""
 
     def __init__(self, embed: Embeddings, sizes: Mapping[str, int], *parts: str) -> None:
@@ -84,7 +84,7 @@ def _affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     return scale.detach(), (shift + norm.bias if norm.affine else shift).detach()
 
 
-class Activation(nn.Module):
+class RowwiseActivation(nn.Module):
     """Dice over the last axis."""
 
     def __init__(self, dice: Dice) -> None:
@@ -132,7 +132,7 @@ def _mlp(tower: Tower, textbook: bool) -> nn.Sequential:
 
 
 def _dice(dice: Dice, textbook: bool) -> nn.Module:
-    return TextbookDice(dice) if textbook else Activation(dice)
+    return TextbookDice(dice) if textbook else RowwiseActivation(dice)
 
 
 class RowwiseDIN(nn.Module):
@@ -140,7 +140,7 @@ class RowwiseDIN(nn.Module):
 
     def __init__(self, served: ServedNetwork, network: DIN, sizes: Mapping[str, int], textbook: bool) -> None:
         super().__init__()
-        table = FieldTables if textbook else Table
+        table = FieldTables if textbook else RowwiseTable
         self.user, self.history, self.ad = (table(network.embed, sizes, part) for part in ("user", "history", "ad"))
         self.shared = network.shared
         attention = network.attention
@@ -169,7 +169,7 @@ class RowwiseDeepFM(nn.Module):
 
     def __init__(self, served: ServedNetwork, network: DeepFM, sizes: Mapping[str, int], textbook: bool) -> None:
         super().__init__()
-        table = FieldTables if textbook else Table
+        table = FieldTables if textbook else RowwiseTable
         self.first, self.second = (table(embed, sizes, "user", "ad") for embed in (network.first, network.second))
         self.bias = nn.Parameter(network.bias.detach().clone())
         self.mlp, self.output = _mlp(network.tower, textbook), Output(served)

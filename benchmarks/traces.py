@@ -48,7 +48,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Cost:
+class TraceCost:
     """A service beside the first, round by round: medians, and of the ratios the 10th and 90th percentile."""
 
     service: str
@@ -90,7 +90,7 @@ def _sink(port: int, pipe: Connection) -> None:
             pipe.send(sum(counts))
 
 
-class Sink:
+class SpanSink:
     """A collector that throws away what it gets, in a process of its own."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class Sink:
 
 
 @contextmanager
-def services(built: Built, redis: str, share: float, sink: Sink) -> Iterator[Mapping[str, Subject]]:
+def services(built: Built, redis: str, share: float, sink: SpanSink) -> Iterator[Mapping[str, Subject]]:
     """The three of them, with one worker each."""
     with ExitStack() as stack:
         subjects = {}
@@ -132,7 +132,7 @@ def turn(subject: Subject, requests: Sequence[bytes], seconds: float) -> Turn:
     return Turn(measured.requests_per_second, cpu, percentile(measured.latencies, 99), measured.answered, measured.errors)
 
 
-def costs(turns: Mapping[str, Sequence[Turn]], traces: int) -> list[Cost]:
+def costs(turns: Mapping[str, Sequence[Turn]], traces: int) -> list[TraceCost]:
     """Each service beside the first."""
     columns = {name: np.array([(each.requests_per_s, each.cpu, each.p99) for each in taken]) for name, taken in turns.items()}
     found = []
@@ -141,7 +141,7 @@ def costs(turns: Mapping[str, Sequence[Turn]], traces: int) -> list[Cost]:
         low, middle, high = np.quantile(columns[name] / columns[OFF], (0.1, 0.5, 0.9), axis=0).round(4).tolist()
         answered = sum(each.answered for each in taken)
         found.append(
-            Cost(
+            TraceCost(
                 name,
                 round(rate, 1),
                 round(cpu * 1e6, 1),
@@ -156,10 +156,10 @@ def costs(turns: Mapping[str, Sequence[Turn]], traces: int) -> list[Cost]:
     return found
 
 
-def run(built: Built, candidates: int, share: float, rounds: int, seconds: float, progress: Progress) -> list[Cost]:
+def run(built: Built, candidates: int, share: float, rounds: int, seconds: float, progress: Progress) -> list[TraceCost]:
     """All services in turn, their order changing from round to round."""
     turns: dict[str, list[Turn]] = {OFF: [], SAME: [], TRACED: []}
-    population, sink = built.benchmark_model.population, Sink()
+    population, sink = built.benchmark_model.population, SpanSink()
     try:
         with ValkeyServer(config={"save": ""}) as valkey:
             asyncio.run(fill(population, f"{valkey.connection_url}/0"))

@@ -44,7 +44,7 @@ Step = Callable[[np.ndarray[Any, np.dtype[np.int64]]], None]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnRows:
     """Rows of a schema whose fields are all categories."""
 
     schema: Schema
@@ -52,7 +52,7 @@ class Drawn:
     rows: Rows
 
     @classmethod
-    def of(cls, history: int, users: int = USER["user_id"], seed: int = 1) -> "Drawn":
+    def of(cls, history: int, users: int = USER["user_id"], seed: int = 1) -> "DrawnRows":
         """`history` 0: there is none."""
         random, sizes = np.random.default_rng(seed), {**USER, "user_id": users, **AD}
         past = f"history = {{ length = {history}, fields = {list(HISTORY)} }}\n".replace("'", '"') if history else ""
@@ -80,7 +80,7 @@ def _block(random: np.random.Generator, sizes: Sequence[int], rows: int) -> Bloc
     return Block(np.stack([random.integers(FIRST, FIRST + size, rows) for size in sizes], 1), np.zeros((rows, 0), np.float32))
 
 
-def ours(data: Drawn, network: Network, **given: Any) -> Step:
+def ours(data: DrawnRows, network: Network, **given: Any) -> Step:
     """A step of `fit_network`, from the rows' numbers to the updated weights."""
     settings = TrainSettings(**given).for_rows(ROWS)
     hiding, updates = Hiding(data.rows, settings.unknown_rate, settings.seed), Updates(network, data.rows, settings)
@@ -95,7 +95,7 @@ def ours(data: Drawn, network: Network, **given: Any) -> Step:
     return step
 
 
-def peer(data: Drawn, family: str) -> dict[str, Step]:
+def peer(data: DrawnRows, family: str) -> dict[str, Step]:
     """Steps of deepctr-torch's `fit`, for a network with the same fields, widths and optimiser."""
     inputs, models = import_module("deepctr_torch.inputs"), import_module("deepctr_torch.models")
 
@@ -182,7 +182,7 @@ def large_tables(rounds: int, rows: int, clock: Callable[[], float]) -> dict[str
     for family, history in (("deepfm", 0), ("deepfm", 20), ("din", 20)):
         steps = {}
         for size in (10_000, rows):
-            data = Drawn.of(history, size)
+            data = DrawnRows.of(history, size)
             steps[str(size)] = ours(data, data.network(family))
         times = in_turns(steps, rounds, clock)
         found[f"{family}, history {history}"] = {
@@ -196,7 +196,7 @@ def thresholds(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """Steps of DeepFM with its tables updated densely and sparsely, by their rows."""
     found = {}
     for size in (10_000, 50_000, 100_000, 200_000, 500_000):
-        data = Drawn.of(0, size)
+        data = DrawnRows.of(0, size)
         times = in_turns({str(above): ours(data, data.network("deepfm"), sparse_above=above) for above in (0, 1_000)}, rounds, clock)
         found[f"{size:,}"] = {"dense ms": 1e3 * median(times["0"]), "sparse ms": 1e3 * median(times["1000"])}
     return found
@@ -206,7 +206,7 @@ def speeds(rounds: int, history: int, clock: Callable[[], float]) -> dict[str, A
     """Rows a second of ours, of deepctr-torch where it is there, and the share of what the arithmetic alone would allow."""
     found, rate = {}, matmul_rate(clock)
     for family, length in (("deepfm", 0), ("deepfm", history), ("din", history)):
-        data = Drawn.of(length)
+        data = DrawnRows.of(length)
         network = data.network(family)
         steps = {"ours": ours(data, network)} | (peer(data, family) if find_spec("deepctr_torch") else {})
         times = in_turns(steps, rounds, clock)

@@ -36,7 +36,7 @@ SHARES = {"train": (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0)}
 
 
 @dataclass(frozen=True)
-class Window:
+class WindowResult:
     """What came of a window: ids of ads in the table, and AUC on its newest rows."""
 
     ids: int
@@ -70,7 +70,7 @@ def window(world: World, number: int, rows: int, folder: Path) -> Prepared:
     return open_prepared(folder)
 
 
-def windows(world: World, count: int, rows: int, settings: TrainSettings, progress: Progress) -> list[Window]:
+def windows(world: World, count: int, rows: int, settings: TrainSettings, progress: Progress) -> list[WindowResult]:
     """One arm: a training for each window, each from the one before it."""
     start, found = None, []
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def windows(world: World, count: int, rows: int, settings: TrainSettings, progre
             start = _next(trained)
             ids = trained.encoder.vocabularies.categories["ad_id"]
             assert isinstance(ids, Vocabulary)
-            found.append(Window(len(ids.values), trained.metrics["test"].auc))
+            found.append(WindowResult(len(ids.values), trained.metrics["test"].auc))
     return found
 
 
@@ -98,7 +98,7 @@ def _next(trained: Trained) -> Start:
 def main(count: int, rows: int, ads: int, evict_after: int, seeds: int) -> None:
     """Run both arms with each seed, and print how large the tables grow and what AUC comes to."""
     world, usual = make_world(ads=ads, later=count * DAYS_A_WINDOW), TrainSettings(threads=1, flat_below=0, least_steps=0, patience=1)
-    arms: dict[int, list[list[Window]]] = {0: [], evict_after: []}
+    arms: dict[int, list[list[WindowResult]]] = {0: [], evict_after: []}
     with progress_bar() as progress:
         for seed in range(1, seeds + 1):
             for after, found in arms.items():

@@ -33,13 +33,13 @@ from training.simulation import make_world
 from training.simulation import write_log as write_world
 
 from . import avazu_like
-from .defaults import Encoded, Found, cut, measured
+from .defaults import EncodedSplits, Found, cut, measured
 
 AMONG = 20
 REQUESTS = 1_000
 
 
-def places(network: Any, encoded: Encoded, catalogue: Block) -> Found:
+def places(network: Any, encoded: EncodedSplits, catalogue: Block) -> Found:
     """Mean rank of a made-up ad by how the others are drawn, its mean p(click) beside theirs, and the mean of unknown users."""
     random, test, train = np.random.default_rng(0), encoded.rows["test"], encoded.rows["train"]
     rows = random.choice(len(test), min(REQUESTS, len(test)), replace=False)
@@ -119,7 +119,7 @@ def main(movielens: Path | None, rows: tuple[int, ...], rates: tuple[float, ...]
         for name, (data, settings) in data_sets(path.parent, movielens, rows).items():
             if names and not name.startswith(names):
                 continue
-            encoded = Encoded.of(data)
+            encoded = EncodedSplits.of(data)
             ads = ad_table(data, encoded.encoder).block
             catalogue = ads.take(np.arange(1, len(ads)))
             for family in progress.track(list(NETWORKS), description=name):
@@ -129,7 +129,7 @@ def main(movielens: Path | None, rows: tuple[int, ...], rates: tuple[float, ...]
     Console(width=160).print(table(found))
 
 
-def _measure(encoded: Encoded, family: str, given: Mapping[str, str], catalogue: Block) -> Found:
+def _measure(encoded: EncodedSplits, family: str, given: Mapping[str, str], catalogue: Block) -> Found:
     network, aucs = encoded.fit(family, given, Progress(console=Console(quiet=True), disable=True))
     return {**aucs, **places(network, encoded, catalogue)}
 
