@@ -63,7 +63,7 @@ def state(of: Trained) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("family", "settings", "steps"),
     [
-        ("deepfm", {}, (3, 10)),  # its first order alone, and then all of it
+        ("deepfm", {}, (3, 10, 13)),  # its first order alone, at its end, and then all of it
         ("din", {"flat_below": 0, "unknown_rate": 0.1}, (5, 8)),  # the first is an epoch's last step
         ("wide_deep", {"flat_below": 0}, (7,)),  # FTRL and Adagrad
         ("deepfm", {"sparse_above": 10, "flat_below": 0}, (6,)),  # lazy Adam

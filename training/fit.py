@@ -109,11 +109,9 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
     patient = max(network.settles_after, settings.least_steps // (SHARE if alone else 1))
     state = LoopState(_weights(network), patient, alone is not None)
     if checkpoint and checkpoint.resume:
-        state = _go_on(checkpoint, updates, hiding)
+        state = _go_on(checkpoint, updates, hiding, alone)
         at = f"epoch {len(state.epochs) + 1}, step {len(state.losses):,} of it"
         progress.console.print(f"going on from {at} (step {state.steps:,} of all), by {checkpoint.path}", soft_wrap=True)
-    if alone and not state.alone:
-        alone.release()
     for _ in state.epochs:
         order.permutation(len(rows))  # as they were drawn before
     for number in range(len(state.epochs) + 1, settings.epochs + 1):
@@ -167,11 +165,13 @@ def _write(checkpoint: Checkpoint, state: LoopState, updates: Updates, hiding: H
     checkpoint.write(values, [changing(updates.modules), optimisers, state.best, random])
 
 
-def _go_on(checkpoint: Checkpoint, updates: Updates, hiding: Hiding) -> LoopState:
-    """Put all back as it was when the checkpoint was written."""
+def _go_on(checkpoint: Checkpoint, updates: Updates, hiding: Hiding, alone: FirstOrder | None) -> LoopState:
+    """Put all back as it was when the checkpoint was written; `alone` is let go of if the first order had learned by then."""
     values, (modules, optimisers, best, random) = checkpoint.read()
     try:
         state = LoopState.of(values["loop"], best)
+        if alone and not state.alone:
+            alone.release()  # before the optimisers are put back, whose rates are those of after it
         updates.network.after_step(state.steps)  # what it keeps elsewhere than in tensors follows from that
         put_back(updates.modules, modules)
         for optimiser, saved in zip(updates.optimisers, optimisers, strict=True):
