@@ -1,12 +1,15 @@
 """Streams to join and a log to look at, for tests of the joiner."""
 
 import contextlib
+import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import bundles
@@ -16,12 +19,15 @@ from processes import ROOT, environment
 from redis_servers import client_of
 
 from features.events import Event, pack_event
+from features.schema import Schema
 from features.served import ServedRecord, pack_served
 from features.state import pack_features
-from features.streams import EVENTS, SERVED
+from features.streams import EVENTS, SERVED, Entry
 from service.store.streams import RedisStreams
-from training.join.attribution import RAW, Attribution, attribute, settings_of
+from training.join.attribution import EVENTS as RAW_EVENTS
+from training.join.attribution import IMPRESSIONS, RAW, WATERMARK, Attribution, attribute, hour_name, settings_of
 from training.join.log import open_log
+from training.join.raw import Columns, events_of, impressions_of
 from training.join.sink import Sink, SinkSettings
 
 JOIN = (sys.executable, "-m", "adrank", "join")
@@ -212,3 +218,43 @@ def eventually(true, seconds: float = 90) -> None:
 
 def tensor_bytes(*values, kind=np.int64) -> bytes:
     return np.array(values, kind).tobytes()
+
+
+def messy(chance: random.Random, rankings: int = 120, events: int = 900) -> tuple[list[ServedRecord], list[Event]]:
+    """Rankings and events, in order of time: request ids that come again, events of all kinds, repeated, early, late, of others."""
+    ids = rankings // 3
+    log = [
+        ranking(f"r{chance.randrange(ids)}", T0 + i * 97, ad_ids=chance.sample([f"a{j}" for j in range(5)], 3), shown=chance.randrange(4))
+        for i in range(rankings)
+    ]
+    log = [replace(each, user_id=f"u{chance.randrange(2)}") for each in log]
+    made = [
+        Event(
+            chance.choice(["click", "impression", "conversion"]),
+            f"e{i}",
+            chance.choice(log).ts + chance.choice([-100, -30, 0, 5, 800, 3999, 8999]),
+            chance.choice(["u0", "u1", "u2"]),
+            chance.choice(log).request_id if chance.random() < 0.97 else "none",
+            f"a{chance.randrange(6)}",
+        )
+        for i in range(events)
+    ]
+    made = [each if each.type == "click" else replace(each, user_id=chance.choice(["", each.user_id])) for each in made]
+    made = [replace(e, position=chance.choice([None, 1, 7])) if e.type == "impression" else e for e in made]
+    made = [replace(e, value=chance.choice([None, 1.5, 2.0])) if e.type == "conversion" else e for e in made]
+    return log, sorted([*made, *chance.sample(made, events // 15)], key=lambda event: event.ts)
+
+
+def write_raw(folder: Path, schema: Schema, log: Sequence[ServedRecord], events: Sequence[Event], watermark: float = inf) -> None:
+    """A log as a sink writes it, without Redis; every third file stands twice, as after a kill."""
+    (folder / RAW).mkdir(parents=True)
+    (folder / "schema.toml").write_text(schema.to_toml())
+    (folder / RAW / WATERMARK).write_text(str(watermark))
+    for kind, records in ((IMPRESSIONS, log), (RAW_EVENTS, events)):
+        entries = [Entry(f"{int(each.ts * 1000)}-{i}", packed(each)[1]) for i, each in enumerate(records)]
+        batch = impressions_of(entries, SERVED, Columns(schema)) if kind == IMPRESSIONS else events_of(entries, EVENTS)
+        for hour, frame in batch.frames.items():
+            path = folder / RAW / kind / hour_name(hour, "date")
+            path.mkdir(parents=True)
+            for copy in range(1 + (hour % 3 == 0)):
+                frame.write_parquet(path / f"{copy}.parquet")

@@ -9,10 +9,9 @@ import logs
 import polars as pl
 import pytest
 import small
-from joining import T0, Joining, Writer, click, conversion, impression, ranking
+from joining import T0, Joining, Writer, click, conversion, impression, messy, ranking
 from test_cli import run
 
-from features.events import Event
 from training.datasets.log import open_log
 from training.join.attribution import SETTINGS, Attribution, RawLog, settings_of, settle
 
@@ -164,26 +163,7 @@ async def test_it_is_what_a_recomputation_says(streams, joining, monkeypatch):
     chance = random.Random(7)
     monkeypatch.setattr("training.join.live.HOURS", 48)
     joining.settings = replace(joining.settings, click_window=4000.0, impression_window=900.0, conversion_window=9000.0)
-    log = [
-        ranking(f"r{chance.randrange(40)}", T0 + i * 97, ad_ids=chance.sample([f"a{j}" for j in range(5)], 3), shown=chance.randrange(4))
-        for i in range(120)
-    ]
-    log = [replace(each, user_id=f"u{chance.randrange(2)}") for each in log]
-    events = [
-        Event(
-            chance.choice(["click", "impression", "conversion"]),
-            f"e{i}",
-            chance.choice(log).ts + chance.choice([-100, -30, 0, 5, 800, 3999, 8999]),
-            chance.choice(["u0", "u1", "u2"]),
-            chance.choice(log).request_id if chance.random() < 0.97 else "none",
-            f"a{chance.randrange(6)}",
-        )
-        for i in range(900)
-    ]
-    events = [each if each.type == "click" else replace(each, user_id=chance.choice(["", each.user_id])) for each in events]
-    events = [replace(e, position=chance.choice([None, 1, 7])) if e.type == "impression" else e for e in events]
-    events = [replace(e, value=chance.choice([None, 1.5, 2.0])) if e.type == "conversion" else e for e in events]
-    events = sorted([*events, *chance.sample(events, 60)], key=lambda event: event.ts)
+    log, events = messy(chance)
     streams.add(*log, *events)
     await joining.once(everything=True)
     for path in list(joining.folder.glob("raw/*/*/*/*.parquet")):  # as if a sink had been killed before it acknowledged
