@@ -158,9 +158,9 @@ def test_valid_and_test_are_whole(data: Prepared, monkeypatch: pytest.MonkeyPatc
     seen: list[int] = []
     batch = Hiding.batch
 
-    def noted(self: Hiding, chosen: np.ndarray[tuple[int], np.dtype[np.int64]]) -> object:
+    def noted(self: Hiding, chosen: np.ndarray[tuple[int], np.dtype[np.int64]], among: Rows | None) -> object:
         seen.append(len(self.rows))
-        return batch(self, chosen)
+        return batch(self, chosen, among)
 
     monkeypatch.setattr(Hiding, "batch", noted)
     network, test, _ = trained(data, "deepfm", 0.3, epochs=1)

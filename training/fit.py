@@ -21,6 +21,7 @@ from .datasets.encoded import Rows
 from .evaluate import Measures, measure, unmeasured
 from .first_order import SHARE, FirstOrder, times
 from .networks.contract import CLICK, Labels, Network, RequestTensors
+from .order import RowOrder
 from .train_settings import TrainError, TrainSettings
 from .unknown import Hiding, Unseen
 from .updates import Updates
@@ -104,7 +105,7 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
     for line in updates.summary():
         progress.console.print(line, soft_wrap=True)
     alone = _first_order(network, updates.optimisers, settings) if len(rows) < settings.flat_below and not warm else None
-    order, hiding = np.random.default_rng(settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
+    order, hiding = RowOrder(rows, settings.batch, settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
     unseen = Unseen(network, rows, warm)
     patient = max(network.settles_after, settings.least_steps // (SHARE if alone else 1))
     state = LoopState(_weights(network), patient, alone is not None)
@@ -113,16 +114,13 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
         at = f"epoch {len(state.epochs) + 1}, step {len(state.losses):,} of it"
         progress.console.print(f"going on from {at} (step {state.steps:,} of all), by {checkpoint.path}", soft_wrap=True)
     for _ in state.epochs:
-        order.permutation(len(rows))  # as they were drawn before
+        order.epoch()  # drawn, as it was before
     for number in range(len(state.epochs) + 1, settings.epochs + 1):
         network.train()
-        shuffled = order.permutation(len(rows))
-        # A last row alone joins the batch before it: batch normalisation needs two.
-        batches = np.array_split(shuffled, range(settings.batch, len(rows) - 1, settings.batch))
         done = len(state.losses)
-        for chosen in progress.track(batches[done:], total=len(batches), completed=done, description=f"epoch {number}"):
-            batch, twins = hiding.batch(chosen)
-            loss = batch_loss(network, batch, rows.labels_of(chosen), len(twins)) + (more.loss() if more and not state.alone else 0.0)
+        for read, chosen in progress.track(order.epoch(done), total=order.steps, completed=done, description=f"epoch {number}"):
+            batch, twins = hiding.batch(chosen, read)
+            loss = batch_loss(network, batch, read.labels_of(chosen), len(twins)) + (more.loss() if more and not state.alone else 0.0)
             updates.step(loss, batch)
             state.steps += 1
             network.after_step(state.steps)

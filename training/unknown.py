@@ -39,11 +39,11 @@ class Hiding:
         self.rows, self.rate = rows, rate
         self.random = np.random.default_rng((seed, 1))
 
-    def batch(self, chosen: Chosen) -> tuple[RequestTensors, Tensor]:
-        """The tensors of some rows, as `Rows.batch` gives them, with values hidden; after them their twins, the T with an unknown ad
-        and then the T with any ad. And the `(T,)` positions of those that have twins.
+    def batch(self, chosen: Chosen, among: Rows | None = None) -> tuple[RequestTensors, Tensor]:
+        """The tensors of some rows, or of some `among` those, as `Rows.batch` gives them, with values hidden; after them their twins, the
+        T with an unknown ad and then the T with any ad. And the `(T,)` positions of those that have twins.
         """
-        user, history, ad, ages = self.rows.batch(chosen)
+        user, history, ad, ages = (self.rows if among is None else among).batch(chosen)
         for part in (user, history, ad) if self.rate else ():
             ids = part.ids.numpy()
             ids[self._drawn(ids.shape) & (ids > PADDING)] = UNKNOWN
