@@ -66,7 +66,7 @@ def refused(folder: Path, table: str, message: str, settings: str = "", schema: 
 def test_what_means_missing_is_missing_in_every_column(tmp_path: Path) -> None:
     table = line(0, user="NULL", os="\\N", price="\\N", topics="x|NULL|-1") + line(1, user="-1.0", os="-1", price="-1.00", topics="NULL")
     table += line(2, user=ZEROS, os="NaN", price="nan") + line(3) * 20
-    doubts = prepare(tmp_path, table, f'missing = ["\\\\N", "NULL", "-1", "NaN"]\nnobody = ["{ZEROS}", "-1.0"]')
+    doubts = prepare(tmp_path, table, f'missing = ["\\\\N", "NULL", "-1.0", "NaN"]\nnobody = ["{ZEROS}"]')
     assert rows(tmp_path / "out").select("user_id", "context.os", "ad.price").rows()[:4] == [
         *([("", None, None)] * 3),
         ("u3", "ios", 1.0),

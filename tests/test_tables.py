@@ -5,7 +5,10 @@ import gzip
 import io
 import json
 import lzma
+import math
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,12 +77,15 @@ def test_the_parts_of_a_folder_are_one_table(tmp_path: Path) -> None:
 def test_the_parts_of_a_folder_keep_their_own_types(tmp_path: Path) -> None:
     large = 2**53 + 1
     ages: list[pl.Series] = [pl.Series([large] * 8), pl.Series([2.5, None] * 4), pl.Series(["2.5", "x"] * 4)]
+    labels, topics = ([0] * 8, [False] * 8, ["False", "0.0"] * 4), ([["x"]] * 8, [None] * 8, ["x|y"] * 8)
     for i, age in enumerate(ages):
-        part = pl.DataFrame({"label": [0] * 8, "user_id": ["u"] * 8, "ad_id": [i] * 8, "age": age, "price": [1] * 8, "topics": [["x"]] * 8})
+        part = pl.DataFrame({"label": labels[i], "user_id": ["u"] * 8, "ad_id": [i] * 8, "age": age, "price": [1] * 8, "topics": topics[i]})
         (tmp_path / "log").mkdir(exist_ok=True)
         part.write_parquet(tmp_path / "log" / f"part-{i}.snappy.parquet")
     data = prepared(tmp_path, tmp_path / "log")
     assert data["user.age"].to_list() == [str(large)] * 8 + ["2.5", None] * 4 + ["2.5", "x"] * 4
+    assert data["ad.topics"].to_list() == [["x"]] * 8 + [None] * 8 + [["x", "y"]] * 8
+    assert data["label"].sum() == 0
 
 
 def test_the_names_of_folders_are_columns(tmp_path: Path) -> None:
@@ -104,6 +110,27 @@ def test_a_wrong_row_of_a_part_is_told_with_its_file_and_line(tmp_path: Path) ->
     refused(tmp_path, tmp_path / "log", "log is a table of Delta")
 
 
+def test_no_part_is_left_out_or_read_twice_without_a_word(tmp_path: Path) -> None:
+    part = file(tmp_path / "log" / "part-1.csv", HEADER + lines(0, 10))
+    file(tmp_path / "elsewhere" / "part-2.csv", HEADER + lines(10, 20))
+    link = part.with_name("day=2")
+    link.symlink_to(tmp_path / "elsewhere")
+    assert sorted(prepared(tmp_path, part.parent)["ad_id"]) == sorted(f"a{i}" for i in range(20))
+    for target, message in (("nowhere", "latest is no file, or a link to none"), (part.name, "is … once more"), (".", "is … once more")):
+        (latest := part.with_name("latest")).symlink_to(target)
+        refused(tmp_path / "elsewhere", part.parent, message)
+        latest.unlink()
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    writer = threading.Thread(target=pipe.write_bytes, args=((HEADER + lines(0, 5000)).encode(),), daemon=True)
+    writer.start()
+    assert len(prepared(tmp_path, pipe)) == 5000
+    writer.join(10)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -111,6 +138,9 @@ def test_a_wrong_row_of_a_part_is_told_with_its_file_and_line(tmp_path: Path) ->
         (b"Obj\x01rest", "Avro"),
         ((HEADER + lines(0, 9)).encode("utf-16"), "UTF-16: convert it to UTF-8"),
         (b'[\n  {"label": 1}\n]', "one JSON array; write it as JSON lines"),
+        ((HEADER + lines(0, 9)).encode("utf-16-le"), "no text: its first line has bytes of 0"),
+        ((HEADER + lines(0, 9)).replace(",", "\t").encode(), 'label is missing; … say separator = "\\t" in [table]'),
+        ((HEADER + "7" * 9999 + ",u,a,1,1,\n").encode(), "line 2: label is '77777 … 7…; expected 0 or 1"),
         (b'[{"label": 1}]', "one JSON array; write it as JSON lines"),
         (gzip.compress(b"PAR1...PAR1", mtime=0), "parquet that was compressed once more"),
         (gzip.compress(b"", mtime=0), "column label is missing; it has none at all"),
@@ -126,6 +156,8 @@ def test_standard_input_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO((HEADER + "x").encode())))
     (tmp_path / "again").mkdir()
     refused(tmp_path / "again", Path("-"), "standard input, line 2: 1 columns; expected 6")
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(tmp_path / "again", Path("-"), "standard input is closed")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("".join(criteo_line() for _ in range(20)).encode())))
     assert criteo.prepare(Path("-"), tmp_path / "criteo") == {"train": 16, "valid": 2, "test": 2}
 
@@ -134,16 +166,36 @@ def test_json_lines_are_read(tmp_path: Path) -> None:
     objects = [
         {"label": 1, "user": {"id": 2**60 + 1, "age": 25.0}, "ad_id": 7, "price": 1.5, "topics": ["x", "y"]},
         {"label": 0, "user": {"id": 2**60}, "ad_id": 8, "price": None, "topics": None, "further": {"x": [1]}},
-        {"label": 1, "user": {"id": None, "age": 3}, "ad_id": 9, "price": 3},
+        {"label": True, "user": {"id": None, "age": 3}, "ad_id": 9, "price": 3},
+        {"label": 0, "user": {"id": "é😀", "age": math.nan}, "ad_id": "a", "price": math.nan},
     ]
     text = "".join(json.dumps(each) + "\n\n" for each in objects * 4)
     data = prepared(tmp_path, file(tmp_path / "log", text), 'user_id = "user.id"\ncolumns = { "user.age" = "user.age" }')
-    assert data.select("label", "user_id", "ad_id", "user.age", "ad.price").rows()[:3] == [
+    assert data.select("label", "user_id", "ad_id", "user.age", "ad.price").rows()[:4] == [
         (1, str(2**60 + 1), "7", "25", 1.5),
         (0, str(2**60), "8", None, None),
         (1, "", "9", "3", 3.0),
+        (0, "é😀", "a", None, None),
     ]
     assert data["ad.topics"].to_list()[:3] == [["x", "y"], None, None]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        ({"topics": ["x"]}, {"topics": "x|y"}, "log, line 2: topics is a list in some rows and not in others"),
+        ({"age": "x"}, {"age": ["x"]}, "log, line 2: age is a list in some rows and not in others"),
+        ({"topics": ["x"]}, {"topics": [{"id": "x"}]}, "log, line 2: topics is a list with an object or a list in it"),
+        ({"topics": ["x"]}, {"topics": [["x"], "y"]}, "log, line 2: topics is a list with an object or a list in it"),
+        ({"age": "x"}, {"age": "\ud800"}, "log, line 2: age is text with half of a surrogate pair"),
+        ({"age": "x"}, {"age": math.inf}, "log, line 2: age is no finite number"),
+    ],
+)
+def test_json_values_that_have_no_one_text_are_refused_with_their_line(
+    tmp_path: Path, one: dict[str, object], other: dict[str, object], message: str
+) -> None:
+    common: dict[str, object] = {"label": 1, "user_id": "u", "ad_id": "a", "age": None, "price": 1, "topics": None}
+    refused(tmp_path, file(tmp_path / "log", "".join(json.dumps(common | each) + "\n" for each in (one, other))), message)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import re
 import shutil
 import sys
@@ -139,18 +140,31 @@ def one_file(path: Path, name: str = "") -> SourceFile:
 
 @contextmanager
 def source_files(source: Path) -> Iterator[list[SourceFile]]:
-    """The files of a source in the order of their names, all of one form; `-` is standard input, which is copied to a temporary file.
+    """The files of a source in the order of their names, all of one form. `-` is standard input; what can be read only once, as that and a
+    pipe can, is copied to a temporary file.
 
     Raises:
         DataError: the source cannot be read, is of a form that is not known, or mixes forms.
     """
-    if source != STANDARD_INPUT:
+    if source == STANDARD_INPUT or source.is_fifo():
+        with tempfile.NamedTemporaryFile(prefix="adrank-") as copy:
+            name = _copied(source, copy)
+            yield [_seen(SourceFile(Path(copy.name), name))]
+    else:
         yield _folder(source) if is_folder(source) else [_seen(SourceFile(source, str(source)))]
-        return
-    with tempfile.NamedTemporaryFile(prefix="adrank-") as copy:
+
+
+def _copied(source: Path, copy: IO[bytes]) -> str:
+    """The name of a source that can be read only once, and is in the copy now."""
+    if source != STANDARD_INPUT:
+        with source.open("rb") as pipe:
+            shutil.copyfileobj(pipe, copy)
+    elif sys.stdin is None:
+        raise DataError("standard input is closed: there is nothing to read")
+    else:
         shutil.copyfileobj(sys.stdin.buffer, copy)
-        copy.flush()
-        yield [_seen(SourceFile(Path(copy.name), "standard input"))]
+    copy.flush()
+    return "standard input" if source == STANDARD_INPUT else str(source)
 
 
 def _folder(source: Path) -> list[SourceFile]:
@@ -161,8 +175,8 @@ def _folder(source: Path) -> list[SourceFile]:
                 raise DataError(
                     f"{source} is a table of {kind}, whose files alone may be of older versions: write it as plain parquet first"
                 )
-        parts = [path for path in source.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(source))]
-        parts = sorted((path for path in parts if path.stat().st_size), key=lambda path: _natural(path.relative_to(source)))
+        parts = [path for path in _all_within(source) if path.stat().st_size]
+        parts.sort(key=lambda path: _natural(path.relative_to(source)))
     except OSError as error:
         raise DataError(f"cannot read {source}: {error.strerror or error}") from error
     if not parts:
@@ -176,8 +190,27 @@ def _folder(source: Path) -> list[SourceFile]:
     return files
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
+def _all_within(source: Path) -> Iterator[Path]:
+    """Every part, also behind links, each once; what cannot be read is told, for its rows would be missing without a word."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}")
+
+    seen = dict[Path, Path]()
+    for folder, folders, names in os.walk(source, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        parts = [Path(folder, name) for name in names if not _is_hidden(name)]
+        for path in (Path(folder), *parts):
+            if (first := seen.setdefault(path.resolve(), path)) != path:
+                raise DataError(f"{path} is {first} once more, whose rows would count twice: take the link away")
+        for path in parts:
+            if not path.is_file():
+                raise DataError(f"{path} is no file, or a link to none: take it out of the folder")
+            yield path
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
 
 
 def _natural(path: Path) -> list[list[tuple[int, str]]]:
@@ -201,6 +234,8 @@ def _seen(file: SourceFile) -> SourceFile:
     if re.match(rb"\[\s*(\{|$)", text):
         raise DataError(f"{file.name} is one JSON array; write it as JSON lines, one object a line")
     form: Form = "parquet" if start.startswith(b"PAR1") else "json" if text.startswith(b"{") else "csv"
+    if form == "csv" and b"\0" in text.partition(b"\n")[0]:
+        raise DataError(f"{file.name} is no text: its first line has bytes of 0; if it is UTF-16, convert it to UTF-8")
     if form == "parquet" and file.is_packed:
         raise DataError(f"{file.name} is parquet that was compressed once more: decompress it")
     return SourceFile(file.path, file.name, form, file.partitions)

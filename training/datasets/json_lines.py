@@ -5,6 +5,7 @@ A name that no object has at its top is looked for along its dots: `user.age` in
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import isinf, isnan
 from typing import Any
 
 import polars as pl
@@ -50,6 +51,15 @@ def has(found: Mapping[str, Any], name: str) -> bool:
     return name in found or bool(dot and isinstance(inner, dict) and has(inner, rest))
 
 
+def wrong(value: Any) -> str | None:
+    """What a value is that no column takes, None where it is nothing of the kind."""
+    if isinstance(value, list):
+        return "a list with an object or a list in it" if any(isinstance(each, dict | list) for each in value) else None
+    if isinstance(value, str):
+        return None if value.isascii() or value == value.encode(errors="ignore").decode() else "text with half of a surrogate pair"
+    return "an object" if isinstance(value, dict) else "no finite number" if isinstance(value, float) and isinf(value) else None
+
+
 def series(name: str, values: Sequence[Any]) -> pl.Series:
     """Values of one column: of one type where they have one, else all as text, so that no digit is lost."""
     kinds = {type(value) for value in values if value is not None}
@@ -63,7 +73,7 @@ def series(name: str, values: Sequence[Any]) -> pl.Series:
         flat = series(name, [element for value in values if value is not None for element in value])
         texts = flat.dtype if not flat.is_empty() else pl.String()
         return pl.Series(name, [_like(value, texts) for value in values], pl.List(texts), strict=False)
-    return pl.Series(name, [None if value is None else text(value) for value in values], pl.String)
+    return pl.Series(name, [text(value) for value in values], pl.String)
 
 
 def _exact(values: Sequence[Any], kinds: set[type]) -> bool:
@@ -74,13 +84,15 @@ def _exact(values: Sequence[Any], kinds: set[type]) -> bool:
 def _like(value: list[Any] | None, dtype: pl.DataType) -> list[Any] | None:
     if value is None or dtype != pl.String:
         return value
-    return [None if element is None else text(element) for element in value]
+    return [text(element) for element in value]
 
 
-def text(value: Any) -> str:
-    """A value as a CSV would hold it."""
-    if isinstance(value, str):
+def text(value: Any) -> str | None:
+    """A value as a CSV would hold it, None where it is missing."""
+    if value is None or isinstance(value, str):
         return value
+    if isinstance(value, float) and isnan(value):
+        return None
     if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
         return str(int(value))
     return json.dumps(value)

@@ -10,11 +10,22 @@ from pathlib import Path
 import polars as pl
 
 from features.schema import FLOAT32_MAX
+from features.values import SPELLINGS
 from features.vocabulary import Ids
 
 from . import times
 from .prepared import DataError, is_vector
 from .texts import CellError, lists_of, texts_of
+
+BRIEF = 1000
+"""Characters of a value, or of a header, that a message repeats."""
+FLAGS = {spelling: "1" if flag == "true" else "0" for spelling, flag in (*SPELLINGS.items(), ("true", "true"), ("false", "false"))}
+"""True and false as texts have them, as the numbers that Boolean columns are."""
+
+
+def brief(text: str) -> str:
+    """The text, or the beginning of one that is long."""
+    return text if len(text) <= BRIEF else f"{text[:BRIEF]}…"
 
 
 class RowError(DataError):
@@ -62,7 +73,7 @@ class Table:
         if len(rows):
             line = int(self.lines[rows[0]])
             value = self.frame[name][rows[0]]
-            raise RowError(f"{self.path}, {self.unit} {line}: {name} is {value!r}; expected {expected}", line)
+            raise RowError(f"{self.path}, {self.unit} {line}: {name} is {brief(repr(value))}; expected {expected}", line)
 
     def whole(self, name: str, low: int, high: int) -> pl.Series:
         """A column of whole numbers, as Int64."""
@@ -94,7 +105,7 @@ class Table:
         values = self.column(name)
         if not (values.dtype.is_numeric() or values.dtype in (pl.String, pl.Boolean, pl.Null)):
             raise DataError(f"{self.path}: column {name} is {values.dtype}; expected numbers")
-        return values.cast(pl.Float64, strict=False)
+        return (values.replace(FLAGS) if values.dtype == pl.String else values).cast(pl.Float64, strict=False)
 
     def text(self, name: str) -> pl.Series:
         """A column as the texts that are looked up (`features/values.py`).
@@ -114,7 +125,7 @@ class Table:
             cell = self.frame[name][error.row]
             cells = cell.to_list() if isinstance(cell, pl.Series) else cell
             line = int(self.lines[error.row])
-            raise RowError(f"{self.path}, {self.unit} {line}: {name} is {cells!r}; expected {error.expected}", line) from error
+            raise RowError(f"{self.path}, {self.unit} {line}: {name} is {brief(repr(cells))}; expected {error.expected}", line) from error
 
     def required(self, name: str) -> pl.Series:
         """As `text`, of which every row must have some."""
@@ -125,8 +136,8 @@ class Table:
     def lists(self, name: str, separator: str) -> pl.Series:
         """A column of lists, as List(String); text is split at the separator, empty elements are dropped."""
         values = self.column(name)
-        if values.dtype == pl.String:
-            values = values.str.split(separator)
+        if values.dtype in (pl.String, pl.Null):  # a column without any value has no type of its own
+            values = values.cast(pl.String).str.split(separator)
         elif isinstance(values.dtype, pl.Array):
             values = values.arr.to_list()
         inner = getattr(values.dtype, "inner", None)

@@ -9,6 +9,7 @@ from typing import Any
 import tomli_w
 
 from features.schema import IDENTITY, Schema, SchemaError, parse_schema, sampling_in, tried
+from features.values import plain_all
 
 from .prepared import SHARES, SPLITS, DataError, wrong_head
 from .times import UNITS, wrong_format
@@ -122,7 +123,7 @@ def _settings(entries: object) -> TableSettings:
     if not isinstance(entries.get("quoted_newlines", False), bool):
         mistakes.append(f"quoted_newlines must be true or false, not {entries['quoted_newlines']!r}")
     if not mistakes:
-        listed = {name: (value,) if isinstance(value := entries[name], str) else tuple(value) for name in TOKENS if name in entries}
+        listed = {name: _listed(name, entries[name]) for name in TOKENS if name in entries}
         settings = TableSettings(**{**entries, **listed, "negative_sampling": sampling})
         mistakes = _impossible(settings)
         if not mistakes:
@@ -132,6 +133,12 @@ def _settings(entries: object) -> TableSettings:
 
 def _unknown(entries: Mapping[str, Any], known: set[str]) -> str:
     return f"unknown entries {sorted(set(entries) - known)}; known are {sorted(known)}"
+
+
+def _listed(name: str, value: str | list[str]) -> tuple[str, ...]:
+    """The texts of an entry; those that stand for values as the texts that these are looked up by, as cells are: -1.0 is -1."""
+    texts = [value] if isinstance(value, str) else value
+    return tuple(texts if name == "ts_format" else plain_all(texts))
 
 
 def _is_texts(value: object) -> bool:
@@ -208,7 +215,8 @@ def _with_tokens(schema: Schema, settings: TableSettings) -> Schema:
     """The schema with what means missing, nobody and padding, so that a request is read as the table is."""
     tokens = settings.missing or ()
     replaced = tuple(
-        replace(each, missing_values=tuple(dict.fromkeys((*each.missing_values, *each.fitting(tokens))))) for each in schema.fields
+        replace(each, missing_values=tuple(dict.fromkeys((*plain_all(each.missing_values), *each.fitting(tokens)))))
+        for each in schema.fields
     )
     nobody = tuple(dict.fromkeys((*schema.nobody, *settings.nobodies)))
     padding = tuple(dict.fromkeys((*schema.history_padding, *(settings.padding or ()), *(tokens if schema.history_length else ()))))

@@ -3,6 +3,7 @@
 A part is read at a time, and keeps its own types: a column may be of whole numbers in one and of fractions in the next.
 """
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice, repeat
@@ -12,10 +13,10 @@ import numpy as np
 import polars as pl
 
 from .files import SourceFile, one_file, source_files
-from .json_lines import has, objects, series, value_of
+from .json_lines import has, objects, series, value_of, wrong
 from .prepared import DataError, columns_of, read_parquet
 from .rows import Dialect, Rows, csv_rows, split_rows
-from .source import Table
+from .source import Table, brief
 
 CHUNK = 20_000
 """Rows held as Python texts at a time."""
@@ -98,9 +99,9 @@ def _read_csv(file: SourceFile, keep: Sequence[str], dialect: Dialect, *, alone:
         rows = csv_rows(file, lines, dialect)
         _, header = next(rows, (1, []))
         if len(set(header)) != len(header):
-            raise DataError(f"{file.name}: the header names a column twice: {', '.join(header)}")
+            raise DataError(f"{file.name}: the header names a column twice: {brief(', '.join(header))}")
         if header or alone:
-            _require_columns(file, header, keep)
+            _require_columns(file, header, keep, _other_separator(header, dialect))
         yield from _chunks(file, rows, header, keep, repeat(CHUNK))
 
 
@@ -115,24 +116,36 @@ def _read_json(file: SourceFile, keep: Sequence[str]) -> Iterator[Table]:
             if absent:
                 seen |= dict.fromkeys(chain.from_iterable(documents))
             columns = {name: [value_of(document, name) for document in documents] for name in keep}
-            _refuse_objects(file, numbers, columns)
+            _refuse_nested(file, numbers, columns)
             frame = pl.DataFrame([series(name, values) for name, values in columns.items()])
             yield Table(file.name, frame, np.fromiter(numbers, np.int64, len(numbers)))
-    _require_columns(file, [name for name in (*seen, *keep) if name not in absent], keep)
+    _require_columns(file, [name for name in dict.fromkeys((*seen, *keep)) if name not in absent], keep)
 
 
-def _refuse_objects(file: SourceFile, numbers: Sequence[int], columns: dict[str, list[object]]) -> None:
+def _refuse_nested(file: SourceFile, numbers: Sequence[int], columns: dict[str, list[object]]) -> None:
+    """Refuse what would become one text that nobody means: objects, lists of lists, lists in some rows and not in others."""
     for name, values in columns.items():
-        row = next((row for row, value in enumerate(values) if isinstance(value, dict)), None)
-        if row is not None:
-            raise DataError(f"{file.name}, line {numbers[row]}: {name} is an object; name a value in it, such as {name}.id")
+        kind: bool | None = None
+        for number, value in zip(numbers, values, strict=True):
+            if found := wrong(value):
+                fix = f"; name a value in it, such as {name}.id" if isinstance(value, dict) else ""
+                raise DataError(f"{file.name}, line {number}: {name} is {found}{fix}")
+            if value is not None and kind not in (None, isinstance(value, list)):
+                raise DataError(f"{file.name}, line {number}: {name} is a list in some rows and not in others; write it one way in all")
+            kind = kind if value is None else isinstance(value, list)
 
 
-def _require_columns(file: SourceFile, columns: Collection[str], needed: Sequence[str]) -> None:
+def _require_columns(file: SourceFile, columns: Collection[str], needed: Sequence[str], fix: str = "") -> None:
     absent = [name for name in needed if name not in columns]
     if absent:
         more = f"; so are {', '.join(absent[1:])}" if absent[1:] else ""
-        raise DataError(f"{file.name}: column {absent[0]} is missing; it has {', '.join(columns) or 'none at all'}{more}")
+        raise DataError(f"{file.name}: column {absent[0]} is missing; it has {brief(', '.join(columns)) or 'none at all'}{more}{fix}")
+
+
+def _other_separator(header: Sequence[str], dialect: Dialect) -> str:
+    """What to say of a header that is one column, with a character in it that separates columns elsewhere."""
+    found = next((each for each in ",;\t|" if len(header) == 1 and each in header[0]), None)
+    return f"; say separator = {json.dumps(found)} in [table] if that is between its columns" if found and dialect.fix else ""
 
 
 def _chunks(file: SourceFile, rows: Rows, columns: Sequence[str], keep: Sequence[str], sizes: Iterable[int]) -> Iterator[Table]:
@@ -142,7 +155,7 @@ def _chunks(file: SourceFile, rows: Rows, columns: Sequence[str], keep: Sequence
             return
         for line, fields in chunk:
             if len(fields) != len(columns):
-                raise DataError(f"{file.name}, line {line}: {len(fields)} columns; expected {len(columns)}: {', '.join(columns)}")
+                raise DataError(f"{file.name}, line {line}: {len(fields)} columns; expected {len(columns)}: {brief(', '.join(columns))}")
         values = dict(zip(columns, zip(*(fields for _, fields in chunk), strict=True), strict=True))
         frame = pl.DataFrame({name: values[name] for name in keep}, schema=schema)
         yield Table(file.name, frame, np.fromiter((line for line, _ in chunk), np.int64, len(chunk)))
