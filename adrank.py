@@ -10,7 +10,7 @@ from typing import TextIO
 
 import click
 
-from adrank_cli import loop, offline, online, trying, versions
+from adrank_cli import loop, measuring, offline, online, trying, versions
 from features.errors import AdrankError
 
 # Threads that spin while they wait make training tens of times slower on a machine that does anything else.
@@ -21,7 +21,9 @@ COMMANDS: tuple[click.Command, ...] = (
     offline.prepare,
     offline.train,
     offline.tune,
-    offline.evaluate,
+    measuring.evaluate,
+    measuring.score,
+    measuring.compare,
     online.load,
     online.serve,
     online.doctor,

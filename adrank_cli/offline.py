@@ -1,6 +1,5 @@
-"""From a data set to a bundle: `prepare`, `train`, `tune`, `evaluate`."""
+"""From a data set to a bundle: `prepare`, `train`, `tune`."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -139,48 +138,3 @@ def tune(data: Path, family: str, minutes: float, path: Path | None, most: int |
         print(f"written to {target}")
     if stopped:
         raise click.Abort
-
-
-@click.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")
-@click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
-@click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
-@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
-@click.option("--importance", is_flag=True, help="Say what each field is worth: how far AUC falls when its values are dealt anew.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@needs("train")
-def evaluate(bundle: Path, data: Path, split: str, importance: bool, as_json: bool) -> None:
-    """Measure a published bundle on a split, through ONNX Runtime."""
-    from features.bundle import load_bundle
-    from training.datasets.log import open_data
-    from training.export.export import evaluate_bundle
-    from training.progress import progress_bar
-
-    if importance:
-        _print_importance(load_bundle(bundle), open_data(data), split, as_json)
-        return
-    with progress_bar() as progress:
-        metrics = evaluate_bundle(load_bundle(bundle), open_data(data), split, progress)
-    if as_json:
-        print(json.dumps(metrics.as_dict()))
-    else:
-        print_metrics({split: metrics})
-
-
-def _print_importance(bundle: Any, data: Any, split: str, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from rich.table import Table
-
-    from training.importance import importances
-    from training.progress import progress_bar
-
-    with progress_bar() as progress:
-        auc, rows, found = importances(bundle, data, split, progress)
-    if as_json:
-        print(json.dumps({"auc": auc, "rows": rows, "fields": [asdict(each) for each in found]}))
-        return
-    table = Table("field", "AUC falls by", "95 % interval")
-    for each in found:
-        table.add_row(each.field, f"{each.drop:+.5f}", f"{each.low:+.5f} to {each.high:+.5f}")
-    console().print(f"AUC {auc:.5f} on {rows:,} rows of {split}; the fall is the mean of 5 deals of the field's values")
-    console().print(table)

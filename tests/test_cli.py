@@ -168,6 +168,8 @@ WITHOUT = {
     "prepare movielens --source . --out x": "train",
     "train --data . --model din": "train",
     "evaluate --bundle . --data .": "train",
+    "score --bundle . --data . --out x": "train",
+    "compare . . --data .": "train",
     "load --data . --redis redis://127.0.0.1:1/0": "train",
     "skew --log .": "train",
     "replay --log . --bundle .": "train",

@@ -61,6 +61,12 @@ class Graph:
         )
         return scores[:, 0] if ads is None else scores
 
+    def by_head(self, rows: Rows) -> dict[str, Array]:
+        """The probabilities `(N,)` float32 of the rows' own ads, of each head that the graph has."""
+        names = [output.name for output in self._session.get_outputs() if output.name.startswith("p_")]
+        found = [self._session.run(names, feeds_of(self.schema, rows, some)) for some in chunks(np.arange(len(rows)))]
+        return {name.removeprefix("p_"): np.concatenate([each[i][:, 0] for each in found]) for i, name in enumerate(names)}
+
 
 def chunks(rows: Array, step: int = REQUESTS) -> list[Array]:
     """Numbers of rows, so many at a time."""

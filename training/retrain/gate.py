@@ -34,10 +34,10 @@ def compared(champion: Bundle | None, data: Prepared, trained: Trained, graph: b
     return compare.compare(trained.held_out.labels, users_of(data), ours, theirs)
 
 
-def users_of(data: Prepared) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """A number a user for each row held out; a ranking without a user is a user of its own, and so is a row without either."""
+def users_of(data: Prepared, split: str = "test") -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A number a user for each row of a split; a ranking without a user is a user of its own, and so is a row without either."""
     keys = []
-    for i, frame in enumerate(data_checks.slices(data, ("test",))["test"]):
+    for i, frame in enumerate(data_checks.slices(data, (split,))[split]):
         nobody = pl.col("request_id") if "request_id" in frame.columns else pl.format(f"{i} {{}}", pl.int_range(pl.len()))
         user = pl.when(pl.col("user_id") == "").then(pl.lit("\x1f") + nobody).otherwise(pl.col("user_id"))
         keys.append(frame.select(user.alias("key"))["key"])

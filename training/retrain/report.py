@@ -125,7 +125,7 @@ def metric_rows(found: Comparison) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, title in TITLES.items():
         before, after = (_value(m, name) for m in (found.champion, found.challenger))
-        rows.append((title, before, after, *_interval(found.differences.get(name))))
+        rows.append((title, before, after, *interval(found.differences.get(name))))
     ratios = (_value(m, "calibration_ratio") for m in (found.champion, found.challenger))
     rows.append(("p(click) / clicks", *ratios, "", f"{exp(found.calibration.low):.5f} to {exp(found.calibration.high):.5f}"))
     return [*rows, ("rows", "", f"{found.challenger.rows:,}", "", ""), ("clicks", "", f"{found.challenger.clicks:,}", "", "")]
@@ -140,8 +140,9 @@ def _value(metrics: Measures | None, name: str) -> str:
     return f"{abs(log(ratio)) if ratio else inf:.5f}"
 
 
-def _interval(interval: Interval | None) -> tuple[str, str]:
-    return ("", "") if interval is None else (f"{interval.value:+.5f}", f"{interval.low:+.5f} to {interval.high:+.5f}")
+def interval(found: Interval | None) -> tuple[str, str]:
+    """A difference and its interval as texts."""
+    return ("", "") if found is None else (f"{found.value:+.5f}", f"{found.low:+.5f} to {found.high:+.5f}")
 
 
 def window_rows(window: Profile, past: PastLog) -> list[tuple[str, ...]]:
@@ -162,9 +163,7 @@ def drawn(found: Comparison) -> str:
     """The picture of a comparison."""
     from .report_plot import plot  # noqa: PLC0415  # matplotlib takes a second to import
 
-    return plot(
-        found.reliability, {TITLES[name]: interval for name, interval in found.differences.items()}, (TITLES["auc"], TITLES["gauc"])
-    )
+    return plot(found.reliability, {TITLES[name]: each for name, each in found.differences.items()}, (TITLES["auc"], TITLES["gauc"]))
 
 
 def _markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:

@@ -1,0 +1,126 @@
+"""How good bundles are on a data set: `evaluate`, `score`, `compare`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import FILE, FOLDER, console, needs, print_metrics
+
+SPLIT = click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
+DATA = click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
+BUNDLE = click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
+
+
+@click.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")
+@BUNDLE
+@DATA
+@SPLIT
+@click.option("--importance", is_flag=True, help="Say what each field is worth: how far AUC falls when its values are dealt anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@needs("train")
+def evaluate(bundle: Path, data: Path, split: str, importance: bool, as_json: bool) -> None:
+    """Measure a published bundle on a split, through ONNX Runtime."""
+    from features.bundle import load_bundle
+    from training.datasets.log import open_data
+    from training.export.export import evaluate_bundle
+    from training.progress import progress_bar
+
+    if importance:
+        _print_importance(load_bundle(bundle), open_data(data), split, as_json)
+        return
+    with progress_bar() as progress:
+        metrics = evaluate_bundle(load_bundle(bundle), open_data(data), split, progress)
+    if as_json:
+        print(json.dumps(metrics.as_dict()))
+    else:
+        print_metrics({split: metrics})
+
+
+def _print_importance(bundle: Any, data: Any, split: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from training.importance import importances
+    from training.progress import progress_bar
+
+    with progress_bar() as progress:
+        auc, rows, found = importances(bundle, data, split, progress)
+    if as_json:
+        print(json.dumps({"auc": auc, "rows": rows, "fields": [asdict(each) for each in found]}))
+        return
+    table = Table("field", "AUC falls by", "95 % interval")
+    for each in found:
+        table.add_row(each.field, f"{each.drop:+.5f}", f"{each.low:+.5f} to {each.high:+.5f}")
+    console().print(f"AUC {auc:.5f} on {rows:,} rows of {split}; the fall is the mean of 5 deals of the field's values")
+    console().print(table)
+
+
+@click.command(epilog="Example: adrank score --bundle models/din/20261122101500 --data data/ml-1m --out scores.parquet")
+@BUNDLE
+@DATA
+@SPLIT
+@click.option("--out", type=FILE, required=True, help="The parquet file; one that is there is replaced.")
+@needs("train")
+def score(bundle: Path, data: Path, split: str, out: Path) -> None:
+    """Write what a bundle gives for each row of a split, as it serves it, beside the row's ids and labels."""
+    from features.bundle import load_bundle
+    from training.datasets.log import open_data
+    from training.progress import progress_bar
+    from training.scoring import score_rows, write_scores
+
+    with progress_bar() as progress:
+        scored = score_rows(load_bundle(bundle), open_data(data), split, progress)
+    write_scores(scored, out)
+    print(f"{out}: {len(scored):,} rows of {split}, columns {', '.join(scored.columns)}")
+
+
+@click.command(
+    epilog="Example: adrank compare models/din/20261122101500 models/din/20261129101500 --data data/ml-1m --segment context.slot"
+)
+@click.argument("first", type=FOLDER)
+@click.argument("second", type=FOLDER)
+@DATA
+@SPLIT
+@click.option("--segment", metavar="FIELD", help="Compare by the values of a field as well, such as context.slot.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@needs("train")
+def compare(first: Path, second: Path, data: Path, split: str, segment: str | None, as_json: bool) -> None:
+    """Measure two bundles on the same rows: the second less the first, with 95 % intervals by the bootstrap over users."""
+    from features.bundle import load_bundle
+    from training.datasets.log import open_data
+    from training.progress import progress_bar
+    from training.scoring import compare_bundles
+
+    with progress_bar() as progress:
+        found = compare_bundles(load_bundle(first), load_bundle(second), open_data(data), split, segment, progress)
+    if as_json:
+        parts = [{"head": part.head, "segment": part.segment, **part.found.as_dict()} for part in found]
+        print(json.dumps({"champion": str(first), "challenger": str(second), "split": split, "field": segment, "parts": parts}))
+    else:
+        _print_parts(found, [f"{path.parent.name} {path.name}" for path in (first, second)], segment)
+
+
+def _print_parts(parts: Any, names: list[str], field: str | None) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from training.retrain.report import interval, metric_rows
+
+    for part in (part for part in parts if part.segment is None):
+        table = Table("", *map(escape, names), "second less first", "95 % interval", title=f"p({part.head})", title_justify="left")
+        for cells in metric_rows(part.found):
+            table.add_row(*cells)
+        console().print(table)
+    by_segment = Table(
+        field or "", "head", "rows", "AUC of both", "second less first", "log loss of both", "second less first", "p / labels"
+    )
+    for part in (part for part in parts if part.segment is not None):
+        both = part.found.champion, part.found.challenger
+        auc, loss, ratio = (" ".join(f"{getattr(m, name):.4f}" for m in both) for name in ("auc", "log_loss", "calibration_ratio"))
+        moves = ["{} ({})".format(*interval(part.found.differences[name])) for name in ("auc", "log_loss")]
+        by_segment.add_row(escape(part.segment), part.head, f"{both[1].rows:,}", auc, moves[0], loss, moves[1], ratio)
+    if field:
+        console().print(by_segment)

@@ -1,0 +1,148 @@
+"""Bundles over a data set: what each row is given, and two of them side by side, by head and by segment."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from rich.progress import Progress
+
+from features.bundle import Bundle
+
+from .calibrate import as_sampled
+from .datasets.encoded import ad_table, encode_frames, joined, outcome_of
+from .datasets.fields import check_fields
+from .datasets.log import ImpressionLog
+from .datasets.prepared import DataError, Prepared, column_of
+from .export.graph import Graph
+from .networks.contract import CLICK
+from .retrain.compare import Comparison, compare
+from .retrain.gate import users_of
+
+Array = np.ndarray[Any, np.dtype[Any]]
+KEYS = ("request_id", "position", "ts", "user_id", "ad_id")
+SEGMENTS = 8
+"""Values of a field that are told apart; all others are one segment."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Two bundles on some of the rows: all of a head whose label is known, or of these a segment."""
+
+    head: str
+    segment: str | None
+    found: Comparison
+
+
+def score_rows(bundle: Bundle, data: Prepared, split: str, progress: Progress) -> pl.DataFrame:
+    """A row's ids, as far as there are such, its labels, and `p_<head>` of each head, float32, as the bundle serves it.
+
+    Encoded file by file. Where a share of the non-clicks was kept, p(click) is lower than these rows' click rate, as it is when served.
+
+    Raises:
+        DataError: the split is absent or empty, or does not fit the bundle's schema or lacks a field of it.
+        BundleError: ONNX Runtime does not take its graph.
+    """
+    check_fields(data, bundle.schema, data.files(split))
+    theirs, graph, parts = replace(data, schema=bundle.schema), Graph(bundle), []
+    more = [head for head in bundle.manifest.get("heads", ()) if head != CLICK]
+    ads, task = ad_table(theirs, bundle.encoder), progress.add_task("scoring", total=None)
+    for frame in theirs.frames(split, ["request_id", *more]):
+        scores = graph.by_head(encode_frames(theirs, [frame], bundle.encoder, ads)) if len(frame) else {}
+        kept = frame.select(name for name in (*KEYS, "label", *more) if name in frame.columns)
+        parts.append(kept.with_columns(pl.Series(f"p_{head}", p) for head, p in scores.items()))
+        progress.update(task, advance=len(frame))
+    if not any(map(len, parts)):
+        raise DataError(f"the {split} split of {data.folder} has no row")
+    progress.update(task, total=sum(map(len, parts)))
+    return pl.concat([part for part in parts if len(part)], how="diagonal")
+
+
+def write_scores(scored: pl.DataFrame, out: Path) -> None:
+    """Write the table whole or not at all.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    staged = out.with_name(f".{out.name}-{os.getpid()}")
+    try:
+        scored.write_parquet(staged)
+        staged.replace(out)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"cannot write {out}: {error}") from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def compare_bundles(first: Bundle, second: Bundle, data: Prepared, split: str, field: str | None, progress: Progress) -> list[Part]:
+    """Both on the rows of a split, each head that both have and that the rows have labels of; by the values of a `field` as well.
+
+    The statistics are those of the gate (`retrain/compare.py`): users are drawn, with all of their rows.
+
+    Raises:
+        DataError: as `score_rows` and `segments` do.
+    """
+    some = segments(data, split, field) if field else []
+    both = [score_rows(bundle, data, split, progress) for bundle in (first, second)]
+    users, heads = users_of(data, split), [head for head in heads_of(both[0]) if f"p_{head}" in both[1].columns]
+    found, every = [], [(None, np.ones(len(users), np.bool_)), *some]
+    for head, name, rows in progress.track([(head, *each) for head in heads for each in every], description="comparing"):
+        labels = both[0]["label"].to_numpy().astype(np.float32) if head == CLICK else outcome_of(both[0], head, data)
+        known = rows & ~np.isnan(labels)
+        if known.any():
+            ours, theirs = (on_log(scored, head, data.negative_sampling)[known] for scored in both)
+            found.append(Part(head, name, compare(labels[known], users[known], theirs, ours)))
+    return found
+
+
+def heads_of(scored: pl.DataFrame) -> Iterator[str]:
+    """The heads that a table has scores and labels of."""
+    heads = (name.removeprefix("p_") for name in scored.columns if name.startswith("p_"))
+    return (head for head in heads if head == CLICK or head in scored.columns)
+
+
+def on_log(scored: pl.DataFrame, head: str, negative_sampling: float) -> Array:
+    """Probabilities `(N,)` to compare with labels; what follows a click is as far from the log as p(click) is."""
+    click, p = (scored[f"p_{name}"].to_numpy().astype(np.float64) for name in (CLICK, head))
+    sampled = as_sampled(click, negative_sampling)
+    return sampled if head == CLICK else p * np.divide(sampled, click, out=np.ones_like(p), where=click > 0)
+
+
+def segments(data: Prepared, split: str, path: str) -> list[tuple[str, Array]]:
+    """The rows `(N,)` of a split by the values of a field, the most frequent first: each value's name, and which rows have it.
+
+    A number is cut into quarters, the lowest first; what is beyond `SEGMENTS` values is one segment, and so is what is missing.
+
+    Raises:
+        DataError: the data set has no such field, or one of lists or vectors.
+    """
+    field = next((each for each in data.schema.fields if each.path == path), None)
+    if field is None or field.kind not in ("category", "number"):
+        there = ", ".join(each.path for each in data.schema.fields if each.kind in ("category", "number"))
+        raise DataError(f"{path} is no field that rows can be told apart by; the data set has {there}")
+    tables = {} if isinstance(data, ImpressionLog) or field.side == "context" else {str(field.side): data.table(field.side)}
+    columns = [column_of(joined(frame, data.schema, tables), field) for frame in data.frames(split)]
+    if any(column is None for column in columns):
+        raise DataError(f"{data.folder}: no column holds {path}")
+    whole = pl.concat([column for column in columns if column is not None])
+    told_apart = _quarters(whole.fill_nan(None)) if field.kind == "number" else _values(whole)
+    return [(name, rows) for name, rows in [*told_apart, ("no value", whole.is_null().to_numpy())] if rows.any()]
+
+
+def _quarters(numbers: pl.Series) -> Iterator[tuple[str, Array]]:
+    edges = np.unique(np.quantile(numbers.drop_nulls().to_numpy(), (0.25, 0.5, 0.75))) if numbers.drop_nulls().len() else np.zeros(0)
+    for low, high in pairwise([-np.inf, *edges.tolist(), np.inf]):
+        name = f"up to {high:g}" if low == -np.inf else f"above {low:g}" if high == np.inf else f"{low:g} to {high:g}"
+        yield name, ((numbers > low) & (numbers <= high)).fill_null(value=False).to_numpy()
+
+
+def _values(values: pl.Series) -> Iterator[tuple[str, Array]]:
+    counts = values.drop_nulls().rename("value").value_counts(name="count").sort("count", "value", descending=[True, False])
+    kept = counts["value"].head(SEGMENTS)
+    for value in kept:
+        yield value, (values == value).fill_null(value=False).to_numpy()
+    yield f"{len(counts) - len(kept):,} other values", (~values.is_in(kept.implode())).fill_null(value=False).to_numpy()
