@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 COMMANDS: tuple[click.Command, ...] = (
+    offline.init,
     offline.prepare,
     offline.train,
     offline.tune,

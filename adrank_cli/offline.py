@@ -1,4 +1,4 @@
-"""From a data set to a bundle: `prepare`, `train`, `tune`."""
+"""From a data set to a bundle: `init`, `prepare`, `train`, `tune`."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,29 @@ import click
 from .options import FILE, FOLDER, Refusal, WithNetworks, attributing, attribution_of, console, needs, pair, print_metrics, settings_of
 
 DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
+
+
+@click.command(epilog="Example: adrank init --source log.csv --out schema.toml")
+@click.option("--source", type=click.Path(path_type=Path), required=True, help="A table of impressions: a file or a folder of parts.")
+@click.option("--out", type=FILE, default="schema.toml", show_default=True, help="The schema file; must not exist yet.")
+@click.option("--label", help="The column of clicks. Default: by its name.")
+@click.option("--user", "user_id", help="The column of users' ids. Default: by its name.")
+@click.option("--ad", "ad_id", help="The column of ads' ids. Default: by its name.")
+@click.option("--time", "ts", help="The column of times. Default: by its name.")
+@needs("train")
+def init(source: Path, out: Path, **named: str | None) -> None:
+    """Look at a table and write a first schema file for it, with comments that say what was guessed, and why."""
+    from training.datasets.first_schema import first_schema
+
+    if out.exists():
+        raise Refusal(f"{out} is there already; name another file, --out FILE, or remove it first")
+    text = first_schema(source, {role: column for role, column in named.items() if column}).text(out.absolute().parent.name or "log")
+    try:
+        out.write_text(text, "utf-8")
+    except OSError as error:
+        raise Refusal(f"cannot write {out}: {error.strerror}") from error
+    print(text)
+    print(f"written to {out}; when it is right: adrank prepare csv --source {source} --schema {out} --out data/mine")
 
 
 @click.command(epilog="Example: adrank prepare movielens --source ml-1m --out data/ml-1m")

@@ -60,6 +60,12 @@ def wrong(value: Any) -> str | None:
     return "an object" if isinstance(value, dict) else "no finite number" if isinstance(value, float) and isinf(value) else None
 
 
+def paths(found: Mapping[str, Any]) -> Iterator[str]:
+    """The names of an object's columns, those within an object as `has` takes them."""
+    for name, value in found.items():
+        yield from (f"{name}.{rest}" for rest in paths(value)) if isinstance(value, dict) else (name,)
+
+
 def series(name: str, values: Sequence[Any]) -> pl.Series:
     """Values of one column: of one type where they have one, else all as text, so that no digit is lost."""
     kinds = {type(value) for value in values if value is not None}

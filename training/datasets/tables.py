@@ -4,6 +4,7 @@ A part is read at a time, and keeps its own types: a column may be of whole numb
 """
 
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice, repeat
@@ -13,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from .files import SourceFile, one_file, source_files
-from .json_lines import has, objects, series, value_of, wrong
+from .json_lines import has, objects, paths, series, value_of, wrong
 from .prepared import DataError, columns_of, read_parquet
 from .rows import Dialect, Rows, csv_rows, split_rows
 from .source import Table, brief
@@ -21,6 +22,9 @@ from .source import Table, brief
 CHUNK = 20_000
 """Rows held as Python texts at a time."""
 PLAIN = Dialect()
+SEPARATORS = (",", "\t", ";", "|")
+"""Of columns, where a person has not said."""
+NUMBER = r"[-+]?[0-9.:]+(e[-+]?[0-9]+)?"
 
 
 def read_tables(source: Path, keep: Sequence[str], dialect: Dialect = PLAIN) -> Iterator[Table]:
@@ -37,6 +41,43 @@ def read_tables(source: Path, keep: Sequence[str], dialect: Dialect = PLAIN) -> 
                 yield table
         if not rows:
             raise DataError(f"{files[0].name if len(files) == 1 else source} is empty: it has no rows")
+
+
+def first_rows(source: Path) -> tuple[Table, Dialect]:
+    """All columns of the first rows of a source, and how it is written if it is a CSV; quotes are text where they do not fit.
+
+    Raises:
+        DataError: as `read_tables` does, or there is no header.
+    """
+    with source_files(source) as files:
+        for file in files:
+            dialect = Dialect(max(SEPARATORS, key=file.start().split(b"\n")[0].decode("utf-8", "replace").count))
+            columns = _columns(file, dialect)
+            if any(re.fullmatch(NUMBER, name) for name in columns) or columns.count("") > 1:
+                row = ", ".join(columns[:4])
+                raise DataError(f"{file.name}: the first line looks like a row ({row} …); write a header, with a name for each column")
+            try:
+                table = next(_read(file, columns, dialect, alone=True), None)
+            except DataError:
+                if file.form != "csv" or columns != _columns(file, plain := replace(dialect, quote="")):
+                    raise
+                dialect, table = plain, next(_read(file, columns, plain, alone=True), None)
+            if table:
+                return replace(table, frame=table.frame.head(CHUNK), lines=table.lines[:CHUNK]), dialect
+        raise DataError(f"{source} is empty: it has no rows")
+
+
+def _columns(file: SourceFile, dialect: Dialect) -> list[str]:
+    """The names of a part's columns; of JSON lines those of the first objects, `user.age` where `user` is an object."""
+    if file.form == "parquet":
+        return columns_of(file.path)
+    with file.text() as lines:
+        if file.form == "csv":
+            return next(csv_rows(file, lines, dialect), (1, list[str]()))[1]
+        found = dict[str, None]()
+        for _, document in islice(objects(file, lines), CHUNK):
+            found |= dict.fromkeys(paths(document))
+        return [*found, *(name for name in file.partitions if name not in found)]
 
 
 def read_csv(path: Path, keep: Sequence[str]) -> Table:
