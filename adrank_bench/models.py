@@ -141,6 +141,7 @@ class Measuring:
                 valid = predict_heads(network, rows["valid"])
                 calibrations = {head: calibrated(rows["valid"], head, valid[head], self.data.negative_sampling) for head in heads}
                 logits = predict_heads(network, rows["test"])
+                network.cpu()
                 test = measured_heads(rows["test"], logits, calibrations)[CLICK]
         except (ValueError, DataError) as error:  # TrainError is a ValueError
             return ModelRun(wanted.family, wanted.seed, wanted.settings, refused=str(error))

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .options import FOLDER, Refusal, attributing, attribution_of, console, moment, needs, pair
+from .options import FOLDER, Refusal, attributing, attribution_of, console, moment, needs, on_device, pair
 
 
 @click.command(epilog="Example: adrank join --redis redis://127.0.0.1:6379/0 --log data/log --models models --metrics-port 9109")
@@ -140,6 +140,7 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 @click.option("--position-as", metavar="CONTEXT.FIELD", help="The context field that takes the position where an ad was shown.")
 @click.option("--seed", type=int, help="One seed makes a run repeatable to the last bit on one machine.")
 @click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the rows.")
+@on_device
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the checks or of the gate.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
 @attributing
@@ -153,7 +154,7 @@ def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     given = dict(pair(text) for text in settings)
     flags["attribution"] = attribution_of(flags["log"], flags)
-    given |= {name: str(value) for name in ("seed", "epochs", "gate") if (value := flags.pop(name)) is not None}
+    given |= {name: str(value) for name in ("seed", "epochs", "device", "gate") if (value := flags.pop(name)) is not None}
     with progress_bar() as progress:
         report = run(RetrainRequest(settings=given, **flags), progress)
     if as_json:

@@ -6,7 +6,20 @@ from typing import Any
 
 import click
 
-from .options import FILE, FOLDER, Refusal, WithNetworks, attributing, attribution_of, console, needs, pair, print_metrics, settings_of
+from .options import (
+    FILE,
+    FOLDER,
+    Refusal,
+    WithNetworks,
+    attributing,
+    attribution_of,
+    console,
+    needs,
+    on_device,
+    pair,
+    print_metrics,
+    settings_of,
+)
 
 DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
 
@@ -87,6 +100,7 @@ def _print_profile(folder: Path) -> None:
 @click.option("--name", help="Name in the repository; default: the network's.")
 @click.option("--seed", type=int, help="One seed makes a run repeatable to the last bit on one machine.")
 @click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the train split.")
+@on_device
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the network or of the gate.")
 @click.option("--settings", "file", type=FILE, help="Settings in a TOML file; --set goes before. Default: those known for the data set.")
 @click.option("--init-from", type=FOLDER, metavar="BUNDLE", help="A bundle whose embeddings are where this network's begin.")
@@ -141,6 +155,7 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting that is not tried but fixed.")
 @click.option("--settings", "file", type=FILE, help="Where to begin, in a TOML file. Default: those known for the data set.")
 @click.option("--write", "target", type=FILE, help="Write the best settings there, for --settings of adrank train.")
+@on_device
 @needs("tune")
 def tune(data: Path, family: str, minutes: float, path: Path | None, most: int | None, **given: Any) -> None:
     """Search settings of a network that are good on the valid split. Goes on where it was stopped; Ctrl-C keeps what is done."""
@@ -148,9 +163,10 @@ def tune(data: Path, family: str, minutes: float, path: Path | None, most: int |
     from training.progress import progress_bar
     from training.tune import Tuning
 
-    opened, fixed = open_data(data), dict(pair(text) for text in given["settings"])
+    settings = (*given["settings"], *([f"device={given['device']}"] if given["device"] else []))
+    opened, fixed = open_data(data), dict(pair(text) for text in settings)
     path = path or Path("data/tune") / f"{opened.schema.name}-{family}.log"
-    tuning = Tuning(opened, family, settings_of(opened.schema.name, family, given["file"], given["settings"]), fixed, path)
+    tuning = Tuning(opened, family, settings_of(opened.schema.name, family, given["file"], settings), fixed, path)
     with progress_bar() as progress:
         stopped = tuning.search(minutes, most, progress)
     best = tuning.best()

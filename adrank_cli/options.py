@@ -72,6 +72,11 @@ def attributing(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+on_device = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to train. Default: auto, which is CUDA where there is one."
+)
+
+
 def attribution_of(log: Path, flags: dict[str, Any]) -> Any:
     """The `Attribution` that the options say, and for what they do not the log; None where they say nothing. They leave the flags."""
     from training.datasets.log import is_log

@@ -1,4 +1,6 @@
-"""Scoring on a GPU: the service's tiles against the row-wise graph, torch and torch.compile, and against what the device could do.
+"""Scoring and training on a GPU, against what the device could do and beside the CPU.
+
+Scoring: the service's tiles against the row-wise graph, torch and torch.compile. Training: steps of `fit_network`.
 
 python -m benchmarks.gpu --json data/bench/gpu.json
 python -m benchmarks.gpu --device cpu --requests 1 --requests 4 --candidates 50 --rounds 3     without a GPU: that it runs, no figures
@@ -8,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -29,10 +32,14 @@ from training.progress import progress_bar
 from .benchmark_models import BENCHMARK_MODELS, FOLDER, Built, build, make
 from .rowwise import repeated
 from .scoring import requests as random_requests
+from .training import BATCH, DrawnRows, in_turns, ours
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 CANDIDATES = (50, 200, 500)
 COPIED_BYTES, MULTIPLIED = 2**28, 4096
+TRAINING_ROUNDS = 5
+TRAINED = {"deepfm": 0, "din": 50, "dcn_v2": 0}
+"""Networks that are trained, and the longest history of their rows."""
 
 Together = Callable[[Sequence[Feeds]], Sequence[Numbers]]
 
@@ -160,18 +167,31 @@ def measure(
     return timings
 
 
+def training_speed(device: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Rows a second of a training's steps, by network: on the CPU, on the device, and there in bfloat16."""
+    found = {}
+    for family, history in TRAINED.items():
+        data = DrawnRows.of(history)
+        given: dict[str, dict[str, Any]] = {"cpu": {}, device: {"device": device}, f"{device}, amp": {"device": device, "amp": True}}
+        steps = {name: ours(data, data.network(family), **each) for name, each in given.items()}
+        found[family] = {name: BATCH / float(np.median(each)) for name, each in in_turns(steps, rounds, time.perf_counter).items()}
+    return found
+
+
 def _difference(scores: Sequence[Numbers], expected: Sequence[Numbers]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(scores, expected, strict=True))
 
 
-def show(timings: Sequence[GpuTiming], speed: Device, console: Console) -> None:
-    """A table of all."""
+def show(timings: Sequence[GpuTiming], trained: Mapping[str, Mapping[str, float]], speed: Device, console: Console) -> None:
+    """A table of all scoring, and a line a network that was trained."""
     console.print(f"{speed.name}: copies {speed.bytes_a_second / 1e9:,.0f} GB/s, multiplies {speed.flops / 1e12:,.1f} TFLOP/s (float32)")
     table = Table("model", "contender", "requests", "C", "p50 ms", "p99 ms", "candidates/s", "× floor", "max diff")
     for t in timings:
         figures = (f"{t.p50_ms:.3f}", f"{t.p99_ms:.3f}", f"{t.candidates_a_second:,.0f}", f"{t.p50_ms / t.floor_ms:.1f}")
         table.add_row(t.benchmark_model, t.contender, str(t.requests), str(t.candidates), *figures, f"{t.difference:.1e}")
     console.print(table)
+    for family, rates in trained.items():
+        console.print(f"training {family}: " + ", ".join(f"{name} {rate:,.0f} rows/s" for name, rate in rates.items()))
 
 
 def missing(device: str) -> str | None:
@@ -200,7 +220,7 @@ def main(
     folder: Path,
     target: Path | None,
 ) -> None:
-    """Cost of scoring on a GPU."""
+    """Cost of scoring and of training on a GPU."""
     if why := missing(device):
         print(f"nothing is measured: {why}")
         return
@@ -209,8 +229,9 @@ def main(
         for name in names or BENCHMARK_MODELS:
             sizes = {"requests": counts, "candidates": candidates}
             timings += measure(build(BENCHMARK_MODELS[name](), folder), device, speed, sizes, rounds, progress)
-    show(timings, speed, Console())
-    write({"device": asdict(speed), "timings": [asdict(timing) for timing in timings]}, target)
+    trained = training_speed(device, min(rounds, TRAINING_ROUNDS))
+    show(timings, trained, speed, Console())
+    write({"device": asdict(speed), "timings": [asdict(timing) for timing in timings], "training": trained}, target)
 
 
 if __name__ == "__main__":

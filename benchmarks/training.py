@@ -30,6 +30,7 @@ from features.encode import Block, Encoder
 from features.schema import Schema, parse_schema
 from features.vocabulary import FIRST, HashBuckets, Vocabularies
 from training.datasets.encoded import Rows, Strangers
+from training.device import device_of, moved
 from training.fit import batch_loss, deterministic
 from training.networks import NETWORKS
 from training.networks.contract import Fields, Network
@@ -82,13 +83,16 @@ def _block(random: np.random.Generator, sizes: Sequence[int], rows: int) -> Bloc
 
 def ours(data: DrawnRows, network: Network, **given: Any) -> Step:
     """A step of `fit_network`, from the rows' numbers to the updated weights."""
-    settings = TrainSettings(**given).for_rows(ROWS)
+    settings = TrainSettings(**{"device": "cpu", **given}).for_rows(ROWS)
+    device = device_of(settings.device)
+    network.to(device)
     hiding, updates = Hiding(data.rows, settings.unknown_rate, settings.seed), Updates(network, data.rows, settings)
     network.train()
 
     def step(chosen: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        batch, twins = hiding.batch(chosen)
-        loss = batch_loss(network, batch, data.rows.labels_of(chosen), len(twins))
+        batch, labels, twins, _ = moved(next(hiding.batches([(data.rows, chosen)])), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
+            loss = batch_loss(network, batch, labels, twins)
         updates.step(loss, batch)
         loss.item()
 

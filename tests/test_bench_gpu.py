@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from rich.progress import Progress
 
 from benchmarks.benchmark_models import build, deepfm_20, din_100, make
-from benchmarks.gpu import Device, floor, in_torch, main, measure, rowwise, tiles
+from benchmarks.gpu import Device, floor, in_torch, main, measure, rowwise, tiles, training_speed
 from benchmarks.scoring import requests
 from service.ranking.scorer import PROVIDERS
 
@@ -39,6 +39,14 @@ def test_every_contender_is_measured_at_every_size(built, monkeypatch):
     timings = measure(built, "cpu", Device("cpu", 1e9, 1e9), {"requests": [1, 2], "candidates": [3]}, 2, Progress(disable=True))
     assert [(t.contender, t.requests, t.candidates) for t in timings] == [(n, r, 3) for r in (1, 2) for n in ("tiles", "row-wise")]
     assert max(t.difference for t in timings) < 1e-5
+
+
+def test_a_training_has_a_rate_for_each_way(monkeypatch):
+    monkeypatch.setattr("benchmarks.training.ROWS", 8192)
+    monkeypatch.setattr("benchmarks.gpu.TRAINED", {"din": 3})
+    rates = training_speed("cpu", 2)["din"]
+    assert list(rates) == ["cpu", "cpu, amp"]  # on a GPU the device is a third
+    assert all(rate > 0 for rate in rates.values())
 
 
 def test_without_a_gpu_a_sentence_says_so(monkeypatch):

@@ -83,7 +83,7 @@ class Checkpoint:
             with zipfile.ZipFile(self.path) as file:
                 if damaged := file.testzip():  # torch compares no sums
                     raise zipfile.BadZipFile(f"{damaged} is damaged")
-            found = torch.load(self.path, weights_only=True)
+            found = torch.load(self.path, map_location="cpu", weights_only=True)
             values, tensors = json.loads(found["values"]), found["tensors"]
             wrong = _differences(values.pop("training"), json.loads(json.dumps(self.training)))
         except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:

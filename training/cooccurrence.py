@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .datasets.encoded import Rows
+from .device import moved
 from .networks.contract import Network
 from .networks.embeddings import Embeddings
 from .networks.lookup import EmbeddingTable
@@ -71,14 +72,16 @@ class Cooccurrence(nn.Module):
     def loss(self) -> Tensor:
         """That of some pairs, drawn anew, as a mean."""
         if not len(self.pairs):
-            return torch.zeros(())
+            return self.bias.weight.new_zeros(())
         drawn = torch.randint(len(self.pairs), (min(PAIRS, len(self.pairs)),), generator=self.random)
         self.bias.zero_grad()
         return self.weight * self.loss_of(drawn)
 
     def loss_of(self, which: Tensor) -> Tensor:
         """The mean over the pairs of these numbers."""
-        first, second = self.pairs[which].unbind(1)
+        drawn = self.pairs[which], self.share[which], self.times[which].log()
+        pairs, share, log = moved(drawn, self.bias.weight.device)
+        first, second = pairs.unbind(1)
         said = (self.table(first) * self.table(second)).sum(1) + (self.bias(first) + self.bias(second)).squeeze(1)
-        mean: Tensor = (self.share[which] * (said - self.times[which].log()).square()).mean()
+        mean: Tensor = (share * (said - log).square()).mean()
         return mean

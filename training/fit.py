@@ -18,6 +18,7 @@ from .calibrate import Calibration
 from .checkpoint import Checkpoint, CheckpointError, changing, put_back
 from .cooccurrence import Cooccurrence
 from .datasets.encoded import Rows
+from .device import delivered, device_of, generators, home, moved
 from .evaluate import Measures, measure, unmeasured
 from .first_order import SHARE, FirstOrder, times
 from .networks.contract import CLICK, Labels, Network, RequestTensors
@@ -60,7 +61,7 @@ class LoopState:
     stale: int = 0
     """Epochs without gain."""
     steps: int = 0
-    losses: list[float] = field(default_factory=list)
+    losses: list[float | Tensor] = field(default_factory=list)
     """Of the steps of the epoch that is under way."""
     epochs: list[Epoch] = field(default_factory=list)
 
@@ -73,7 +74,7 @@ class LoopState:
     @property
     def values(self) -> dict[str, Any]:
         """All but the weights, for JSON."""
-        return {**vars(self), "best": None, "epochs": [asdict(each) for each in self.epochs]}
+        return {**vars(self), "best": None, "losses": list(map(float, self.losses)), "epochs": [asdict(each) for each in self.epochs]}
 
 
 def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain sight
@@ -97,10 +98,10 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
         CheckpointError: see `Checkpoint`.
         TrainError: a batch would have less than two rows.
     """
-    settings = settings.for_rows(len(rows))
+    settings, device = settings.for_rows(len(rows)), device_of(settings.device)
     _check_steps(network, len(rows), settings)
-    network.begin(rows.ads)
-    more = _second_task(network, rows, settings)
+    network.to(device).begin(moved(rows.ads, device))
+    more = _second_task(network, rows, settings, device)
     updates = Updates(network, rows, settings, more)
     for line in updates.summary():
         progress.console.print(line, soft_wrap=True)
@@ -118,20 +119,21 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
     for number in range(len(state.epochs) + 1, settings.epochs + 1):
         network.train()
         done = len(state.losses)
-        for read, chosen in progress.track(order.epoch(done), total=order.steps, completed=done, description=f"epoch {number}"):
-            batch, twins = hiding.batch(chosen, read)
-            loss = batch_loss(network, batch, read.labels_of(chosen), len(twins)) + (more.loss() if more and not state.alone else 0.0)
+        made = delivered(hiding.batches(order.epoch(done)), device)
+        for batch, labels, twins, drawn in progress.track(made, total=order.steps, completed=done, description=f"epoch {number}"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp and device.type == "cuda"):
+                loss = batch_loss(network, batch, labels, twins) + (more.loss() if more and not state.alone else 0.0)
             updates.step(loss, batch)
             state.steps += 1
             network.after_step(state.steps)
-            state.losses.append(loss.item())
+            state.losses.append(loss.item() if loss.is_cpu else loss.detach())  # another device would have to be waited for
             if checkpoint and checkpoint.due():
-                _write(checkpoint, state, updates, hiding)
+                _write(checkpoint, state, updates, drawn)
         unseen.fill()
         valid_logits = predict(network, valid)
         whole = bool(np.isfinite(valid_logits).all())
         metrics = measure(valid.labels, Calibration().on_log(valid_logits), valid.users) if whole else unmeasured(valid.labels)
-        rate, losses, state.losses = updates.optimisers[0].param_groups[0]["lr"], state.losses, []
+        rate, losses, state.losses = updates.optimisers[0].param_groups[0]["lr"], list(map(float, state.losses)), []
         state.epochs.append(Epoch(number, rate, float(np.mean(losses)), metrics, losses[0]))
         progress.console.print(state.epochs[-1].line(), soft_wrap=True)
         each(state.epochs[-1])
@@ -155,11 +157,16 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
     return state.epochs
 
 
-def _write(checkpoint: Checkpoint, state: LoopState, updates: Updates, hiding: Hiding) -> None:
-    """Write all that the loop changes; the order of rows follows from the seed and the number of epochs."""
-    random = [torch.get_rng_state(), *(each.random.get_state() for each in updates.modules if isinstance(each, Cooccurrence))]
+def _write(checkpoint: Checkpoint, state: LoopState, updates: Updates, hidden: dict[str, Any]) -> None:
+    """Write all that the loop changes, `hidden` being where `Hiding` was after the last step's batch; the order of rows follows from the
+    seed and the number of epochs.
+    """
+    random = [
+        [each.get_state() for each in generators(home(updates.network))],
+        *(each.random.get_state() for each in updates.modules if isinstance(each, Cooccurrence)),
+    ]
     optimisers = [each.state_dict() for each in updates.optimisers]
-    values = {"loop": state.values, "hiding": hiding.random.bit_generator.state}
+    values = {"loop": state.values, "hiding": hidden}
     checkpoint.write(values, [changing(updates.modules), optimisers, state.best, random])
 
 
@@ -175,7 +182,8 @@ def _go_on(checkpoint: Checkpoint, updates: Updates, hiding: Hiding, alone: Firs
         for optimiser, saved in zip(updates.optimisers, optimisers, strict=True):
             optimiser.load_state_dict(saved)
         hiding.random.bit_generator.state = values["hiding"]
-        torch.set_rng_state(random[0])
+        for generator, drawn in zip(generators(home(updates.network)), random[0], strict=True):
+            generator.set_state(drawn)
         for more, drawn in zip(updates.modules[1:], random[1:], strict=True):
             assert isinstance(more, Cooccurrence)  # noqa: S101  # the only second task
             more.random.set_state(drawn)
@@ -200,9 +208,9 @@ def _check_steps(network: Network, rows: int, settings: TrainSettings) -> None:
         )
 
 
-def _second_task(network: Network, rows: Rows, settings: TrainSettings) -> Cooccurrence | None:
+def _second_task(network: Network, rows: Rows, settings: TrainSettings, device: torch.device) -> Cooccurrence | None:
     try:
-        return Cooccurrence(network, rows, settings.cooccurrence, settings.seed) if settings.cooccurrence else None
+        return Cooccurrence(network, rows, settings.cooccurrence, settings.seed).to(device) if settings.cooccurrence else None
     except ValueError as error:
         raise TrainError(str(error)) from error
 
@@ -242,8 +250,8 @@ def predict_heads(network: Network, rows: Rows) -> dict[str, Logits]:
     network.eval()
     with torch.no_grad():
         chunks = np.array_split(np.arange(len(rows)), range(EVALUATION_ROWS, len(rows), EVALUATION_ROWS))
-        found = [network(rows.batch(chunk)) for chunk in chunks]
-        return {head: np.concatenate([outputs[head].squeeze(1).numpy() for outputs in found]) for head in network.heads}
+        found = [network(moved(rows.batch(chunk), home(network))) for chunk in chunks]
+        return {head: np.concatenate([outputs[head].squeeze(1).cpu().numpy() for outputs in found]) for head in network.heads}
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
@@ -252,10 +260,16 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def deterministic(settings: TrainSettings) -> Iterator[None]:
-    """As long as it lasts a seed gives the same network to the last bit, on the threads that the settings ask for."""
+    """As long as it lasts a seed gives the same network to the last bit, on the device and the threads that the settings ask for; on CUDA
+    as far as torch has algorithms that do.
+
+    Raises:
+        TrainError: there is no such device here.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.manual_seed(settings.seed)
-    torch.use_deterministic_algorithms(True)
+    # An error where there is no such algorithm, as CUDA has none for some, would end a training; a warning does not.
+    torch.use_deterministic_algorithms(True, warn_only=device_of(settings.device).type != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a tenth of the time, for memory that is written anyway
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from features.vocabulary import PADDING, Ids
+from features.vocabulary import PADDING
 
 from .networks.lookup import EmbeddingTable
 
@@ -40,22 +40,23 @@ class SparseTables:
             table.weight.grad = None
             if not table.touched:
                 continue
-            ids = torch.cat([rows for rows, _ in table.touched]).numpy()
-            if before is None or not np.array_equal(ids, before):  # the tables of a network are mostly looked up alike
+            ids = torch.cat([rows for rows, _ in table.touched])
+            if before is None or not torch.equal(ids, before):  # the tables of a network are mostly looked up alike
                 before, distinct = ids, self._distinct(ids)
             rows, at = distinct
             sums = table.weight.new_zeros((len(rows), table.embedding_dim))
             parts = torch.split(at, [len(each) for each, _ in table.touched])
             for part, (_, gradient) in zip(parts, table.touched, strict=True):
                 sums.index_add_(0, part, gradient)
-            if rows[0] == PADDING:  # they are in order
-                sums[0] = 0
+            sums[:1].masked_fill_(rows[:1, None] == PADDING, 0)  # they are in order
             table.weight.grad = torch.sparse_coo_tensor(rows[None], sums, table.weight.shape, is_coalesced=True)
             table.touched.clear()
 
-    def _distinct(self, ids: Ids) -> tuple[Tensor, Tensor]:
-        """The distinct ones among `ids (N,)`, and where each id is among them: noted down a row of the table, which beats sorting all."""
-        positions = np.arange(len(ids), dtype=np.int32)
+    def _distinct(self, of: Tensor) -> tuple[Tensor, Tensor]:
+        """The distinct ones among ids `of (N,)`, and where each is among them: noted down a row of the table, which beats sorting all."""
+        if not of.is_cpu:
+            return of.unique(return_inverse=True)  # type: ignore[no-any-return, no-untyped-call]
+        ids, positions = of.numpy(), np.arange(len(of), dtype=np.int32)
         self._place[ids] = positions
         rows = np.sort(ids[self._place[ids] == positions])  # the last time that each occurs
         self._place[rows] = positions[: len(rows)]

@@ -6,7 +6,7 @@ Knows nothing about ONNX or bundles (`export.py`).
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .calibrate import Calibration, fit
 from .checkpoint import Checkpoint, identity
 from .datasets.encoded import Rows, encode_split, learn_vocabularies
 from .datasets.prepared import SPLITS, Prepared, wrong_head
+from .device import device_of
 from .evaluate import Measures, measure
 from .first_order import settled
 from .fit import Epoch, Logits, deterministic, fit_network, predict_heads
@@ -87,12 +88,13 @@ def train(
     Raises:
         CheckpointError: see `Checkpoint`.
         DataError: a split is absent or empty, or a column does not fit the schema.
-        TrainError: the network cannot be built for this schema, or is not that of `start`.
+        TrainError: the network cannot be built for this schema, or is not that of `start`; or the device is not there.
     """
     for split in SPLITS:
         data.files(split)  # an absent test split would be found after hours
     heads, whole = heads_of(family, settings.heads), start if start and not start.embeddings_only else None
     tenure = Tenure(settings.evict_after, dict(whole.idle) if whole else {})
+    settings = replace(settings, device=device_of(settings.device).type)
     with deterministic(settings):
         with _step(progress, "learning vocabularies"):
             encoder = Encoder(data.schema, learn_vocabularies(data, whole.vocabularies if whole else None, tenure))
@@ -124,6 +126,7 @@ def train(
             test = encode_split(data, "test", encoder, heads)
             measured["test"] = measured_heads(test, predict_heads(network, test), calibrations)
         metrics = {split: found[CLICK] for split, found in measured.items()}
+        network.cpu()
         facts = {**vars(network_settings), **vars(settings), "threads": torch.get_num_threads(), "by_data": left}
     counted |= {split: (m.rows, m.clicks) for split, m in metrics.items()}
     by_split = ({split: counts[i] for split, counts in counted.items()} for i in range(2))

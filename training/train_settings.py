@@ -17,6 +17,7 @@ BATCHES, LARGE = (32, 2048), 512
 RATES = (1e-3, 3e-3)
 """Learning rate of large batches and of small ones."""
 EPOCHS = 30
+DEVICES = ("auto", "cpu", "cuda")
 
 
 class TrainError(AdrankError, ValueError):
@@ -60,6 +61,11 @@ class TrainSettings:
     Adam, and `table` decays those alone. 0: none is, and a step costs as much as the table is large."""
     clip: float = 10.0
     """Largest norm of a step's gradient."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: CUDA where there is one. A seed gives other last bits on another device."""
+    amp: bool = False
+    """On CUDA, multiply matrices in bfloat16 (`torch.autocast`): faster, and rounded to 8 bits; weights, losses and all that is measured
+    stay float32. On the CPU it changes nothing."""
     threads: int = 0
     """Threads of torch; 0 is as many as the machine allows. Another number may give other last bits."""
     cooccurrence: float = 0.0
@@ -92,6 +98,7 @@ class TrainSettings:
             ("regularise", self.regularise in ("table", "batch"), "table or batch"),
             ("sparse_above", self.sparse_above >= 0, "at least 0"),
             ("clip", self.clip > 0, "above 0"),
+            ("device", self.device in DEVICES, "auto, cpu or cuda"),
             ("threads", self.threads >= 0, "at least 0"),
             ("evict_after", self.evict_after >= 0, "at least 0"),
             ("cooccurrence", 0 <= self.cooccurrence < float("inf"), "at least 0"),

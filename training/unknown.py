@@ -4,7 +4,8 @@ With `min_count = 1` a vocabulary holds every value of the train split. What is 
 that no step ever trained, and rank wherever that happens to lie: above what is known, as a rule.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from features.encode import IDENTITIES, Block
 from features.vocabulary import PADDING, UNKNOWN
 
 from .datasets.encoded import Rows
-from .networks.contract import CLICK, Network, Part, RequestTensors
+from .device import home, moved
+from .networks.contract import CLICK, Labels, Network, Part, RequestTensors
 from .networks.embeddings import Embeddings
 from .networks.lookup import EmbeddingTable
 from .sparse import SparseTables, lazily
@@ -65,6 +67,12 @@ class Hiding:
             ages = torch.cat([ages, ages[both]])
         return RequestTensors(user, history._replace(rows=torch.cat([history.rows, history.rows[both]])), ad, ages), twins
 
+    def batches(self, order: Iterable[tuple[Rows, Chosen]]) -> Iterator[tuple[RequestTensors, Labels, int, dict[str, Any]]]:
+        """Each batch, its labels, the T of its twins, and what is drawn so far: a state of `random`. `order`: see `RowOrder.epoch`."""
+        for read, chosen in order:
+            batch, twins = self.batch(chosen, read)
+            yield batch, read.labels_of(chosen), len(twins), dict(self.random.bit_generator.state)
+
     def _history(self, history: Part, hidden: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Part:
         """Behaviours on ads that nobody knows, and no behaviour of the users that are hidden."""
         if not history.ids.shape[-1]:  # a schema without a history
@@ -100,7 +108,7 @@ class Hiding:
             one = self.rows.strangers.ad.take(np.zeros((SETTLING_ROWS, 1), np.int64))
             pairs = ((one.ids, any_ad.ids), (one.numbers, any_ad.numbers))
             both = Part(*(torch.from_numpy(np.hstack(pair)) for pair in pairs))
-            unknown, known = network(RequestTensors(user, history, both, ages))[CLICK].unbind(1)
+            unknown, known = network(moved(RequestTensors(user, history, both, ages), home(network)))[CLICK].unbind(1)
             network.zero_grad()
             (unknown - known.detach()).abs().mean().backward()
             tables.gather()
@@ -123,7 +131,7 @@ def _movable(embeddings: Embeddings) -> Tensor:
     """1 for the rows `(rows of the table, 1)` that stand for an unknown value of an ad, 0 for all others."""
     slots = embeddings.layouts["ad"].ids if "ad" in embeddings else ()
     names = {slot.field.vocabulary for slot in slots if slot.field.name not in IDENTITIES} or {slot.field.vocabulary for slot in slots}
-    rows = torch.zeros((embeddings.table.num_embeddings, 1))
+    rows = embeddings.table.weight.new_zeros((embeddings.table.num_embeddings, 1))
     for vocabulary in names:
         rows[embeddings.rows_of(vocabulary).start] = 1
     return rows
@@ -158,10 +166,11 @@ class Unseen:
 
 def occurrences(embeddings: Embeddings, rows: Rows) -> Tensor:
     """How often each row of the table `(rows of the table,)` is used by the rows of a split, behaviours included."""
-    total = torch.zeros(embeddings.table.num_embeddings)
+    total = embeddings.table.weight.new_zeros(embeddings.table.num_embeddings)
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        for name, part in parts_of(rows.batch(np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))), embeddings):
-            times = torch.ones(len(part.ids)) if part.rows is None else torch.bincount(part.rows.flatten()).float()
+        batch = moved(rows.batch(np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))), total.device)
+        for name, part in parts_of(batch, embeddings):
+            times = total.new_ones(len(part.ids)) if part.rows is None else torch.bincount(part.rows.flatten()).float()
             ids = embeddings.table_rows(name, part.ids).flatten(1)
             total.index_add_(0, ids.flatten(), times.repeat_interleave(ids.shape[1]))
     return total

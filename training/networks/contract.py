@@ -275,7 +275,7 @@ class Network(nn.Module):
 def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats of `logits (R,)`, over the rows whose `labels (R,)` are known, each by its weight `(R,)`."""
     known = ~torch.isnan(labels)
-    if weight is None and bool(known.all()):
+    if weight is None and known.is_cpu and bool(known.all()):  # another device would have to be waited for
         return F.binary_cross_entropy_with_logits(logits, labels)
     share = known.to(logits.dtype) if weight is None else torch.where(known, weight, 0.0)
     each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")

@@ -112,8 +112,8 @@ class DIEN(Network):
             return loss
         assert self.catalogue is not None  # noqa: S101  # the training loop begins with it
         count, following = len(self.catalogue.ids), outputs[BEHAVIOURS][:, 1:]
-        pool = torch.randint(count, (len(following),))  # embedded once each, however often they are drawn
-        drawn = torch.randint(len(pool), following.shape[:2])
+        pool = torch.randint(count, (len(following),), device=following.device)  # embedded once each, however often they are drawn
+        drawn = torch.randint(len(pool), following.shape[:2], device=following.device)
         negatives = Part(self.catalogue.ids[pool], self.catalogue.numbers[pool], drawn)
         other = self.embed("history", negatives).flatten(2)
         known = request.history.behaviours()[:, 1:]

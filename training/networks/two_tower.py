@@ -103,7 +103,7 @@ class TwoTower(Network):
         """Ads drawn from the catalogue, and how often each ad of the batch `ids (R,)` and then each of them is expected among both."""
         self.frequencies.update(ids)
         count = max(len(self.ads.ids), 1)
-        chosen = torch.randint(count, (self.negatives if len(self.ads.ids) else 0,))
+        chosen = torch.randint(count, (self.negatives if len(self.ads.ids) else 0,), device=ids.device)
         drawn = Part(self.ads.ids[chosen], self.ads.numbers[chosen])
         both = torch.cat([ids, drawn.ids[:, self.ad_id]])
         return drawn, len(ids) * self.frequencies.of(both) + len(chosen) / count

@@ -94,7 +94,7 @@ class VAECF(Network):
         self.ads, self.steps = ads, 0
         (slot,) = (slot for slot in self.fields.layouts["ad"].ids if slot.field.name == "ad_id")
         self.place.fill_(-1)
-        self.place[ads.ids[:, slot.start]] = torch.arange(len(ads.ids))
+        self.place[ads.ids[:, slot.start]] = torch.arange(len(ads.ids), device=ads.ids.device)
 
     def after_step(self, steps: int) -> None:
         """See `Network`."""
