@@ -103,6 +103,11 @@ class Settings(BaseSettings):
     """Of `epsilon_greedy`: the share of places that are drawn."""
     temperature: Annotated[float, Field(ge=COLDEST, le=HOTTEST)] = 1.0
     """Of `plackett_luce`: the higher, the more is left to chance."""
+    weights: Annotated[
+        str, Field(pattern=r"^$|^[a-z][a-z0-9_]*=[0-9]{1,9}(\.[0-9]{1,6})?(,[a-z][a-z0-9_]*=[0-9]{1,9}(\.[0-9]{1,6})?)*$")
+    ] = ""
+    """Of heads, for requests of the objective `weighted`, such as click=1,conversion=20: ads are then ordered by the weighted sum of their
+    probabilities."""
     log_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The share of rankings that are logged, drawn at random: a caller chooses its request ids, so they are no fair sample."""
     log_tensors_share: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -171,6 +176,12 @@ class Settings(BaseSettings):
     def origins(self) -> frozenset[str]:
         """The origins that are allowed."""
         return frozenset(filter(None, (origin.strip() for origin in self.allowed_origins.split(","))))
+
+    @property
+    def head_weights(self) -> dict[str, float]:
+        """The weights by head."""
+        pairs = (each.partition("=") for each in filter(None, self.weights.split(",")))
+        return {head: float(weight) for head, _, weight in pairs}
 
     @property
     def store_name(self) -> str:

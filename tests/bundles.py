@@ -81,8 +81,8 @@ def expected(feeds: Feeds, bias: float = 0.0) -> Numbers:
     return answer
 
 
-def model(bias: float = 0.0) -> bytes:
-    """The ONNX model of `expected`."""
+def model(bias: float = 0.0, conversion: bool = False) -> bytes:
+    """The ONNX model of `expected`, perhaps with a second head: p(conversion) = p(click)²."""
     nodes: list[Any] = []
     constants: list[Any] = []
 
@@ -116,7 +116,10 @@ def model(bias: float = 0.0) -> bytes:
         helper.make_tensor_value_info(name, TensorProto.INT64 if name.endswith("ids") else TensorProto.FLOAT, [*shapes[part], width])
         for name, (part, width) in tensors.items()
     ]
-    outputs = [helper.make_tensor_value_info("p_click", TensorProto.FLOAT, ["R", "C"])]
+    heads = ["p_click", "p_conversion"] if conversion else ["p_click"]
+    if conversion:
+        nodes.append(helper.make_node("Mul", ["p_click", "p_click"], ["p_conversion"]))
+    outputs = [helper.make_tensor_value_info(head, TensorProto.FLOAT, ["R", "C"]) for head in heads]
     graph = helper.make_graph(nodes, "test", inputs, outputs, constants)
     made: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
     return made

@@ -17,6 +17,7 @@ from features.state import Ad, MemoryStore, StoreError, UserState
 from service.catalogue.catalogue import Catalogue, put_ads
 from service.errors import DeadlineError, InvalidError, NotReadyError, UnknownModelError
 from service.models.loaded import Models
+from service.ranking.bids import CPC, Bids, to_micros
 from service.ranking.executor import Inline, Pool
 from service.ranking.ordering import best_first
 from service.ranking.ranker import Degraded, Query, Ranker
@@ -25,7 +26,7 @@ from service.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 AD_IDS = st.sampled_from([*bundles.ADS, "new", "ünknown", "é\u0000"])
-BIDS = st.none() | st.floats(0, 1e6)
+BIDS = st.none() | st.integers(0, 10**12).map(lambda micros: micros / 1e6)
 USER_FEATURES = st.fixed_dictionaries({}, optional={"age": st.sampled_from(["25", "99"]), "income": st.floats(0, 1e6)})
 
 
@@ -84,7 +85,9 @@ class Ranked:
         self.catalogue.table(fingerprint).remove(ad_ids)
 
     async def rank(self, ad_ids, user_id="u1", **more):
-        bids = np.array(more.pop("bids"), np.float64) if "bids" in more else None
+        bids = more.pop("bids", None)
+        if bids is not None:
+            bids = Bids(to_micros(bids)[0], np.full(len(bids), CPC), np.full(len(bids), -1))
         query, stages = Query(user_id=user_id, ad_ids=ad_ids, bids=bids, **more), self.metrics.begin("/rank")
         stages.model = self.ranker.models.label(query.model)
         try:
@@ -140,7 +143,9 @@ async def test_duplicates_are_ranked_once_and_every_candidate_comes_back(ranked)
     ranking = await ranked.rank(["a1", "a2", "a1", "a1"], bids=[2.0, 1.0, 9.0, None], top_k=1, sent={2: {"agee": 1}})
     assert sorted(ranking.omitted) == [("a1", "duplicate"), ("a1", "duplicate"), (ranking.omitted[-1][0], "top_k")]
     everything = (await ranked.rank(["a1", "a2", "a1"], bids=[2.0, 1.0, 9.0])).ads
-    assert {ad.ad_id: ad.ecpm for ad in everything} == {ad.ad_id: ad.p_click * {"a1": 2, "a2": 1}[ad.ad_id] * 1000 for ad in everything}
+    assert {ad.ad_id: ad.ecpm for ad in everything} == {
+        ad.ad_id: pytest.approx(ad.p_click * {"a1": 2, "a2": 1}[ad.ad_id] * 1000, abs=1e-6) for ad in everything
+    }
 
 
 @pytest.mark.parametrize("policy", [None, EpsilonGreedy(0.5)])
@@ -326,7 +331,11 @@ class TestLaws:
         return asyncio.run(kept.rank(ad_ids, **more))
 
     @LAW
-    @given(st.lists(st.tuples(AD_IDS, st.floats(0, 100)), min_size=1, max_size=20, unique_by=lambda c: c[0]), USER_FEATURES, st.randoms())
+    @given(
+        st.lists(st.tuples(AD_IDS, BIDS.filter(lambda bid: bid is not None)), min_size=1, max_size=20, unique_by=lambda c: c[0]),
+        USER_FEATURES,
+        st.randoms(),
+    )
     def test_the_order_of_candidates_does_not_matter(self, kept, candidates, user, chance):
         shuffled = chance.sample(candidates, len(candidates))
         for objective in ("pctr", "ecpm"):

@@ -22,8 +22,9 @@ def plainly(ranking: Ranking, timings: dict[str, float]) -> bytes:
     ads = []
     for place, ad_id in enumerate(ranking.ad_ids):
         ad = {"ad_id": ad_id, "rank": place + 1, "p_click": ranking.p_click[place]}
-        if ranking.ecpm is not None and ranking.ecpm[place] is not None:
-            ad["ecpm"] = ranking.ecpm[place]
+        for name in ("ecpm", "score", "price"):
+            if (column := getattr(ranking, name)) is not None and column[place] is not None:
+                ad[name] = column[place]
         if ranking.propensity is not None:
             ad["propensity"] = ranking.propensity[place]
         if ranking.known is not None and not ranking.known[place]:
@@ -55,7 +56,7 @@ def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explaine
     encoded = SimpleNamespace(model=model, degraded=degraded)
     ranking = Ranking(
         encoded,
-        scores,
+        np.arange(len(ads)),
         [ad[0] for ad in ads],
         clicks,
         [None if ad[2] is None else click * ad[2] * 1000 for ad, click in zip(ads, clicks, strict=True)] if with_bids else None,
@@ -63,6 +64,8 @@ def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explaine
         omitted,
         {"user": {"age": 3}} if explained else None,
         [{"ad_id": i, "price": 0.5} for i in range(len(ads))] if explained else None,
+        [place / 8 for place in range(len(ads))] if explained else None,
+        [place / 4 for place in range(len(ads))] if with_bids else None,
         [1 / (place + 3) for place in range(len(ads))] if explored else None,
         [{"attention": [0.5, -1.0], "contributions": {"ad.genre": 0.25, "rest": float(place)}} for place in range(len(ads) // 2)]
         if explained

@@ -20,7 +20,7 @@ from .wire import RankRequest, answer
 
 def rank_routes(ranker: Ranker, explanations: Explanations, served: ServedLog, metrics: Metrics, settings: Settings) -> APIRouter:
     """The routes that rank. They take a raw request: pydantic reads its bytes at once, rather than what a framework made of them."""
-    router, policy = APIRouter(), default_policy(settings)
+    router, policy, weights = APIRouter(), default_policy(settings), settings.head_weights
     bodies, places = Reader(settings), Shares(settings.max_inflight, settings.peer_inflight_share)
     metrics.under_way = lambda: places.held
     busy = f"{settings.max_inflight} requests are being ranked already, or too many of yours; try again"
@@ -48,7 +48,7 @@ def rank_routes(ranker: Ranker, explanations: Explanations, served: ServedLog, m
         try:
             wire = parse_request(body)
             request.state.request_id = wire.request_id or request.state.request_id
-            query = to_query(wire, settings.max_candidates, policy)
+            query = to_query(wire, settings.max_candidates, policy, weights)
             query.request_id = request.state.request_id
         except errors.InvalidError:
             request.state.request_id = sent_request_id(body) or request.state.request_id

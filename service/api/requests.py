@@ -14,7 +14,8 @@ from features.policy import EpsilonGreedy, PlackettLuce, Policy
 from features.values import plain, plain_all
 
 from ..errors import FieldProblem, InvalidError, NotJsonError
-from ..ranking.ranker import MISTAKES_TOLD, Bids, Query, Ranking
+from ..ranking.bids import BID_TYPES, CPC, HIGHEST, MICRO, Bids, Micros, times, to_micros
+from ..ranking.ranker import MISTAKES_TOLD, Query, Ranking
 from ..settings import Settings
 from . import wire
 from .wire import Behaviour, Candidate, CandidateColumns, RankRequest
@@ -81,15 +82,15 @@ def short(step: str | int) -> str | int:
     return step if isinstance(step, int) or len(step) <= POINTER_STEP else step[:POINTER_STEP] + "…"
 
 
-def to_query(request: RankRequest, most: int, default: Policy | None = None) -> Query:
+def to_query(request: RankRequest, most: int, default: Policy | None = None, weights: Mapping[str, float] | None = None) -> Query:
     """The request as the ranker takes it, the same for rows and columns; `most` candidates are allowed.
 
-    `default` is the policy of a request that names none.
+    `default` is the policy of a request that names none, `weights` are those of heads, for the objective that weighs them.
 
     Raises:
-        InvalidError: too many candidates, columns of unequal length, or a history with only some times.
+        InvalidError: too many candidates, columns of unequal length, an amount with too many decimals, or a history with only some times.
     """
-    names, bids, sent = _columns(request.candidates)
+    names, offered, sent = _columns(request.candidates)
     ad_ids = plain_all(names)
     if len(ad_ids) > most:
         detail = f"{len(ad_ids)} candidates; at most {most} are ranked in one request"
@@ -105,12 +106,16 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None) -> 
         context=request.context,
         ad_ids=ad_ids,
         names=None if ad_ids is names else names,
-        bids=bids,
+        bids=_bids(request, len(ad_ids), *offered),
         sent=sent,
         model=options.model,
         top_k=options.top_k,
         shown=options.shown,
         objective=options.objective,
+        weights=weights if weights and options.objective == "weighted" else {},
+        min_score=options.min_score,
+        reserve=None if options.reserve is None else int(_amounts([options.reserve], "reserve")[0]),
+        prices=options.prices,
         explain=options.explain,
         unknown_ads=options.unknown_ads,
         policy=default if options.explore is None else _policy(options.explore),
@@ -131,26 +136,55 @@ def _policy(explore: wire.Explore) -> Policy | None:
     return PlackettLuce(explore.temperature) if isinstance(explore, wire.ExplorePlackettLuce) else None
 
 
-def _columns(candidates: CandidateColumns | list[Candidate] | list[str]) -> tuple[list[str], Bids | None, Mapping[int, dict[str, Any]]]:
+Offered = tuple[Sequence[float | None] | None, Sequence[str | None] | None, Sequence[float | None] | None, Sequence[float | None] | None]
+"""The columns `OFFER`, None where no candidate has one."""
+OFFER = ("bid", "bid_type", "value", "multiplier")
+KINDS: dict[str | None, int] = {None: CPC, **{name: kind for kind, name in enumerate(BID_TYPES)}}
+
+
+def _columns(candidates: CandidateColumns | list[Candidate] | list[str]) -> tuple[list[str], Offered, Mapping[int, dict[str, Any]]]:
     if isinstance(candidates, CandidateColumns):
-        ad_ids, bids, features = candidates.ad_id, candidates.bid, candidates.features
-        for name, column in (("bid", bids), ("features", features)):
+        ad_ids, features = candidates.ad_id, candidates.features
+        offered = candidates.bid, candidates.bid_type, candidates.value, candidates.multiplier
+        for name, column in (*zip(OFFER, offered, strict=True), ("features", features)):
             if column is not None and len(column) != len(ad_ids):
                 detail = f"{len(column)} values, but ad_id has {len(ad_ids)}"
                 raise InvalidError("the columns are not equally long", [FieldProblem(("candidates", name), detail)])
-        return ad_ids, _bids(bids), {i: sent for i, sent in enumerate(features or ()) if sent}
+        return ad_ids, offered, {i: sent for i, sent in enumerate(features or ()) if sent}
     if isinstance(candidates[0], str):
-        return cast("list[str]", candidates), None, {}  # type: ignore[redundant-cast]  # mypy takes the first for all of them
+        return cast("list[str]", candidates), (None,) * 4, {}  # type: ignore[redundant-cast]  # mypy takes the first for all of them
     rows = [row for row in candidates if isinstance(row, Candidate)]
-    return [row.ad_id for row in rows], _bids([row.bid for row in rows]), {i: row.features for i, row in enumerate(rows) if row.features}
+    said = set[str]().union(*(row.model_fields_set for row in rows))
+    columns = tuple([getattr(row, name) for row in rows] if name in said else None for name in OFFER)
+    return [row.ad_id for row in rows], cast("Offered", columns), {i: row.features for i, row in enumerate(rows) if row.features}
 
 
-def _bids(bids: Sequence[float | None] | None) -> Bids | None:
-    """NaN where there is none; None where there is none at all."""
-    if bids is None:
+def _bids(request: RankRequest, count: int, bids: Any, kinds: Any, values: Any, multipliers: Any) -> Bids | None:
+    """What candidates offer, None where they offer nothing."""
+    if all(column is None or column.count(None) == count for column in (bids, values, kinds)):
         return None
-    numbers = np.array(bids, np.float64)
-    return None if np.isnan(numbers).all() else numbers
+    bid, value = (
+        np.full(count, -1) if column is None else _amounts(column, name, request) for name, column in (("bid", bids), ("value", values))
+    )
+    if multipliers is not None:
+        bid = times(bid, np.abs(_amounts([1 if each is None else each for each in multipliers], "multiplier", request)) * 1000)
+        if len(high := np.flatnonzero(bid > HIGHEST)):
+            detail = f"the bid times it is more than {HIGHEST // MICRO:,}"
+            raise InvalidError(detail, [locate(request, FieldProblem(("candidates", int(high[0]), "multiplier"), detail))])
+    return Bids(bid, np.full(count, CPC) if kinds is None else np.array([KINDS[kind] for kind in kinds]), value)
+
+
+def _amounts(amounts: Sequence[float | None], name: str, request: RankRequest | None = None) -> Micros:
+    """In micros; of candidates where there is a request, else an option."""
+    micros, wrong = to_micros(amounts)
+    if wrong:
+        detail = "needs more than 6 decimals; round it to millionths"
+        paths = [("candidates", i, name) if request else ("options", name) for i in wrong[:MISTAKES_TOLD]]
+        problems = [FieldProblem(path, detail) for path in paths]
+        raise InvalidError(
+            f"{len(wrong)} amounts have more than 6 decimals", [locate(request, each) if request else each for each in problems]
+        )
+    return micros
 
 
 def _in_time(history: list[Behaviour]) -> tuple[Sequence[str], Sequence[float]]:

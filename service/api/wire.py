@@ -68,6 +68,8 @@ Name = Annotated[str, Field(min_length=1, max_length=128)]
 FeatureMap = Annotated[dict[Name, Value], Field(max_length=FEATURES), BeforeValidator(_few)]
 Id = Annotated[str, Field(min_length=1, max_length=ID_LENGTH)]
 Bid = Annotated[float, Field(ge=0, le=1e9)]
+Multiplier = Annotated[float, Field(ge=0, le=1000)]
+BidType = Literal["cpm", "cpc", "cpa"]
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 
 
@@ -106,7 +108,14 @@ class Candidate(Wire):
     ad_id: Id
     """Its id in the catalogue; one that the catalogue lacks is ranked too, and marked `known: false`."""
     bid: Bid | None = None
-    """What a click on it pays, for `objective: ecpm`."""
+    """What it pays for a click, or what `bid_type` says, to 6 decimals of the currency; for `objective: ecpm`."""
+    bid_type: BidType | None = None
+    """What the bid is for: `cpm`, a thousand impressions; `cpc`, a click, which is the default; `cpa`, a conversion, of models that predict
+    it."""
+    value: Bid | None = None
+    """What a click on it is worth to you, or with `cpa` a conversion, to 6 decimals; for `objective: value`."""
+    multiplier: Multiplier | None = None
+    """What the bid is multiplied by, to 6 decimals, for the ad server's pacing: all that is said of a bid is said of the product."""
     features: FeatureMap | None = None
     """In place of the catalogue's, name by name; null is missing."""
 
@@ -118,6 +127,12 @@ class CandidateColumns(Wire):
     """Of each."""
     bid: Annotated[list[Bid | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
     """Of each; null for those without."""
+    bid_type: Annotated[list[BidType | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
+    """Of each; null is `cpc`."""
+    value: Annotated[list[Bid | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
+    """Of each; null for those without."""
+    multiplier: Annotated[list[Multiplier | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
+    """Of each; null is 1."""
     features: Annotated[list[FeatureMap | None], Field(max_length=CANDIDATES, fail_fast=True)] | None = None
     """Of each; null for those without."""
 
@@ -171,8 +186,17 @@ class Options(Wire):
     shown: Annotated[int, Field(ge=0, le=CANDIDATES)] | None = None
     """How many ads of the answer, from the first, are shown; 0: what is shown will be reported. Only what is said so, or reported by an
     impression event, is trained on."""
-    objective: Literal["pctr", "ecpm"] = "pctr"
-    """Order by p(click), or by 1,000 · p(click) · bid, for which every candidate needs a bid."""
+    objective: Literal["pctr", "ecpm", "value", "weighted"] = "pctr"
+    """Order by p(click); by eCPM, what a thousand impressions pay (1,000 · p(click) · bid, with `cpa` 1,000 · p(conversion) · bid, with
+    `cpm` the bid), for which every candidate needs a bid; by what they are worth (1,000 · p · `value`), for which every candidate needs
+    one; or by the sum of p(head) · weight over the heads of the service's setting `weights`."""
+    min_score: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The least p(click) of an ad; those below are in `omitted` as `below_floor`."""
+    reserve: Bid | None = None
+    """The least eCPM of an ad, what a thousand impressions are to pay, to 6 decimals; those below are in `omitted` as `below_reserve`."""
+    prices: bool = False
+    """With `objective: ecpm`, say of each ad what it has to pay for what it bids for, by the generalised second price: the least bid with
+    which its eCPM would reach that of the best ad below it, or the reserve. Nothing is charged here."""
     explain: bool = False
     """Answer too with what the model was given, the user's features and behaviours and each ad's features, and with what it made of it:
     each behaviour's weight and what each field added to the logit, of networks that have such (docs/models.md)."""
@@ -214,8 +238,10 @@ class ModelFacts(Wire):
 
 
 class AdAnswer(Wire):
-    """A ranked ad. `known` is there, and false, for an ad that the catalogue does not have; `propensity` where the ranking explored:
-    the probability with which the policy puts this ad at this place, given the ads above it. The last three are there where the request
+    """A ranked ad. `ecpm` is there where it bids, in whole millionths; `score` is what ads are ordered by with the objectives `value` and
+    `weighted`; `price` is there where the request asked for `prices`. `known` is there, and false, for an ad that the catalogue does not
+    have; `propensity` where the ranking explored: the probability with which the policy puts this ad at this place, given the ads above
+    it. The last three are there where the request
     said `explain`: `explain` is what the model was given, and what it made of it are `attention`, the weight of each behaviour, oldest
     first, and `contributions`, what fields, pairs of fields and the `rest` add to the logit before calibration.
     """
@@ -224,6 +250,8 @@ class AdAnswer(Wire):
     rank: int
     p_click: float
     ecpm: float | None = None
+    score: float | None = None
+    price: float | None = None
     propensity: float | None = None
     known: bool = True
     explain: dict[str, Any] | None = None
@@ -235,7 +263,7 @@ class OmittedAnswer(Wire):
     """A candidate that is not ranked, and why."""
 
     ad_id: str
-    reason: Literal["duplicate", "not_scored", "top_k", "unknown_ad"]
+    reason: Literal["below_floor", "below_reserve", "duplicate", "not_scored", "top_k", "unknown_ad"]
 
 
 class DegradedAnswer(Wire):
@@ -315,13 +343,11 @@ def _ads(ranking: Ranking) -> list[bytes]:
 def _numbers(ranking: Ranking) -> list[bytes]:
     """What an ad says after its rank. All of it but p_click is there for some rankings only."""
     texts = _listed(ranking.p_click)
-    if ranking.ecpm is not None:
-        texts = [
-            text if ecpm == b"null" else b'%s,"ecpm":%s' % (text, ecpm) for text, ecpm in zip(texts, _listed(ranking.ecpm), strict=True)
-        ]
-    if ranking.propensity is not None:
-        chances = _listed(ranking.propensity)
-        texts = [b'%s,"propensity":%s' % (text, chance) for text, chance in zip(texts, chances, strict=True)]
+    columns = {"ecpm": ranking.ecpm, "score": ranking.score, "price": ranking.price, "propensity": ranking.propensity}
+    for name, column in columns.items():
+        if column is not None:
+            said = b',"%s":' % name.encode()
+            texts = [text if each == b"null" else text + said + each for text, each in zip(texts, _listed(column), strict=True)]
     if ranking.known is not None:
         texts = [text if known else text + b',"known":false' for text, known in zip(texts, ranking.known, strict=True)]
     if ranking.ads_seen is not None:

@@ -14,8 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from features.encode import Features
 from features.served import ServedRecord, pack_served
 from features.state import Store, StoreError, StoreRoom
@@ -88,16 +86,15 @@ def _candidates(ranking: Ranking) -> list[str]:
     """All that were ranked, where the policy explored."""
     if ranking.propensity is None:
         return []
-    ad_ids = ranking.encoded.request.candidates
-    return [ad_ids[row] for row in np.flatnonzero(np.isfinite(ranking.scores)).tolist()]
+    return list(map(ranking.encoded.request.candidates.__getitem__, ranking.rows.tolist()))
 
 
 def _unknown(ranking: Ranking, shown: Sequence[str]) -> dict[str, None]:
     """Those of the ads of the record that were ranked as unknown, in order."""
     known = ranking.known
     if ranking.propensity is not None:
-        ad_ids, which = ranking.encoded.request.candidates, np.isfinite(ranking.scores) & ~ranking.encoded.known
-        return dict.fromkeys(ad_ids[row] for row in np.flatnonzero(which).tolist())
+        ad_ids = ranking.encoded.request.candidates
+        return dict.fromkeys(ad_ids[row] for row in ranking.rows[~ranking.encoded.known.take(ranking.rows)].tolist())
     return {} if known is None else {ad_id: None for ad_id, is_known in zip(shown, known, strict=False) if not is_known}
 
 

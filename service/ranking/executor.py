@@ -24,7 +24,7 @@ class Scoring(Protocol):
     """Scores requests with whichever model each is for."""
 
     async def score(self, scorer: Scorer, feeds: Feeds, stages: RequestTimings, deadline: float | None) -> Numbers:
-        """The probabilities `(C,)` of one request's candidates; `deadline` in seconds from the request's beginning.
+        """The probabilities `(C,)` of one request's candidates, or `(C, H)`; `deadline` in seconds from the request's beginning.
 
         Raises:
             DeadlineError: the deadline passed before the model began.

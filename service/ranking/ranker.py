@@ -16,7 +16,7 @@ from features.encode import Features, Feeds, FieldError, Mask, Request, encode_r
 from features.policy import Policy
 from features.schema import IDENTITY
 from features.state import Store, StoreError, UserState
-from features.vocabulary import Numbers
+from features.vocabulary import Ids, Numbers
 
 from ..catalogue.ads import View
 from ..catalogue.catalogue import Catalogue
@@ -24,18 +24,18 @@ from ..errors import DeadlineError, FieldProblem, InvalidError, ScoringError, Se
 from ..models.canary import Challenge
 from ..models.loaded import Model, Models
 from ..telemetry.metrics import Metrics, RequestTimings
+from .bids import ABSENT, CLICK, CONVERSION, CPA, Bids, Floats, from_micros, second_prices, worth_of
 from .executor import Scoring
 from .explain import Seen, explain_ad, explain_request
 from .ordering import arrange, best_first
 
-Bids = np.ndarray[Any, np.dtype[np.float64]]
 MISTAKES_TOLD = 20
 
 
 @dataclass(slots=True, kw_only=True)
 class Query:
-    """A request to rank. `bids` stand beside `ad_ids`, NaN where there is none, or None where no candidate has one; `sent` holds
-    candidates' features by position; no history: the stored one.
+    """A request to rank. `bids` stand beside `ad_ids`, None where no candidate has one; `sent` holds candidates' features by position;
+    no history: the stored one.
     """
 
     user_id: str
@@ -53,7 +53,14 @@ class Query:
     top_k: int | None = None
     shown: int | None = None
     """How many ads of the answer are shown, if that is not `top_k`; not known where neither is there."""
-    objective: Literal["pctr", "ecpm"] = "pctr"
+    objective: Literal["pctr", "ecpm", "value", "weighted"] = "pctr"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """By head, of the objective `weighted`."""
+    min_score: float | None = None
+    """The least p(click) of an ad."""
+    reserve: int | None = None
+    """The least eCPM of an ad, in micros."""
+    prices: bool = False
     explain: bool = False
     unknown_ads: Literal["rank", "omit"] = "rank"
     """What becomes of an ad that the catalogue does not have and that comes without features."""
@@ -62,6 +69,12 @@ class Query:
     deadline: float | None = None
     """Seconds from the request's beginning."""
     request_id: str = ""
+
+    @property
+    def heads(self) -> set[str]:
+        """Those that it needs beside the click."""
+        pays = self.bids is not None and bool((self.bids.kind == CPA).any())
+        return {*self.weights, *([CONVERSION] if pays else [])} - {CLICK}
 
 
 class Degraded(NamedTuple):
@@ -96,8 +109,8 @@ class Ranking:
     """
 
     encoded: Encoded
-    scores: Numbers
-    """What the model gave each of the request's candidates `(C,)`: probabilities, or what is no number."""
+    rows: Ids
+    """Which of the request's candidates could be ranked: those that a policy draws from."""
     ad_ids: Sequence[str]
     p_click: Sequence[float]
     """The shortest decimals that are the model's float32: no digit that it did not mean, none lost."""
@@ -108,6 +121,10 @@ class Ranking:
     omitted: Sequence[tuple[str, str]]
     seen: Mapping[str, Any] | None = None
     ads_seen: Sequence[Seen] | None = None
+    score: Sequence[float | None] | None = None
+    """What ads were ordered by, where that is neither p(click) nor eCPM."""
+    price: Sequence[float | None] | None = None
+    """What each ad would have to pay, in the unit of its bid; None where nobody asked."""
     propensity: Sequence[float] | None = None
     """How likely the policy was to put each ad at its place, given those above it; None where it did not explore."""
     why: Sequence[Mapping[str, Any]] = ()
@@ -162,8 +179,8 @@ class Ranker:
         """
         model, catalogue = self.models.get(query.model), self.catalogue
         challenge = self.challenges.get(model.name)
-        canary = challenge.canary(query.user_id) if challenge else None
-        _check_bids(query)
+        _check_bids(query, model)
+        canary = challenge.canary(query.user_id) if challenge and not query.heads else None  # which gives the click alone
         # The catalogue may let go of them while the store is asked.
         views = {each: catalogue.view(each.bundle.fingerprint) for each in (model, canary) if each is not None}
         stages.enter("features")
@@ -186,7 +203,8 @@ class Ranker:
         stages.enter("features")
         encoded = asked.encoded(model, view)
         asked.note(encoded)
-        scores = await self._scoring.score(model.scorer, encoded.feeds, stages, query.deadline)
+        scorer = model.scorer.whole if query.heads else model.scorer
+        scores = await self._scoring.score(scorer, encoded.feeds, stages, query.deadline)
         stages.enter("post")
         if challenge is not None:
 
@@ -195,7 +213,7 @@ class Ranker:
                     return encoded.feeds
                 return asked.encoded(other, asked.catalogue.view(other.bundle.fingerprint)).feeds
 
-            challenge.beside(query.user_id, stages.seconds["inference"], scores, encode)
+            challenge.beside(query.user_id, stages.seconds["inference"], scores if scores.ndim == 1 else scores[:, 0], encode)
         return self._ranking(stages, encoded, scores)
 
     async def _by_canary(self, asked: "Asked", canary: Model, view: View, challenge: Challenge) -> Ranking:
@@ -215,7 +233,7 @@ class Ranker:
         return self._ranking(stages, encoded, scores)
 
     def _ranking(self, stages: RequestTimings, encoded: Encoded, scores: Numbers) -> Ranking:
-        stages.scores = scores
+        stages.scores = scores if scores.ndim == 1 else scores[:, 0]
         ranking = _ranked(encoded, scores, self._random)
         stages.degraded = [(entry.stage, entry.reason) for entry in ranking.degraded]
         return ranking
@@ -300,11 +318,33 @@ def _usable(model: Model, query: Query, stored: UserState, degraded: list[Degrad
     return UserState(features, stored.ad_ids, times)
 
 
-def _check_bids(query: Query) -> None:
-    if query.objective == "ecpm" and (query.bids is None or np.isnan(query.bids).any()):
-        missing = range(len(query.ad_ids)) if query.bids is None else np.flatnonzero(np.isnan(query.bids)).tolist()
-        mistakes = [FieldProblem(("candidates", i, "bid"), "missing; the objective ecpm needs it") for i in missing[:MISTAKES_TOLD]]
-        raise InvalidError(f"the objective ecpm needs a bid for each candidate; {len(missing)} have none", mistakes)
+def _check_bids(query: Query, model: Model) -> None:
+    """That the request can be ranked as it asks."""
+    if query.prices and query.objective != "ecpm":
+        raise _cannot(("options", "prices"), "prices are those of an order by eCPM: ask for the objective ecpm")
+    if lacks := sorted(query.heads.difference(model.scorer.heads)):
+        what = f"model {model.name} predicts no {lacks[0]}; it predicts {', '.join(model.scorer.heads)}"
+        if query.bids is None or query.objective == "weighted":
+            raise _cannot(("options", "objective"), what)
+        raise _cannot(("candidates", int(np.flatnonzero(query.bids.kind == CPA)[0]), "bid_type"), what)
+    if query.objective == "weighted" and not query.weights:
+        raise _cannot(("options", "objective"), "needs the service's setting weights, such as ADRANK_WEIGHTS=click=1,conversion=20")
+    if query.objective == "ecpm" or query.reserve is not None:
+        _check_all("bid", query, "the objective ecpm needs" if query.objective == "ecpm" else "a reserve needs")
+    elif query.objective == "value":
+        _check_all("value", query, "the objective value needs")
+
+
+def _check_all(name: Literal["bid", "value"], query: Query, needs: str) -> None:
+    column = np.full(len(query.ad_ids), ABSENT) if query.bids is None else getattr(query.bids, name)
+    missing = np.flatnonzero(column == ABSENT).tolist()
+    if missing:
+        mistakes = [FieldProblem(("candidates", i, name), f"missing; {needs} it") for i in missing[:MISTAKES_TOLD]]
+        raise InvalidError(f"{needs} a {name} for each candidate; {len(missing)} have none", mistakes)
+
+
+def _cannot(path: tuple[str | int, ...], detail: str) -> InvalidError:
+    return InvalidError(detail, [FieldProblem(path, detail)])
 
 
 def _first_of_each(query: Query) -> list[int] | None:
@@ -328,33 +368,44 @@ def _request(query: Query, state: UserState, repeated: Sequence[int] | None, ts:
 
 def _ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ranking:
     """Ads best first, or as the policy drew them, those beyond `top_k` omitted, and those without a finite score. Ties go by ad id."""
-    query, ad_ids, repeated, finite = encoded.query, encoded.request.candidates, encoded.repeated, np.isfinite(scores)
+    query, ad_ids, repeated = encoded.query, encoded.request.candidates, encoded.repeated
+    heads = scores.reshape(len(ad_ids), -1).T
+    finite: Mask = np.logical_and.reduce(np.isfinite(heads))
     if np.count_nonzero(finite) < len(finite):
         encoded.degraded.append(Degraded("inference", "not_finite", "omitted"))
-    bids = query.bids if query.bids is None or repeated is None else query.bids[repeated]
+        heads = np.where(finite, heads, np.float32(0))
+    p = {name: shortest(head) for name, head in zip(encoded.model.scorer.heads, heads, strict=False)}
+    bids = query.bids if query.bids is None or repeated is None else query.bids.take(repeated)
+    clicks, worth = p[CLICK], worth_of(query.objective, bids, p, query.weights, heads[0])
     rankable = _rankable(encoded)
-    (rows,) = (finite & rankable).nonzero()
-    clicks = shortest(scores) if len(rows) == len(ad_ids) else shortest(np.where(finite, scores, np.float32(0)))
-    ecpm = None if bids is None else clicks * bids * 1000
-    by = scores if query.objective == "pctr" or ecpm is None else ecpm
-    order, propensity = arrange(best_first(rows, by, ad_ids), by, query.policy, query.top_k, random)
+    fit, fallen = finite & rankable, dict[str, Mask]()
+    if query.min_score is not None:
+        fit &= ~fallen.setdefault("below_floor", fit & (clicks < query.min_score))
+    if query.reserve is not None and worth.ecpm is not None:
+        fit &= ~fallen.setdefault("below_reserve", fit & (worth.ecpm < query.reserve))
+    (rows,) = fit.nonzero()
+    order, propensity = arrange(best_first(rows, worth.by, ad_ids), worth.by, query.policy, query.top_k, random)
     kept = order[: query.top_k]
     places, known = kept.tolist(), encoded.known.take(kept)
     omitted = [] if repeated is None else [(ad_id, "duplicate") for ad_id in _others(query.ad_ids, repeated)]
     if len(places) < len(ad_ids):
-        omitted += [(ad_ids[row], "unknown_ad") for row in np.flatnonzero(~rankable).tolist()]
-        omitted += [(ad_ids[row], "not_scored") for row in np.flatnonzero(rankable & ~finite).tolist()]
+        fallen = {"unknown_ad": ~rankable, "not_scored": rankable & ~finite, **fallen}
+        omitted += [(ad_ids[row], reason) for reason, those in fallen.items() for row in np.flatnonzero(those).tolist()]
         omitted += [(ad_ids[row], "top_k") for row in order[len(kept) :].tolist()]
     ranking = Ranking(
         encoded,
-        scores,
+        rows,
         list(map(ad_ids.__getitem__, places)),
         clicks.take(kept).tolist(),
-        None if ecpm is None else [None if value != value else value for value in ecpm.take(kept).tolist()],  # noqa: PLR0124
+        None if worth.ecpm is None else from_micros(worth.ecpm.take(kept)),
         None if np.count_nonzero(known) == len(known) else known.tolist(),
         omitted,
         propensity=None if propensity is None else propensity.tolist(),
     )
+    if query.objective in ("value", "weighted"):
+        ranking.score = from_micros(worth.by.take(kept)) if query.objective == "value" else worth.by.take(kept).tolist()
+    if query.prices:
+        ranking.price = from_micros(second_prices(worth, order, query.reserve or 0)[: len(kept)])
     if query.explain:
         encoder = encoded.model.bundle.encoder
         ranking.seen = explain_request(encoder, encoded.feeds, encoded.behaviours)
@@ -379,7 +430,7 @@ def _others(ad_ids: Sequence[str], ranked: Sequence[int]) -> list[str]:
     return [ad_id for i, ad_id in enumerate(ad_ids) if i not in places]
 
 
-def shortest(scores: Numbers) -> Bids:
+def shortest(scores: Numbers) -> Floats:
     """The shortest decimals that are these finite float32, as float64."""
     return np.array(orjson.loads(orjson.dumps(np.ascontiguousarray(scores), option=orjson.OPT_SERIALIZE_NUMPY)), np.float64)
 

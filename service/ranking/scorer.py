@@ -1,5 +1,8 @@
 """A model in ONNX Runtime. The only module that knows it; knows nothing about features, users or HTTP."""
 
+import copy
+import functools
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -27,7 +30,7 @@ INSTALL = (
     "pip install 'adrank[gpu]', then pip uninstall onnxruntime, which hides it, and "
     "pip install --force-reinstall --no-deps onnxruntime-gpu; it needs an NVIDIA GPU with its driver, CUDA 13 and cuDNN 9"
 )
-OUTPUT = "p_click"
+OUTPUT, PREFIX = "p_click", "p_"
 TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
 SLICE = 512
 """Most candidates of one run: what the model keeps of them in between stays in the caches, however many a request has."""
@@ -62,17 +65,33 @@ class Scorer:
         if self.provider not in self._session.get_providers():  # it falls back to the CPU by itself, many times slower
             raise DeviceError(f"device {device} is not available: {self.provider} did not start, the log says what it misses; {INSTALL}")
         self.inputs = tuple(entry.name for entry in self._session.get_inputs())
-        if OUTPUT not in [entry.name for entry in self._session.get_outputs()]:
+        given = [entry.name for entry in self._session.get_outputs()]
+        if OUTPUT not in given:
             raise ScoringError(f"{model} has no output {OUTPUT}")
+        others = sorted(name for name in given if name.startswith(PREFIX) and name != OUTPUT)
+        self.heads = tuple(name.removeprefix(PREFIX) for name in (OUTPUT, *others))
+        """What the model predicts, the click first."""
+        self._outputs: tuple[str, ...] = (OUTPUT,)
+
+    @functools.cached_property
+    def whole(self) -> "Scorer":
+        """The same model, which gives all of its heads: `(R, C, H)` where there are more than the click."""
+        whole = copy.copy(self)
+        whole._outputs = tuple(PREFIX + head for head in self.heads)
+        return whole
 
     def score(self, feeds: Feeds) -> Numbers:
-        """The probabilities `(R, C)` float32 of a click; more than `SLICE` candidates in slices of equal size. Blocks.
+        """The probabilities `(R, C)` float32 of a click, of `whole` `(R, C, H)`; more than `SLICE` candidates in equal slices. Blocks.
 
         Raises:
             ScoringError: a tensor is missing, the model failed, or what it gave has another shape.
         """
         slices = [self.run(some) for some in self.slices(feeds)]
         return slices[0] if len(slices) == 1 else np.concatenate(slices, axis=1)
+
+    @property
+    def _last_axis(self) -> tuple[int, ...]:
+        return (len(self._outputs),) if len(self._outputs) > 1 else ()
 
     def slices(self, feeds: Feeds) -> list[Feeds]:
         """The request as requests of at most `SLICE` candidates, all about as large."""
@@ -91,16 +110,15 @@ class Scorer:
         """The probabilities of one slice; raises as `score` does."""
         try:
             wanted = {name: feeds[name] for name in self.inputs}
-            (scores,) = self._session.run([OUTPUT], wanted)
+            scores = together(self._session.run(self._outputs, wanted))
         except KeyError as error:
             raise ScoringError(f"the model takes {error.args[0]}, which its schema does not make") from error
-        except FAILURES as error:
+        except MISFITS as error:
             raise ScoringError(f"the model failed: {error}") from error
-        shape = next(tensor.shape[:2] for name, tensor in feeds.items() if name.startswith("ad_"))
+        shape = *next(tensor.shape[:2] for name, tensor in feeds.items() if name.startswith("ad_")), *self._last_axis
         if scores.dtype != np.float32 or scores.shape != shape:
             raise ScoringError(f"the model gave {scores.dtype} {scores.shape}, expected float32 {shape}")
-        answer: Numbers = scores
-        return answer
+        return scores
 
 
 class ExplainGraph:
@@ -154,6 +172,14 @@ class TiledScorer(Scorer):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")  # ends when nothing holds the scorer any more
         self._thread.submit(int).result()  # starts it now, with the priority of whoever makes the scorer
         self._bound: dict[Shape, Bound] = {}
+        self._numbers = itertools.count(1)
+
+    @functools.cached_property
+    def whole(self) -> "TiledScorer":
+        """See `Scorer`; in the same thread, with tensors of its own."""
+        whole = copy.copy(self)
+        whole._outputs, whole._bound = tuple(PREFIX + head for head in self.heads), {}
+        return whole
 
     def submit(self, requests: Sequence[Feeds]) -> "Future[list[Numbers]]":
         """Begin to score requests `(1, ...)` together: the probabilities `(1, C)` of each, or the `ScoringError` of all."""
@@ -170,7 +196,7 @@ class TiledScorer(Scorer):
         return [(shape.behaviours, shape.tiles * TILE) for shape in shapes(history_length)]
 
     def _score_all(self, requests: Sequence[Feeds]) -> list[Numbers]:
-        scores: list[Numbers] = [np.empty((1, candidates_of(feeds)), np.float32) for feeds in requests]
+        scores: list[Numbers] = [np.empty((1, candidates_of(feeds), *self._last_axis), np.float32) for feeds in requests]
         try:
             for run in runs(requests):
                 bound = self._shaped(shape_of(run, requests, self._history_length))
@@ -184,14 +210,14 @@ class TiledScorer(Scorer):
 
     def _shaped(self, shape: Shape) -> "Bound":
         if shape not in self._bound:
-            self._bound[shape] = Bound(self._session, shape, self._device, len(self._bound) + 1)
+            self._bound[shape] = Bound(self._session, shape, self._device, next(self._numbers), self._outputs)
         return self._bound[shape]
 
 
 class Bound:
     """One shape's tensors, on the host to be filled and on the device to be read, which stay where they are."""
 
-    def __init__(self, session: ort.InferenceSession, shape: Shape, device: str, number: int) -> None:
+    def __init__(self, session: ort.InferenceSession, shape: Shape, device: str, number: int, outputs: Sequence[str]) -> None:
         """Allocate them; `number`, from 1, is the shape's own, under which CUDA records its run."""
         axes = {"user": (shape.tiles,), "history": shape, "ad": (shape.tiles, TILE)}
         self.inputs: Feeds = {}
@@ -204,16 +230,21 @@ class Bound:
             self.inputs[entry.name] = np.zeros(size, TYPES[entry.type])
             self._values[entry.name] = ort.OrtValue.ortvalue_from_shape_and_type(size, TYPES[entry.type], device, 0)
             self._binding.bind_ortvalue_input(entry.name, self._values[entry.name])
-        self._output = ort.OrtValue.ortvalue_from_shape_and_type((shape.tiles, TILE), np.float32, device, 0)
-        self._binding.bind_ortvalue_output(OUTPUT, self._output)
+        self._outputs = [ort.OrtValue.ortvalue_from_shape_and_type((shape.tiles, TILE), np.float32, device, 0) for _ in outputs]
+        for name, output in zip(outputs, self._outputs, strict=True):
+            self._binding.bind_ortvalue_output(name, output)
 
     def run(self) -> Numbers:
-        """The scores `(tiles, TILE)` of what `inputs` hold; good until the next run."""
+        """The scores `(tiles, TILE)` of what `inputs` hold, or `(tiles, TILE, H)`; good until the next run."""
         for name, value in self._values.items():
             value.update_inplace(self.inputs[name])
         self._session.run_with_iobinding(self._binding, self._options)
-        scores: Numbers = self._output.numpy()
-        return scores
+        return together([output.numpy() for output in self._outputs])
+
+
+def together(heads: Sequence[Numbers]) -> Numbers:
+    """One head as it is, several side by side in a last axis."""
+    return heads[0] if len(heads) == 1 else np.stack(heads, axis=-1)
 
 
 def try_device(device: str) -> str:

@@ -110,10 +110,10 @@ def fill(buffers: Mapping[str, np.ndarray[Any, Any]], run: Sequence[Piece], requ
 
 
 def take_apart(scores: Numbers, run: Sequence[Piece], into: Sequence[Numbers]) -> None:
-    """Write the scores `(tiles, TILE)` of a run to those `(C,)` of its requests."""
+    """Write the scores `(tiles, TILE)` of a run to those `(C,)` of its requests; both may have a last axis, of heads."""
     row = 0
     for piece in run:
-        flat = scores[row : row + piece.tiles].reshape(-1)
+        flat = scores[row : row + piece.tiles].reshape(-1, *scores.shape[2:])
         wanted = into[piece.request][piece.first * TILE : (piece.first + piece.tiles) * TILE]
         wanted[:] = flat[: len(wanted)]
         row += piece.tiles
