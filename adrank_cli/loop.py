@@ -1,6 +1,7 @@
-"""From what was served to the next version: `join`, `skew`, `replay`, `retrain`."""
+"""From what was served to the next version: `join`, `attribute`, `skew`, `replay`, `retrain`."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -63,6 +64,38 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
     finally:
         if stop:
             stop()
+
+
+@click.command(epilog="Example: adrank attribute --log data/log --out data/rows --click-window 3600")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes.")
+@click.option("--out", type=FOLDER, required=True, help="The rows, a log that needs no attribution; must not exist yet.")
+@click.option("--ray", "address", metavar="ADDRESS", help="Do it on this Ray cluster; local starts one on this machine. The extra `ray`.")
+@attributing
+@needs("train")
+def attribute(folder: Path, out: Path, address: str | None, **options: Any) -> None:
+    """Write a log's impressions with what came of them, once for all who train on them; on one machine, or on a cluster."""
+    from training.datasets.log import is_log
+    from training.join.attributed import here, write_attributed
+    from training.join.attribution import settings_of
+    from training.progress import progress_bar
+
+    if not is_log(folder):
+        raise Refusal(f"{folder} is not a log; adrank join writes one")
+    settings = attribution_of(folder, options) or settings_of(folder)
+    if address:
+        from training.join.on_ray import on_ray
+    with progress_bar() as progress, on_ray(address) if address else contextlib.nullcontext(here) as run:
+        task = progress.add_task("attributing", total=None)
+
+        def shown(make: Any, parts: Any) -> Any:
+            progress.update(task, total=len(parts))
+            for left in run(make, parts):
+                progress.advance(task)
+                yield left
+
+        found = write_attributed(folder, out, settings, shown)
+    rows = f"{found.impressions:,} impressions, {found.clicks:,} clicks, {found.conversions:,} conversions"
+    print(f"{out}: {rows}; {found.unmade.open:,} rankings are open, {found.unmade.repeated:,} repeated ids were dropped")
 
 
 @click.command(epilog="Example: adrank skew --log log --models models --since 2026-11-22")

@@ -11,6 +11,8 @@ import click
 
 P = ParamSpec("P")
 OURS = ("adrank_bench", "adrank_cli", "adrank_demo", "features", "service", "training")
+OF_LIBRARY = {"confluent_kafka": "kafka", "ray": "ray"}
+"""Extras of single options: what the rest of their subcommands needs has another."""
 SHARE = click.FloatRange(0, 1, min_open=True)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -36,8 +38,9 @@ def needs(extra: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
                 library = str(missing.name).partition(".")[0]
                 if library in OURS:
                     raise
+                named = OF_LIBRARY.get(library, extra)
                 what = f"adrank {click.get_current_context().info_name} needs {library}, which is not installed"
-                raise Refusal(f"{what}: pip install 'adrank[{extra}]', which has all that it needs") from missing
+                raise Refusal(f"{what}: pip install 'adrank[{named}]', which has all that it needs") from missing
 
         return run
 

@@ -19,7 +19,8 @@ import numpy as np
 import polars as pl
 
 from features.schema import parse_schema
-from training.join.attribution import EVENTS, IMPRESSIONS, RAW, WATERMARK, Attribution, attribute, hour_name
+from training.join.attributed import attribute
+from training.join.attribution import EVENTS, IMPRESSIONS, RAW, WATERMARK, Attribution, hour_name
 from training.join.raw import EVENT_TYPES, HOUR, Columns
 from training.simulation import SCHEMA
 

@@ -24,8 +24,9 @@ from features.served import ServedRecord, pack_served
 from features.state import pack_features
 from features.streams import EVENTS, SERVED, Entry
 from service.store.streams import RedisStreams
+from training.join.attributed import attribute
 from training.join.attribution import EVENTS as RAW_EVENTS
-from training.join.attribution import IMPRESSIONS, RAW, WATERMARK, Attribution, attribute, hour_name, settings_of
+from training.join.attribution import IMPRESSIONS, RAW, WATERMARK, Attribution, hour_name, settings_of
 from training.join.log import open_log
 from training.join.raw import Columns, events_of, impressions_of
 from training.join.sink import Sink, SinkSettings

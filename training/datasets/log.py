@@ -18,7 +18,8 @@ import polars as pl
 
 from features.schema import Schema
 
-from ..join.attribution import IMPRESSIONS, RAW, Attribution, attribute, hour_files, settings_of
+from ..join.attributed import attribute
+from ..join.attribution import IMPRESSIONS, RAW, Attribution, hour_files, settings_of
 from .prepared import (
     DTYPES,
     ROWS_PER_FILE,
@@ -198,7 +199,7 @@ def open_log(
     made, still_open = None, 0
     if any((folder / name).is_dir() for name in (RAW, "conversions")):
         made = Attributed()
-        still_open = attribute(folder, made.path, settings or settings_of(folder), begin, end)
+        still_open = attribute(folder, made.path, settings or settings_of(folder), begin, end).open
     hours = hour_files(made.path if made else folder, "day")
     paths = [path for hour, files in hours.items() if (hour + 1) * HOUR > begin and hour * HOUR < end for path in files]
     try:

@@ -301,7 +301,7 @@ def check_columns(frame: pl.DataFrame, columns: Mapping[str, pl.DataType], path:
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[Path]:
+def writing(out: Path, mode: int = 0o755) -> Iterator[Path]:
     """A staging folder that becomes `out` by one rename when the block ends well, and is gone when it does not.
 
     Raises:
@@ -314,7 +314,7 @@ def writing(out: Path) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
             yield staging
-            staging.chmod(0o755)
+            staging.chmod(mode)
             staging.replace(out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -17,7 +17,7 @@ import tomli_w
 
 from features.schema import Schema
 
-from ..datasets.prepared import ROWS_PER_FILE, DataError, read_parquet, read_schema
+from ..datasets.prepared import DataError
 from .raw import EVENT_TYPES, HOUR, Columns
 
 RAW, IMPRESSIONS, EVENTS, ASIDE = "raw", "impressions", "events", "aside"
@@ -39,6 +39,8 @@ JOINED, DUPLICATE, LATE, DEFERRED, UNKNOWN, NOT_SHOWN, OTHER_USER, BEFORE, NO_IM
 KEY = ("request_id", "entry", "ad_id")
 """Of an ad of a ranking: a request id may be used again, and an entry may be read again."""
 ONCE = ["request_id", "entry"]
+EVENT = pl.struct("type", pl.when(pl.col("type") == "click").then("user_id").otherwise("request_id").alias("entity"), "event_id")
+"""What an event is known by when it comes again."""
 NARROW = ("request_id", "entry", "user_id", "since", "shown", "ad_id")
 
 
@@ -139,11 +141,8 @@ def settle(events: pl.LazyFrame, rankings: pl.LazyFrame, settings: Attribution) 
 
     A record that was written twice is one event. `rankings` has `NARROW` and `counted`.
     """
-    entity = pl.when(pl.col("type") == "click").then("user_id").otherwise("request_id")
     events_once = events.rename({"entry": "record"}).unique(["record", "event_id"], keep="any").sort("received", "record")
-    events_once = events_once.with_columns(first=pl.struct("type", entity.alias("entity"), "event_id").is_first_distinct()).with_row_index(
-        "event"
-    )
+    events_once = events_once.with_columns(first=EVENT.is_first_distinct()).with_row_index("event")
     events_once = events_once.collect().lazy()  # once: it is needed thrice
     named = rankings.join(events_once.select("request_id").unique(), on="request_id", how="semi").unique(ONCE, keep="any").collect().lazy()
     ads = named.with_columns(index=pl.int_ranges(pl.col("ad_id").list.len()), ranked_user=pl.col("user_id")).explode("ad_id", "index")
@@ -182,13 +181,14 @@ def labelled(raw: RawLog, hour: int, settings: Attribution, closed: float, bough
 
     `bought` is what `conversions` found. Rows are in the order of rankings, and of ads in them.
     """
-    begin, columns = float(hour * HOUR), raw.columns
+    begin, end, columns = float(hour * HOUR), float((hour + 1) * HOUR), raw.columns
     served = raw.rankings(begin, begin, settings, list(columns.impressions)).unique(ONCE, keep="any")
     served = served.filter(pl.col("since") > after, pl.col("since") <= closed)
     ((first, last),) = served.select(pl.col("since").min(), pl.col("since").max().alias("last")).collect().rows()
     if first is None:
         return pl.DataFrame()
-    near = raw.rankings(min(first - settings.closes, begin), max(last + settings.closes, begin), settings)
+    first, last = min(first, begin), max(last, end)
+    near = raw.rankings(first - settings.closes, last + settings.closes, settings)
     events = raw.events(first - SKEW_SECONDS, last + settings.closes).filter(pl.col("type") != "conversion")
     joined = settle(events, near, settings).filter(outcome=JOINED).select(*KEY, "type", "ts", "event_id", "position").collect().lazy()
     clicks = joined.filter(type="click").group_by(KEY).agg(click_ts=pl.col("ts").min())
@@ -234,68 +234,6 @@ def conversions(raw: RawLog, hours: Sequence[int], settings: Attribution) -> pl.
     events = raw.events(begin, inf).filter(pl.col("type") == "conversion")
     joined = settle(events, raw.rankings(begin - HOUR, end + settings.closes, settings), settings).filter(outcome=JOINED)
     return joined.group_by(KEY).agg(pl.col("value").fill_null(0.0).sum()).collect(engine="streaming")
-
-
-def attribute(log: Path, into: Path, settings: Attribution, since: float = -inf, until: float = inf) -> int:
-    """Write the rows of a log from `since` on and before `until`, in whole hours, to `into`/day=/hour=. How many rankings are open.
-
-    Rows that a joiner of before wrote are taken as they are, with the conversions that came later.
-
-    Raises:
-        DataError: the log is damaged, or something cannot be written.
-    """
-    try:
-        _older(log, into, settings, since, until)
-        raw = RawLog(log, read_schema(log)[0])
-        closed = raw.watermark - settings.closes
-        hours = [hour for hour in raw.hours[IMPRESSIONS] if (hour + 1) * HOUR > since and hour * HOUR < until]
-        bought = conversions(raw, hours, settings)
-        for hour in hours:
-            _write(labelled(raw, hour, settings, closed, bought), into / hour_name(hour, "day"))
-        ends = (hours[0] * HOUR, hours[-1] * HOUR) if hours else (0, -1)
-        still = raw.rankings(*ends, settings).filter(pl.col("since") > closed).unique(ONCE)
-        return int(still.select(pl.len()).collect().item())
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise DataError(f"{log} cannot be attributed: {error}") from error
-
-
-def _write(rows: pl.DataFrame, folder: Path) -> None:
-    for number, piece in enumerate(rows.iter_slices(ROWS_PER_FILE) if len(rows) else ()):
-        folder.mkdir(parents=True, exist_ok=True)
-        piece.write_parquet(folder / f"raw-{number:05}.parquet", compression="lz4")
-
-
-def _older(log: Path, into: Path, settings: Attribution, since: float, until: float) -> None:
-    """Rows of the layout of before, which had its conversions beside them."""
-    paths = {h: found for h, found in hour_files(log, "day").items() if (h + 1) * HOUR > since and h * HOUR < until}
-    keys = ("request_id", "ad_id", "user_id", "ts")
-    later = [read_parquet(path, ["event_id", "value", *keys]) for path in sorted((log / "conversions").glob("[!.]*.parquet"))]
-    bought = None
-    if later and paths:
-        events = pl.concat(later).filter(pl.col("request_id") != "").with_row_index("entry").lazy()
-        events = events.with_columns(
-            pl.col("entry").cast(pl.String), type=pl.lit("conversion"), at="ts", received="ts", position=pl.lit(None)
-        )
-        rows = [read_parquet(path, keys).with_columns(_entry(path), since=pl.col("ts")) for found in paths.values() for path in found]
-        listed = pl.concat(rows).lazy().with_columns(pl.col("since").cast(pl.Float64), pl.concat_list("ad_id"), counted=1)
-        joined = settle(events, listed, settings).filter(outcome=JOINED)
-        bought = joined.group_by("entry").agg(more=pl.col("value").fill_null(0.0).sum()).collect()
-    for hour, found in paths.items():
-        folder = into / hour_name(hour, "day")
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in found:
-            if bought is None:
-                (folder / path.name).symlink_to(path.resolve())
-                continue
-            frame = read_parquet(path).with_columns(_entry(path)).join(bought, on="entry", how="left", maintain_order="left")
-            value = pl.when(pl.col("more").is_null()).then("value").otherwise(pl.col("value").fill_null(0.0) + pl.col("more"))
-            converted = (pl.col("more").is_not_null() | (pl.col("conversion") == 1)).cast(pl.Int8)
-            frame.with_columns(value.alias("value"), converted.alias("conversion")).drop("entry", "more").write_parquet(folder / path.name)
-
-
-def _entry(path: Path) -> pl.Expr:
-    """A name for each row of a file."""
-    return pl.concat_str(pl.lit(f"{path}:"), pl.int_range(pl.len())).alias("entry")
 
 
 def hour_name(hour: int, day: str) -> str:
