@@ -51,6 +51,8 @@ MOST_GRAPH_BYTES = 2**31
 MOST_GOLDENS_BYTES, MOST_MANIFEST_BYTES, MOST_CURRENT_BYTES = 2**26, 2**24, 64
 
 Score = Callable[[Feeds], Numbers]
+Contents = bytes | memoryview
+"""Of a file."""
 
 
 class BundleError(AdrankError, RuntimeError):
@@ -206,7 +208,7 @@ def check_publishable(models: Path, name: str) -> None:
         raise BundleError(f"cannot publish {name} in {models}: {there} is not a folder that may be written; name another with --models")
 
 
-def publish(models: Path, name: str, contents: Mapping[str, bytes], facts: Mapping[str, Any], make_current: bool = True) -> Path:
+def publish(models: Path, name: str, contents: Mapping[str, Contents], facts: Mapping[str, Any], make_current: bool = True) -> Path:
     """Write files, by their names, as a new version, by one rename, so that a reader sees all or none; and make it current, if so told.
 
     `facts` join the manifest. The schema and the vocabularies among the files give the fingerprint.
@@ -219,9 +221,11 @@ def publish(models: Path, name: str, contents: Mapping[str, bytes], facts: Mappi
         home.mkdir(parents=True, exist_ok=True)
         with _staging(home) as staged:
             for file, data in contents.items():
+                if (size := memoryview(data).nbytes) > MOST_BYTES:
+                    raise BundleError(f"{file} has {size:,} bytes, and a bundle's file at most {MOST_BYTES:,}; nothing was published")
                 _write(staged / file, data)
-            schema = parse_schema(contents[SCHEMA].decode())
-            print_ = fingerprint(schema, parse_vocabularies(contents[VOCABULARIES].decode(), schema))
+            schema = parse_schema(str(contents[SCHEMA], "utf-8"))
+            print_ = fingerprint(schema, parse_vocabularies(str(contents[VOCABULARIES], "utf-8"), schema))
             documents = {
                 "fingerprint": print_,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -242,7 +246,7 @@ def publish(models: Path, name: str, contents: Mapping[str, bytes], facts: Mappi
     return home / str(version)
 
 
-def _graphs(contents: Mapping[str, bytes]) -> dict[str, dict[str, int]]:
+def _graphs(contents: Mapping[str, Contents]) -> dict[str, dict[str, int]]:
     """Format and opset of each graph; what is no graph is found out by whoever loads it."""
     documents = {}
     for file, data in contents.items():
@@ -317,7 +321,7 @@ def _free_version(home: Path) -> int:
     return version
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: Contents) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -463,9 +467,13 @@ def _digest(path: Path, file: str, listed: Collection[str]) -> str:
         return files.digest(path / file, MOST_BYTES)
     data = files.read(path / file, MOST_GRAPH_BYTES)
     with contextlib.suppress(GraphFileError):  # whoever loads it finds that out
-        if outside := sorted(graph_facts(data).external - set(listed)):
+        beside = graph_facts(data).external
+        if outside := sorted(beside - set(listed)):
             what = f"{file} has weights in {', '.join(outside[:3])}, which no digest of {MANIFEST} covers"
             raise BundleError(f"bundle {path}: {what}; publish it with its weights inside, or list that file", "external_data")
+        if led := sorted(each for each in beside if not (path / each).resolve().is_relative_to(path.resolve())):
+            what = f"{file} has weights in {led[0]}, which is a link to a file outside of the bundle"
+            raise BundleError(f"bundle {path}: {what}; put the file itself there", "external_data")
     return hashlib.sha256(data).hexdigest()
 
 

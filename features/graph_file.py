@@ -64,7 +64,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
 
 
-def graph_facts(data: bytes) -> GraphFacts:
+def graph_facts(data: bytes | memoryview) -> GraphFacts:
     """What an ONNX file says of itself.
 
     Raises:

@@ -16,7 +16,7 @@ MODELS = {
     "damaged": "a file of it is not what was published",
     "incomplete": "its manifest does not list all that a bundle needs",
     "other_contract": "it was made with another feature contract than this program has",
-    "external_data": "it has weights in a file that no digest covers",
+    "external_data": "it has weights in a file that no digest covers, or that lies outside of it",
     "goldens": "it does not score its goldens as training did, or has none",
     "no_version": "it does not say which version is live",
     "challenger": "what is announced as its challenger is none",

@@ -2,18 +2,20 @@
 
 import io
 import json
+from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from features.bundle import Bundle, BundleError
 
 from .networks import NETWORKS, build
 from .networks.contract import Fields
+from .tables import file_of, is_large
 from .tenure import IDLE, parse_idle
 from .train import Start, heads_of
 from .train_settings import TrainError, TrainSettings
@@ -21,11 +23,14 @@ from .train_settings import TrainError, TrainSettings
 WEIGHTS, CALIBRATION = "weights.npz", "calibration.json"
 
 
-def packed(network: nn.Module) -> bytes:
-    """The weights of a network as an .npz, by the names of its state."""
-    file, weights = io.BytesIO(), {name: value.numpy() for name, value in network.state_dict().items()}
-    np.savez(file, allow_pickle=False, **weights)
-    return file.getvalue()
+def packed(network: nn.Module, tables: Collection[str] = ()) -> bytes:
+    """The weights of a network as an .npz, by the names of its state; of what is in the files `tables`, the file's name."""
+    packing, weights = io.BytesIO(), {name: value.numpy() for name, value in network.state_dict().items()}
+    for name, value in network.state_dict().items() if tables else ():
+        if is_large(value) and (file := file_of(weights[name])) in tables:
+            weights[name] = np.array(file)
+    np.savez(packing, allow_pickle=False, **weights)
+    return packing.getvalue()
 
 
 def start_of(bundle: Bundle) -> Start:
@@ -40,13 +45,23 @@ def start_of(bundle: Bundle) -> Start:
         family, (settings, loop) = bundle.manifest["network"], settings_of(bundle)
         network = build(family, Fields.of(bundle.schema, bundle.vocabularies, heads_of(family, loop.heads)), settings)
         with (bundle.path / WEIGHTS).open("rb") as file, np.load(file, allow_pickle=False) as weights:
-            network.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights.files})
+            state = network.state_dict()
+            network.load_state_dict({name: _weights(bundle, weights[name], state.get(name)) for name in weights.files})
         idle = parse_idle((bundle.path / IDLE).read_bytes()) if IDLE in bundle.files else {}
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, BadZipFile) as error:
         raise BundleError(
             f"bundle {bundle.path}: {WEIGHTS} or {IDLE} cannot be used: {' '.join(str(error).split())}; use --start scratch"
         ) from error
     return Start(network.eval(), bundle.vocabularies, sampling_of(bundle), idle=idle)
+
+
+def _weights(bundle: Bundle, packed: np.ndarray[Any, Any], like: Tensor | None) -> Tensor:
+    """What was packed; where that is the name of one of the bundle's files, what is in there."""
+    if packed.dtype.kind != "U" or like is None:
+        return torch.from_numpy(packed)
+    if str(packed) not in bundle.files:
+        raise ValueError(f"there is no file {str(packed)[:64]!r}")
+    return torch.from_numpy(np.memmap(bundle.path / str(packed), np.float32, "c", shape=tuple(like.shape)))
 
 
 def sampling_of(bundle: Bundle) -> float:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import polars as pl
 import torch
 from rich.progress import Progress
@@ -27,6 +26,7 @@ from features.bundle import (
     VOCABULARIES,
     Bundle,
     BundleError,
+    Contents,
     Golden,
     goldens_json,
     publish,
@@ -50,7 +50,7 @@ from ..weights import CALIBRATION, WEIGHTS, packed
 from .explain import explain_graph, tensors_of
 from .graph import chunks, feeds_of, open_graph
 from .int8 import moved, quantised, refusal
-from .onnx import request_graph
+from .onnx import OnnxFile, request_graph, table_files
 from .retrieval import AD_VECTORS, REQUEST_VECTOR, RequestVectors, ad_vectors
 
 Scores = tuple[np.ndarray[Any, np.dtype[np.float32]], ...]
@@ -109,7 +109,7 @@ def score(served: ServedNetwork, feeds: Feeds) -> np.ndarray[Any, np.dtype[np.fl
     return all_scores(served, feeds)[0]
 
 
-def to_onnx(served: ServedNetwork, tile: int | None = TILE) -> bytes:
+def to_onnx(served: ServedNetwork, tile: int | None = TILE) -> OnnxFile:
     """The graph of the fused network, through torch's dynamo exporter; `tile` as `networks.fuse` takes it."""
     served = ServedNetwork(fused(served.network, tile), served.calibration, served.schema, served.others).eval()
     return request_graph(served, served.schema, random_feeds(served.schema, {}, *SAMPLE), served.names)
@@ -142,7 +142,7 @@ def verify(graph: bytes, served: ServedNetwork, sizes: dict[str, int]) -> float:
     Raises:
         BundleError: they differ by more than `TOLERANCE`, or padding or order changes a score.
     """
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = open_graph(graph)
     worst = 0.0
     for case, feeds, expected in _cases(served, sizes):
         off = max(float(np.abs(ours - theirs).max()) for ours, theirs in zip(session.run(served.names, feeds), expected, strict=True))
@@ -244,7 +244,7 @@ def export(data: Prepared, trained: Trained, models: Path, name: str, progress: 
     return publish(models, name, *contents(data, trained, progress))
 
 
-def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict[str, bytes], dict[str, Any]]:
+def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict[str, Contents], dict[str, Any]]:
     """A bundle's files, verified, and the facts for its manifest. Where the settings ask for int8, such a graph too, if it passes.
 
     Raises:
@@ -253,7 +253,7 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
     encoder = trained.encoder
     others = {head: calibration for head, calibration in trained.calibrations.items() if head != CLICK}
     served = ServedNetwork(trained.network, trained.calibration, encoder.schema, others).eval()
-    graphs = {MODEL: to_onnx(served)}
+    graphs: dict[str, bytes] = {MODEL: to_onnx(served)}
     if is_tiled(trained.network):
         graphs[CUDA_MODEL] = to_onnx(served, tile=None)  # tiles are for a processor's cache
     sizes = {vocabulary: v.size for vocabulary, v in encoder.vocabularies.categories.items()}
@@ -265,13 +265,15 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
         coarse, facts["int8"] = _int8(data, trained, graphs[MODEL], progress)
         if facts["int8"]["refused"] is None:
             graphs[INT8_MODEL] = coarse
-            session = onnxruntime.InferenceSession(coarse, providers=["CPUExecutionProvider"])
+            session = open_graph(coarse)
             goldens = [replace(golden, p_click_int8=session.run(["p_click"], golden.feeds(encoder))[0][0].tolist()) for golden in goldens]
     metrics: dict[str, Any] = {split: m.as_dict() for split, m in trained.metrics.items()}
     if others:
         metrics["heads"] = {head: {split: m.as_dict() for split, m in found.items()} for head, found in trained.head_metrics.items()}
         facts["heads"] = {head: asdict(calibration) for head, calibration in others.items()}
     explaining, facts["explains"] = explain_graph(trained.network, encoder.schema, [random_feeds(encoder.schema, sizes, *s) for s in FEW])
+    retrieval = _retrieval(data, trained, sizes)
+    tables = table_files([*graphs.values(), *explaining.values(), *retrieval.values()])
     files = {
         **graphs,
         **explaining,
@@ -279,11 +281,12 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
         VOCABULARIES: encoder.vocabularies.to_json().encode(),
         GOLDENS: goldens_json(goldens),
         CALIBRATION: json.dumps(asdict(trained.calibration)).encode(),
-        WEIGHTS: packed(trained.network),
+        WEIGHTS: packed(trained.network, tables),
         METRICS: json.dumps(metrics, indent=1).encode(),
         **({IDLE: trained.tenure.to_json()} if trained.settings["evict_after"] else {}),
         REFERENCE: make_reference(data, encoder.vocabularies),
-        **_retrieval(data, trained, sizes),
+        **retrieval,
+        **tables,
     }
     facts["libraries"] = {library: version(library) for library in ("numpy", "torch", "onnx", "onnxruntime")}
     return files, facts
@@ -341,10 +344,12 @@ def scores_of(
     """
     check_fields(data, bundle.schema, data.files(split))
     rows = encode_split(replace(data, schema=bundle.schema), split, bundle.encoder)
-    return rows, scores((bundle.path / graph).read_bytes(), bundle.schema, data.negative_sampling, rows, progress)
+    return rows, scores(bundle.path / graph, bundle.schema, data.negative_sampling, rows, progress)
 
 
-def scores(graph: bytes, schema: Schema, negative_sampling: float, rows: Rows, progress: Progress) -> np.ndarray[Any, np.dtype[np.float64]]:
+def scores(
+    graph: Contents | Path, schema: Schema, negative_sampling: float, rows: Rows, progress: Progress
+) -> np.ndarray[Any, np.dtype[np.float64]]:
     """What a graph gives for encoded rows `(N,)` as it serves them, and as they are when a share of non-clicks was kept of them.
 
     It is the rows that say how they were sampled: what the graph was trained on plays no part.

@@ -1,17 +1,22 @@
 """A published bundle on encoded rows: what one of its graphs gives in ONNX Runtime. Knows nothing about logs."""
 
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-from features.bundle import MODEL, Bundle, BundleError
+from features.bundle import MODEL, Bundle, BundleError, Contents
 from features.encode import Block, Feeds
 from features.graph_file import GraphFileError, graph_facts
 from features.schema import AGES, Schema
 
 from ..datasets.encoded import Rows
+from ..tables import Table
+from .onnx import tables_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 REQUESTS, PAIRS = 128, 8192
@@ -25,20 +30,35 @@ FAILURES: tuple[type[Exception], ...] = (
 )
 
 
-def open_graph(graph: bytes, what: str = "the bundle") -> onnxruntime.InferenceSession:
-    """A session of ONNX Runtime on the CPU.
+def open_graph(graph: Contents | Path, what: str = "the bundle") -> onnxruntime.InferenceSession:
+    """A session of ONNX Runtime on the CPU, with a graph as it was exported, whose large tables are to outlive it, or with a file.
 
     Raises:
         BundleError: it takes no such graph; if that is since it is too old, which one does.
     """
     try:
+        if not isinstance(graph, Path) and (tables := tables_of(graph)):
+            return _open_with(graph, tables)
         return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     except FAILURES as error:
         try:
-            too_new = graph_facts(graph).refusal(onnxruntime.__version__)
+            too_new = graph_facts(graph.read_bytes() if isinstance(graph, Path) else graph).refusal(onnxruntime.__version__)
         except GraphFileError as not_one:
             too_new = str(not_one)
         raise BundleError(f"{what} cannot be scored with: {too_new or error}") from error
+
+
+def _open_with(graph: Contents, tables: Mapping[str, tuple[str, Table]]) -> onnxruntime.InferenceSession:
+    """A session that has the tables where they are in memory: their files are only looked for."""
+    options = onnxruntime.SessionOptions()
+    held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(table) for name, (_, table) in tables.items()}  # the options only point to them
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL
+        path.write_bytes(graph)
+        for name, (file, _) in tables.items():
+            path.with_name(file).touch()
+            options.add_initializer(name, held[name])
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 class Graph:
@@ -51,7 +71,7 @@ class Graph:
             BundleError: ONNX Runtime does not take it.
         """
         self.schema: Schema = bundle.schema
-        self._session = open_graph((bundle.path / file).read_bytes(), f"bundle {bundle.path}")
+        self._session = open_graph(bundle.path / file, f"bundle {bundle.path}")
 
     def p_click(self, rows: Rows, ads: Block | None = None) -> Array:
         """The probabilities `(N,)` float32 of the rows' own ads, or those `(N, C)` of `ads (N, C, ...)` for each of the rows."""

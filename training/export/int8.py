@@ -15,6 +15,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from features.encode import Feeds
 
 from ..evaluate import Measures
+from .onnx import OnnxFile, tables_of
 
 AUC, SHARE = 0.0005, 0.005
 """How far AUC may move, and by which share log loss and the calibration ratio may."""
@@ -31,17 +32,23 @@ class Shown(CalibrationDataReader):  # type: ignore[misc]
         return next(self._requests, None)
 
 
-def quantised(graph: bytes, requests: Iterable[Feeds]) -> bytes:
+def quantised(graph: bytes, requests: Iterable[Feeds]) -> OnnxFile:
     """The graph with int8 weights, a scale an output column, in each product, and uint8 inputs that span what `requests` show."""
+    model, tables = onnx.load_from_string(graph), tables_of(graph)
+    large = [tensor for tensor in model.graph.initializer if tensor.name in tables]
+    for tensor in large:  # an input for now: what looks at the requests writes the model into a file
+        model.graph.initializer.remove(tensor)
+        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    given = {name: table for name, (_, table) in tables.items()}
     root, level = logging.getLogger(), logging.getLogger().level
     root.setLevel(logging.ERROR)  # it recommends steps that have been done, or that this graph does not need
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
             quantize_static(
-                onnx.load_from_string(graph),
+                model,
                 str(path),
-                Shown(requests),
+                Shown({**feeds, **given} for feeds in requests),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["MatMul", "Gemm"],
                 per_channel=True,
@@ -49,9 +56,12 @@ def quantised(graph: bytes, requests: Iterable[Feeds]) -> bytes:
                 weight_type=QuantType.QInt8,
                 extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
             )
-            return path.read_bytes()
+            coarse = onnx.load(path)
     finally:
         root.setLevel(level)
+    del coarse.graph.input[len(coarse.graph.input) - len(large) :]
+    coarse.graph.initializer.extend(large)
+    return OnnxFile(coarse.SerializeToString(), tables)
 
 
 def moved(exact: Measures, coarse: Measures) -> dict[str, float]:

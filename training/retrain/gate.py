@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from rich.progress import Progress
 
-from features.bundle import Bundle
+from features.bundle import Bundle, Contents
 
 from ..datasets.prepared import DataError, Prepared
 from ..export.export import scores, scores_of
@@ -23,7 +23,7 @@ COIN, WORSE = math.log(2), 1.5
 """The log loss of who says one half to everything, and how many times the loss at the start is no noise of a batch."""
 
 
-def compared(champion: Bundle | None, data: Prepared, trained: Trained, graph: bytes, progress: Progress) -> compare.Comparison:
+def compared(champion: Bundle | None, data: Prepared, trained: Trained, graph: Contents, progress: Progress) -> compare.Comparison:
     """What was trained beside the live version, if there is one, on the rows held out: the test split.
 
     Raises:
@@ -65,7 +65,7 @@ def diverged(epochs: Sequence[Epoch]) -> Iterator[str]:
 
 
 def violations(
-    champion: Bundle | None, data: Prepared, trained: Trained, graph: bytes, gate: compare.Gate, progress: Progress
+    champion: Bundle | None, data: Prepared, trained: Trained, graph: Contents, gate: compare.Gate, progress: Progress
 ) -> tuple[list[str], dict[str, Any]]:
     """Why what was trained should not go live by what it measures, none where it may; and the comparison, for the manifest.
 
