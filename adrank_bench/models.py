@@ -18,8 +18,9 @@ from rich.table import Table
 
 from features.encode import Encoder
 from training.calibrate import Calibration
-from training.datasets.encoded import Rows, encode_split, learn_vocabularies
+from training.datasets.encoded import Rows, encode_split
 from training.datasets.prepared import SPLITS, DataError, Prepared
+from training.datasets.vocabularies import learn_vocabularies
 from training.export.export import ServedNetwork, random_feeds, to_onnx
 from training.first_order import settled
 from training.fit import deterministic, fit_network, predict_heads

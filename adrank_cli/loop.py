@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .options import FOLDER, Refusal, attributing, attribution_of, console, moment, needs, on_device, pair
+from .options import FOLDER, Refusal, attributing, attribution_of, bounded, console, memory_of, moment, needs, on_device, pair
 
 
 @click.command(epilog="Example: adrank join --redis redis://127.0.0.1:6379/0 --log data/log --models models --metrics-port 9109")
@@ -176,6 +176,7 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 @on_device
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the checks or of the gate.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
+@bounded
 @attributing
 @needs("train")
 def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
@@ -186,7 +187,7 @@ def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     given = dict(pair(text) for text in settings)
-    flags["attribution"] = attribution_of(flags["log"], flags)
+    flags["attribution"], flags["memory"] = attribution_of(flags["log"], flags), memory_of(flags)
     given |= {name: str(value) for name in ("seed", "epochs", "device", "gate") if (value := flags.pop(name)) is not None}
     with progress_bar() as progress:
         report = run(RetrainRequest(settings=given, **flags), progress)

@@ -1,12 +1,13 @@
 """How good bundles are on a data set: `evaluate`, `score`, `compare`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import FILE, FOLDER, console, needs, print_metrics
+from .options import FILE, FOLDER, bounded, console, memory_of, needs, print_metrics
 
 SPLIT = click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
 DATA = click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
@@ -19,19 +20,21 @@ BUNDLE = click.option("--bundle", type=FOLDER, required=True, help="A version in
 @SPLIT
 @click.option("--importance", is_flag=True, help="Say what each field is worth: how far AUC falls when its values are dealt anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@bounded
 @needs("train")
-def evaluate(bundle: Path, data: Path, split: str, importance: bool, as_json: bool) -> None:
+def evaluate(bundle: Path, data: Path, split: str, importance: bool, as_json: bool, **flags: Any) -> None:
     """Measure a published bundle on a split, through ONNX Runtime."""
     from features.bundle import load_bundle
     from training.datasets.log import open_data
     from training.export.export import evaluate_bundle
     from training.progress import progress_bar
 
+    opened = replace(open_data(data), memory=memory_of(flags))
     if importance:
-        _print_importance(load_bundle(bundle), open_data(data), split, as_json)
+        _print_importance(load_bundle(bundle), opened, split, as_json)
         return
     with progress_bar() as progress:
-        metrics = evaluate_bundle(load_bundle(bundle), open_data(data), split, progress)
+        metrics = evaluate_bundle(load_bundle(bundle), opened, split, progress)
     if as_json:
         print(json.dumps(metrics.as_dict()))
     else:

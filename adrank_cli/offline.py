@@ -1,6 +1,7 @@
 """From a data set to a bundle: `init`, `prepare`, `train`, `tune`."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from .options import (
     WithNetworks,
     attributing,
     attribution_of,
+    bounded,
     console,
+    memory_of,
     needs,
     on_device,
     pair,
@@ -114,6 +117,7 @@ def _print_profile(folder: Path) -> None:
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a training that was killed, to the same weights.")
 @click.option("--checkpoint", type=FOLDER, metavar="DIR", help="Where checkpoints go. Default: MODELS-checkpoints/NAME, beside the models.")
 @click.option("--checkpoint-minutes", "minutes", type=click.FloatRange(0), default=5, show_default=True, help="From one to the next.")
+@bounded
 @attributing
 @needs("train")
 def train(data: Path, model: str, models: Path, name: str | None, settings: tuple[str, ...], file: Path | None, **flags: Any) -> None:
@@ -127,7 +131,8 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
     check_name(name or model)
     folder = flags.pop("checkpoint") or Path(f"{models.absolute()}-checkpoints") / (name or model)
     checkpoint = Checkpoint(folder, flags.pop("minutes"), flags.pop("resume"))
-    promote, opened = flags.pop("promote"), open_data(data, attribution_of(data, flags))
+    memory, promote = memory_of(flags), flags.pop("promote")
+    opened = replace(open_data(data, attribution_of(data, flags)), memory=memory)
     given = settings_of(opened.schema.name, model, file, settings)
     given |= {key: str(value) for key, value in flags.items() if value is not None}
     with progress_bar() as progress:

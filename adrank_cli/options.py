@@ -80,6 +80,24 @@ on_device = click.option(
 )
 
 
+def bounded(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of how much memory is used, and of where on disk that is which does not fit."""
+    memory = "What may be used; rows that would take a quarter of it go to disk [default: three quarters of the machine's or cgroup's]."
+    for option in (
+        click.option("--cache", type=FOLDER, metavar="DIR", help="Where on disk. Default: .encoded in the folder of the data."),
+        click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB", help=memory),
+    ):
+        command = option(command)
+    return command
+
+
+def memory_of(flags: dict[str, Any]) -> Any:
+    """The `Memory` that the options say, which leave the flags."""
+    from training.datasets.memory import Memory
+
+    return Memory(flags.pop("memory"), flags.pop("cache"))
+
+
 def attribution_of(log: Path, flags: dict[str, Any]) -> Any:
     """The `Attribution` that the options say, and for what they do not the log; None where they say nothing. They leave the flags."""
     from training.datasets.log import is_log

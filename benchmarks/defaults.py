@@ -28,8 +28,9 @@ from sklearn.linear_model import LogisticRegression
 
 from adrank_bench.bench import write
 from features.encode import Encoder
-from training.datasets.encoded import Rows, encode_split, joined, learn_vocabularies
+from training.datasets.encoded import Rows, encode_split
 from training.datasets.prepared import SPLITS, Prepared, by_order, column_of, open_prepared
+from training.datasets.vocabularies import joined, learn_vocabularies
 from training.evaluate import auc
 from training.first_order import settled
 from training.fit import deterministic, fit_network, predict

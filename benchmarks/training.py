@@ -68,7 +68,7 @@ class DrawnRows:
         lengths = random.integers(1, max(history, 1) + 1, (ROWS, 1))
         shown = random.integers(1, len(ads) + 1, (ROWS, max(history, 1))) * (np.arange(max(history, 1)) < lengths) * (history > 0)
         labels = random.integers(0, 2, ROWS).astype(np.float32)
-        numbers = np.arange(ROWS, dtype=np.uint32)
+        numbers = np.arange(ROWS, dtype=np.uint64)
         return cls(schema, encoder, Rows(labels, numbers, user, ad, shown.astype(np.int32), behaviours, Strangers.of(encoder), ads))
 
     def network(self, family: str) -> Network:

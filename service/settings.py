@@ -11,12 +11,12 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from features.errors import AdrankError
+from features.memory import CGROUP
 from features.policy import COLDEST, HOTTEST
 
 from .store.url import parse_store_url, store_name
 
 PREFIX = "ADRANK_"
-CGROUP = Path("/sys/fs/cgroup")
 ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
 SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
 

@@ -19,8 +19,9 @@ from features.streams import SERVED, Entry
 from service.api.requests import parse_request, to_query
 from service.ranking.tiles import fill, runs
 from training.datasets import csv_table
-from training.datasets.encoded import encode_split, learn_vocabularies
+from training.datasets.encoded import encode_split
 from training.datasets.prepared import SPLITS, DataError, Prepared, open_prepared
+from training.datasets.vocabularies import learn_vocabularies
 from training.export.export import random_feeds
 from training.export.graph import feeds_of
 from training.importance import dealt

@@ -16,8 +16,9 @@ from benchmarks import avazu_like
 from benchmarks.defaults import cut, plan, regression, table
 from features.bundle import load_bundle
 from features.encode import Encoder
-from training.datasets.encoded import encode_split, learn_vocabularies
+from training.datasets.encoded import encode_split
 from training.datasets.prepared import Prepared, open_prepared
+from training.datasets.vocabularies import learn_vocabularies
 from training.fit import fit_network
 from training.networks.layers import Tower
 from training.retrain.publish import train_and_publish

@@ -14,9 +14,10 @@ from features.bundle import Bundle, load_bundle
 from features.encode import Encoder
 from features.policy import EpsilonGreedy
 from features.schema import parse_schema
-from training.datasets.encoded import encode_split, learn_vocabularies
+from training.datasets.encoded import encode_split
 from training.datasets.log import open_log
 from training.datasets.prepared import DataError, Prepared, open_prepared
+from training.datasets.vocabularies import learn_vocabularies
 from training.export.export import evaluate_bundle
 from training.offpolicy.replay import replay
 from training.skew import find_skew

@@ -13,7 +13,7 @@ from joining import T0, Joining, Writer, click, ranking
 
 from features.bundle import load_bundle
 from service.telemetry.metrics import JoinMetrics
-from training.datasets.encoded import learn_vocabularies
+from training.datasets.vocabularies import learn_vocabularies
 from training.evaluate import measure
 from training.join import quality as join_quality
 from training.join.quality import OTHER, Window, Windows

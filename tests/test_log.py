@@ -19,9 +19,10 @@ from features.schema import Schema
 from features.served import ServedRecord
 from features.state import pack_features
 from training.datasets import log as log_module
-from training.datasets.encoded import encode_split, learn_vocabularies
+from training.datasets.encoded import encode_split
 from training.datasets.log import ImpressionLog, open_data, open_log
 from training.datasets.prepared import SPLITS, DataError, open_prepared
+from training.datasets.vocabularies import learn_vocabularies
 
 START = 1_763_798_400  # 2025-11-22 08:00 UTC
 ONLY_IDS = 'name = "ids"\nhistory = { length = 2, fields = ["ad_id"] }\n[ad.ad_id]\nkind = "category"\n'

@@ -21,9 +21,10 @@ from service.ranking.ranker import Query, _usable
 from service.telemetry.metrics import Metrics
 from tests.test_datasets import patient, rows
 from tests.test_plausible import HISTORY, SCHEMA, ZEROS, line, prepare
-from training.datasets.encoded import ad_table, encode_split, learn_vocabularies
+from training.datasets.encoded import ad_table, encode_split
 from training.datasets.prepared import Prepared, open_prepared
 from training.datasets.states import user_states
+from training.datasets.vocabularies import learn_vocabularies
 from training.evaluate import gauc
 
 SETTINGS = f'missing = ["NULL", "-1"]\nnobody = "{ZEROS}"\nhistory = "past"\npadding = "0"\n'

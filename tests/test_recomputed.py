@@ -18,8 +18,8 @@ import torch
 from features.bundle import load_bundle
 from features.encode import AdTable, Request, encode_request
 from training.datasets import csv_table
-from training.datasets.encoded import learn_vocabularies
 from training.datasets.prepared import open_prepared
+from training.datasets.vocabularies import learn_vocabularies
 from training.export.export import export
 
 pytestmark = pytest.mark.usefixtures("traced_export")

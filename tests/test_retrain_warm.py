@@ -12,8 +12,9 @@ import torch
 from features.bundle import BundleError, load_bundle
 from features.encode import Encoder
 from features.vocabulary import Vocabularies, Vocabulary
-from training.datasets.encoded import encode_split, learn_vocabularies
+from training.datasets.encoded import encode_split
 from training.datasets.prepared import Prepared
+from training.datasets.vocabularies import learn_vocabularies
 from training.export import export
 from training.fit import fit_network, predict
 from training.networks import NETWORKS

@@ -9,8 +9,9 @@ import torch
 
 from features.encode import Encoder
 from training.calibrate import Calibration
-from training.datasets.encoded import Rows, encode_split, learn_vocabularies
+from training.datasets.encoded import Rows, encode_split
 from training.datasets.prepared import Prepared
+from training.datasets.vocabularies import learn_vocabularies
 from training.evaluate import auc
 from training.fit import fit_network, predict
 from training.networks.contract import Part

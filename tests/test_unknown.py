@@ -13,8 +13,9 @@ import torch
 from features.encode import Encoder
 from features.schema import parse_schema
 from features.vocabulary import UNKNOWN
-from training.datasets.encoded import Rows, encode_split, learn_vocabularies
+from training.datasets.encoded import Rows, encode_split
 from training.datasets.prepared import Prepared
+from training.datasets.vocabularies import learn_vocabularies
 from training.fit import fit_network, predict
 from training.networks import NETWORKS
 from training.networks.contract import Fields, Part

@@ -115,7 +115,7 @@ def identity(network: str, settings: Mapping[str, Any], schema: str, splits: Seq
     """What a training is of, for JSON: its network, its settings, and the digests of its schema and of its splits as they are encoded."""
     data = hashlib.sha256()
     for rows in splits:
-        _add(data, rows)
+        _add(data, rows.mapped.digest if rows.mapped else rows)
     return {"network": network, "settings": settings, "schema": hashlib.sha256(schema.encode()).hexdigest(), "data": data.hexdigest()}
 
 

@@ -106,7 +106,8 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
     for line in updates.summary():
         progress.console.print(line, soft_wrap=True)
     alone = _first_order(network, updates.optimisers, settings) if len(rows) < settings.flat_below and not warm else None
-    order, hiding = RowOrder(rows, settings.batch, settings.seed), Hiding(rows, settings.unknown_rate, settings.seed)
+    order = RowOrder(rows, settings.batch, settings.seed, settings.shuffle_rows if rows.mapped else 0)
+    hiding = Hiding(rows, settings.unknown_rate, settings.seed)
     unseen = Unseen(network, rows, warm)
     patient = max(network.settles_after, settings.least_steps // (SHARE if alone else 1))
     state = LoopState(_weights(network), patient, alone is not None)

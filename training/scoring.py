@@ -14,10 +14,11 @@ from rich.progress import Progress
 from features.bundle import Bundle
 
 from .calibrate import as_sampled
-from .datasets.encoded import ad_table, encode_frames, joined, outcome_of
+from .datasets.encoded import ad_table, encode_frames, outcome_of
 from .datasets.fields import check_fields
 from .datasets.log import ImpressionLog
 from .datasets.prepared import DataError, Prepared, column_of
+from .datasets.vocabularies import joined
 from .export.graph import Graph
 from .networks.contract import CLICK
 from .retrain.compare import Comparison, compare

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 
@@ -17,8 +18,10 @@ from features.vocabulary import Vocabularies
 
 from .calibrate import Calibration, fit
 from .checkpoint import Checkpoint, identity
-from .datasets.encoded import Rows, encode_split, learn_vocabularies
+from .datasets.encoded import Rows, encode_split
+from .datasets.memory import GB, Memory
 from .datasets.prepared import SPLITS, Prepared, wrong_head
+from .datasets.vocabularies import learn_vocabularies
 from .device import device_of
 from .evaluate import Measures, measure
 from .first_order import settled
@@ -101,6 +104,8 @@ def train(
         with _step(progress, "encoding"):
             rows, valid = (encode_split(data, split, encoder, heads) for split in ("train", "valid"))
         left, settings = settings.open, settings.for_rows(len(rows))
+        for line in _from_disk(rows, data.memory, settings):
+            progress.console.print(line, soft_wrap=True)
         few = bool(whole.network.first_weights()) if whole else len(rows) < settings.flat_below
         network_settings = settled(network_settings, few)
         progress.console.print(settings.summary(len(rows)), soft_wrap=True)
@@ -117,7 +122,7 @@ def train(
             both = {**vars(network_settings), **vars(settings)}
             checkpoint.training = identity(family, both, data.schema.to_toml(), (rows, valid))
         epochs = fit_network(network, rows, valid, settings, progress, warm=whole is not None, checkpoint=checkpoint)
-        counted = {"train": (len(rows), int(rows.labels.sum()))}
+        counted = {"train": (len(rows), int(rows.labels.sum(dtype=np.float64)))}
         del rows
         logits = predict_heads(network, valid)
         calibrations = {head: calibrated(valid, head, logits[head], data.negative_sampling) for head in heads}
@@ -143,6 +148,16 @@ def _begin_embeddings(network: Network, vocabularies: Vocabularies, start: Start
     elif network.starts_from:
         wanted = f"--init-from a bundle of {network.starts_from} lets its embeddings begin there"
         progress.console.print(f"this network starts fresh: {wanted}", soft_wrap=True)
+
+
+def _from_disk(rows: Rows, memory: Memory, settings: TrainSettings) -> Iterator[str]:
+    """How the rows of train are read where they are not in memory, for people."""
+    if rows.mapped:
+        pool = min(settings.shuffle_rows, len(rows)) * rows.mapped.size // len(rows)
+        if not memory.holds(pool):
+            what = f"{settings.shuffle_rows:,} rows that are mixed at once take {pool / GB:.2g} GB of {memory.most / GB:.3g} GB"
+            raise TrainError(f"{what}; say --set shuffle_rows= with fewer, or more --memory")
+        yield f"rows are read from disk, {rows.mapped.size / GB:.3g} GB, and mixed {settings.shuffle_rows:,} at once"
 
 
 def heads_of(family: str, asked: str = "") -> tuple[str, ...]:

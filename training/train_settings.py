@@ -48,6 +48,9 @@ class TrainSettings:
     first_l2: float = 0.0
     """λ of the decay of the first order where `regularise` is `table`; 0: below `flat_below` one over the rows of train, from there on
     that of all embeddings."""
+    shuffle_rows: int = 1_000_000
+    """Rows that are mixed at once where those of train are read from disk: they are drawn as blocks of 1,024 or of a batch. Rows in memory
+    are all mixed at once."""
     unknown_rate: float = 0.01
     """How likely a row's ad, its user, a behaviour or a single value is hidden from a step, so that the unknown id is trained.
     0: none is, and what is unknown ranks at random."""
@@ -93,6 +96,7 @@ class TrainSettings:
             ("least_steps", self.least_steps >= 0, "at least 0"),
             ("flat_below", self.flat_below >= 0, "at least 0"),
             ("first_l2", self.first_l2 >= 0, "above 0, or 0: by the rows"),
+            ("shuffle_rows", self.shuffle_rows >= 1, "at least 1"),
             ("unknown_rate", 0 <= self.unknown_rate < 1, "at least 0, below 1"),
             ("embedding_l2", self.embedding_l2 >= 0 or self.embedding_l2 == -1, "at least 0, or -1: the network's own"),
             ("regularise", self.regularise in ("table", "batch"), "table or batch"),

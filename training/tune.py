@@ -23,8 +23,9 @@ from rich.progress import Progress
 from features.bundle import replace_file
 from features.encode import Encoder
 
-from .datasets.encoded import encode_split, learn_vocabularies
+from .datasets.encoded import encode_split
 from .datasets.prepared import Prepared
+from .datasets.vocabularies import learn_vocabularies
 from .first_order import settled
 from .fit import Epoch, deterministic, fit_network, score_of
 from .networks import NETWORKS, build

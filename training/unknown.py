@@ -166,14 +166,14 @@ class Unseen:
 
 def occurrences(embeddings: Embeddings, rows: Rows) -> Tensor:
     """How often each row of the table `(rows of the table,)` is used by the rows of a split, behaviours included."""
-    total = embeddings.table.weight.new_zeros(embeddings.table.num_embeddings)
+    total = embeddings.table.weight.new_zeros(embeddings.table.num_embeddings, dtype=torch.float64)  # in 32 bits it would stay at 2**24
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = moved(rows.batch(np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))), total.device)
         for name, part in parts_of(batch, embeddings):
-            times = total.new_ones(len(part.ids)) if part.rows is None else torch.bincount(part.rows.flatten()).float()
+            times = total.new_ones(len(part.ids)) if part.rows is None else torch.bincount(part.rows.flatten()).double()
             ids = embeddings.table_rows(name, part.ids).flatten(1)
             total.index_add_(0, ids.flatten(), times.repeat_interleave(ids.shape[1]))
-    return total
+    return total.float()
 
 
 def parts_of(batch: RequestTensors, embeddings: Embeddings) -> Iterator[tuple[str, Part]]:

@@ -5,11 +5,11 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-from ..settings import CGROUP
+from features.memory import CGROUP, Room
+
 from .configured import check_settings
 from .finding import Finding
 from .machine import check_provider, check_resources
-from .memory import Room
 from .port import check_port
 from .repository import Repository
 from .store import check_store

@@ -4,12 +4,13 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from features.memory import CGROUP, Room
+
 from ..errors import DeviceError
 from ..ranking.scorer import try_device
-from ..settings import CGROUP, Settings, processors
+from ..settings import Settings, processors
 from ..startup_checks import device_wrong
 from .finding import Area, Finding, Status
-from .memory import Room
 
 CPUINFO = Path("/proc/cpuinfo")
 INT8_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8")

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from features.bundle import INT8_MODEL, BundleError
+from features.memory import Room
 from features.repository import ambiguous
 
 from ..errors import ScoringError
@@ -17,7 +18,6 @@ from ..models.loaded import Model, load_model
 from ..models.watcher import Found, look
 from ..settings import Settings
 from .finding import Finding, Status
-from .memory import Room
 
 FREE_BYTES = 2**30
 LOADED = 3

@@ -1,35 +1,38 @@
-"""A prepared data set as tensors: vocabularies learned from its train split, and each split encoded through `features/`.
+"""A prepared data set as tensors: each split encoded through `features/`, in memory or in files.
 
 A log is encoded as it was served: an ad is keyed by its id and the revision of its features, and one that the catalogue did not know is
 encoded as unknown but for what was sent with it.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
 
-from features.ages import UNKNOWN_TIME, ages_of
 from features.encode import IDENTITIES, AdTable, Block, Encoder
-from features.schema import Field, Schema, Side
-from features.vocabulary import UNKNOWN, HashBuckets, Ids, Moments, Vocabularies, Vocabulary
+from features.schema import Field, Side
+from features.vocabulary import UNKNOWN, Ids, fingerprint
 
 from ..networks.contract import CLICK, Labels, Part, RequestTensors
-from ..tenure import Tenure
+from .behaviours import ad_rows, history_ages, history_of, versions_of
+from .columns import Array, Columns, InMemory, Mapped, cached
+from .distinct import DistinctAds
 from .fields import check_fields
 from .log import ImpressionLog
-from .prepared import DataError, Prepared, column_of
-from .spread import NOTHING, Spread
+from .memory import CACHE
+from .prepared import DataError, Prepared, column_of, rows_in
+from .vocabularies import inline, joined
 
 Outcome = np.ndarray[Any, np.dtype[np.float32]]
 FEW_TIMES = 8
 """See `_distinct`."""
-SEPARATOR = "\x1f"
-"""Between an ad's id and its revision."""
+FORMAT = 1
+"""Raise this whenever encoding gives other columns: those on disk are made anew."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Rows:
     """
 
     labels: np.ndarray[Any, np.dtype[np.float32]]
-    users: np.ndarray[Any, np.dtype[np.uint32]]
+    users: np.ndarray[Any, np.dtype[np.uint64]]
     user: Block
     ad: Block
     history: np.ndarray[Any, np.dtype[np.int32]]
@@ -75,16 +78,21 @@ class Rows:
     """How much each row weighs in training `(N,)`; None: 1."""
     ages: Outcome | None = None
     """How old the behaviours of `history` were `(N, T)`, in seconds, 0 where there is padding; None: the schema has no ages."""
+    mapped: Mapped | None = None
+    """The files that all that is `(N, ...)` is mapped from; None: it is in memory."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> "Rows":
-        """Some of the rows, in that order."""
+        """Some of the rows, in that order, in memory."""
         outcomes = {head: labels[rows] for head, labels in self.outcomes.items()}
         weight = None if self.weight is None else self.weight[rows]
-        own = (self.labels[rows], self.users[rows], self.user.take(rows), self.ad.take(rows), self.history[rows])
+        user, ad = (Block(block.ids[rows], block.numbers[rows]) for block in (self.user, self.ad))
+        own = (self.labels[rows], self.users[rows], user, ad, self.history[rows])
         ages = None if self.ages is None else self.ages[rows]
+        if self.mapped:
+            self.mapped.release()
         return Rows(*own, self.behaviours, self.strangers, self.catalogue, outcomes, weight, ages)
 
     @property
@@ -112,6 +120,8 @@ class Rows:
 
     def batch(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> RequestTensors:
         """The tensors of some rows: `user (R, W)`, `history (R, T)` cut to the longest there, `ad (R, 1, W)`."""
+        if self.mapped:
+            return self.take(rows).batch(np.arange(len(rows)))
         history = self.history[rows]
         longest = max(1, int((history > 0).sum(1).max(initial=0)))
         distinct, at = _distinct(history[:, :longest], len(self.behaviours))
@@ -137,80 +147,6 @@ def _part(block: Block) -> Part:
     return Part(torch.from_numpy(block.ids), torch.from_numpy(block.numbers))
 
 
-def learn_vocabularies(data: Prepared, base: Vocabularies | None = None, tenure: Tenure | None = None) -> Vocabularies:
-    """Values and moments of the train split: most frequent first, then by the value, so that the order is certain.
-
-    What `base` has stays as it is, ids and moments, and the values that are new come after it, or where `tenure` finds rows of idle ones.
-    The moments of a number that was constant then are learned anew: it told nothing.
-
-    Raises:
-        DataError: the split is absent, or a column is of another type than its field.
-    """
-    schema = data.schema
-    counts: dict[str, list[pl.DataFrame]] = {field.vocabulary: [] for field in schema.fields if not field.dense}
-    spreads = {field.path: NOTHING for field in schema.fields if field.transform == "standard"}
-    tables = {side: data.table(side) for side in ("user", "ad")}
-    for frame in data.frames("train"):
-        whole = joined(frame, schema, tables)
-        for field in schema.fields:
-            column = column_of(whole, field)
-            if column is not None and field.path in spreads:
-                spreads[field.path] = spreads[field.path].beside(Spread.of(column.drop_nulls().drop_nans().to_numpy()))
-            elif column is not None and not field.dense and not field.buckets:
-                counts[field.vocabulary].append(_counts(column))
-        if schema.history and not schema.history[0].buckets:
-            # A behaviour repeats with every later row of its user: it makes an ad known, and counts once a file.
-            behaviours = _counts(frame["history"]).with_columns(count=pl.lit(1, pl.UInt32))
-            counts[schema.history[0].vocabulary].append(behaviours)
-    categories: dict[str, Vocabulary | HashBuckets] = {}
-    for field in schema.fields:
-        if not field.dense:
-            kept = base.categories[field.vocabulary] if base else None
-            first = kept.values if isinstance(kept, Vocabulary) else ()
-            if field.buckets:
-                categories[field.vocabulary] = HashBuckets(field.buckets)
-            elif field.vocabulary not in categories:
-                categories[field.vocabulary] = _vocabulary(counts[field.vocabulary], field, first, tenure or Tenure())
-    kept_moments = {path: m for path, m in base.moments.items() if not m.constant} if base else {}
-    return Vocabularies(categories, {path: kept_moments.get(path) or _moments(spread, path) for path, spread in spreads.items()})
-
-
-def _counts(column: pl.Series) -> pl.DataFrame:
-    flat = column.explode() if column.dtype == pl.List else column
-    return flat.drop_nulls().rename("value").value_counts(name="count")
-
-
-def _vocabulary(counts: Sequence[pl.DataFrame], field: Field, first: Sequence[str], tenure: Tenure) -> Vocabulary:
-    if not counts:
-        raise DataError(f"no column holds the values of {field.path}, neither the train split nor a table; prepare the data set again")
-    total = pl.concat(counts).group_by("value").agg(pl.col("count").sum())
-    kept = total.filter(pl.col("count") >= field.min_count).sort(["count", "value"], descending=[True, False])
-    known = set(first)
-    new = [value for value in kept["value"].to_list() if value not in known]
-    return Vocabulary(tenure.place(field.vocabulary, first, set(total["value"].to_list()) if first else (), new))
-
-
-def _moments(spread: Spread, path: str) -> Moments:
-    if not spread.count:
-        raise DataError(f"the train split has no number for {path}, so it cannot be standardised")
-    if spread.constant:
-        return Moments(spread.mean, 1.0, 0.0)
-    found = Moments(spread.mean, spread.deviation)
-    return replace(found, weight=1.0) if found.constant else found
-
-
-def joined(frame: pl.DataFrame, schema: Schema, tables: Mapping[str, pl.DataFrame | None]) -> pl.DataFrame:
-    """Rows with the features of users and ads beside them, from the tables where the rows do not have their own."""
-    for side, table in tables.items():
-        if table is not None and not _inline(frame, schema, side):
-            frame = frame.join(table, on=f"{side}_id", how="left", maintain_order="left")
-    return frame
-
-
-def _inline(frame: pl.DataFrame, schema: Schema, side: str) -> bool:
-    return any(field.path in frame.columns for field in schema.fields if field.side == side)
-
-
 def _columns(frame: pl.DataFrame, fields: Sequence[Field]) -> dict[str, list[Any]]:
     named = {field.name: column_of(frame, field) for field in fields}
     return {name: column.to_list() for name, column in named.items() if column is not None}
@@ -234,23 +170,39 @@ def catalogue(data: Prepared, encoder: Encoder) -> tuple[list[str], Part] | None
     return ads["ad_id"].to_list(), _part(encoder.encode("ad", _columns(ads, data.schema.side("ad")), len(ads)))
 
 
-def versions_of(ad_ids: pl.Series, revisions: pl.Series) -> pl.Series:
-    """The keys of ads as they were: id and revision, 0 being that of an ad that the catalogue did not have."""
-    return ad_ids + SEPARATOR + revisions.cast(pl.String)
-
-
 def encode_split(data: Prepared, split: str, encoder: Encoder, heads: Sequence[str] = (CLICK,)) -> Rows:
     """Encode a split; `heads` are the outcomes whose labels are wanted, each but the click in a column of its name.
 
+    One that would take much of the memory that a run may use is encoded into files, unless they are there already, and mapped.
+
     Raises:
-        DataError: the split is absent or empty, or a column does not fit the schema or is not there.
+        DataError: the split is absent or empty, a column does not fit the schema or is not there, or the files cannot be written.
     """
-    check_fields(data, encoder.schema, data.files(split))
+    check_fields(data, encoder.schema, files := data.files(split))
     more = [head for head in heads if head != CLICK]
-    rows = encode_frames(data, data.frames(split, more), encoder, ad_table(data, encoder), more)
+
+    def fill(columns: Columns) -> None:
+        _encode(columns, data, data.frames(split, more), encoder, ad_table(data, encoder), more)
+
+    each = sum(column.dtype.itemsize * int(np.prod(column.shape[1:])) for column in _empty(encoder, more).values())
+    if data.memory.holds(each * sum(map(rows_in, files))):
+        fill(columns := InMemory())
+        rows = _rows(columns.arrays(), encoder, more)
+    else:
+        folder = data.memory.cache or data.folder / CACHE
+        stored, mapped = cached(folder, split, _source(data, split, encoder, more), fill)
+        rows = _rows(stored, encoder, more, mapped)
     if not len(rows):
         raise DataError(f"the {split} split of {data.folder} has no row")
     return rows
+
+
+def _source(data: Prepared, split: str, encoder: Encoder, heads: Sequence[str]) -> str:
+    """The digest of what an encoded split follows from; files count by their sizes and times."""
+    files = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in data.sources(split)]
+    window = (data.edges, data.position_as) if isinstance(data, ImpressionLog) else ()
+    encoding = (fingerprint(encoder.schema, encoder.vocabularies), data.schema.to_toml())
+    return hashlib.sha256(repr((FORMAT, encoding, files, window, heads)).encode()).hexdigest()
 
 
 def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encoder, table: AdTable, heads: Sequence[str] = ()) -> Rows:
@@ -259,37 +211,68 @@ def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encod
     Raises:
         DataError: a column does not fit the schema, or a log lacks an ad.
     """
-    schema, users = data.schema, data.table("user")
+    columns = InMemory()
+    _encode(columns, data, frames, encoder, table, heads)
+    return _rows(columns.arrays(), encoder, heads)
+
+
+def _empty(encoder: Encoder, heads: Sequence[str]) -> dict[str, Array]:
+    """The columns that have a row for each row, of none; ids are as narrow as their vocabularies allow."""
+    schema = encoder.schema
+    columns: dict[str, Array] = {"labels": np.zeros(0, np.float32), "users": np.zeros(0, np.uint64), "weight": np.zeros(0, np.float32)}
+    for name in ("user", "ad"):
+        layout = encoder.layouts[name]
+        largest = max((encoder.vocabularies.categories[slot.field.vocabulary].size for slot in layout.ids), default=0)
+        columns[f"{name}.ids"] = np.zeros((0, layout.width), np.min_scalar_type(largest))
+        columns[f"{name}.numbers"] = np.zeros((0, layout.number_width), np.float32)
+    columns["history"] = np.zeros((0, max(schema.history_length, 1)), np.int32)
+    if schema.history_ages:
+        columns["ages"] = np.zeros((0, schema.history_length), np.float32)
+    return columns | {f"outcomes.{head}": np.zeros(0, np.float32) for head in heads}
+
+
+def _encode(
+    columns: Columns, data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encoder, table: AdTable, heads: Sequence[str]
+) -> None:
+    """Put the rows of frames into columns, frame by frame, and after them the ads that they are about."""
+    schema, users, empty = data.schema, data.table("user"), _empty(encoder, heads)
     sides: tuple[Side, Side] = ("user", "context")
-    names, labels = [pl.Series(dtype=pl.String)], [np.zeros(0, np.float32)]
-    nobody, nothing = encoder.encode("user", {}, 0).beside(encoder.encode("context", {}, 0)), encoder.encode("ad", {}, 0)
-    parts: dict[str, list[Block]] = {"user": [_narrow(nobody)], "ad": [_narrow(nothing)]}
-    history = [np.zeros((0, max(schema.history_length, 1)), np.int32)]
-    ages = [np.zeros((0, schema.history_length), np.float32)]
-    outcomes, weights = {head: list[Outcome]() for head in heads}, list[pl.Series]()
+    ads, count, alike = DistinctAds(), 0, True
+    for name, column in empty.items():
+        columns.add(name, column)
     for frame in frames:
-        labels.append(frame["label"].to_numpy().astype(np.float32))
-        weights.append(frame["weight"] if "weight" in frame.columns else pl.Series([1.0]).new_from_index(0, len(frame)))
-        for head, found in outcomes.items():
-            found.append(outcome_of(frame, head, data))
-        names.append(frame["user_id"])
         whole = joined(frame, schema, {"user": users})
         user, context = (encoder.encode(side, _columns(whole, schema.side(side)), len(frame)) for side in sides)
-        parts["user"].append(_narrow(user.beside(context)))
         served = isinstance(data, ImpressionLog)
-        parts["ad"].append(_narrow(_served_ads(frame, encoder) if served else _encode_ads(frame, data, encoder, table)))
-        history.append(_history(frame, data, table))
+        ad = _served_ads(frame, encoder) if served else _encode_ads(frame, data, encoder, table)
+        weight = frame["weight"] if "weight" in frame.columns else pl.Series([1.0]).new_from_index(0, len(frame))
+        found = {"labels": frame["label"], "users": _user_numbers(frame["user_id"], count), "weight": weight}
+        for name, block in (("user", user.beside(context)), ("ad", ad)):
+            found |= {f"{name}.ids": block.ids, f"{name}.numbers": block.numbers}
+        found["history"] = history_of(frame, data, table)
         if schema.history_ages:
-            ages.append(_ages(frame, data))
-    numbers = _user_numbers(pl.concat(names))
-    user, ad = _stack(parts["user"]), _stack(parts["ad"])
-    past = encoder.history_of(table.block)
-    known = np.flatnonzero(table.active(np.arange(len(table.block))))
-    catalogue = table.block.take(known) if len(known) else ad.take(np.unique(ad.ids, axis=0, return_index=True)[1])
-    whole_labels, known_outcomes = np.concatenate(labels), {head: np.concatenate(found) for head, found in outcomes.items()}
-    rows, strangers, weight = np.concatenate(history), Strangers.of(encoder), _weight(weights)
-    whole_ages = np.concatenate(ages) if schema.history_ages else None
-    return Rows(whole_labels, numbers, user, ad, rows, past, strangers, catalogue, known_outcomes, weight, whole_ages)
+            found["ages"] = history_ages(frame, data)
+        found |= {f"outcomes.{head}": outcome_of(frame, head, data) for head in heads}
+        typed = {name: np.asarray(values).astype(empty[name].dtype, copy=False) for name, values in found.items()}
+        for name, values in typed.items():
+            columns.add(name, values)
+        ads.add(Block(typed["ad.ids"], typed["ad.numbers"]))
+        count, alike = count + len(frame), alike and bool((weight == 1.0).all())
+    past, known = encoder.history_of(table.block), np.flatnonzero(table.active(np.arange(len(table.block))))
+    catalogue = table.block.take(known) if len(known) else ads.block()
+    for name, block in (("behaviours", past), ("catalogue", catalogue)):
+        columns.add(f"{name}.ids", block.ids)
+        columns.add(f"{name}.numbers", block.numbers)
+    columns.add("alike", np.array([alike]))
+
+
+def _rows(columns: Mapping[str, Array], encoder: Encoder, heads: Sequence[str], mapped: Mapped | None = None) -> Rows:
+    user, ad = (Block(columns[f"{name}.ids"], columns[f"{name}.numbers"]) for name in ("user", "ad"))
+    held = np.array if mapped else np.asarray  # what every batch needs is in memory
+    past, ads = (Block(held(columns[f"{name}.ids"]), held(columns[f"{name}.numbers"])) for name in ("behaviours", "catalogue"))
+    own = (columns["labels"], columns["users"], user, ad, columns["history"], past, Strangers.of(encoder), ads)
+    outcomes, weight = {head: columns[f"outcomes.{head}"] for head in heads}, None if columns["alike"].all() else columns["weight"]
+    return Rows(*own, outcomes, weight, columns.get("ages"), mapped)
 
 
 def outcome_of(frame: pl.DataFrame, head: str, data: Prepared) -> Outcome:
@@ -308,31 +291,16 @@ def outcome_of(frame: pl.DataFrame, head: str, data: Prepared) -> Outcome:
     return column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
 
 
-def _weight(weights: Sequence[pl.Series]) -> Outcome | None:
-    """What rows weigh, None where all weigh the same."""
-    whole = pl.concat(weights) if weights else pl.Series([1.0])
-    return None if (whole == 1.0).all() else whole.cast(pl.Float32).to_numpy()
-
-
-def _user_numbers(names: pl.Series) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """A number a user. Rows of nobody are no group, so each has a number of its own."""
-    numbers = names.rank("dense").to_numpy().astype(np.uint32)
-    nobody = np.flatnonzero((names == "").to_numpy())
-    numbers[nobody] = numbers.max(initial=0) + 1 + np.arange(len(nobody))
-    return numbers
-
-
-def _narrow(block: Block) -> Block:
-    """The block with ids in the narrowest type that holds them all: a split is kept whole, and int64 would be most of it."""
-    return Block(block.ids.astype(np.min_scalar_type(block.ids.max(initial=0))), block.numbers)
-
-
-def _stack(blocks: Sequence[Block]) -> Block:
-    return Block(np.concatenate([block.ids for block in blocks]), np.concatenate([block.numbers for block in blocks]))
+def _user_numbers(names: pl.Series, before: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """A number a user, by a hash of 64 bits. Rows of nobody are no group, so each has a number of its own: that of the row."""
+    users = names.unique()
+    hashes = [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) for name in users]
+    numbers = names.replace_strict(users, pl.Series(hashes, dtype=pl.UInt64), return_dtype=pl.UInt64).to_numpy()
+    return np.where((names == "").to_numpy(), before + np.arange(len(names), dtype=np.uint64), numbers)
 
 
 def _encode_ads(frame: pl.DataFrame, data: Prepared, encoder: Encoder, table: AdTable) -> Block:
-    if _inline(frame, encoder.schema, "ad"):
+    if inline(frame, encoder.schema, "ad"):
         return encoder.encode("ad", _columns(frame, encoder.schema.side("ad")), len(frame))
     return table.block.take(ad_rows(frame["ad_id"], data, table))
 
@@ -349,61 +317,3 @@ def _served_ads(frame: pl.DataFrame, encoder: Encoder) -> Block:
             unsent = [at for at, row in enumerate(unknown) if values is None or values[row] is None]
             ads.ids[unknown[unsent], slot.columns] = filled.ids[unsent, slot.columns]
     return ads
-
-
-def _history(frame: pl.DataFrame, data: Prepared, table: AdTable) -> np.ndarray[Any, np.dtype[np.int32]]:
-    width = data.schema.history_length
-    if not width:
-        return np.zeros((len(frame), 1), np.int32)
-    whole = frame["history"].fill_null([]).list.drop_nulls()
-    if data.schema.history_padding and not isinstance(data, ImpressionLog):  # in a log stands what was encoded
-        whole = whole.list.eval(pl.element().filter(~pl.element().is_in(data.schema.history_padding)))
-    kept = whole.list.tail(width)
-    lengths = kept.list.len().to_numpy().astype(np.int64)
-    padded = np.zeros((len(frame), width), np.int32)
-    if lengths.any():
-        keys = kept.explode().drop_nulls()
-        if isinstance(data, ImpressionLog):
-            keys = versions_of(keys, frame["history_revisions"].list.tail(width).explode().drop_nulls())
-        padded[np.arange(width) < lengths[:, None]] = ad_rows(keys, data, table)
-    return padded
-
-
-def _ages(frame: pl.DataFrame, data: Prepared) -> Outcome:
-    """The ages `(N, T)` of the behaviours that `_history` keeps, oldest first, 0 where there is padding."""
-    width, padding = data.schema.history_length, () if isinstance(data, ImpressionLog) else data.schema.history_padding
-    unknown = pl.col("history").list.eval(pl.element().is_null().cast(pl.Float64) * UNKNOWN_TIME)
-    times = pl.col("history_ts").cast(pl.List(pl.Float64)).fill_null(unknown)
-    pairs = frame.select(pl.int_range(pl.len()).alias("row"), "history", times)
-    behaviours = pairs.explode("history", "history_ts").filter(pl.col("history").is_not_null(), ~pl.col("history").is_in(list(padding)))
-    kept = behaviours.group_by("row", maintain_order=True).agg(pl.col("history_ts").fill_null(UNKNOWN_TIME).tail(width))
-    newest = pairs.select("row").join(kept, on="row", how="left", maintain_order="left")["history_ts"].fill_null([])
-    behaved = np.arange(width) < newest.list.len().to_numpy().astype(np.int64)[:, None]
-    ts = np.full((len(frame), width), UNKNOWN_TIME)
-    ts[behaved] = newest.explode().drop_nulls().to_numpy()
-    return np.where(behaved, ages_of(frame["ts"].to_numpy()[:, None], ts), np.float32(0))
-
-
-def ad_rows(keys: pl.Series, data: Prepared, table: AdTable) -> Ids:
-    """Row of each ad in `ad_table`; one that the table lacks joins it as the service would encode it, by its id alone.
-
-    Raises:
-        DataError: the ad is a version that its log should have.
-    """
-    unique = keys.unique()
-    values = unique.to_list()
-    missing = [value for value, row in zip(values, table.rows(values), strict=True) if not row]
-    if missing:
-        ad_ids = _without_revision(missing, data) if isinstance(data, ImpressionLog) else missing
-        table.put(missing, table.encoder.unknown_ads(ad_ids), active=False)
-    rows = keys.replace_strict(unique, table.rows(values), return_dtype=pl.Int64).to_numpy()
-    return rows.astype(np.int64, copy=False)  # polars gives an empty column no type
-
-
-def _without_revision(keys: Sequence[str], data: ImpressionLog) -> list[str]:
-    parts = [key.rpartition(SEPARATOR) for key in keys]
-    lost = [(ad_id, revision) for ad_id, _, revision in parts if revision != "0"]
-    if lost:
-        ad_id, revision = lost[0]
-        raise DataError(f"{data.folder / 'ads'} lacks {len(lost)} versions of ads that rows name, the first is {revision} of {ad_id}")
-    return [ad_id for ad_id, _, _ in parts]

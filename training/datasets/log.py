@@ -99,6 +99,10 @@ class ImpressionLog(Prepared):
         self.files(split)
         return self.between(*self._between(split), more)
 
+    def sources(self, split: str) -> list[Path]:
+        """See `Prepared`."""
+        return [*self.files(split), *self.ads]
+
     def table(self, side: str) -> pl.DataFrame | None:
         """The newest version of every ad for "ad"; None for "user", whose features are the rows' own."""
         return self.versions().unique("ad_id", keep="last", maintain_order=True).drop("revision") if side == "ad" else None

@@ -36,6 +36,7 @@ import tomli_w
 from features.errors import AdrankError
 from features.schema import FLOAT32_MAX, Field, Schema, SchemaError, parse_schema, sampling_in
 
+from .memory import Memory
 from .texts import plain_values
 
 SPLITS = ("train", "valid", "test")
@@ -82,6 +83,8 @@ class Prepared:
     schema: Schema
     negative_sampling: float = field(default=1.0, kw_only=True)
     """The share of non-clicks that were kept; exported probabilities are corrected for it."""
+    memory: Memory = field(default=Memory(), kw_only=True, compare=False)
+    """What a run that reads it may use."""
 
     def files(self, split: str) -> list[Path]:
         """The parquet files of a split, in order.
@@ -95,15 +98,21 @@ class Prepared:
         return files
 
     def frames(self, split: str, _more: Sequence[str] = ()) -> Iterator[pl.DataFrame]:
-        """The rows of a split, file by file, checked, with all of their columns.
+        """The rows of a split, file by file and at most `ROWS_PER_FILE` at once, checked, with all of their columns.
 
         Raises:
             DataError: a file cannot be read, lacks a column, or holds a label that is not 0 or 1.
         """
         for path in self.files(split):
-            frame = read_parquet(path)
-            check_rows(frame, self.schema, path)
-            yield without_nobody(plain_values(frame), self.schema)
+            for start in range(0, max(rows_in(path), 1), ROWS_PER_FILE):
+                frame = read_parquet(path, start=start)
+                check_rows(frame, self.schema, path)
+                yield without_nobody(plain_values(frame), self.schema)
+
+    def sources(self, split: str) -> list[Path]:
+        """All files that the rows of a split come from."""
+        tables = (self.folder / f"{side}s.parquet" for side in ("user", "ad"))
+        return [*self.files(split), *(path for path in tables if path.exists())]
 
     def table(self, side: str) -> pl.DataFrame | None:
         """`ads.parquet` for "ad", `users.parquet` for "user"; None where the data set has no such table."""
@@ -207,13 +216,15 @@ def column_of(frame: pl.DataFrame, field: Field) -> pl.Series | None:
     return column.replace("", None) if name in ("user_id", "ad_id") else column
 
 
-def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
-    """A parquet file, or the named columns of it.
+def read_parquet(path: Path, columns: Sequence[str] | None = None, start: int | None = None) -> pl.DataFrame:
+    """A parquet file, or the named columns of it, or `ROWS_PER_FILE` rows from `start` on.
 
     Raises:
         DataError: it cannot be read as one, or lacks a column.
     """
     try:
+        if start is not None:
+            return pl.scan_parquet(path, glob=False).slice(start, ROWS_PER_FILE).collect()
         return pl.read_parquet(path, columns=None if columns is None else list(columns), glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
@@ -237,6 +248,18 @@ def columns_of(path: Path) -> list[str]:
     """
     try:
         return list(pl.read_parquet_schema(path))
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def rows_in(path: Path) -> int:
+    """How many rows a parquet file has.
+
+    Raises:
+        DataError: it cannot be read as one.
+    """
+    try:
+        return int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
 

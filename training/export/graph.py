@@ -95,10 +95,11 @@ def chunks(rows: Array, step: int = REQUESTS) -> list[Array]:
 
 def feeds_of(schema: Schema, rows: Rows, some: Array, ads: Block | None = None) -> Feeds:
     """The tensors of some rows: requests of their own ad, or of `ads (N, C, ...)`."""
-    longest = max(1, int((rows.history[some] > 0).sum(1).max(initial=0)))
-    own = rows.ad.take(some[:, None]) if ads is None else ads.take(some)
-    ages = {} if rows.ages is None else {AGES: np.ascontiguousarray(rows.ages[some][:, :longest])}
-    blocks = {"user": rows.user.take(some), "history": rows.behaviours.take(rows.history[some][:, :longest]), "ad": own}
+    rows, at = rows.take(some), np.arange(len(some))
+    longest = max(1, int((rows.history > 0).sum(1).max(initial=0)))
+    own = rows.ad.take(at[:, None]) if ads is None else ads.take(some)
+    ages = {} if rows.ages is None else {AGES: np.ascontiguousarray(rows.ages[:, :longest])}
+    blocks = {"user": rows.user.take(at), "history": rows.behaviours.take(rows.history[:, :longest]), "ad": own}
     return {
         name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)
         for name, (part, width) in schema.tensors.items()

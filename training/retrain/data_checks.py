@@ -17,9 +17,9 @@ import polars as pl
 
 from features.schema import Schema
 
-from ..datasets.encoded import joined
 from ..datasets.log import ImpressionLog
 from ..datasets.prepared import SPLITS, Prepared, column_of
+from ..datasets.vocabularies import joined
 from ..train_settings import TrainError
 
 HOUR = 3600

@@ -25,6 +25,7 @@ from features.repository import CURRENT
 from features.vocabulary import Vocabulary
 
 from ..datasets.log import ImpressionLog, end_of, is_log, open_log
+from ..datasets.memory import Memory
 from ..datasets.prepared import Prepared, open_prepared
 from ..export.export import METRICS, check_int8, contents
 from ..join.attribution import Attribution
@@ -66,6 +67,7 @@ class RetrainRequest:
     report: Path | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     """As texts: of training, of the network, of `data_checks.Limits` and of `compare.Gate`."""
+    memory: Memory = field(default_factory=Memory)
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -114,6 +116,7 @@ def retrain(order: RetrainRequest, progress: Progress) -> Report:
         _clear_reports(order)
         started = int(time.time())
         data, before = open_window(order)
+        data = replace(data, memory=order.memory)
         plan = _plan(order, data)
         seen, past = data_checks.profile(data, data_checks.slices(data)), _past(data, before, plan.champion)
         version = plan.champion.version if plan.champion else None

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from ..settings import CGROUP
-
+CGROUP = Path("/sys/fs/cgroup")
 LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 USES = ("memory.current", "memory/memory.usage_in_bytes")
 RESERVE = 32 * 2**20
