@@ -13,9 +13,10 @@ from .encode import AdTable, Encoder, Features, Feeds, Request, encode_request
 from .state import StateError, unpack_features
 
 FORMAT = 2
-WITH_TIMES = 3
-"""The format of rankings whose behaviours have times."""
+WITH_TIMES, WITH_BIDS = 3, 4
+"""The formats of rankings whose behaviours have times, and of those whose ads bid; older readers put aside what they do not know."""
 _SHAPES = (str, float, str, int, str, dict, dict, list, list, list, list, list, list, dict, dict, list, str, dict, int, list)
+_MONEY_SHAPES = (str, list, list, list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,14 @@ class ServedRecord:
     """
     history_ts: Sequence[float] = ()
     """When the behaviours of `history` were, where the model is given their ages; the request was at `ts`."""
+    objective: str = "pctr"
+    """What the ads were ordered by."""
+    bids: Sequence[int] = ()
+    """In millionths, with their multipliers, -1 where there is none: beside `candidates`, or `ad_ids` where those are empty."""
+    bid_types: Sequence[str] = ()
+    """`cpm`, `cpc` or `cpa`, beside `bids`."""
+    prices: Sequence[int] = ()
+    """In millionths, beside `ad_ids`: what each would have had to pay for what it bids for; empty where nobody asked."""
 
     def feeds(self, encoder: Encoder, ad_ids: Sequence[str] | None = None) -> Feeds:
         """The tensors `(1, ...)` of the ads shown, or of those of the candidates that are named, encoded anew.
@@ -82,7 +91,10 @@ _values = attrgetter(*(entry.name for entry in fields(ServedRecord)))
 def pack_served(served: ServedRecord) -> bytes:
     """A served ranking as one value of a stream."""
     values = _values(served)
-    packed: bytes = msgpack.packb([WITH_TIMES, *values] if served.history_ts else [FORMAT, *values[:-1]])
+    document = [WITH_BIDS, *values]
+    if not served.bids and served.objective == "pctr":
+        document = [WITH_TIMES, *values[: len(_SHAPES)]] if served.history_ts else [FORMAT, *values[: len(_SHAPES) - 1]]
+    packed: bytes = msgpack.packb(document)
     return packed
 
 
@@ -100,10 +112,15 @@ def unpack_served(value: bytes) -> ServedRecord:
         document = [FORMAT, *document[1:], 0]
     if isinstance(document, list) and document[:1] == [FORMAT]:
         document = [WITH_TIMES, *document[1:], []]
-    if not isinstance(document, list) or document[:1] != [WITH_TIMES] or [type(part) for part in document[1:]] != list(_SHAPES):
-        raise StateError(f"the value is not a served ranking of format {FORMAT} or {WITH_TIMES}")
+    if isinstance(document, list) and document[:1] == [WITH_TIMES]:
+        document = [WITH_BIDS, *document[1:], "pctr", [], [], []]
+    if not isinstance(document, list) or document[:1] != [WITH_BIDS] or [*map(type, document[1:])] != [*_SHAPES, *_MONEY_SHAPES]:
+        raise StateError(f"the value is not a served ranking of format {FORMAT}, {WITH_TIMES} or {WITH_BIDS}")
     served = ServedRecord(*document[1:])
-    if not len(served.ad_ids) == len(served.p_click) == len(served.propensity):
+    bidding = len(served.candidates or served.ad_ids) if served.bids else 0
+    paying = len(served.ad_ids) if served.prices else 0
+    money = (len(served.bids), len(served.bid_types), len(served.prices)) == (bidding, bidding, paying)
+    if not money or not len(served.ad_ids) == len(served.p_click) == len(served.propensity):
         raise StateError("a served ranking is damaged: its columns differ in length")
     if len(served.history_ts) not in (0, len(served.history)):
         raise StateError("a served ranking is damaged: its behaviours and their times differ in length")

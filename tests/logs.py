@@ -38,6 +38,11 @@ TYPES: Mapping[str, pl.DataType] = {
     "click_ts": pl.Float64(),
     "candidates": pl.List(pl.String()),
     "candidate_revisions": pl.List(pl.UInt64()),
+    "candidate_bids": pl.List(pl.Int64()),
+    "candidate_bid_types": pl.List(pl.String()),
+    "bid": pl.Int64(),
+    "bid_type": pl.String(),
+    "price": pl.Int64(),
 }
 KINDS = {np.dtype(np.int64): pl.List(pl.Int64()), np.dtype(np.float32): pl.List(pl.Float32())}
 
@@ -116,6 +121,10 @@ def _rows(served: ServedRecord, encoder: Encoder, clicks: Container[tuple[str, s
         if not i and served.candidates:
             of_candidates = [0 if ad_id in served.unknown else revisions.get(ad_id, 0) for ad_id in served.candidates]
             row |= {"candidates": list(served.candidates), "candidate_revisions": of_candidates}
+            row |= {"candidate_bids": list(served.bids) or None, "candidate_bid_types": list(served.bid_types) or None}
+        if served.bids:
+            at = list(served.candidates or served.ad_ids).index(ad_id)
+            row |= {"bid": served.bids[at], "bid_type": served.bid_types[at], "price": served.prices[i] if served.prices else None}
         row |= {f"tensors.{name}": (array[0, i] if name.startswith("ad_") else array).ravel().tolist() for name, array in tensors.items()}
         rows.append(row)
     return rows

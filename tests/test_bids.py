@@ -15,11 +15,13 @@ from test_ranker import Ranked
 
 from features import bundle
 from features.encode import AdTable, Request, encode_request
+from features.served import pack_served, unpack_served
 from features.state import Ad
 from service.api.requests import parse_request, to_query
 from service.api.wire import RankAnswer, answer
 from service.catalogue.catalogue import put_ads
 from service.errors import InvalidError
+from service.feedback.impression_log import served
 from service.ranking.bids import HIGHEST, NANO, times
 from service.ranking.executor import Inline
 from service.ranking.scorer import TiledScorer
@@ -62,11 +64,15 @@ def decimals(document):
     return "{" + ", ".join(f'"{name}": {value}' for name, value in text.items()) + "}"
 
 
-def ask(ranked, candidates, options, **more):
+def rank(ranked, candidates, options):
     candidates = ", ".join(map(decimals, candidates))
     body = f'{{"user": {{"id": "u1"}}, "candidates": [{candidates}], "options": {decimals(options)}}}'
     query, stages = to_query(parse_request(body.encode()), 100, weights=WEIGHTS), ranked.metrics.begin("/rank")
-    ranking = asyncio.run(ranked.ranker.rank(query, stages))
+    return asyncio.run(ranked.ranker.rank(query, stages)), stages
+
+
+def ask(ranked, candidates, options):
+    ranking, stages = rank(ranked, candidates, options)
     document = answer("r", ranking, stages)
     RankAnswer.model_validate_json(document)
     return json.loads(document, parse_float=Decimal, parse_int=Decimal)
@@ -173,6 +179,23 @@ def test_an_auction_worked_out_by_hand(converting, clicks):
 @given(st.integers(-1, HIGHEST), st.integers(0, 1000 * NANO))
 def test_products_of_money_are_exact(micros, nano):
     assert times(np.array([micros]), np.array([nano])).tolist() == [-1 if micros < 0 else micros * nano // NANO]
+
+
+@pytest.mark.parametrize("explore", [{}, {"explore": {"policy": "plackett_luce", "temperature": 1.0}}])
+def test_the_log_says_what_was_bid_and_would_have_been_paid(converting, explore):
+    candidates = [
+        {"ad_id": "a1", "bid": 8_000_000, "multiplier": 500_000},
+        {"ad_id": "a2", "bid": 10**9, "bid_type": "cpm"},
+        {"ad_id": "a3", "bid": 0},
+        {"ad_id": "a4", "bid": 9_000_000, "bid_type": "cpa"},
+    ]
+    ranking, _ = rank(converting, candidates, {"objective": "ecpm", "prices": True, "reserve": 1, "top_k": 2, **explore})
+    record = served(ranking, 1.0, 100, False)
+    offered = {"a1": (4_000_000, "cpc"), "a2": (10**9, "cpm"), "a4": (9_000_000, "cpa")}  # a3 is below the reserve
+    assert record.candidates == (list(offered) if explore else [])
+    assert list(zip(record.bids, record.bid_types, strict=True)) == [offered[ad_id] for ad_id in record.candidates or record.ad_ids]
+    assert (record.objective, [price / 10**6 for price in record.prices]) == ("ecpm", list(ranking.price))
+    assert unpack_served(pack_served(record)) == record
 
 
 def test_all_heads_come_in_slices_and_in_tiles_as_at_once(converting):

@@ -145,9 +145,22 @@ async def test_draining_closes_all(streams, joining):
     assert joining.counts["click unknown_request"] == 1
 
 
+async def test_files_from_before_there_were_bids_are_read_beside_others(streams, joining):
+    streams.add(ranking())
+    await joining.once()
+    (older,) = joining.folder.glob("raw/impressions/*/*/*.parquet")
+    frame = pl.read_parquet(older)
+    frame.drop("bid", "bid_type", "price", "objective", "candidate_bids", "candidate_bid_types").write_parquet(older)
+    streams.add(ranking("r2", T0 + 1, bids=[5, -1, 7], bid_types=["cpa", "cpc", "cpc"], prices=[4, 0, 0], objective="ecpm"))
+    await joining.once()
+    rows = joining.rows().sort("request_id", "position").select("bid", "bid_type", "price", "objective").rows()
+    assert rows == [(None,) * 4] * 3 + [(5, "cpa", 4, "ecpm"), (None, None, None, "ecpm"), (7, "cpc", 0, "ecpm")]
+
+
 async def test_only_what_is_reported_counts_where_that_is_asked_for(streams, joining):
     joining.settings = replace(joining.settings, shown="reported")
-    streams.add(ranking(candidates=["a9", "a1"], ads={"a1": ADS["a1"], "a9": ADS["a9"]}, policy="epsilon_greedy 0.1"))
+    bids = {"bids": [-1, 250_000], "bid_types": ["cpc", "cpm"], "prices": [3, 2, 1], "objective": "ecpm"}
+    streams.add(ranking(candidates=["a9", "a1"], ads={"a1": ADS["a1"], "a9": ADS["a9"]}, policy="epsilon_greedy 0.1", **bids))
     streams.add(click(ad_id="a2"), conversion(ad_id="a2"), impression(ad_id="a2"), click(), impression(ad_id="a3", position=9))
     streams.add(ranking("r2"))
     await joining.once()
@@ -155,6 +168,9 @@ async def test_only_what_is_reported_counts_where_that_is_asked_for(streams, joi
     assert found.select("ad_id", "label", "position").rows() == [("a2", 1, 2), ("a3", 0, 9)]
     assert found["candidates"].to_list() == [["a9", "a1"], None]
     assert found["candidate_revisions"].to_list() == [[revision(ADS["a9"]), revision(ADS["a1"])], None]
+    assert found["candidate_bids"].to_list() == [[-1, 250_000], None]
+    assert found["candidate_bid_types"].to_list() == [["cpc", "cpm"], None]
+    assert found.select("bid", "bid_type", "price", "objective").rows() == [(None, None, None, "ecpm")] * 2  # neither bids
     assert joining.counts["click no_impression"] == 1
     assert joining.counts["rankings din"] == 2
 

@@ -260,6 +260,64 @@ def test_greedy_keeps_the_rankings_that_it_would_have_made(bundle: Bundle, logge
     assert found.estimates.ips.value == pytest.approx(total / 240)
 
 
+def bidding(rankings: Sequence[ServedRecord], seed: int = 3) -> list[ServedRecord]:
+    """The same with bids for clicks and impressions, all but the first four, and every other with prices below them."""
+    random, found = np.random.default_rng(seed), list(rankings[:4])
+    for number, each in enumerate(rankings[4:]):
+        bids = random.integers(-1, 5, len(each.candidates)) * 1_000_000
+        kinds = random.choice(["cpc", "cpm"], len(bids)).tolist()
+        prices = [int(bids[each.candidates.index(ad_id)]) // 2 for ad_id in each.ad_ids] if number % 2 else []
+        found.append(changed(each, bids=np.maximum(bids, -1).tolist(), bid_types=kinds, prices=[max(0, each) for each in prices]))
+    return found
+
+
+def paid_by_hand(each: ServedRecord, place: int, clicked: bool) -> float:
+    at = each.candidates.index(each.ad_ids[place])
+    amount = max(0, each.prices[place] if each.prices else each.bids[at]) / 1e6
+    return amount * (clicked if each.bid_types[at] == "cpc" else 0.001)
+
+
+def test_revenue_is_estimated_over_the_rankings_whose_ads_bid(bundle: Bundle, logged: Callable[..., ImpressionLog]) -> None:
+    rankings, encoder = bidding(explored(120, places=2)), bundles.encoder()
+    clicks = clicked(rankings)
+    earned = weighted = direct = 0.0
+    for each in rankings[4:]:
+        values = bundles.expected(each.feeds(encoder, each.candidates))[0].astype(np.float64)
+        worth = [
+            max(0, bid) / 1e6 * (p if kind == "cpc" else 0.001) for bid, kind, p in zip(each.bids, each.bid_types, values, strict=True)
+        ]
+        best = sorted(range(len(worth)), key=lambda i: (-worth[i], each.candidates[i]))
+        weight, above = 1.0, 1.0
+        for place, ad_id in enumerate(each.ad_ids):
+            # The target is greedy: its choice given the ads above is the best of those left.
+            left = [i for i in best if each.candidates[i] not in each.ad_ids[:place]]
+            weight *= (each.candidates[left[0]] == ad_id) / each.propensity[place]
+            paid = paid_by_hand(each, place, (each.request_id, ad_id) in clicks)
+            earned, weighted = earned + paid, weighted + weight * paid
+            predicted = worth[each.candidates.index(ad_id)]
+            direct += worth[best[place]] + above * (worth[left[0]] - worth[best[place]]) + weight * (paid - predicted)
+            above = weight
+    with pytest.raises(DataError, match="some rankings of the log have no bids"):
+        replay(logged(rankings, clicks), bundle, EpsilonGreedy(0.0), objective="ecpm")
+    log = logged(rankings[4:], clicks)
+    found = replay(log, bundle, EpsilonGreedy(0.0), objective="ecpm").revenue
+    assert found is not None
+    assert [found.log.value, found.ips.value] == pytest.approx([earned / 232, weighted / 232])
+    assert found.dr.value == pytest.approx(direct / 232, rel=1e-4)
+
+
+def test_the_logging_policy_s_own_revenue_is_the_log_s(bundle: Bundle, logged: Callable[..., ImpressionLog]) -> None:
+    rankings = bidding(explored(80, places=2))
+    clicks = clicked(rankings)
+    earned = sum(paid_by_hand(each, i, (each.request_id, each.ad_ids[i]) in clicks) for each in rankings[4:] for i in range(2))
+    found = replay(logged(rankings, clicks), bundle, PlackettLuce(0.5))
+    assert found.rankings == 80
+    assert found.revenue is not None
+    assert [found.revenue.log.value, found.revenue.ips.value] == pytest.approx([earned / 152] * 2, rel=1e-5)
+    assert found.as_dict()["revenue"]["ips"]["value"] == found.revenue.ips.value
+    assert replay(logged(rankings[:4], clicks), bundle, PlackettLuce(0.5)).revenue is None
+
+
 def test_of_equal_values_the_ad_with_the_lower_id_is_the_better_one(bundle: Bundle, logged: Callable[..., ImpressionLog]) -> None:
     by_id: dict[int, str] = {}
     for name in (f"b{i}" for i in range(1000)):

@@ -29,11 +29,16 @@ SERVED = ServedRecord(
 )
 
 
-def test_a_served_ranking_packed_and_unpacked_is_the_same() -> None:
-    again = unpack_served(pack_served(SERVED))
+BIDDING = replace(SERVED, objective="ecpm", bids=[10**15, -1, 0], bid_types=["cpa", "cpc", "cpm"], prices=[3, 0, 0])
+
+
+@pytest.mark.parametrize(("served", "form"), [(SERVED, 2), (BIDDING, 4), (replace(SERVED, objective="weighted"), 4)])
+def test_a_served_ranking_packed_and_unpacked_is_the_same(served: ServedRecord, form: int) -> None:
+    assert msgpack.unpackb(pack_served(served))[0] == form  # readers of before know the first two, which most rankings are
+    again = unpack_served(pack_served(served))
     assert again == ServedRecord(**{name: getattr(again, name) for name in again.__slots__})
     assert [getattr(again, name) for name in again.__slots__] == [
-        list(value) if isinstance(value := getattr(SERVED, name), tuple) else value for name in again.__slots__
+        list(value) if isinstance(value := getattr(served, name), tuple) else value for name in again.__slots__
     ]
 
 
@@ -70,6 +75,9 @@ def test_the_ads_to_encode_can_be_chosen() -> None:
         pack_served(SERVED)[:-1],
         pack_served(replace(SERVED, shown=len(SERVED.ad_ids) + 1)),
         pack_served(replace(SERVED, shown=-1)),
+        pack_served(replace(BIDDING, bids=[1])),
+        pack_served(replace(BIDDING, prices=[1])),
+        pack_served(replace(BIDDING, candidates=["a1", "a2"])),
     ],
 )
 def test_what_is_no_served_ranking_is_refused(value: bytes) -> None:

@@ -13,12 +13,14 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from features.encode import Features
 from features.served import ServedRecord, pack_served
 from features.state import Store, StoreError, StoreRoom
 from features.streams import SERVED
 
+from ..ranking.bids import BID_TYPES, MICRO
 from ..ranking.ranker import Ranking
 from ..settings import Settings
 from ..telemetry.logs import where
@@ -73,7 +75,18 @@ def served(ranking: Ranking, ts: float, most: int, with_tensors: bool) -> Served
         tensors=_tensors(ranking, shown) if with_tensors else {},
         shown=min(len(shown), _said_shown(ranking)),
         history_ts=encoder.newest_times(request.history, request.history_ts) if encoder.schema.history_ages else (),
+        objective=query.objective,
+        **_money(ranking, most),
     )
+
+
+def _money(ranking: Ranking, most: int) -> Mapping[str, Sequence[Any]]:
+    """What the ads of the record bid, and would have had to pay."""
+    if ranking.bids is None:
+        return {}
+    bids = ranking.bids.take(ranking.kept[:most] if ranking.propensity is None else ranking.rows)
+    prices = [] if ranking.price is None else [round((price or 0) * MICRO) for price in ranking.price[:most]]
+    return {"bids": bids.bid.tolist(), "bid_types": [BID_TYPES[kind] for kind in bids.kind.tolist()], "prices": prices}
 
 
 def _said_shown(ranking: Ranking) -> int:

@@ -125,6 +125,10 @@ class Ranking:
     """What ads were ordered by, where that is neither p(click) nor eCPM."""
     price: Sequence[float | None] | None = None
     """What each ad would have to pay, in the unit of its bid; None where nobody asked."""
+    bids: Bids | None = None
+    """Of the request's candidates `(C,)`."""
+    kept: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Which of them the ads are."""
     propensity: Sequence[float] | None = None
     """How likely the policy was to put each ad at its place, given those above it; None where it did not explore."""
     why: Sequence[Mapping[str, Any]] = ()
@@ -401,6 +405,8 @@ def _ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> R
         None if np.count_nonzero(known) == len(known) else known.tolist(),
         omitted,
         propensity=None if propensity is None else propensity.tolist(),
+        bids=bids,
+        kept=kept,
     )
     if query.objective in ("value", "weighted"):
         ranking.score = from_micros(worth.by.take(kept)) if query.objective == "value" else worth.by.take(kept).tolist()

@@ -73,11 +73,19 @@ class Graph:
         self.schema: Schema = bundle.schema
         self._session = open_graph(bundle.path / file, f"bundle {bundle.path}")
 
-    def p_click(self, rows: Rows, ads: Block | None = None) -> Array:
-        """The probabilities `(N,)` float32 of the rows' own ads, or those `(N, C)` of `ads (N, C, ...)` for each of the rows."""
+    @property
+    def heads(self) -> list[str]:
+        """The names of its outputs."""
+        return [entry.name for entry in self._session.get_outputs()]
+
+    def p_click(self, rows: Rows, ads: Block | None = None, head: str = "p_click") -> Array:
+        """The probabilities `(N,)` float32 of the rows' own ads, or those `(N, C)` of `ads (N, C, ...)` for each of the rows.
+
+        `head` names another output.
+        """
         step = REQUESTS if ads is None else max(1, min(REQUESTS, PAIRS // ads.ids.shape[1]))
         scores: Array = np.concatenate(
-            [self._session.run(["p_click"], feeds_of(self.schema, rows, some, ads))[0] for some in chunks(np.arange(len(rows)), step)]
+            [self._session.run([head], feeds_of(self.schema, rows, some, ads))[0] for some in chunks(np.arange(len(rows)), step)]
         )
         return scores[:, 0] if ads is None else scores
 

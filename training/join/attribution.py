@@ -18,7 +18,7 @@ import tomli_w
 from features.schema import Schema
 
 from ..datasets.prepared import DataError
-from .raw import EVENT_TYPES, HOUR, Columns
+from .raw import AD_TYPES, EVENT_TYPES, HOUR, Columns
 
 RAW, IMPRESSIONS, EVENTS, ASIDE = "raw", "impressions", "events", "aside"
 WATERMARK, SETTINGS = "watermark", "attribution.toml"
@@ -36,6 +36,9 @@ JOINED, DUPLICATE, LATE, DEFERRED, UNKNOWN, NOT_SHOWN, OTHER_USER, BEFORE, NO_IM
     "before_ranking",
     "no_impression",
 )
+MONEY = ("bid", "bid_type", "price")
+"""Columns of ads, which files of before do not have."""
+OFFERED = ("candidates", "candidate_revisions", "candidate_bids", "candidate_bid_types")
 KEY = ("request_id", "entry", "ad_id")
 """Of an ad of a ranking: a request id may be used again, and an entry may be read again."""
 ONCE = ["request_id", "entry"]
@@ -118,7 +121,11 @@ class RawLog:
         """Columns of the files of the hours that meet `begin <= t <= end`."""
         types = {name: self._types[kind][name] for name in names}
         paths = [path for hour, found in self.hours[kind].items() if (hour + 1) * HOUR > begin and hour * HOUR <= end for path in found]
-        return pl.scan_parquet(paths, glob=False).select(names) if paths else pl.LazyFrame(schema=types)
+        if not paths:
+            return pl.LazyFrame(schema=types)
+        # Some may be from before there was a column.
+        found = pl.scan_parquet(paths, glob=False, schema=self._types[kind], missing_columns="insert", extra_columns="ignore")
+        return found.select(names)
 
     def rankings(self, begin: float, end: float, settings: Attribution, names: Collection[str] = NARROW) -> pl.LazyFrame:
         """The rankings of these hours, some perhaps twice, with how many of their ads count."""
@@ -194,7 +201,9 @@ def labelled(raw: RawLog, hour: int, settings: Attribution, closed: float, bough
     clicks = joined.filter(type="click").group_by(KEY).agg(click_ts=pl.col("ts").min())
     of_first = pl.col("position").sort_by("ts", "event_id").first().alias("reported_at")
     reports = joined.filter(type="impression").group_by(KEY).agg(of_first, pl.lit(True).alias("reported"))
-    ads = served.with_columns(index=pl.int_ranges(pl.col("ad_id").list.len())).explode(*columns.of_ads, "index")
+    count = pl.col("ad_id").list.len()
+    whole = (pl.coalesce(name, pl.lit(None, AD_TYPES[name]).repeat_by(count)).alias(name) for name in MONEY)
+    ads = served.with_columns(*whole, index=pl.int_ranges(count)).explode(*columns.of_ads, "index")
     for found in (clicks, reports, bought.lazy()):
         ads = ads.join(found, on=list(KEY), how="left")
     shown = ads.filter((pl.col("index") < pl.col("counted")) | pl.col("reported"))
@@ -204,7 +213,7 @@ def labelled(raw: RawLog, hour: int, settings: Attribution, closed: float, bough
 def _rows(shown: pl.DataFrame, columns: Columns) -> pl.DataFrame:
     """What was shown, with the columns that docs/log.md tells."""
     first = pl.struct("request_id", "entry").is_first_distinct()
-    once = [pl.when(first).then(pl.col(name)).alias(name) for name in ("candidates", "candidate_revisions")]
+    once = [pl.when(first).then(pl.col(name)).alias(name) for name in OFFERED]
     label, converted = (pl.col(name).is_not_null().cast(pl.Int8) for name in ("click_ts", "value"))
     position, ts = pl.coalesce("reported_at", "position").alias("position"), pl.col("ts").floor().cast(pl.Int64)
     own = [
@@ -220,6 +229,8 @@ def _rows(shown: pl.DataFrame, columns: Columns) -> pl.DataFrame:
         "version",
         "user_id",
         "policy",
+        "objective",
+        *MONEY,
     ]
     own += [name for name in ("history", "history_revisions", "history_ts") if name in columns.rankings]
     own += [name for name in columns.impressions if name.startswith(("user.", "context.", "ad.", "tensors."))]

@@ -45,6 +45,9 @@ RANKING_TYPES: Mapping[str, pl.DataType] = {
     "history_revisions": REVISIONS,
     "candidates": pl.List(pl.String()),
     "candidate_revisions": REVISIONS,
+    "candidate_bids": pl.List(pl.Int64()),
+    "candidate_bid_types": pl.List(pl.String()),
+    "objective": pl.String(),
 }
 """`since` is when windows begin: when it was ranked, or received if that clock was ahead."""
 TIMES_TYPE: pl.DataType = pl.List(pl.Float64())
@@ -56,6 +59,9 @@ AD_TYPES: Mapping[str, pl.DataType] = {
     "propensity": pl.Float64(),
     "known": pl.Boolean(),
     "revision": pl.UInt64(),
+    "bid": pl.Int64(),
+    "bid_type": pl.String(),
+    "price": pl.Int64(),
 }
 EVENT_TYPES: Mapping[str, pl.DataType] = {
     "entry": pl.String(),
@@ -230,20 +236,25 @@ class _Builder:
         times = [float(ts) for ts in served.history_ts] if served.history_ts or not served.history else None
         if served.tensors:
             self._add_tensors(served)
-        self._rankings.append((*values, *more, served.candidates or None, explored, times)[: len(self._columns.rankings)])
+        offered = (served.bids, served.bid_types) if served.bids and served.candidates else (None, None)
+        row = *values, *more, served.candidates or None, explored, *offered, served.objective, times
+        self._rankings.append(row[: len(self._columns.rankings)])
         self._sides["user"].append(self._columns.values("user", served.user, self._troubles))
         self._sides["context"].append(self._columns.values("context", served.context, self._troubles))
+        bids = dict(zip(served.candidates or served.ad_ids, zip(served.bids, served.bid_types, strict=True), strict=bool(served.bids)))
         for i, ad_id in enumerate(served.ad_ids):
-            self._add_ad(served, i, ad_id)
+            bid, kind = bids.get(ad_id, (-1, None))
+            paid = served.prices[i] if served.prices else None
+            self._add_ad(served, i, ad_id, (None, None, None) if bid < 0 else (bid, kind, paid))
 
-    def _add_ad(self, served: ServedRecord, i: int, ad_id: str) -> None:
+    def _add_ad(self, served: ServedRecord, i: int, ad_id: str, money: tuple[int | None, str | None, int | None]) -> None:
         packed = None if ad_id in served.unknown else served.ads.get(ad_id)
         revised, row = (0, 0) if packed is None else self._look_up(packed)
         if ad_id in served.sent:
             row = self._sent(row, served.sent[ad_id])
         position = served.positions[i] if served.positions else i + 1
         shares = float(served.p_click[i]), float(served.propensity[i])
-        self._ads.append((len(self._rankings) - 1, ad_id, position, *shares, packed is not None, revised))
+        self._ads.append((len(self._rankings) - 1, ad_id, position, *shares, packed is not None, revised, *money))
         self._ad_of.append(row)
 
     def _revision(self, served: ServedRecord, ad_id: str) -> int:
@@ -307,6 +318,9 @@ def read_served(value: bytes) -> ServedRecord:
         and _are_shares(served.p_click)
         and _are_shares(served.propensity)
         and _are(int, positions)
+        and _are(int, served.bids, served.prices)
+        and all(-1 <= micros < 2**63 for micros in (*served.bids, *served.prices))
+        and set(served.bid_types) <= {"cpm", "cpc", "cpa"}
         and len(positions) in (0, len(served.ad_ids))
         and (not positions or 0 < min(positions) <= max(positions) <= LAST_POSITION)
         and set(map(type, served.history_ts)) <= {int, float}

@@ -1,4 +1,4 @@
-"""What another policy's click rate would have been: IPS, SNIPS and doubly robust estimates, from arrays alone.
+"""What another policy's click rate, or revenue, would have been: IPS, SNIPS and doubly robust estimates, from arrays alone.
 
 A place is weighed by the product of target / logged propensity over it and the places above it, so that a click may depend on the ads
 above it (McInerney et al. 2020, "Counterfactual Evaluation of Slate Recommendations with Sequential Reward Interactions"); with one
@@ -26,6 +26,7 @@ class Trail:
 
     shown: Array
     clicks: Array
+    """What came of it: clicks, or what was paid; then the reward model's values are amounts too."""
     ratios: Array
     """Target / logged propensity of the ad at the place, given the ads above it."""
     predicted: Array
