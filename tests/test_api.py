@@ -19,6 +19,7 @@ from features.state import Ad, MemoryStore, UserState
 from service import errors
 from service.api.console import CONSOLE
 from service.api.edge import ROUTES
+from service.api.event_wire import EventsAnswer
 from service.api.requests import parse_request, to_query
 from service.api.wire import Problem, RankAnswer
 
@@ -502,6 +503,22 @@ async def test_routes_are_those_documented(client):
     described = document["paths"]["/v1/rank"]["post"]
     assert set(described["responses"]) == {"200", "400", "404", "408", "413", "415", "422", "429", "500", "503", "504"}
     assert "candidates" in document["components"]["schemas"]["RankRequest"]["required"]
+
+
+async def test_every_route_has_an_example_that_is_as_described(client):
+    document = (await client.get("/openapi.json")).json()
+    kinds = {"RankAnswer": RankAnswer, "EventsAnswer": EventsAnswer}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            body = operation["requestBody"]["content"]["application/json"]["example"] if "requestBody" in operation else None
+            answer = await client.request(method, path, json=body)
+            assert answer.status_code in (200, 202), (path, answer.text)
+            (described,) = operation["responses"][str(answer.status_code)]["content"].values()
+            name = described.get("schema", {}).get("$ref", "").rpartition("/")[2]
+            if kind := kinds.get(name):
+                kind.model_validate_json(json.dumps(described["example"]))
+            if answer.headers["content-type"] == "application/json":
+                assert set(described["example"]) == set(answer.json())
 
 
 async def test_nothing_of_a_user_is_logged(client, caplog):

@@ -249,3 +249,14 @@ async def test_nobody_is_shut_out_and_a_phone_does(browser, client, scheme):
             found = await Axe().run(page)
             serious = [each for each in found.response["violations"] if each["impact"] in ("serious", "critical")]
             assert serious == [], found.generate_report()
+
+
+async def test_each_route_can_be_tried_on_the_page_of_docs(browser, client):
+    async with watched(browser, f"{client.base_url}/docs") as page:
+        await page.locator("summary", has_text="/v1/rank").click()
+        details = page.locator("details[open]")
+        body = details.get_by_role("textbox", name="Body of POST /v1/rank")
+        await body.fill(json.dumps({"user": {"id": "u378"}, "candidates": ["a1", "a2"]}))
+        await details.get_by_role("button", name="Send").click()
+        await expect(details.locator("pre").first).to_contain_text("p_click")
+        await expect(details.locator("pre").first).to_contain_text("200")

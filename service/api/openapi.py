@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from .. import errors
 from .event_wire import EventBatch, EventsAnswer
+from .examples import EXAMPLES
 from .wire import Problem, RankAnswer, RankRequest, Wire
 
 RANKED = {"/rank": "rank", "/v1/rank": "rank_v1"}
@@ -68,6 +69,12 @@ def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
             for model, mode in MODELS:
                 described = model.model_json_schema(ref_template=REFERENCE, mode=mode)
                 components.setdefault("schemas", {}).update({**described.pop("$defs", {}), model.__name__: described})
+            for path, (body, answer) in EXAMPLES.items():
+                for operation in document["paths"][path].values():
+                    if body is not None:
+                        operation["requestBody"]["content"]["application/json"]["example"] = body
+                    good = next(each for status, each in operation["responses"].items() if status.startswith("2"))
+                    next(iter(good["content"].values()))["example"] = answer
             app.openapi_schema = document
         return app.openapi_schema
 

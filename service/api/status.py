@@ -7,6 +7,7 @@ from typing import Any
 
 import pydantic_core
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from ..ranking.ranker import Ranker
 from ..telemetry.metrics import CONTENT_TYPE, Metrics
@@ -36,7 +37,7 @@ def status_routes(ranker: Ranker, metrics: Metrics, health: Health, notice: Call
         request.state.observed.outcome = "not_ready" if unready else "ok"
         return _json(report, 503 if unready else 200)
 
-    @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def exposition() -> Response:
         """The metrics, for Prometheus."""
         ranker.catalogue.observe()
