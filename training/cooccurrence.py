@@ -22,21 +22,28 @@ FULL, POWER = 100.0, 0.75
 """Pairs of so many clicks together weigh 1, those of fewer (X / 100) ** 0.75."""
 PAIRS = 4096
 """Of a step."""
+CLICKS = 100_000
+"""Whose pairs are counted at once."""
 Pairs = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def counted(rows: Rows, column: int = 0) -> tuple[Pairs, np.ndarray[Any, np.dtype[np.float32]]]:
     """Pairs `(P, 2)` of ads, by the ids in a column of the ad, `ad_id`, and how often the second came before a click on the first."""
     clicks = np.flatnonzero(rows.labels > 0)
-    past, places = rows.history[clicks], np.arange(rows.history.shape[1])
+    found = [_counted(rows.take(some), column) for some in np.array_split(clicks, range(CLICKS, len(clicks), CLICKS))]
+    pairs, at = np.unique(np.concatenate([each for each, _ in found]), axis=0, return_inverse=True)
+    return pairs, np.bincount(at.ravel(), np.concatenate([times for _, times in found])).astype(np.float32)
+
+
+def _counted(clicks: Rows, column: int) -> tuple[Pairs, Pairs]:
+    past, places = clicks.history, np.arange(clicks.history.shape[1])
     lengths = (past > 0).sum(1)[:, None]
     within = (places < lengths) & (places >= lengths - WINDOW)
-    behaviours = rows.behaviours.ids[past, 0]
-    clicked = np.broadcast_to(rows.ad.ids[clicks, column : column + 1], past.shape)
+    behaviours = clicks.behaviours.ids[past, 0]
+    clicked = np.broadcast_to(clicks.ad.ids[:, column : column + 1], past.shape)
     pairs = np.stack([clicked[within], behaviours[within]], 1).astype(np.int64)
     pairs = pairs[(pairs > 1).all(1) & (pairs[:, 0] != pairs[:, 1])]  # known ads, and two of them
-    found, times = np.unique(pairs, axis=0, return_counts=True)
-    return found, times.astype(np.float32)
+    return np.unique(pairs, axis=0, return_counts=True)
 
 
 class Cooccurrence(nn.Module):
