@@ -61,6 +61,8 @@ class Field:
     """For a category or list `padding` (id 0) or `unknown` (id 1); for a number the raw value that stands in."""
     missing_values: tuple[str, ...] = ()
     """Values that mean that there is none, such as NULL or -1: in the log, in a request and in the store alike."""
+    max_size: int = 0
+    """Above 0, at most so many values have an id, the most frequent ones; the others are unknown."""
 
     @property
     def dense(self) -> bool:
@@ -195,14 +197,14 @@ class Schema:
         How often a value must be seen decides what a vocabulary holds, not what is made of it. `negative_sampling` was a part of
         schemas once: it stays in the text as it was for most, so that their fingerprints are still the same.
         """
-        return replace(self, fields=tuple(replace(field, min_count=1) for field in self.fields)).canonical_with(1.0)
+        return replace(self, fields=tuple(replace(field, min_count=1, max_size=0) for field in self.fields)).canonical_with(1.0)
 
     def canonical_with(self, negative_sampling: float) -> str:
         """The text that fingerprints were made of when they covered sampling and minimum counts too."""
         return json.dumps({**_said(asdict(self)), "negative_sampling": negative_sampling}, sort_keys=True, separators=(",", ":"))
 
 
-LATER = ("missing_values", "nobody", "history_padding", "history_ages")
+LATER = ("missing_values", "max_size", "nobody", "history_padding", "history_ages")
 
 
 def _said(schema: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +246,7 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value)
 
 
-FIELD = ("kind", "vocabulary", "buckets", "min_count", "length", "transform", "missing", "missing_values")
+FIELD = ("kind", "vocabulary", "buckets", "min_count", "length", "transform", "missing", "missing_values", "max_size")
 
 
 def _field(side: Side, name: str, entries: object) -> Field:
@@ -277,6 +279,7 @@ def _mistakes(field: Field) -> list[str]:
         "vocabulary must be a name": isinstance(field.vocabulary, str) and bool(field.vocabulary),
         f"buckets must be a whole number from 0 to {MAX_BUCKETS}": _is_int(field.buckets, 0, MAX_BUCKETS),
         "min_count must be a whole number of at least 1": _is_int(field.min_count, 1, 2**62),
+        "max_size must be a whole number of at least 0, and buckets has none": _is_int(field.max_size, 0, 0 if field.buckets else 2**62),
         f"length must be a whole number from 1 to {MAX_LIST_LENGTH}": _is_int(field.length, 1, MAX_LIST_LENGTH),
         "only a list or a vector has a length": field.kind not in KINDS or field.kind in ("list", "vector") or field.length == 1,
         f"transform must be one of {', '.join(TRANSFORMS)}": field.transform in TRANSFORMS,
@@ -287,7 +290,7 @@ def _mistakes(field: Field) -> list[str]:
 
 def _mistakes_of_number(field: Field) -> list[str]:
     rules = {
-        "a number has neither buckets nor min_count": (field.buckets, field.min_count) == (0, 1),
+        "a number has neither buckets, min_count nor max_size": (field.buckets, field.min_count, field.max_size) == (0, 1, 0),
         "missing must be a finite number that fits float32, the raw value that stands in": _is_number(field.missing),
         "missing_values of a number must be numbers, as texts": all(map(_is_finite, field.missing_values)),
     }
@@ -297,7 +300,9 @@ def _mistakes_of_number(field: Field) -> list[str]:
 def _mistakes_of_vector(field: Field) -> list[str]:
     rules = {
         "a vector needs a length of at least 2, how many numbers it has": field.length > 1,
-        "a vector has neither buckets, min_count nor a transform": (field.buckets, field.min_count, field.transform) == (0, 1, "none"),
+        "a vector has neither buckets, min_count, max_size nor a transform": (
+            (field.buckets, field.min_count, field.max_size, field.transform) == (0, 1, 0, "none")
+        ),
         "a vector that is missing is 0 throughout: leave missing and missing_values out": field.missing == 0 and not field.missing_values,
     }
     return [rule for rule, holds in rules.items() if not holds]
@@ -403,6 +408,6 @@ def _misfits(fields: Sequence[Field]) -> list[str]:
             mistakes.append(f"field {field.path}: an identity has no missing_values; nobody = [...] says which user ids mean no user")
         elif not field.dense:
             owner = owners.setdefault(field.vocabulary, field)
-            if (owner.buckets, owner.min_count) != (field.buckets, field.min_count):
-                mistakes.append(f"fields {owner.path} and {field.path} share a vocabulary but not its buckets and min_count")
+            if (owner.buckets, owner.min_count, owner.max_size) != (field.buckets, field.min_count, field.max_size):
+                mistakes.append(f"fields {owner.path} and {field.path} share a vocabulary but not its buckets, min_count and max_size")
     return mistakes

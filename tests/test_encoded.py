@@ -57,8 +57,9 @@ def test_values_are_learned_by_frequency_and_then_by_the_value(tmp_path: Path) -
     assert learn_vocabularies(data).moments == {"ad.price": Moments(3.0, pytest.approx((14 / 3) ** 0.5))}
 
 
-def test_rare_values_are_unknown(tmp_path: Path) -> None:
-    text = SMALLEST.replace('[user.age]\nkind = "category"', '[user.age]\nkind = "category"\nmin_count = 2')
+@pytest.mark.parametrize("rule", ["min_count = 2", "max_size = 1"])
+def test_rare_values_are_unknown(tmp_path: Path, rule: str) -> None:
+    text = SMALLEST.replace('[user.age]\nkind = "category"', f'[user.age]\nkind = "category"\n{rule}')
     data = write(tmp_path, text, train=ROWS)
     assert values(data, "age") == ("40",)
     rows = encode_split(data, "train", Encoder(data.schema, learn_vocabularies(data)))

@@ -36,6 +36,12 @@ def test_order_of_the_rows_that_are_taken() -> None:
     assert Tenure(1, {"v": {"b": 7}}).place("v", ["a", "b", "c"], (), ["x", "y"]) == ["y", "x", "c"]
 
 
+def test_new_values_find_room_up_to_the_most_and_in_rows_of_idle_ones() -> None:
+    assert Tenure(1).place("v", ["a", "b", "c"], {"a", "c"}, ["x", "y", "z"], 4) == ["a", "x", "c", "y"]
+    assert Tenure(1).place("v", ["a", "b", "c"], {"a", "c"}, ["x", "y", "z"], 2) == ["a", "x", "c"]
+    assert Tenure(0).place("v", [], (), ["x", "y", "z"], 2) == ["x", "y"]
+
+
 def test_without_the_setting_every_value_stays() -> None:
     tenure = Tenure(0, {"v": {"a": 99}})
     assert tenure.place("v", ["a", "b"], {"b", "c"}, ["c"]) == ["a", "b", "c"]

@@ -32,8 +32,8 @@ LOOKS = [[0.5, -1.0], None, [0.0, 2.0]]
     ("entries", "mistake"),
     [
         ("", "a vector needs a length of at least 2"),
-        ("length = 2\nbuckets = 9", "a vector has neither buckets, min_count nor a transform"),
-        ('length = 2\ntransform = "log"', "a vector has neither buckets, min_count nor a transform"),
+        ("length = 2\nbuckets = 9", "a vector has neither buckets, min_count, max_size nor a transform"),
+        ('length = 2\ntransform = "log"', "a vector has neither buckets, min_count, max_size nor a transform"),
         ('length = 2\nmissing_values = ["0"]', "a vector that is missing is 0 throughout"),
     ],
 )

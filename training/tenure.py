@@ -24,14 +24,15 @@ class Tenure:
     counts: dict[str, str] = field(default_factory=dict)
     """By vocabulary: how many values there are, how many of them are new, and how many rows those took."""
 
-    def place(self, vocabulary: str, before: Sequence[str], seen: Collection[str], new: Sequence[str]) -> list[str]:
+    def place(self, vocabulary: str, before: Sequence[str], seen: Collection[str], new: Sequence[str], most: int = 0) -> list[str]:
         """The values of a vocabulary in the order of their ids, where it was `before` and a window has `seen` some and brings `new` ones.
 
-        The first new values take the rows of those that have been idle longest, the others come after all.
+        The first new values take the rows of those that have been idle longest, the others come after all, until there are `most`.
         """
         known = self.idle.get(vocabulary, {})
         idle = {value: known.get(value, 0) + 1 for value in before if value not in seen}
         leaving = [value for value, windows in idle.items() if windows >= self.evict_after > 0]
+        new = new[: len(leaving) + max(0, most - len(before))] if most else new
         taken = dict(zip(sorted(leaving, key=lambda value: -idle[value]), new, strict=False))
         self.idle[vocabulary] = {value: windows for value, windows in idle.items() if value not in taken}
         values = [*(taken.get(value, value) for value in before), *new[len(taken) :]]

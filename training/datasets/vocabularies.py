@@ -123,7 +123,7 @@ def _vocabulary(counts: Counts, field: Field, first: Sequence[str], tenure: Tenu
         raise DataError(f"no column holds the values of {field.path}, neither the train split nor a table; prepare the data set again")
     ordered = pl.concat(kept).sort(["count", "value"], descending=[True, False])
     new = [value for value in ordered["value"].to_list() if value not in known]
-    return Vocabulary(tenure.place(field.vocabulary, first, seen, new))
+    return Vocabulary(tenure.place(field.vocabulary, first, seen, new, field.max_size))
 
 
 def _moments(spread: Spread, path: str) -> Moments:
