@@ -11,7 +11,7 @@ from conftest import Server
 
 from adrank_bench.load import LoadError, ask
 from adrank_bench.measured import LoadPlan
-from benchmarks import crosscheck, growth, service
+from benchmarks import growth, service
 from benchmarks.bare import Bare
 from benchmarks.benchmark_models import build
 from benchmarks.population import fill
@@ -134,16 +134,3 @@ def test_growth_measures_a_service_of_its_own(servers: Callable[[str], Server], 
     assert start.resident_mib > 50
     assert [(cost.candidates, cost.errors) for cost in costs] == [(1, 0), (20, 0)]
     assert all(0 < cost.p50_ms <= cost.p99_ms and cost.cpu_us > 0 for cost in costs)
-
-
-def test_the_crosscheck_reads_what_wrk_prints(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrk = tmp_path / "wrk"
-    wrk.write_text("#!/bin/sh\necho 'Requests/sec:   1234.50'\n")
-    wrk.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert crosscheck.wrk("http://x", [b"{}"], 1, 8)["requests_per_s"] == 1234.5
-    wrk.write_text("#!/bin/sh\necho broken >&2; exit 1\n")
-    with pytest.raises(crosscheck.click.ClickException, match="wrk failed: broken"):
-        crosscheck.wrk("http://x", [b"{}"], 1, 8)
-    mine = crosscheck.ours(bench.subjects[OURS].target, bench.requests(3), 50.0, 0.2, 2)
-    assert (mine["loop"], mine["requests_per_s"]) == ("open", 50)

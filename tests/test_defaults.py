@@ -1,4 +1,4 @@
-"""Settings that follow the rows, and the programs that measure them."""
+"""Settings that follow the rows."""
 
 import io
 import json
@@ -12,12 +12,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import avazu_like
-from benchmarks.defaults import cut, plan, regression, table
 from features.bundle import load_bundle
 from features.encode import Encoder
 from training.datasets.encoded import encode_split
-from training.datasets.prepared import Prepared, open_prepared
 from training.datasets.vocabularies import learn_vocabularies
 from training.fit import fit_network
 from training.networks.layers import Tower
@@ -161,23 +158,3 @@ def test_the_first_order_decays_as_little_as_a_regression(tmp_path: Path) -> Non
         used = embeddings.table.weight.grad.abs().sum(1) > 0  # type: ignore[union-attr]
         assert used.sum() > 5
         np.testing.assert_allclose(embeddings.table.weight.grad[used], l2 * embeddings.table.weight.detach()[used], rtol=1e-6)  # type: ignore[index, union-attr]
-
-
-def test_a_log_like_avazus_is_heavy_tailed(tmp_path: Path) -> None:
-    assert avazu_like.write_log(tmp_path / "log", 3_000) == {"train": 2400, "valid": 300, "test": 300}
-    (frame,) = open_prepared(tmp_path / "log").frames("train")
-    assert 0.15 < frame["label"].mean() < 0.19  # type: ignore[operator]
-    assert (frame["user_id"].value_counts()["count"] == 1).mean() > 0.5  # type: ignore[operator]
-    assert len(avazu_like.SCHEMA.fields) == 21
-
-
-def test_the_comparison_is_made_of_the_first_rows_and_of_those_after_them(tmp_path: Path) -> None:
-    avazu_like.write_log(tmp_path / "log", 3_000)
-    part = cut(open_prepared(tmp_path / "log"), 1_000, tmp_path / "part")
-    assert isinstance(part, Prepared)
-    assert [sum(map(len, part.frames(split))) for split in ("train", "valid", "test", "later")] == [800, 100, 100, 2000]
-    found = regression(part)
-    assert 0.5 < found["later"] < 0.9
-    keys = [key for key, *_ in plan(1_000, ("din",), 3)]
-    assert len(keys) == len(set(keys)) == 9
-    assert table({"1000/logistic": found, keys[0]: {"valid": 0.7, "test": 0.6}}, (1_000,), ("din",)).row_count == 2

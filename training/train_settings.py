@@ -114,9 +114,9 @@ class TrainSettings:
     def for_rows(self, rows: int) -> "TrainSettings":
         """What is left to the data, settled for so many rows of train.
 
-        Measured by `benchmarks/defaults.py`: a batch of a fiftieth of the rows, 32 to 2,048, and a learning rate that grows as
-        the batch shrinks, so that a few thousand rows get the steps that they need. Below `flat_below` the first order decays as little
-        as in logistic regression with C = 1.
+        As measured (docs/decisions/2026-11-28-defaults-follow-the-rows.md): a batch of a fiftieth of the rows, 32 to 2,048, and a
+        learning rate that grows as the batch shrinks, so that a few thousand rows get the steps that they need. Below `flat_below` the
+        first order decays as little as in logistic regression with C = 1.
         """
         batch = self.batch or min(max(2 ** round(math.log2(max(rows, 1) / ROWS_A_BATCH)), BATCHES[0]), BATCHES[1])
         rate = self.learning_rate or (RATES[0] if batch >= LARGE else RATES[1])
