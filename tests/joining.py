@@ -207,16 +207,6 @@ def join_once(url: str, folder: Path, models: Path, *options: str) -> str:
     return out.decode()
 
 
-def eventually(true, seconds: float = 90) -> None:
-    """Wait until something is true."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if true():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"not in {seconds} s")
-
-
 def tensor_bytes(*values, kind=np.int64) -> bytes:
     return np.array(values, kind).tobytes()
 

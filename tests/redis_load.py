@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from conftest import until
 from redis_servers import client_of
 
 from features.events import unpack_event
@@ -64,9 +65,7 @@ class Load:
     async def until(self, events: int = 0, rankings: int = 0, seconds: float = 90) -> None:
         """Wait for so many more events to be acknowledged, and rankings to be answered."""
         events, rankings = events + len(self.acknowledged), rankings + len(self.ranked)
-        async with asyncio.timeout(seconds):
-            while len(self.acknowledged) < events or len(self.ranked) < rankings:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(self.acknowledged) >= events and len(self.ranked) >= rankings, seconds)
 
     def degraded(self, since: float = 0.0) -> list[Ranked]:
         return [each for each in self.ranked if each.degraded and each.at >= since]

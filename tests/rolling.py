@@ -23,8 +23,8 @@ from typing import Any
 import bundles
 import pytest
 from conftest import free_port
-from joining import eventually
 from processes import ROOT, SERVE, environment
+from redis_servers import eventually
 
 from adrank_bench.load import LoadRun, Target, clock
 from adrank_bench.measured import LoadPlan, Measured

@@ -425,9 +425,7 @@ class TestReadiness:
     async def test_a_bundle_that_is_refused_is_told(self, run, tmp_path, ads, caplog, files, code, reason):
         bundles.publish(tmp_path, "bad", files=files)
         async with run(ads, models=tmp_path, ready=False) as client:
-            async with asyncio.timeout(90):
-                while not (report := (await client.get("/readyz")).json())["models"]["refused"]:
-                    await asyncio.sleep(0.05)
+            report = await client.until("/readyz", lambda said: said["models"]["refused"])
             assert report["status"] == "unready"
             assert report["models"]["refused"]["bad"].startswith(f"{code}: ")
             assert str(tmp_path) not in str(report)

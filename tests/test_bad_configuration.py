@@ -11,7 +11,7 @@ import bundles
 import httpx
 import pytest
 import small
-from conftest import Client, Server, free_port, until_ready
+from conftest import Client, Server, free_port, until, until_ready
 from processes import PATIENCE, SERVE, adrank, ended, environment, fill, without_privileges
 from redis import Redis
 
@@ -48,9 +48,7 @@ def one_line(done, *words):
 
 async def logged(log, text, times):
     """Waits until the log has a text so many times, and sees that it is not said more often."""
-    async with asyncio.timeout(PATIENCE):
-        while log.read_text().count(text) < times:
-            await asyncio.sleep(0.05)
+    await until(lambda: log.read_text().count(text) >= times)
     await asyncio.sleep(0.5)
     assert log.read_text().count(text) == times
 

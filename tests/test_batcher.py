@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import bundles
 import numpy as np
 import pytest
+from conftest import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scorer import feeds
@@ -124,9 +125,7 @@ def test_each_caller_gets_what_it_would_get_alone(scorers, requests, failing, sm
                 type(None): True,
             }
             assert allowed.get(type(outcome)), outcome
-        async with asyncio.timeout(90):  # a batch that all have left still ends
-            while batcher._tasks:
-                await asyncio.sleep(0.001)
+        await until(lambda: not batcher._tasks)  # a batch that all have left still ends
         assert batcher._queues == {}
 
     with pytest.MonkeyPatch.context() as patch:
@@ -136,9 +135,7 @@ def test_each_caller_gets_what_it_would_get_alone(scorers, requests, failing, sm
 
 
 async def begun(held):
-    async with asyncio.timeout(90):
-        while not held.begun.is_set():
-            await asyncio.sleep(0.001)
+    await until(held.begun.is_set)
 
 
 async def test_what_comes_during_a_run_is_the_next_batch(held):

@@ -271,7 +271,7 @@ def test_an_interruption_leaves_what_was_measured() -> None:
 
     with answering() as server:
         measured = asked(server, LoadPlan(200, 60, 0.5, 2), stop)
-        loops = bench.loops(bench.Load(target=server.target, candidates=3, rate=9.0, seconds=60), [b""], Quiet(stop))  # type: ignore[arg-type]
+        loops = bench.loops(bench.Load(target=server.target, candidates=3, rate=9.0, seconds=60), [b""], Quiet(stop))
     assert measured.interrupted
     assert 0.5 <= measured.window < 30
     assert measured.requests_per_second > 0
@@ -302,10 +302,10 @@ def test_half_is_half_of_what_the_closed_loop_reached() -> None:
     with answering(stall=lambda: time.sleep(0.002)) as server:
         requests = [server.target.request(b"{}")]
         load = bench.Load(target=server.target, candidates=3, rate="half", seconds=0.5, warm_up=0, connections=2)
-        closed, opened = bench.loops(load, requests, Quiet(lambda _: None))  # type: ignore[arg-type]
+        closed, opened = bench.loops(load, requests, Quiet(lambda _: None))
         (alone,) = bench.loops(
             bench.Load(target=server.target, candidates=3, rate=50.0, seconds=0.2, warm_up=0), requests, Quiet(lambda _: None)
-        )  # type: ignore[arg-type]
+        )
     assert (closed.plan.rate, alone.plan.rate) == (None, 50)
     assert opened.plan.rate == closed.requests_per_second / 2
     document = bench.as_dict(load, [closed, opened])

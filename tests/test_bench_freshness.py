@@ -41,4 +41,4 @@ def test_a_click_that_changes_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(freshness, "GIVE_UP_SECONDS", 0.05)
     with pytest.raises(freshness.LoadError, match="had changed no ranking"):
-        freshness.one_round(Stale(), Stale(), b'{"user": {"id": "u1"}}', "a1")  # type: ignore[arg-type]
+        freshness.one_round(Stale(), Stale(), b'{"user": {"id": "u1"}}', "a1")

@@ -100,7 +100,6 @@ async def test_the_store_is_filled_with_what_the_model_knows(server: Server, bui
         assert encoder.encode_one("ad", features, ad_id).ids.min() > 1
     state = await store.get_user("u7")
     await store.close()
-    assert state is not None
     assert len(state.ad_ids) == len(state.ts) == population.schema.history_length
     assert list(state.ts) == sorted(state.ts)
     assert encoder.encode_one("user", state.features, "u7").ids.min() > 1
@@ -114,7 +113,7 @@ def test_scoring_compares_graphs_and_shows_them(built: Built, capsys: pytest.Cap
     assert [t.graph for t in timings] == ["exported", "same", "textbook", "row-wise"]
     assert list(timings[-2].textbook) == list(timings[-1].rowwise) == [1.0, 1.0, 1.0]
     assert all(t.request_us == pytest.approx(t.candidate_us * 5, rel=0.01) for t in timings)
-    assert 0 < timings[0].difference < 1e-5  # type: ignore[operator]
+    assert 0 < timings[0].difference < 1e-5
     off = scoring.compare(built, {"wrong": lambda feeds: ours(feeds) + 0.25}, peers, 5, rounds=3)
     assert off[0].difference == pytest.approx(0.25, abs=1e-5)
     scoring.show(timings, Console(width=120))

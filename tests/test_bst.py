@@ -50,7 +50,6 @@ CASES = [(1, 1, 64), (1, 2, 64), (1, 4, 3), (2, 2, 64), (3, 4, 64)]
 @pytest.mark.parametrize(("layers", "heads", "positions"), CASES)
 def test_logits_are_the_papers_head_by_head(text: str, layers: int, heads: int, positions: int) -> None:
     network = small.network("bst", text, layers=layers, attention_heads=heads, positions=positions)
-    assert isinstance(network, BST)
     parts = small.parts(text)
     with torch.no_grad():
         assert torch.allclose(small.click(network, *parts), literal_logits(network, *parts), **CLOSE)
@@ -72,7 +71,6 @@ def test_a_layer_is_torchs_own_multi_head_attention() -> None:
 
 def test_positions_are_counted_from_the_last_behaviour() -> None:
     network = small.network("bst", positions=4)
-    assert isinstance(network, BST)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
     assert network.places(mask)[0].tolist() == [3, 3, 3, 2, 1]
     assert network.places(mask)[1, :2].tolist() == [2, 1]
@@ -80,7 +78,6 @@ def test_positions_are_counted_from_the_last_behaviour() -> None:
 
 def test_the_order_of_behaviours_matters_by_their_positions_alone() -> None:
     network, (user, history, ad) = small.network("bst"), small.parts()
-    assert isinstance(network, BST)
     turned = Part(history.ids[:2].flip(1), history.numbers[:2].flip(1))
     user, history, ad = (Part(part.ids[:2], part.numbers[:2]) for part in (user, history, ad))
     with torch.no_grad():

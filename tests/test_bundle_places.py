@@ -178,7 +178,7 @@ class TestNoFiles:
     def test_a_lock_that_another_holds_for_ever(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         home = bundles.publish(tmp_path).parent
         monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
-        monkeypatch.setattr(files.exclusive.__wrapped__, "__defaults__", (0.1,))  # type: ignore[attr-defined]
+        monkeypatch.setattr(files.exclusive.__wrapped__, "__defaults__", (0.1,))
         with locked(home):
             error = within(5, lambda: bundles.publish(tmp_path))
         assert "another process has held it for 0.1 s" in str(error) or "cannot publish" in str(error)

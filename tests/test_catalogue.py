@@ -8,6 +8,7 @@ import bundles
 import numpy as np
 import pytest
 import redis.asyncio
+from conftest import until
 
 from features.encode import AdTable
 from features.merging import RetireAd
@@ -31,12 +32,6 @@ async def following(catalogue):
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
-
-
-async def until(condition, seconds=10):
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def test_bulk_encoding_is_the_same_as_one_by_one():

@@ -10,7 +10,7 @@ import time
 import bundles
 import numpy as np
 import pytest
-from conftest import running
+from conftest import running, until
 from processes import fill, serving
 from test_swap import CANDIDATES, USERS, publish, until_version
 
@@ -55,13 +55,19 @@ def two(models, bias=1.0, words=0, **more):
     return live, other, {live: expected, other: expected_of_other}
 
 
-async def until(client, predicate, seconds=20):
+async def until_status(client, holds, seconds=20):
     """Wait until `/v1/models` says so of the challenger of `din`; what it says then."""
-    async with asyncio.timeout(seconds):
-        while True:
-            (status,) = [m["challenger"] for m in (await client.get("/v1/models")).json()["models"] if m["name"] == "din"]
-            if predicate(status):
-                return status
+
+    def status(said):
+        (found,) = [model["challenger"] for model in said["models"] if model["name"] == "din"]
+        return found
+
+    return status(await client.until("/v1/models", lambda said: holds(status(said)), seconds))
+
+
+async def until_one_is_loaded(client):
+    async with asyncio.timeout(90):
+        while (await client.get("/metrics")).text.count("adrank_model_info{") != 1:
             await asyncio.sleep(0.02)
 
 
@@ -78,7 +84,7 @@ async def challenged(models, store, version, mode, share, bounds=FEW, **settings
     """A service whose live version is challenged."""
     async with running(Settings(models=models, redis="memory://", **settings), store) as client:
         challenge(models, "din", Challenger(int(version), mode, share, bounds))
-        await until(client, there)
+        await until_status(client, there)
         yield client
 
 
@@ -230,11 +236,11 @@ class TestCanary:
             taken = 3 * sum(facts.takes("din", user) for user in users)
             assert await client.metric('adrank_challenger_requests_total{mode="canary",model="din",outcome="ok"}') == taken
             assert (await client.get("/metrics")).text.count("adrank_model_info{") == 2
-            status = await until(client, there)
+            status = await until_status(client, there)
             assert (status["version"], status["mode"], status["share"], status["state"]) == (other, "canary", facts.share, "running")
             assert status["last_10_minutes"]["requests"] == taken
             stop(tmp_path / "models", "din")
-            await until(client, lambda status: status is None)
+            await until_status(client, lambda status: status is None)
             assert {(await client.rank(user))["model"]["version"] for user in users} == {live}
             assert (await client.get("/metrics")).text.count("adrank_model_info{") == 1
 
@@ -256,7 +262,7 @@ class TestCanary:
 
             task = asyncio.create_task(asking())
             async with asyncio.timeout(90):
-                while not stopped(status := await until(client, there)):
+                while not stopped(status := await until_status(client, there)):
                     at = time.monotonic()
                     await client.rank(others, CANDIDATES)
                     took.append(time.monotonic() - at)
@@ -277,7 +283,7 @@ class TestCanary:
         async with challenged(tmp_path / "models", ads, other, "canary", 1.0, CanaryBounds(max_seconds=0.1)) as client:
             slow_down(client, 1.5)
             await client.rank("u1", CANDIDATES)
-            status = await until(client, stopped, 5)
+            status = await until_status(client, stopped, 5)
             assert re.search(r"a run has taken 0\.\d s, 0\.1 s are allowed", status["verdict"]["detail"])
 
     async def test_a_caller_s_deadline_is_kept_and_no_fault_of_it(self, tmp_path, ads):
@@ -287,7 +293,7 @@ class TestCanary:
             began = time.monotonic()
             answer = await client.rank("u1", CANDIDATES, options={"deadline_ms": 300})
             assert (answer["model"]["version"], time.monotonic() - began < 0.4) == (live, True)
-            status = await until(client, lambda status: status["last_10_minutes"]["requests"] == 1)
+            status = await until_status(client, lambda status: status["last_10_minutes"]["requests"] == 1)
             assert (status["last_10_minutes"]["late"], status["last_10_minutes"]["errors"]) == (0, 0)
             assert status["last_10_minutes"]["p99_ms"] > 350
 
@@ -345,14 +351,14 @@ class TestCanary:
             for _ in range(5):
                 answer = await client.post("/rank", json={"user": {"id": "u", "features": {"agee": "25"}}, "candidates": ["a1"]})
                 assert answer.status_code == 422, answer.text
-            assert (await until(client, there))["last_10_minutes"]["requests"] == 0
+            assert (await until_status(client, there))["last_10_minutes"]["requests"] == 0
 
     async def test_where_it_gives_no_number_the_live_version_ranks(self, tmp_path, ads):
         live, other, _ = two(tmp_path / "models")
         async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
             spoil(client, lambda scores: scores * np.float32("nan"))
             assert (await client.rank("u1", CANDIDATES))["model"]["version"] == live
-            assert (await until(client, there))["last_10_minutes"]["errors"] == 1
+            assert (await until_status(client, there))["last_10_minutes"]["errors"] == 1
 
 
 def spoil(client, act=None):
@@ -399,9 +405,7 @@ class TestShadow:
                 if facts.takes("din", user):
                     differences += [abs(expected[other][user][ad] - expected[live][user][ad]) for ad in CANDIDATES]
                     scored = len(differences) / len(CANDIDATES)
-                    async with asyncio.timeout(90):
-                        while await client.metric('adrank_challenger_requests_total{mode="shadow",model="din",outcome="ok"}') < scored:
-                            await asyncio.sleep(0.01)
+                    await client.until_metric('adrank_challenger_requests_total{mode="shadow",model="din",outcome="ok"}', scored)
             assert 0 < len(differences) < len(CANDIDATES) * len(USERS)
             assert await client.metric('adrank_shadow_difference_count{model="din"}') == len(differences)
             assert await client.metric('adrank_shadow_difference_sum{model="din"}') == pytest.approx(
@@ -416,9 +420,7 @@ class TestShadow:
         async with challenged(tmp_path / "models", ads, other, "shadow", 1.0) as client:
             await asyncio.gather(*(client.rank(f"u{i}", CANDIDATES) for i in range(8)))
             count = 'adrank_challenger_requests_total{{mode="shadow",model="din",outcome="{}"}}'.format
-            async with asyncio.timeout(90):
-                while not await client.metric(count("ok")):
-                    await asyncio.sleep(0.01)
+            await client.until_metric(count("ok"), 1)
             assert await client.metric(count("ok")) + await client.metric(count("dropped")) == 8
             assert await client.metric(count("dropped")) >= 5
 
@@ -427,9 +429,9 @@ class TestShadow:
         async with challenged(tmp_path / "models", ads, other, "shadow", 1.0, FEW) as client:
             spoil(client)
             async with asyncio.timeout(90):
-                while not (await until(client, there))["verdict"]:
+                while not (await until_status(client, there))["verdict"]:
                     assert (await client.rank("u1", CANDIDATES))["model"]["version"] == live
-            assert (await until(client, stopped))["verdict"]["reason"] == "errors"
+            assert (await until_status(client, stopped))["verdict"]["reason"] == "errors"
 
 
 class TestStop:
@@ -437,16 +439,13 @@ class TestStop:
 
     async def stops(self, client, reason, models, live):
         async with asyncio.timeout(90):
-            while not stopped(status := await until(client, there)):
+            while not stopped(status := await until_status(client, there)):
                 await ask(client, 10)
         assert status["verdict"]["reason"] == reason
         assert await client.metric(f'adrank_challenger_rollback_total{{model="din",reason="{reason}"}}') == 1
         assert {(await client.rank(f"u{i}"))["model"]["version"] for i in range(20)} == {live}
-        async with asyncio.timeout(90):
-            while (models / "din" / VERDICT).exists() is False:
-                await asyncio.sleep(0.01)
-            while (await client.get("/metrics")).text.count("adrank_model_info{") != 1:
-                await asyncio.sleep(0.01)
+        await until((models / "din" / VERDICT).exists)
+        await until_one_is_loaded(client)
         return status["verdict"]["detail"]
 
     async def test_a_model_that_fails(self, tmp_path, ads, caplog):
@@ -476,8 +475,8 @@ class TestStop:
         async with challenged(tmp_path / "models", ads, other, "canary", 0.5, CanaryBounds(min_requests=20, p99_ratio=50.0)) as client:
             await ask(client, 200)
             await asyncio.sleep(0.1)
-            assert (await until(client, there))["state"] == "running"
-            assert (await until(client, there))["last_10_minutes"]["requests"] > 60
+            assert (await until_status(client, there))["state"] == "running"
+            assert (await until_status(client, there))["last_10_minutes"]["requests"] > 60
 
     async def test_what_was_stopped_stays_so_until_it_is_announced_again(self, tmp_path, ads):
         models = tmp_path / "models"
@@ -487,7 +486,7 @@ class TestStop:
         challenge(models, "din", facts := Challenger(int(other), "canary", 1.0, FEW))
         write_decision(models / "din", facts, CanaryDecision("p99", "slow"))
         async with running(Settings(models=models, redis="memory://"), ads) as client:  # as after a restart
-            status = await until(client, stopped)
+            status = await until_status(client, stopped)
             assert status["verdict"] == {"reason": "p99", "detail": "slow"}
             assert (await client.rank())["model"]["version"] == live
             challenge(models, "din", Challenger(int(other), "canary", 1.0, FEW))
@@ -500,9 +499,7 @@ class TestStop:
             challenge, go = client.app.state.service.ranker.challenges["din"], threading.Event()
             spoil(client, lambda scores: go.wait(90) and scores)
             asked = [asyncio.create_task(client.rank(f"u{i}", CANDIDATES)) for i in range(3)]
-            async with asyncio.timeout(90):
-                while len(challenge._runs) < 3:
-                    await asyncio.sleep(0.01)
+            await until(lambda: len(challenge._runs) >= 3)
             challenge.stop()
             go.set()
             answers = await asyncio.gather(*asked)  # none of them is cancelled with what it waited for
@@ -517,11 +514,9 @@ class TestStop:
         async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
             spoil(client)
             await ask(client, 30)
-            await until(client, stopped)
+            await until_status(client, stopped)
             assert (await client.rank())["model"]["version"] == live
-            async with asyncio.timeout(90):
-                while "each will judge for itself: read-only" not in caplog.text:
-                    await asyncio.sleep(0.01)
+            await until(lambda: "each will judge for itself: read-only" in caplog.text)
 
 
 async def test_a_challenger_that_is_bad_is_refused(tmp_path, ads):
@@ -531,16 +526,12 @@ async def test_a_challenger_that_is_bad_is_refused(tmp_path, ads):
         challenge(models, "din", Challenger(int(other), "canary", 1.0))
         with locked(models / "din"):
             (models / "din" / CHALLENGER).write_text("{}")
-        async with asyncio.timeout(90):
-            while not (refusals := (await client.get("/v1/models")).json()["refused"]):
-                await asyncio.sleep(0.02)
-        assert refusals["din, challenger"].startswith("challenger: what is announced as its challenger is none")
+        said = await client.until("/v1/models", lambda said: said["refused"])
+        assert said["refused"]["din, challenger"].startswith("challenger: what is announced as its challenger is none")
         damaged = bundles.publish(models, bias=2.0, make_current=False)
         challenge(models, "din", Challenger(int(damaged.name), "canary", 1.0))
         (damaged / MODEL).write_bytes(b"other")
-        async with asyncio.timeout(90):
-            while "damaged: " not in (await client.get("/v1/models")).json()["refused"].get("din, challenger", ""):
-                await asyncio.sleep(0.02)
+        await client.until("/v1/models", lambda said: "damaged: " in said["refused"].get("din, challenger", ""))
         assert {(await client.rank(f"u{i}"))["model"]["version"] for i in range(5)} == {live}
 
 
@@ -553,7 +544,7 @@ async def test_a_challenger_that_is_promoted_is_not_loaded_again(tmp_path, ads):
         promote(models, "din")
         await until_version(client, other)
         assert ranker.models.loaded["din"] is model
-        await until(client, lambda status: status is None)
+        await until_status(client, lambda status: status is None)
         assert (await client.get("/metrics")).text.count("adrank_model_info{") == 1
 
 
@@ -571,9 +562,7 @@ async def test_one_worker_s_decision_stops_it_in_all(tmp_path, server):
         for _ in range(5):
             answers = await asyncio.gather(*(client.rank(f"u{i}", CANDIDATES) for i in USERS))
             assert {answer["model"]["version"] for answer in answers} == {live}
-        async with asyncio.timeout(90):
-            while (await client.get("/metrics")).text.count("adrank_model_info{") != 1:  # both let go of it soon
-                await asyncio.sleep(0.05)
+        await until_one_is_loaded(client)
         assert "Traceback" not in client.log.read_text()
 
 

@@ -115,7 +115,6 @@ async def test_a_table_becomes_a_model_and_users_in_the_store(tmp_path: Path, se
     assert (code, printed) == (0, "loaded 9 users and 7 ads\n"), complaint
     store = RedisStore(server.url, timeout=5, ttl=1000, on_damaged=lambda: None)
     state = await store.get_user("u1")
-    assert state is not None
     assert state.features == {"age": "21"}
     assert len(state.ad_ids) == 5
     assert sorted([ad.ad_id async for batch in store.all_ads() for ad in batch]) == [f"a{i}" for i in range(7)]

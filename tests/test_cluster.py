@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from conftest import Server, free_port
+from conftest import Server, free_port, until_ready
 from joining import Joining, rows
 from processes import fill
 from redis_load import kept, load
@@ -215,9 +215,7 @@ async def test_lost_nodes_with_a_replica_and_without(tmp_path, run):
             assert made.degraded() == []
             killed = kill(nodes, 1)
             recovered = killed + await made.recovered(killed)
-            async with asyncio.timeout(90):
-                while (await client.get("/readyz")).json()["status"] != "ready":
-                    await asyncio.sleep(0.05)
+            await until_ready(client, "ready")
             alone = kill(nodes, 0)
             while time.monotonic() < alone + 2:  # the others need a second to say that it has failed
                 await asyncio.sleep(0.05)

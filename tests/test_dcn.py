@@ -6,10 +6,7 @@ from torch import Tensor
 from tests.test_deepfm import vectors
 from tests.test_networks import SCHEMAS
 from training.networks.crosses import Experts, MatrixCross, MixtureCross, VectorCross
-from training.networks.dcn import DCN
-from training.networks.dcn_v2 import DCNV2
-from training.networks.embeddings import Embeddings
-from training.networks.layers import MLP, BatchNorm
+from training.networks.layers import MLP
 
 
 def crosses() -> dict[str, torch.nn.Module]:
@@ -52,7 +49,6 @@ def literal_experts(layer: Experts, start: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["matrix", "low"])
 def test_a_matrix_cross_is_what_the_paper_s_equation_gives(kind: str) -> None:
     cross, inputs = crosses()[kind], torch.randn(3, 2, 6)
-    assert isinstance(cross, MatrixCross)
     with torch.no_grad():
         for r in range(3):
             for c in range(2):
@@ -61,16 +57,13 @@ def test_a_matrix_cross_is_what_the_paper_s_equation_gives(kind: str) -> None:
 
 def test_each_expert_of_a_mixture_has_a_gate_of_its_own() -> None:
     cross, start = crosses()["mixture"], torch.randn(6)
-    assert isinstance(cross, MixtureCross)
     with torch.no_grad():
         x = start
         for layer in cross.layers:
-            assert isinstance(layer, Experts)
             x = literal_experts(layer, start, x)
         assert torch.allclose(cross(start), x, atol=1e-5)
         # A gate that lets one expert through alone leaves the others without a say.
         only = cross.layers[0]
-        assert isinstance(only, Experts)
         only.gate.bias.copy_(torch.tensor([0.0, 0.0, 1e4, 0.0]))
         before = only(start, x)
         only.middle[3] += 1.0
@@ -82,9 +75,6 @@ def test_each_expert_of_a_mixture_has_a_gate_of_its_own() -> None:
 def mlp(deep: MLP, x: Tensor) -> Tensor:
     """The one layer of a tiny MLP: linear, batch norm in evaluation, ReLU."""
     first, norm = deep.first, deep.rest[0]
-    assert isinstance(norm, BatchNorm)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
     z = first.weight @ x + first.bias
     return torch.relu((z - norm.running_mean) / torch.sqrt(norm.running_var + norm.eps) * norm.weight + norm.bias)
 
@@ -96,8 +86,6 @@ def mlp(deep: MLP, x: Tensor) -> Tensor:
 )
 def test_logits_are_crosses_and_mlp_over_all_fields(family: str, settings: dict[str, object], text: str) -> None:
     network, parts = small.network(family, text, **settings), small.parts(text)
-    assert isinstance(network, DCN | DCNV2)
-    assert isinstance(network.embed, Embeddings)
     with torch.no_grad():
         logits = small.click(network, *parts)
         for row in range(3):

@@ -13,7 +13,6 @@ from tests.test_deepfm import vectors
 from tests.test_networks import CLOSE, SCHEMAS
 from training.datasets.encoded import encode_split
 from training.fit import fit_network
-from training.networks.contract import Network
 from training.networks.deeplight import DeepLight, DistinctRows, largest
 from training.networks.fuse import fused
 from training.networks.interactions import FusedProducts, WeightedProducts
@@ -25,7 +24,6 @@ def pruned(text: str = small.SCHEMA, **shares: float) -> DeepLight:
     """A network of random weights at the end of its schedule."""
     usual = {"prune_pairs": 0.9, "prune_units": 0.75, "prune_values": 0.5}
     network = small.network("deeplight", text, hidden=(12, 8), **{**usual, **shares})
-    assert isinstance(network, DeepLight)
     network.after_step(network.settles_after)
     return network
 
@@ -33,7 +31,6 @@ def pruned(text: str = small.SCHEMA, **shares: float) -> DeepLight:
 @pytest.mark.parametrize("text", SCHEMAS)
 def test_logits_are_field_linear_weighted_pairs_and_tower(text: str) -> None:
     network, parts = small.network("deeplight", text), small.parts(text)
-    assert isinstance(network, DeepLight)
     request = network.fields.request
     with torch.no_grad():
         logits = small.click(network, *parts)
@@ -57,7 +54,6 @@ def test_the_smallest_go() -> None:
 
 def test_the_shares_rise_steeply_to_what_is_asked_for_and_stay() -> None:
     network = small.network("deeplight", hidden=(12, 8), prune_from=20, prune_steps=100, prune_pairs=0.9)
-    assert isinstance(network, DeepLight)
     count, zeros = network.pairs.weight.numel(), []
     for step in range(1, 151):
         with torch.no_grad():
@@ -73,7 +69,6 @@ def test_the_shares_rise_steeply_to_what_is_asked_for_and_stay() -> None:
 
 def test_units_and_values_go_by_what_they_say_and_the_unknown_stays() -> None:
     network = small.network("deeplight", hidden=(12, 8), prune_units=0.75, prune_values=0.5)
-    assert isinstance(network, DeepLight)
     listeners = [module for module in network.tower.rest if isinstance(module, nn.Linear)]
     gains = [network.tower.rest[0].weight, network.tower.rest[3].weight]
     heard = [(gain.abs() * listener.weight.norm(dim=0)).detach() for gain, listener in zip(gains, listeners, strict=True)]
@@ -169,7 +164,6 @@ def bytes_of(network: nn.Module) -> int:
 
 def test_what_is_served_of_a_pruned_network_is_smaller() -> None:
     whole = small.network("deeplight", hidden=(64, 64), embedding=16)
-    assert isinstance(whole, Network)
     before = bytes_of(fused(whole))
     whole.after_step(whole.settles_after)
     assert bytes_of(fused(whole)) < 0.5 * before

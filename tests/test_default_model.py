@@ -9,7 +9,7 @@ import sys
 
 import bundles
 import pytest
-from conftest import free_port, running, until_ready
+from conftest import free_port, running, until, until_ready
 from processes import ROOT, SERVE, environment, serving, workers_of
 
 from service.models import watcher as reload
@@ -28,9 +28,7 @@ def soon(monkeypatch):
 
 
 async def loaded(client, *names):
-    async with asyncio.timeout(90):
-        while (await client.get("/readyz")).json()["models"]["loaded"] != sorted(names):
-            await asyncio.sleep(0.02)
+    await client.until("/readyz", lambda said: said["models"]["loaded"] == sorted(names))
 
 
 class TestRunning:
@@ -127,13 +125,9 @@ async def test_a_worker_that_is_replaced_goes_on_with_the_default_of_the_others(
     bundles.publish(models, "din")
     async with serving(models, server.url, workers=2) as client:
         bundles.publish(models, "aa", bias=1.0)
-        async with asyncio.timeout(90):
-            while client.log.read_text().count("model aa version") < 2:
-                await asyncio.sleep(0.05)
+        await until(lambda: client.log.read_text().count("model aa version") >= 2)
         os.kill(workers_of(client)[0], signal.SIGKILL)
-        async with asyncio.timeout(90):
-            while client.log.read_text().count("model aa version") < 3:
-                await asyncio.sleep(0.05)
+        await until(lambda: client.log.read_text().count("model aa version") >= 3)
         await asyncio.sleep(1)
         for _ in range(20):
             async with type(client)(base_url=client.base_url) as fresh:

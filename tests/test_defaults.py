@@ -65,7 +65,7 @@ def test_what_is_given_stays_and_the_rate_follows_the_batch() -> None:
 )
 def test_impossible_settings_are_refused(given: dict[str, float]) -> None:
     with pytest.raises(TrainError, match=next(iter(given))):
-        TrainSettings(**given)  # type: ignore[arg-type]
+        TrainSettings(**given)
 
 
 def test_settings_are_told_and_recorded_and_chosen_anew(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_deepfm_of_few_rows_begins_with_a_flat_tower(tmp_path: Path, family: s
     encoder = Encoder(data.schema, learn_vocabularies(data))
     train, valid = (encode_split(data, split, encoder) for split in ("train", "valid"))
     network, still = small.network(family), {"epochs": 1, "learning_rate": 1e-12, "embedding_l2": 0.0, "threads": 1, "unknown_rate": 0}
-    fit_network(network, train, valid, TrainSettings(**still, flat_below=flat_below), small.quiet(), warm=warm)  # type: ignore[arg-type]
+    fit_network(network, train, valid, TrainSettings(**still, flat_below=flat_below), small.quiet(), warm=warm)
     (tower,) = (module for module in network.modules() if isinstance(module, Tower))
     seen: list[torch.Tensor] = []
     tower.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
@@ -120,12 +120,12 @@ def test_the_first_order_learns_alone_at_first_and_then_all(tmp_path: Path) -> N
     network = small.network("deepfm")
     before = {name: weight.clone() for name, weight in network.named_parameters()}
     after: list[dict[str, torch.Tensor]] = []
-    network.after_step = lambda _steps: after.append({n: w.detach().clone() for n, w in network.named_parameters()})  # type: ignore[method-assign]
+    network.after_step = lambda _steps: after.append({n: w.detach().clone() for n, w in network.named_parameters()})
     settings = TrainSettings(epochs=4, batch=100, learning_rate=0.01, threads=1)
     epochs = fit_network(network, train, valid, settings, small.quiet())
     assert [epoch.learning_rate for epoch in epochs] == pytest.approx([0.03, 0.03, 0.01, 0.01])
     first = {name for name in before if name.startswith("first.") or name == "bias"}
-    before["tower.rest." + str(len(network.tower.rest) - 1) + ".weight"].zero_()  # type: ignore[arg-type]
+    before["tower.rest." + str(len(network.tower.rest) - 1) + ".weight"].zero_()
     moved = {name for name, weight in after[2].items() if not torch.equal(weight, before[name])}  # what is unseen is filled after it
     assert {"first.table.weight", "bias"} <= moved <= first
     moved = {name for name, weight in after[-1].items() if not torch.equal(weight, before[name])}
@@ -152,9 +152,9 @@ def test_the_first_order_decays_as_little_as_a_regression(tmp_path: Path) -> Non
     rows = encode_split(data, "train", Encoder(data.schema, learn_vocabularies(data)))
     network = small.network("deepfm")
     for embeddings, l2 in ((network.first, 1 / 300), (network.second, 0.5)):
-        embeddings.table.weight.grad = torch.zeros_like(embeddings.table.weight)  # type: ignore[union-attr]
+        embeddings.table.weight.grad = torch.zeros_like(embeddings.table.weight)
         decay = EmbeddingDecay(network, rows, TrainSettings(embedding_l2=0.5).for_rows(len(rows)))
         decay.add_gradient(rows.batch(np.arange(2)))
-        used = embeddings.table.weight.grad.abs().sum(1) > 0  # type: ignore[union-attr]
+        used = embeddings.table.weight.grad.abs().sum(1) > 0
         assert used.sum() > 5
-        np.testing.assert_allclose(embeddings.table.weight.grad[used], l2 * embeddings.table.weight.detach()[used], rtol=1e-6)  # type: ignore[index, union-attr]
+        np.testing.assert_allclose(embeddings.table.weight.grad[used], l2 * embeddings.table.weight.detach()[used], rtol=1e-6)

@@ -112,7 +112,6 @@ def test_attention_is_a_softmax_over_the_behaviours() -> None:
 @pytest.mark.parametrize("text", [small.SCHEMA, HISTORY_AND_ADS])
 def test_logits_are_the_tower_over_what_evolved_for_each_candidate(text: str) -> None:
     network = small.network("dien", text)
-    assert isinstance(network, DIEN)
     user, history, ad = small.parts(text)
     seen: list[torch.Size] = []
     network.extract.register_forward_hook(lambda _block, given, _states: seen.append(given[0].shape))
@@ -168,7 +167,6 @@ def one_ad(ad_id: int) -> Part:
 
 def test_a_negative_is_an_ad_of_the_catalogue_that_is_not_what_follows() -> None:
     network, (_, history, _) = small.network("dien"), small.parts()
-    assert isinstance(network, DIEN)
     history.ids[..., 0] = torch.tensor([[3, 4, 4, 5], [4, 4, 4, 4], [5, 6, 0, 0]])
     catalogue = one_ad(4)
     clicks, whole = losses(network, history, catalogue)
@@ -184,7 +182,6 @@ def test_a_negative_is_an_ad_of_the_catalogue_that_is_not_what_follows() -> None
 
 def test_padding_does_not_change_the_loss() -> None:
     network, (_, history, _) = small.network("dien"), small.parts()
-    assert isinstance(network, DIEN)
     ids, numbers = (torch.nn.functional.pad(values, (0, 0, 0, 6)) for values in (history.ids, history.numbers))
     ids[:, 4:, 1:] = 2
     assert losses(network, Part(ids, numbers), one_ad(2)) == pytest.approx(losses(network, history, one_ad(2)), rel=1e-5)
@@ -192,7 +189,6 @@ def test_padding_does_not_change_the_loss() -> None:
 
 def test_negatives_are_drawn_from_all_ads() -> None:
     network, (user, history, ad) = small.network("dien").train(), small.parts(requests=64, candidates=1)
-    assert isinstance(network, DIEN)
     _, _, ads = small.parts(candidates=6)
     network.begin(Part(ads.ids[0], ads.numbers[0]))
     drawn: list[Tensor] = []

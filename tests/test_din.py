@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from tests.test_networks import CLOSE, HISTORY_AND_ADS, ONLY_ADS
 from training.networks.contract import Part
-from training.networks.din import DIN, LocalActivation
+from training.networks.din import LocalActivation
 
 PART_OF_AN_AD = small.SCHEMA.replace('"ad_id", "genre", "tags", "price"', '"ad_id", "price", "genre"')
 SCHEMAS = [small.SCHEMA, PART_OF_AN_AD, HISTORY_AND_ADS]
@@ -60,7 +60,6 @@ def test_with_softmax_the_weights_sum_to_one_over_what_is_no_padding() -> None:
 @pytest.mark.parametrize("text", SCHEMAS)
 def test_logits_are_the_tower_over_user_interests_and_ad(text: str, softmax: bool) -> None:
     network = small.network("din", text, softmax=softmax)
-    assert isinstance(network, DIN)
     user, history, ad = small.parts(text)
     with torch.no_grad():
         ads, past = network.embed("ad", ad), network.embed("history", history)
@@ -76,8 +75,6 @@ def test_logits_are_the_tower_over_user_interests_and_ad(text: str, softmax: boo
 
 def test_a_first_order_adds_a_weight_of_each_value_and_begins_alone() -> None:
     network, plain = small.network("din", first_order=1), small.network("din")
-    assert isinstance(network, DIN)
-    assert network.first is not None
     plain.load_state_dict({name: weight for name, weight in network.state_dict().items() if not name.startswith("first.")})
     (user, history, ad), first = small.parts(), network.first
     with torch.no_grad():
@@ -119,7 +116,7 @@ def test_what_is_padding_is_not_trained_on_nor_counted_by_dice() -> None:
         keys = torch.cat([k.masked_fill(~mask.unsqueeze(-1), 7.0), torch.full((2, padding, 3), 9.0)], 1)
         interests = block(q, keys, torch.cat([mask, torch.zeros(2, padding, dtype=torch.bool)], 1))
         interests.square().sum().backward()
-        mean = block.rest[0].norm.running_mean  # type: ignore[union-attr]
+        mean = block.rest[0].norm.running_mean
         found.append([interests, mean, *(parameter.grad for parameter in block.parameters())])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
     block = unit(softmax=False).train()

@@ -8,7 +8,6 @@ from torch import Tensor
 from tests.test_dcn import mlp
 from tests.test_networks import ONLY_AD_NUMBER, ONLY_ADS, ONLY_NUMBERS, SCHEMAS
 from training.networks.contract import Part, RequestTensors
-from training.networks.dlrm import DLRM
 from training.networks.embeddings import Embeddings, numbers_of
 
 WITH_CATEGORIES = [text for text in SCHEMAS if text not in (ONLY_NUMBERS, ONLY_AD_NUMBER)]
@@ -47,7 +46,6 @@ def test_the_numbers_are_those_of_user_behaviours_and_ad_whether_behaviours_are_
 @pytest.mark.parametrize("text", [*WITH_CATEGORIES, ONLY_CATEGORIES, NUMBERS_OF_ADS])
 def test_logits_are_a_top_mlp_on_the_dense_vector_and_the_product_of_every_pair(text: str) -> None:
     network, parts = small.network("dlrm", text, bottom=()), small.parts(text)
-    assert isinstance(network, DLRM)
     count = network.fields.categories.request
     with torch.no_grad():
         logits = small.click(network, *parts)
@@ -66,7 +64,6 @@ def test_logits_are_a_top_mlp_on_the_dense_vector_and_the_product_of_every_pair(
 
 def test_a_product_is_of_two_different_fields_and_each_pair_counts_once() -> None:
     network = small.network("dlrm", ONLY_ADS, bottom=())
-    assert isinstance(network, DLRM)
     a = torch.tensor([[[[1.0, 0, 0, 0], [2.0, 1, 0, 0], [0, 3.0, 0, 0], [0, 0, 0, 5.0]]]])
     _, each = network.products(torch.zeros(1, 0, 1), a)
     assert each.tolist() == [[[2.0, 0.0, 0.0, 3.0, 0.0, 0.0]]]

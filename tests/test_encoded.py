@@ -20,7 +20,7 @@ from training.networks.contract import Part
 
 
 def values(data: Prepared, name: str) -> tuple[str, ...]:
-    return learn_vocabularies(data).categories[name].values  # type: ignore[union-attr]
+    return learn_vocabularies(data).categories[name].values
 
 
 def laid_out(part: Part) -> tuple[np.ndarray, np.ndarray]:

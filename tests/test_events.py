@@ -5,9 +5,9 @@ import json
 import time
 
 import pytest
+from conftest import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
 
 from features.entity_updates import KINDS
 from features.events import TYPES, Event
@@ -208,11 +208,11 @@ class TestRanking:
             answered = {"type": "ad", "event_id": "e1", "ts": time.time(), "ad_id": "new", "features": {"genre": "news", "price": 3.0}}
             assert (await second.rank(candidates=["new"]))["ads"][0]["known"] is False
             assert await results(first, answered) == ["accepted"]
-            await eventually(lambda: known(second, "new"))
+            await until(lambda: known(second, "new"))
             sent = {"ad_id": "new", "features": {"genre": "news", "price": 3.0}}
             assert (await second.rank(candidates=["new"]))["ads"] == (await second.rank(candidates=[sent]))["ads"]
             assert await results(first, {**answered, "event_id": "e2", "features": {}, "active": False}) == ["accepted"]
-            await eventually(lambda: unknown(second, "new"))
+            await until(lambda: unknown(second, "new"))
 
 
 async def known(client, ad_id):
@@ -221,12 +221,6 @@ async def known(client, ad_id):
 
 async def unknown(client, ad_id):
     return not await known(client, ad_id)
-
-
-async def eventually(holds, seconds=10):
-    async with asyncio.timeout(seconds):
-        while not await holds():
-            await asyncio.sleep(0.01)
 
 
 class Failing(MemoryStore):
@@ -304,41 +298,6 @@ def settled(events):
     """Events whose order is decided: no two of one subject at the same time, no id twice."""
     by_id = {event.event_id: event for event in events}
     return list({(KINDS[event.type], event.entity_id, event.ts): event for event in by_id.values()}.values())
-
-
-async def state_of(store):
-    users = {user_id: await store.get_user(user_id) for user_id in "abcd"}
-    return users, {ad.ad_id: ad async for ads in store.all_ads() for ad in ads}
-
-
-@settings(max_examples=60)
-@given(st.lists(known_events, max_size=25).map(settled), st.randoms())
-def test_any_order_and_any_repetition_end_in_the_same_state(events, chance):
-    async def both():
-        states, clock = [], Clock()
-        clock.now = 2000.0
-        for sent in (
-            sorted(events, key=lambda event: event.ts),
-            chance.choices(events, k=2 * len(events)) + chance.sample(events, len(events)) if events else [],
-        ):
-            store = MemoryStore(DAY, clock)
-            intake = Intake(store, Metrics(CollectorRegistry()), list, Ages(DAY, 300), clock)
-            outcomes, rest = [], list(sent)
-            while rest:
-                some = [rest.pop(0) for _ in range(min(len(rest), chance.randint(1, 9)))]
-                outcomes += zip(some, await intake.take(some), strict=True)
-            assert sorted(event.event_id for event, outcome in outcomes if outcome.status == "accepted") == sorted(
-                e.event_id for e in events
-            )
-            states.append(await state_of(store))
-        assert _plain(states[0]) == _plain(states[1])
-
-    asyncio.run(both())
-
-
-def _plain(state):
-    users, ads = state
-    return {name: each and (dict(each.features), dict(each.changed), list(each.ad_ids), list(each.ts)) for name, each in users.items()}, ads
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)

@@ -8,7 +8,7 @@ import time
 import httpx
 import pytest
 import redis
-from conftest import Server
+from conftest import Server, until
 from processes import fill, serving
 
 from features.events import unpack_event
@@ -83,9 +83,7 @@ async def test_a_redis_that_dies_in_the_middle_loses_nothing_that_was_acknowledg
             senders = [asyncio.create_task(send(n)) for n in range(4)]
             for _ in range(3):
                 known = len(acknowledged)
-                async with asyncio.timeout(90):
-                    while len(acknowledged) < known + 100:
-                        await asyncio.sleep(0.01)
+                await until(lambda: len(acknowledged) >= known + 100)
                 await asyncio.to_thread(server.stop)
                 await asyncio.sleep(0.05)
                 await asyncio.to_thread(server.start)

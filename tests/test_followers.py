@@ -4,7 +4,7 @@ import asyncio
 
 import bundles
 import pytest
-from conftest import running
+from conftest import redis_store, running
 from older_redis import editing, without
 
 from features.challenger import Challenger, challenge
@@ -14,7 +14,7 @@ from service.models.watcher import ModelWatcher
 from service.public import of_store
 from service.settings import Settings
 from service.store.redis import CHANGES
-from tests.test_store import ad, applied, everything, raw, redis_store  # noqa: F401  # a fixture
+from tests.test_store import ad, applied, everything
 
 pytestmark = pytest.mark.anyio
 AGED = (b"entries-added", b"max-deleted-entry-id", b"recorded-first-entry-id")
@@ -30,14 +30,6 @@ class Odd(MemoryStore):
         if self.odd:
             raise RuntimeError("nobody foresaw this")
         return await super().cursor()
-
-
-async def said(client, path, predicate, seconds=15):
-    """What a route says, once the predicate holds of it."""
-    async with asyncio.timeout(seconds):
-        while not predicate(status := (await client.get(path)).json()):
-            await asyncio.sleep(0.02)
-    return status
 
 
 def live_version(status):
@@ -59,18 +51,18 @@ class TestFollowers:
 
         monkeypatch.setattr(ModelWatcher, "judge", judging)
         async with running(Settings(models=tmp_path, redis="memory://"), store, ready=False) as client:
-            status = await said(client, "/readyz", lambda status: any("catalogue" in reason for reason in status["reasons"]))
+            status = await client.until("/readyz", lambda status: any("catalogue" in reason for reason in status["reasons"]))
             assert "following the catalogue failed (RuntimeError) and starts over; the log says where" in status["reasons"]
             assert "nobody foresaw" not in str(status)
             assert judged.is_set()
             second = bundles.publish(tmp_path, "din", bias=1.0)
-            await said(client, "/v1/models", lambda status: live_version(status) == second.name)
+            await client.until("/v1/models", lambda status: live_version(status) == second.name)
             third = bundles.publish(tmp_path, "din", bias=0.5, make_current=False)
             challenge(tmp_path, "din", Challenger(int(third.name), "canary", 0.5))
-            await said(client, "/v1/models", lambda status: any(each.get("challenger") for each in status["models"]))
+            await client.until("/v1/models", lambda status: any(each.get("challenger") for each in status["models"]))
             assert await client.metric('adrank_degraded_total{reason="failed",stage="background"}') >= 1
             store.odd = False
-            status = await said(client, "/readyz", lambda status: status["status"] == "ready")
+            status = await client.until("/readyz", lambda status: status["status"] == "ready")
             assert status["reasons"] == []
 
     async def test_a_repository_that_fails_leaves_the_catalogue_followed(self, ads, repository, monkeypatch):
@@ -81,14 +73,14 @@ class TestFollowers:
         monkeypatch.setattr(ModelWatcher, "follow", fails)
         async with running(Settings(models=repository, redis="memory://"), ads) as client:
             await ads.put_ads([Ad("new", {"genre": "news"})])
-            status = await said(client, "/readyz", lambda status: status["catalogue"]["ads"] == len(bundles.ADS) + 1)
+            status = await client.until("/readyz", lambda status: status["catalogue"]["ads"] == len(bundles.ADS) + 1)
             assert (status["status"], len(status["reasons"])) == ("degraded", 2)
 
 
 class TestOlderServers:
     """What a server before Redis 7, or one that is only compatible, does not tell."""
 
-    async def test_changes_are_followed_without_a_count_of_them(self, raw, shared_server):  # noqa: F811
+    async def test_changes_are_followed_without_a_count_of_them(self, raw, shared_server):
         async with editing(shared_server.port, without(*AGED)) as url:
             store = redis_store(url)
             cursor = await store.cursor()
@@ -108,7 +100,7 @@ class TestOlderServers:
             assert set(await everything(store)) == {"a1", "a2", "a3"}
             await store.close()
 
-    async def test_a_cursor_of_a_newer_server_is_good_at_an_older_one(self, raw, shared_server):  # noqa: F811
+    async def test_a_cursor_of_a_newer_server_is_good_at_an_older_one(self, raw, shared_server):
         newer = redis_store(shared_server.url)
         await newer.put_ads([Ad("a1", {})])
         cursor = await newer.cursor()
@@ -122,21 +114,21 @@ class TestOlderServers:
             await older.close()
         await newer.close()
 
-    async def test_a_service_is_ready_and_in_step(self, raw, shared_server, repository):  # noqa: F811
+    async def test_a_service_is_ready_and_in_step(self, raw, shared_server, repository):
         async with editing(shared_server.port, without(*AGED)) as url, running(Settings(models=repository, redis=url)) as client:
             store = redis_store(url)
             await store.put_ads([Ad("a1", bundles.ADS["a1"])])
-            await said(client, "/readyz", lambda status: status["catalogue"]["ads"] == 1 and status["status"] == "ready")
+            await client.until("/readyz", lambda status: status["catalogue"]["ads"] == 1 and status["status"] == "ready")
             await store.put_ads([Ad("a2", bundles.ADS["a2"])])
-            await said(client, "/readyz", lambda status: status["catalogue"]["ads"] == 2)
+            await client.until("/readyz", lambda status: status["catalogue"]["ads"] == 2)
             await store.close()
 
-    async def test_a_reply_of_another_form_is_a_sentence_and_no_crash(self, raw, shared_server, repository, caplog):  # noqa: F811
+    async def test_a_reply_of_another_form_is_a_sentence_and_no_crash(self, raw, shared_server, repository, caplog):
         edit = without(b"last-generated-id")
         async with editing(shared_server.port, edit) as url, running(Settings(models=repository, redis=url), ready=False) as client:
             store = redis_store(shared_server.url)
             await store.put_ads([Ad("a1", {})])
-            status = await said(client, "/readyz", lambda status: status["catalogue"]["detail"])
+            status = await client.until("/readyz", lambda status: status["catalogue"]["detail"])
             assert status["catalogue"]["detail"] == of_store(status["catalogue"]["reason"])
             assert "another form" in caplog.text
             assert "last-generated-id" in caplog.text

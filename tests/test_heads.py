@@ -19,7 +19,6 @@ from training.export.export import ServedNetwork, all_scores, random_feeds
 from training.networks import build
 from training.networks.contract import CLICK, Labels, cross_entropy
 from training.networks.esmm import both
-from training.networks.heads import SharedEmbeddings
 from training.train import Trained, heads_of, train
 from training.train_settings import TrainError, TrainSettings
 from training.weights import start_of
@@ -46,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 def trained(data: Prepared, family: str, **settings: object) -> Trained:
     usual = {"epochs": 2, "batch": 64, "threads": 1, "learning_rate": 0.02, "unknown_rate": 0.0, **settings}
-    return train(data, family, small.NETWORK_SETTINGS[family], TrainSettings(**usual), small.quiet())  # type: ignore[arg-type]
+    return train(data, family, small.NETWORK_SETTINGS[family], TrainSettings(**usual), small.quiet())
 
 
 def test_labels_that_are_not_known_and_rows_without_weight_do_not_count() -> None:
@@ -63,7 +62,6 @@ def test_the_labels_of_rows_are_those_of_their_column(data: Prepared) -> None:
     assert np.array_equal(rows.outcomes["conversion"], np.array(labels, np.float32), equal_nan=True)
     some = rows.labels_of(np.array([5, 2]))
     assert np.array_equal(some.heads["conversion"].numpy(), np.array([labels[5], labels[2]], np.float32), equal_nan=True)
-    assert some.weight is not None
     assert some.weight.tolist() == [frame["weight"][5], frame["weight"][2]]
     assert encode_split(data, "valid", small.encoder()).outcomes == {}
 
@@ -138,7 +136,6 @@ def test_mmoe_mixes_its_experts_by_a_gate_of_each_head() -> None:
 def test_any_network_has_a_head_more_on_the_same_embeddings() -> None:
     fields = small.fields_of("deepfm")._replace(heads=HEADS)
     network = build("deepfm", fields, small.NETWORK_SETTINGS["deepfm"])
-    assert isinstance(network, SharedEmbeddings)
     assert network.of(CLICK).second is network.of("conversion").second
     assert network.of(CLICK).tower is not network.of("conversion").tower
     request = small.RequestTensors(*small.parts(candidates=1))

@@ -5,7 +5,8 @@ import random
 import signal
 
 import pytest
-from joining import T0, Joining, Writer, click, eventually, join_process, ranking, raw
+from joining import T0, Joining, Writer, click, join_process, ranking, raw
+from redis_servers import eventually
 
 from features.events import pack_event
 from features.served import pack_served

@@ -12,6 +12,7 @@ from collections import Counter
 import bundles
 import msgpack
 import pytest
+from conftest import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from joining import (
@@ -20,7 +21,6 @@ from joining import (
     Writer,
     click,
     conversion,
-    eventually,
     impression,
     join_once,
     join_process,
@@ -29,6 +29,7 @@ from joining import (
     rows,
     table,
 )
+from redis_servers import eventually
 
 from features.events import pack_event
 from features.served import pack_served
@@ -50,12 +51,6 @@ def streams(server):
 @pytest.fixture
 def joining(server, tmp_path, repository):
     return Joining(server.url, tmp_path / "log", repository, at=T0 + 10_000)
-
-
-async def until(true, seconds: float = 90) -> None:
-    async with asyncio.timeout(seconds):
-        while not true():
-            await asyncio.sleep(0.01)
 
 
 class Killed(BaseException):

@@ -15,7 +15,7 @@ import pytest
 import redis
 import yaml
 from conftest import free_port
-from joining import eventually
+from redis_servers import eventually
 from rolling import tool
 
 import adrank

@@ -28,7 +28,6 @@ def literal(network: Network, parts: Parts, row: int, candidate: int) -> float:
 
     total = float(network.intercept)
     if isinstance(network, LR | FM | FFM) or (isinstance(network, FwFM) and network.first is not None):
-        assert network.first is not None
         total += sum(float(weight) for weight in of(network.first))
     if isinstance(network, FM):
         total += sum(float(a @ b) for a, b in combinations(of(network.second), 2))

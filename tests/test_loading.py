@@ -8,17 +8,17 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import ARRANGEMENTS, Server
+from conftest import Server, redis_store, until
 from rich.progress import Progress
 
 from features.entity_updates import by_entity
 from features.merging import MergeUser
-from features.state import ACTIVE, Ad, MemoryStore, StoreError, UserState, pack_user
+from features.state import ACTIVE, Ad, StoreError, UserState, pack_user
 from service.store import bulk as bulk_store
 from service.store.redis import RedisStore, user_key
-from tests.test_catalogue import following, one, until
+from tests.test_catalogue import following, one
 from tests.test_cli import refused, run, write
-from tests.test_store import NOW, ad, applied, click, everything, raw, redis_store, user  # noqa: F401  # a fixture among them
+from tests.test_store import NOW, ad, applied, click, everything, user
 from training.datasets.prepared import DataError, open_prepared
 from training.loading import Loaded, Loading, newest_time, refusal
 
@@ -34,16 +34,6 @@ age = { kind = "category" }
 ad_id = { kind = "category" }
 price = { kind = "number" }
 """
-
-
-@pytest.fixture(params=["memory", *ARRANGEMENTS])
-async def store(request, arrangements):
-    if request.param == "memory":
-        yield MemoryStore()
-        return
-    store = redis_store(arrangements(request.param))
-    yield store
-    await store.close()
 
 
 def data_set(folder: Path, users: int = 30, ads: int = 12, until: int | None = UNTIL, first: int = 0):
@@ -220,7 +210,7 @@ class TestWholeCatalogue:
 
 
 class TestRedis:
-    async def test_a_state_that_changes_all_the_time_is_a_sentence(self, raw, shared_server, monkeypatch):  # noqa: F811
+    async def test_a_state_that_changes_all_the_time_is_a_sentence(self, raw, shared_server, monkeypatch):
         monkeypatch.setattr(bulk_store, "PAUSE_SECONDS", 0.0)
         store, merge = redis_store(shared_server.url), MergeUser("u1", UserState(), None)
 
@@ -239,7 +229,7 @@ class TestRedis:
         assert caught.value.reason == "contended"
         await store.close()
 
-    async def test_keys_of_a_wrong_type_give_way(self, raw, shared_server, tmp_path):  # noqa: F811
+    async def test_keys_of_a_wrong_type_give_way(self, raw, shared_server, tmp_path):
         store, prepared = redis_store(shared_server.url), data_set(tmp_path)
         await raw.lpush(user_key("u1"), "x")
         await raw.set(user_key("u2"), b"\0" * 3_000_000)
@@ -252,7 +242,7 @@ class TestRedis:
         assert 0 < await raw.ttl(user_key("u1")) <= 100
         await store.close()
 
-    async def test_it_is_read_by_workers_of_before(self, raw, shared_server, tmp_path):  # noqa: F811
+    async def test_it_is_read_by_workers_of_before(self, raw, shared_server, tmp_path):
         store = redis_store(shared_server.url)
         await merged(store, data_set(tmp_path))
         assert await raw.get(user_key("u2")) == pack_user("u2", UserState({"age": "22"}, ["h2"], [UNTIL - 27]))

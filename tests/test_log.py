@@ -140,7 +140,7 @@ def test_an_ad_that_changed_is_seen_as_it_was(tmp_path: Path) -> None:
     assert rows.ad.ids[:, 1].tolist() == vocabulary.encode(["drama", "news"]).tolist()
     assert rows.behaviours.ids[rows.history[:, 0], 1].tolist() == vocabulary.encode(["drama", "news"]).tolist()
     assert len(data.versions()) == 4
-    assert data.table("ad")["ad.genre"].to_list() == ["news", "news"]  # type: ignore[index]
+    assert data.table("ad")["ad.genre"].to_list() == ["news", "news"]
 
 
 def test_an_ad_that_the_log_lacks_is_a_damage(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_vocabularies_hold_ads_not_their_versions(tmp_path: Path) -> None:
     data = open_log(logs.write_log(tmp_path / "log", [served(["a1"], history=["a2", "new"])], small.schema()), shares=(1, 0, 0))
     text = small.SCHEMA.replace('transform = "standard"\n', "")
     data = replace(data, schema=small.schema(text))
-    assert learn_vocabularies(data).categories["ad_id"].values == ("a1", "a2", "new")  # type: ignore[union-attr]
+    assert learn_vocabularies(data).categories["ad_id"].values == ("a1", "a2", "new")
 
 
 def test_a_network_is_trained_on_a_log(tmp_path: Path) -> None:

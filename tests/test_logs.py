@@ -14,7 +14,7 @@ from datetime import datetime
 
 import pytest
 import redis
-from conftest import Server
+from conftest import Server, until
 from joining import JOIN, Writer, click, ranking
 from processes import ROOT, environment, fill, serving
 
@@ -237,9 +237,8 @@ async def test_no_line_at_the_default_level_tells_of_a_user(repository, server, 
         statuses = await odd_requests(client, now)
         assert statuses[:4] == [200, 400, 422, 422]
         assert {200, 202, 404} < set(statuses)
-        async with asyncio.timeout(90):  # until both workers have met the ad
-            while len(set(re.findall(r'"process": (\d+), "message": "[^"]*ad-mistyped', client.log.read_text()))) < 2:
-                await asyncio.sleep(0.05)
+        # until both workers have met the ad
+        await until(lambda: len(set(re.findall(r'"process": (\d+), "message": "[^"]*ad-mistyped', client.log.read_text()))) >= 2)
         await asyncio.to_thread(server.stop)
         headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
         written = {"type": "user", "event_id": "MARK", "ts": now, "user_id": "MARKuser", "features": {}}

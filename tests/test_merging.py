@@ -148,7 +148,7 @@ def test_what_is_damaged_gives_way() -> None:
 
 
 def test_times_that_are_none_give_way() -> None:
-    stored = pack_user("u", UserState({}, ["a", "b"], ["x", 1]))  # type: ignore[list-item]
+    stored = pack_user("u", UserState({}, ["a", "b"], ["x", 1]))
     for loaded in (UserState(), state([("c", 1)])):
         assert unpack_user("u", MergeUser("u", loaded, 5).of(stored)).ad_ids == list(loaded.ad_ids)
 

@@ -1,6 +1,5 @@
 """The score that the service returns is the score that training's own evaluation gives the same row, on real rows of ML-1M."""
 
-import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -80,7 +79,6 @@ def _movielens(folder: Path) -> tuple[Prepared, pl.DataFrame, tuple[str, ...]]:
     movielens.prepare(_some(folder / "source"), folder / "whole")
     data, rows = _part(open_prepared(folder / "whole"), folder / "data")
     users = data.table("user")
-    assert users is not None
     return data, rows.join(users, "user_id", "left", maintain_order="left"), ("1", "50", "2858", "no-such-ad")
 
 
@@ -184,9 +182,7 @@ async def test_users_are_scored_as_in_training_stored_or_sent_and_so_are_histori
         await check_all(trial, client, store)
         await check_all(trial, client, None)
         await store.put_ads(Ad(ad_id, features[ad_id], active=False) for ad_id in gone)
-        async with asyncio.timeout(90):
-            while await client.metric("adrank_catalogue_ads") != len(features) - len(gone):
-                await asyncio.sleep(0.05)
+        await client.until("/readyz", lambda said: said["catalogue"]["ads"] == len(features) - len(gone))
         answer = await client.rank("nobody", [gone[0], trial.others[0]])
         assert {ad["ad_id"]: ad.get("known", True) for ad in answer["ads"]} == {gone[0]: False, trial.others[0]: True}
         await check_all(trial, client, store)

@@ -32,7 +32,6 @@ def test_the_superposed_outer_product_by_hand() -> None:
 
 def first_layer(network: Network, fields: list[Tensor], request: int) -> Tensor:
     """l_z + l_p + b_1 of eq. 2 `(D_1,)`, the weights of the layer taken apart into W_z and W_p."""
-    assert isinstance(network, IPNN | OPNN)
     weight, bias = network.tower.first.weight, network.tower.first.bias
     width = len(fields[0])
     # Columns: the request's fields, its pairs, the candidate's fields, the pairs with one of those or the outer product.
@@ -69,7 +68,6 @@ def after(tower: Tower, signals: Tensor) -> float:
 @pytest.mark.parametrize("family", ["ipnn", "opnn"])
 def test_logits_are_the_mlp_on_linear_and_quadratic_signals(family: str, text: str) -> None:
     network, parts = small.network(family, text), small.parts(text)
-    assert isinstance(network, IPNN | OPNN)
     with torch.no_grad():
         logits = small.click(network, *parts)
         for row in range(3):

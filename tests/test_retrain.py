@@ -122,8 +122,8 @@ def test_values_keep_their_ids_and_new_ones_come_after(poor: Path, better: tuple
     before, after = (load_bundle(current_path(models, "shop")).vocabularies.categories for models in (poor, better[0]))
     for name, vocabulary in before.items():
         if values := getattr(vocabulary, "values", None):
-            assert after[name].values[: len(values)] == values  # type: ignore[union-attr]
-    new = after["ad_id"].values[len(before["ad_id"].values) :]  # type: ignore[union-attr]
+            assert after[name].values[: len(values)] == values
+    new = after["ad_id"].values[len(before["ad_id"].values) :]
     assert {"a13", "a14"} <= set(new)
 
 
@@ -313,7 +313,7 @@ def test_the_window_before_tells_how_many_rows_to_expect(tmp_path: Path, models:
     ],
 )
 def test_a_window_is_a_span_of_time(log: Path, given: dict[str, int], rows: int, before: int) -> None:
-    data, earlier = open_window(RetrainRequest(log, Path("models"), "shop", **given))  # type: ignore[arg-type]
+    data, earlier = open_window(RetrainRequest(log, Path("models"), "shop", **given))
     assert sum(len(frame) for split in ("train", "valid", "test") for frame in data.frames(split)) == 45 * rows
     assert sum(map(len, earlier)) == 45 * before
 

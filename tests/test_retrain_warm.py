@@ -47,14 +47,12 @@ def test_values_that_stay_keep_their_ids_and_new_ones_come_after(data: Prepared)
     for name, vocabulary in grown.categories.items():
         if isinstance(vocabulary, Vocabulary):
             known, learned = base.categories[name], alone.categories[name]
-            assert isinstance(known, Vocabulary)
-            assert isinstance(learned, Vocabulary)
             assert [vocabulary.id(value) for value in known.values] == [known.id(value) for value in known.values]
             assert vocabulary.values[len(known.values) :] == tuple(v for v in learned.values if v not in known.values)
             added += len(vocabulary.values) - len(known.values)
     assert added > 8
     gone = replace(base, categories={**base.categories, "age": Vocabulary(["99", "25"])})
-    assert learn_vocabularies(data, gone).categories["age"].values[:2] == ("99", "25")  # type: ignore[union-attr]
+    assert learn_vocabularies(data, gone).categories["age"].values[:2] == ("99", "25")
 
 
 def test_moments_stay(data: Prepared) -> None:
@@ -130,7 +128,7 @@ def test_a_bundle_tells_how_it_was_trained(published: Path) -> None:
 def test_a_training_goes_on_where_the_other_ended(data: Prepared, published: Path) -> None:
     start = start_of(load_bundle(published))
     still = {"epochs": 1, "threads": 1, "unknown_rate": 0, "batch": 2048, "learning_rate": 1e-12, "embedding_l2": 0.0}
-    cold, warm = (train(data, "deepfm", small.NETWORK_SETTINGS["deepfm"], TrainSettings(**still), small.quiet(), s) for s in (None, start))  # type: ignore[arg-type]
+    cold, warm = (train(data, "deepfm", small.NETWORK_SETTINGS["deepfm"], TrainSettings(**still), small.quiet(), s) for s in (None, start))
     before = json.loads((published / export.METRICS).read_text())["test"]["auc"]
     assert abs(warm.metrics["test"].auc - before) < 0.02 < abs(cold.metrics["test"].auc - before)
 

@@ -151,4 +151,4 @@ def test_chance_and_cut_hours_are_no_gaps() -> None:
 )
 def test_impossible_limits_are_a_sentence(setting: str, value: float) -> None:
     with pytest.raises(TrainError, match=f"{setting} is {value!r}; it must be"):
-        Limits(**{setting: value})  # type: ignore[arg-type]
+        Limits(**{setting: value})

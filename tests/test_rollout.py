@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Server
-from joining import eventually
 from processes import fill
+from redis_servers import eventually
 from rolling import LAG_SECONDS, cluster, far, load
 
 from adrank_bench.load import Target

@@ -11,7 +11,8 @@ from pathlib import Path
 import bundles
 import yaml
 from conftest import free_port
-from joining import Writer, click, eventually, join_process, ranking
+from joining import Writer, click, join_process, ranking
+from redis_servers import eventually
 from watching import RULES, asked, prometheus, rules, tool
 
 from service.errors import KINDS, UNEXPECTED, BacklogError, MetricsGoneError, OverLimitError, StoreDownError

@@ -11,6 +11,7 @@ import bundles
 import numpy as np
 import pytest
 import redis.asyncio
+from conftest import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import fill, serving, workers_of
@@ -247,21 +248,15 @@ class Log:
 
     async def until(self, **counts):
         """Wait until every ranking is counted, and that way."""
-        async with asyncio.timeout(90):
-            while self.counts != counts:
-                await asyncio.sleep(0.005)
+        await until(lambda: self.counts == counts)
 
     async def until_asked(self, times=1):
         """Wait until the store was asked so often."""
-        async with asyncio.timeout(90):
-            while self.store.asked < times:
-                await asyncio.sleep(0.005)
+        await until(lambda: self.store.asked >= times)
 
     async def until_made(self):
         """Wait until all records are made."""
-        async with asyncio.timeout(90):
-            while self.log._unlogged:
-                await asyncio.sleep(0.005)
+        await until(lambda: not self.log._unlogged)
 
     @property
     def counts(self):
@@ -360,9 +355,7 @@ async def test_a_full_log_takes_no_more_until_someone_takes_from_it(log):
     log.put(5)
     assert log.counts == {"written": 2, "dropped_backlog": 5}
     log.store.kept = 0
-    async with asyncio.timeout(90):
-        while log.log._full:
-            await asyncio.sleep(0.005)
+    await until(lambda: not log.log._full)
     log.put(1)
     await log.until(written=3, dropped_backlog=5)
 
@@ -389,9 +382,7 @@ async def test_a_log_that_takes_too_much_of_the_store_is_full(log, room, result,
     assert log.log.status()["status"] == "full"
     assert said in log.log.status()["detail"]
     log.store.room = StoreRoom(10, 700, 1000)
-    async with asyncio.timeout(90):
-        while log.log._full:
-            await asyncio.sleep(0.005)
+    await until(lambda: not log.log._full)
     log.put(1)
     await log.until(written=2, **{result: 2})
 
@@ -486,9 +477,7 @@ async def records_of(url):
 
 
 async def until_logged(client, count, result="written"):
-    async with asyncio.timeout(90):
-        while await client.metric(f'adrank_served_log_total{{result="{result}"}}') < count:
-            await asyncio.sleep(0.02)
+    await client.until_metric(f'adrank_served_log_total{{result="{result}"}}', count)
 
 
 class TestService:
@@ -642,9 +631,7 @@ class TestService:
     async def test_several_workers_log_every_ranking_and_flush_at_the_end(self, repository, server):
         await fill(server.url)
         async with serving(repository, server.url, workers=2) as client:
-            async with asyncio.timeout(90):
-                while len(workers_of(client)) < 2:
-                    await asyncio.sleep(0.05)
+            await until(lambda: len(workers_of(client)) >= 2)
             answers = await asyncio.gather(*(client.rank(f"u{i}", request_id=f"r{i}") for i in range(40)))
         assert len(answers) == 40
         records = await records_of(server.url)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Client, until_ready
+from conftest import Client, until, until_ready
 from processes import ROOT, fill, serving
 
 pytestmark = pytest.mark.anyio
@@ -39,9 +39,8 @@ async def test_two_workers_are_counted_together_and_drain(repository, filled):
             async with Client(base_url=client.base_url) as once:
                 assert (await once.rank())["degraded"] == []
         async with Client(base_url=client.base_url) as once:
-            async with asyncio.timeout(90):  # the other worker writes its own now and then
-                while await once.metric('adrank_requests_total{model="din",outcome="ok",route="/rank"}') < 30:
-                    await asyncio.sleep(0.05)
+            # The other worker writes its own now and then.
+            await once.until_metric('adrank_requests_total{model="din",outcome="ok",route="/rank"}', 30)
             assert await once.metric('adrank_requests_total{model="din",outcome="ok",route="/rank"}') == 30
             assert await once.metric("adrank_candidates_count") == 30
             assert await once.metric('adrank_p_click_count{model="din"}') == 60
@@ -55,9 +54,7 @@ async def test_two_workers_are_counted_together_and_drain(repository, filled):
         files = {path.name for path in Path(folder).iterdir()}
         assert {name.rpartition("_")[2] for name in files} == {"0.db", "1.db"}  # of the places of workers, not of processes
         os.kill(victim, signal.SIGKILL)
-        async with asyncio.timeout(90):
-            while len(re.findall(r"loaded and warm", client.log.read_text())) < 2 * 3:
-                await asyncio.sleep(0.1)
+        await until(lambda: len(re.findall(r"loaded and warm", client.log.read_text())) >= 2 * 3)
         async with Client(base_url=client.base_url) as once:
             await until_ready(once)
             assert await once.metric('adrank_requests_total{model="din",outcome="ok",route="/rank"}') == 30

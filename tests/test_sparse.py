@@ -41,9 +41,9 @@ def test_a_lookup_is_torch_s_own_and_so_is_its_gradient() -> None:
     lookups(table, ids).backward()
     plain = torch.nn.Embedding(9, 3, padding_idx=0)
     plain.load_state_dict(table.state_dict())
-    lookups(plain, ids).backward()  # type: ignore[arg-type]
+    lookups(plain, ids).backward()
     assert torch.equal(table(ids), plain(ids))
-    assert torch.equal(table.weight.grad, plain.weight.grad)  # type: ignore[arg-type]
+    assert torch.equal(table.weight.grad, plain.weight.grad)
     values = torch.randn(5, 2, requires_grad=True)
     ours, theirs = (f(values).square().sum() for f in (lambda v: look_up(v, ids.clamp(max=4)), lambda v: F.embedding(ids.clamp(max=4), v)))
     assert all(torch.equal(*each) for each in zip(*(torch.autograd.grad(loss, values) for loss in (ours, theirs)), strict=True))
@@ -62,7 +62,7 @@ def test_a_gathered_gradient_has_each_row_once_and_none_of_padding() -> None:
     gradient = large.weight.grad
     assert gradient is not None
     assert sorted(gradient.indices()[0].tolist()) == [0, 2, 5, 7]
-    assert torch.allclose(gradient.to_dense(), dense.weight.grad)  # type: ignore[arg-type]
+    assert torch.allclose(gradient.to_dense(), dense.weight.grad)
     tables.gather()
     assert large.weight.grad is None  # nothing was looked up since
 

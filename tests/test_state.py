@@ -153,7 +153,7 @@ def test_a_click_older_than_a_full_history_leaves_it_as_it_is() -> None:
 
 def test_a_history_whose_times_are_none_is_refused() -> None:
     with pytest.raises(StateError, match="times that are none"):
-        UserState({}, ["a1"], ["x"]).clicked("a2", 1)  # type: ignore[list-item]
+        UserState({}, ["a1"], ["x"]).clicked("a2", 1)
 
 
 @patient

@@ -7,7 +7,7 @@ import time
 import bundles
 import msgpack
 import pytest
-from conftest import running
+from conftest import redis_store, running
 
 from features.events import unpack_event
 from features.state import STATE_BYTES, Ad, StoreError, UserState, pack_ad, pack_user
@@ -15,8 +15,7 @@ from features.streams import EVENTS, SERVED
 from service.settings import Settings
 from service.store import damage as store_damage
 from service.store.redis import CHANGES, HASHES, ads_key, user_key
-from tests.test_followers import said
-from tests.test_store import ad, applied, click, everything, raw, redis_only, redis_store, shown, user  # noqa: F401  # fixtures among them
+from tests.test_store import ad, applied, click, everything, shown, user
 
 pytestmark = pytest.mark.anyio
 SEEN = "adrank:seen:user:{u1}"
@@ -32,7 +31,7 @@ def events():
     return [click("c"), user("u", {"age": "25"}), ad("a", {"genre": "news"}), shown("i")]
 
 
-async def spoil(raw, key, kind):  # noqa: F811
+async def spoil(raw, key, kind):
     """Something of another type in a key's place."""
     await raw.delete(key)
     if kind == "list":
@@ -45,7 +44,7 @@ async def spoil(raw, key, kind):  # noqa: F811
 
 @pytest.mark.parametrize("kind", ["list", "string", "hash"])
 @pytest.mark.parametrize("key", [user_key("u1"), ads_key("a1"), SEEN, "adrank:seen:request:{r1}", EVENTS, CHANGES])
-async def test_events_are_taken_and_done_once_whatever_stood_in_a_key_s_place(redis_only, raw, caplog, key, kind):  # noqa: F811
+async def test_events_are_taken_and_done_once_whatever_stood_in_a_key_s_place(redis_only, raw, caplog, key, kind):
     await spoil(raw, key, kind)
     if (key, kind) == (ads_key("a1"), "hash"):
         await raw.delete(key)  # it is right
@@ -61,7 +60,7 @@ async def test_events_are_taken_and_done_once_whatever_stood_in_a_key_s_place(re
         assert f"'{key}'" in caplog.text
 
 
-async def test_those_that_were_replaced_are_counted(redis_only, raw):  # noqa: F811
+async def test_those_that_were_replaced_are_counted(redis_only, raw):
     replaced = []
     redis_only.damage.on_replaced = lambda: replaced.append(1)
     await spoil(raw, user_key("u1"), "list")
@@ -72,7 +71,7 @@ async def test_those_that_were_replaced_are_counted(redis_only, raw):  # noqa: F
     assert len(replaced) == 2
 
 
-async def test_a_type_that_changes_between_reading_and_writing_is_seen_to(redis_only, raw, monkeypatch):  # noqa: F811
+async def test_a_type_that_changes_between_reading_and_writing_is_seen_to(redis_only, raw, monkeypatch):
     write, spoilt = type(redis_only._events)._write, []
 
     async def late(self, turns):
@@ -85,7 +84,7 @@ async def test_a_type_that_changes_between_reading_and_writing_is_seen_to(redis_
     assert (await redis_only.get_user("u1")).ad_ids == ["a1"]
 
 
-async def test_a_user_of_a_wrong_type_is_ranked_without_its_state(redis_only, raw, caplog):  # noqa: F811
+async def test_a_user_of_a_wrong_type_is_ranked_without_its_state(redis_only, raw, caplog):
     await spoil(raw, user_key("u1"), "list")
     with pytest.raises(StoreError, match="another type") as caught:
         await redis_only.get_user("u1")
@@ -95,7 +94,7 @@ async def test_a_user_of_a_wrong_type_is_ranked_without_its_state(redis_only, ra
     assert (await redis_only.get_user("u1")).features == {"age": "25"}
 
 
-async def test_a_huge_state_is_not_read_and_delays_nobody(redis_only, raw):  # noqa: F811
+async def test_a_huge_state_is_not_read_and_delays_nobody(redis_only, raw):
     await raw.set(user_key("huge"), b"\0" * HUGE)
     await redis_only.put_users([("u1", UserState({"age": "25"}))])
     before = (await raw.info("stats"))["total_net_output_bytes"]
@@ -108,7 +107,7 @@ async def test_a_huge_state_is_not_read_and_delays_nobody(redis_only, raw):  # n
     assert (await redis_only.get_user("huge")).ad_ids == ["a1"]
 
 
-async def test_a_huge_ad_is_left_out_and_gives_way_to_an_event(redis_only, raw):  # noqa: F811
+async def test_a_huge_ad_is_left_out_and_gives_way_to_an_event(redis_only, raw):
     await redis_only.put_ads([Ad("a2", {})])
     await raw.hset(ads_key("a1"), "a1", b"\0" * HUGE)
     assert set(await everything(redis_only)) == {"a2"}
@@ -125,7 +124,7 @@ def test_no_state_that_adrank_writes_is_too_large():
     assert len(pack_user(odd, state)) < STATE_BYTES
 
 
-async def test_a_catalogue_with_a_hash_of_a_wrong_type_is_read_and_followed(redis_only, raw, shared_server, caplog):  # noqa: F811
+async def test_a_catalogue_with_a_hash_of_a_wrong_type_is_read_and_followed(redis_only, raw, shared_server, caplog):
     damaged = []
     store = redis_store(shared_server.url, damaged=lambda: damaged.append(1))
     await store.put_ads(Ad(f"a{i}", {}) for i in range(500))
@@ -145,14 +144,14 @@ async def test_a_catalogue_with_a_hash_of_a_wrong_type_is_read_and_followed(redi
     await store.close()
 
 
-async def test_a_catalogue_whose_hashes_are_all_of_a_wrong_type_keeps_no_service_from_being_ready(raw, shared_server, repository):  # noqa: F811
+async def test_a_catalogue_whose_hashes_are_all_of_a_wrong_type_keeps_no_service_from_being_ready(raw, shared_server, repository):
     for n in range(HASHES):
         await spoil(raw, f"adrank:ads:{{{n}}}", "list")
     for key in (CHANGES, SERVED, EVENTS, "adrank:user:probe", user_key("u1")):
         await spoil(raw, key, "string" if key != user_key("u1") else "list")
     now = round(time.time())
     async with running(Settings(models=repository, redis=shared_server.url)) as client:
-        statuses = await said(client, "/readyz", lambda statuses: statuses["status"] == "ready")
+        statuses = await client.until("/readyz", lambda statuses: statuses["status"] == "ready")
         assert (statuses["store"]["status"], statuses["catalogue"]["ads"]) == ("up", 0)
         ranked = await client.rank("u1")
         assert {entry["reason"] for entry in ranked["degraded"]} == {"store_corrupt"}
@@ -162,7 +161,7 @@ async def test_a_catalogue_whose_hashes_are_all_of_a_wrong_type_keeps_no_service
         ]
         answer = await client.post("/v1/events", json={"events": sent})
         assert {event["reason"] for event in answer.json()["events"]} == {"state_replaced"}
-        await said(client, "/readyz", lambda statuses: statuses["catalogue"]["ads"] == 1)
+        await client.until("/readyz", lambda statuses: statuses["catalogue"]["ads"] == 1)
         assert "degraded" not in await client.rank("u1") or not (await client.rank("u1"))["degraded"]
         assert await client.metric('adrank_degraded_total{reason="key_replaced",stage="store"}') >= 4
         assert await client.metric('adrank_degraded_total{reason="ad_damaged",stage="catalogue"}') >= HASHES
@@ -173,7 +172,7 @@ async def test_a_catalogue_whose_hashes_are_all_of_a_wrong_type_keeps_no_service
                 await asyncio.sleep(0.05)
 
 
-async def test_lines_about_damage_are_not_forced_by_the_thousand(redis_only, raw, monkeypatch, caplog):  # noqa: F811
+async def test_lines_about_damage_are_not_forced_by_the_thousand(redis_only, raw, monkeypatch, caplog):
     monkeypatch.setattr(store_damage, "TELL_SECONDS", 3600.0)
     caplog.set_level(logging.WARNING)
     await spoil(raw, user_key("u\n1"), "list")
@@ -188,7 +187,7 @@ async def test_lines_about_damage_are_not_forced_by_the_thousand(redis_only, raw
     assert r"adrank:user:{u\n1}" in caplog.text
 
 
-async def test_packed_ads_and_users_of_their_largest_are_read(redis_only):  # noqa: F811
+async def test_packed_ads_and_users_of_their_largest_are_read(redis_only):
     odd = "\U0001f600" * 256
     state = UserState({}, [odd] * 1_000, range(1_000))
     await redis_only.put_users([(odd, state)])

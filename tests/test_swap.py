@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import bundles
 import pytest
-from conftest import running, until_ready
+from conftest import running, until, until_ready
 from processes import fill, serving
 
 from features import bundle
@@ -129,9 +129,7 @@ async def test_versions_are_swapped_under_load_and_no_request_fails(tmp_path, se
             await until_all_have(client, version, workers)
             before = load.answers
             await until_version(client, version)
-            async with asyncio.timeout(90):
-                while load.answers < before + 20:
-                    await asyncio.sleep(0.02)
+            await until(lambda: load.answers >= before + 20)
         assert load.versions == expected.keys()
         text = (await client.get("/metrics")).text
         assert text.count("adrank_model_info{") == 1
@@ -143,9 +141,7 @@ async def test_versions_are_swapped_under_load_and_no_request_fails(tmp_path, se
 
 
 async def until_all_have(client, version, workers):
-    async with asyncio.timeout(90):
-        while len(re.findall(f"version {version} is loaded", client.log.read_text())) < workers:
-            await asyncio.sleep(0.05)
+    await until(lambda: len(re.findall(f"version {version} is loaded", client.log.read_text())) >= workers)
 
 
 def prepared(models, bias, words):
@@ -213,9 +209,7 @@ async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, cap
             set_current(models, "din", int(bad.name))
         else:
             spoil(bad)
-        async with asyncio.timeout(90):
-            while not (report := (await client.get("/readyz")).json())["models"]["refused"]:
-                await asyncio.sleep(0.02)
+        report = await client.until("/readyz", lambda said: said["models"]["refused"])
         assert report["status"] == "degraded"
         assert report["models"]["refused"]["din"].startswith(reason)
         assert detail in caplog.text
@@ -245,9 +239,7 @@ async def test_a_bad_version_is_tried_again_only_when_it_was_mended(tmp_path, ad
         whole = (second / bundle.MODEL).read_bytes()
         damage(second)
         set_current(models, "din", int(second.name))
-        async with asyncio.timeout(90):
-            while second.name not in tries:
-                await asyncio.sleep(0.02)
+        await until(lambda: second.name in tries)
         await asyncio.sleep(0.1)
         assert tries.count(second.name) == 1
         (second / bundle.MODEL).write_bytes(whole)
@@ -324,9 +316,7 @@ async def test_changes_of_the_catalogue_during_a_swap_are_in_the_new_table(tmp_p
             await began.wait()
         changed = {**bundles.ADS, "a1": {"genre": "news", "price": 5.0}}
         await ads.put_ads([Ad("a1", changed["a1"]), Ad("a2", {}, active=False)])
-        async with asyncio.timeout(90):
-            while catalogue.ads != 29:
-                await asyncio.sleep(0.02)
+        await until(lambda: catalogue.ads == 29)
         go_on.set()
         await until_version(client, version)
         _, encoder = other_words(2)
@@ -380,9 +370,7 @@ async def test_nothing_of_an_old_version_stays(tmp_path, ads, device, monkeypatc
         del model
         version, _ = publish(models, bias=1.0, words=2)
         await until_version(client, version)
-        async with asyncio.timeout(90):
-            while any(each() for each in old) or any(thread.is_alive() for thread in threads):
-                await asyncio.sleep(0.02)
+        await until(lambda: not any(each() for each in old) and not any(thread.is_alive() for thread in threads))
 
 
 async def test_the_thread_that_loads_gives_way_and_those_that_score_do_not(tmp_path, ads, monkeypatch):

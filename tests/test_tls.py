@@ -63,9 +63,7 @@ async def test_a_ranking_its_click_and_the_log(run, repository, url, tmp_path, c
         clicked = {"type": "click", "event_id": "e1", "ts": time.time(), "user_id": "u1", "ad_id": "a1", "request_id": "r1"}
         sent = await client.post("/v1/events", json={"events": [clicked]})
         assert sent.status_code == 202, sent.text
-        async with asyncio.timeout(90):
-            while await client.metric('adrank_served_log_total{result="written"}') == 0:
-                await asyncio.sleep(0.02)
+        await client.until_metric('adrank_served_log_total{result="written"}', 1)
         ready = (await client.get("/readyz")).json()
     await joining.once(everything=True)
     assert rows(tmp_path / "log")["label"].sum() == 1

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from click.testing import CliRunner
+from conftest import until
 from processes import PATIENCE
 
 import adrank
@@ -121,29 +122,25 @@ async def test_tokens_change_while_the_service_runs(run, ads, tokens, caplog):
     caplog.set_level(logging.INFO)
     async with run(ads, tokens=tokens) as client:
 
-        async def until(token, status):
+        async def answered(token, status):
             async with asyncio.timeout(PATIENCE):
                 while (await client.post("/rank", json=RANKING, headers=bearer(token))).status_code != status:
                     await asyncio.sleep(0.05)
 
-        await until(RANK, 200)
+        await answered(RANK, 200)
         fresh = tokens.with_name("fresh")
         fresh.write_text(f"rank {'n' * 40}\nrank {RANK}\n")
         fresh.replace(tokens)
-        await until("n" * 40, 200)
+        await answered("n" * 40, 200)
         tokens.write_text(f"rank {'n' * 40}\n")
-        await until(RANK, 401)
+        await answered(RANK, 401)
         tokens.write_text("rank oops\n")
-        async with asyncio.timeout(PATIENCE):
-            while "the tokens before it count on: line 1: expected scopes" not in caplog.text:
-                await asyncio.sleep(0.05)
+        await until(lambda: "the tokens before it count on: line 1: expected scopes" in caplog.text)
         assert "oops" not in caplog.text
-        await until("n" * 40, 200)
+        await answered("n" * 40, 200)
         tokens.unlink()
-        async with asyncio.timeout(PATIENCE):
-            while "cannot be read: No such file" not in caplog.text:
-                await asyncio.sleep(0.05)
-        await until("n" * 40, 200)
+        await until(lambda: "cannot be read: No such file" in caplog.text)
+        await answered("n" * 40, 200)
 
 
 def test_a_service_without_usable_tokens_does_not_start(repository, tmp_path):

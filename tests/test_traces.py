@@ -10,7 +10,7 @@ import time
 
 import pytest
 from collector import collecting
-from conftest import free_port
+from conftest import free_port, until
 from processes import ROOT, SERVE, environment, fill, serving, workers_of
 
 from service.settings import SettingsError
@@ -133,9 +133,7 @@ async def test_each_worker_sends_its_own_and_what_waits_goes_out_at_the_end(repo
     with collecting() as collector:
         otel(EXPORTER_OTLP_TRACES_ENDPOINT=f"{collector.url}/mine", BSP_SCHEDULE_DELAY="3600000", EXPORTER_OTLP_COMPRESSION="gzip")
         async with serving(repository, filled.url, trace_share=1, workers=2) as client:
-            async with asyncio.timeout(90):
-                while client.log.read_text().count("Application startup complete") < 2:
-                    await asyncio.sleep(0.05)
+            await until(lambda: client.log.read_text().count("Application startup complete") >= 2)
             for _ in range(8):  # a new connection each
                 async with type(client)(base_url=client.base_url) as once:
                     await once.rank()

@@ -77,7 +77,7 @@ def test_training_stops_drops_its_rate_and_ends_with_its_best_epoch(rows: tuple[
     train, valid = rows
     noise = replace(train, labels=np.random.default_rng(5).integers(0, 2, len(train)).astype(np.float32))  # only to be learned by heart
     given = {"epochs": 40, "batch": 64, "learning_rate": 0.05, "drop": 0.5, "patience": 3, "embedding_l2": 0.0}
-    settings = TrainSettings(**given, least_steps=0, unknown_rate=0, flat_below=0)  # type: ignore[arg-type]
+    settings = TrainSettings(**given, least_steps=0, unknown_rate=0, flat_below=0)
     network = small.network("deepfm")
     epochs = fit_network(network, noise, valid, settings, small.quiet())
     scores = [epoch.valid.auc for epoch in epochs]
@@ -151,7 +151,7 @@ def test_it_learns_more_than_the_ad_s_own_click_rate(tmp_path: Path, family: str
 
 
 def gradients(network: torch.nn.Module) -> list[torch.Tensor]:
-    return [embeddings.table.weight.grad for embeddings in tables(network)]  # type: ignore[misc]
+    return [embeddings.table.weight.grad for embeddings in tables(network)]
 
 
 def tables(network: torch.nn.Module) -> list[Embeddings]:

@@ -127,7 +127,7 @@ def place(network: torch.nn.Module, rows: Rows) -> float:
 
 
 def trained(data: Prepared, family: str, rate: float, start: Start | None = None, **more: object) -> tuple[torch.nn.Module, Rows, Encoder]:
-    settings = TrainSettings(**{**QUICK, "unknown_rate": rate, **more})  # type: ignore[arg-type]
+    settings = TrainSettings(**{**QUICK, "unknown_rate": rate, **more})
     made = train(data, family, small.NETWORK_SETTINGS[family], settings, small.quiet(), start)
     return made.network, encode_split(data, "test", made.encoder), made.encoder
 
@@ -177,7 +177,7 @@ def test_buckets_that_nothing_was_hashed_into_are_unknown(data: Prepared) -> Non
     encoder = Encoder(hashed.schema, learn_vocabularies(hashed))
     train_rows, valid = encode_split(hashed, "train", encoder), encode_split(hashed, "valid", encoder)
     network = NETWORKS["deepfm"](Fields.of(hashed.schema, encoder.vocabularies), small.NETWORK_SETTINGS["deepfm"])
-    fit_network(network, train_rows, valid, TrainSettings(**{**QUICK, "epochs": 2}), small.quiet())  # type: ignore[arg-type]
+    fit_network(network, train_rows, valid, TrainSettings(**{**QUICK, "epochs": 2}), small.quiet())
     for embeddings in (module for module in network.modules() if isinstance(module, Embeddings)):
         own = embeddings.rows_of("ad_id")
         counts, table = occurrences(embeddings, train_rows)[own], embeddings.table.weight[own]
@@ -192,7 +192,7 @@ def test_a_warm_start_keeps_what_it_knows_of_values_that_its_rows_do_not_have(on
     few = replace(rows, labels=rows.labels[:3], users=rows.users[:3], user=rows.user.take([0, 1, 2]), ad=rows.ad.take([0, 1, 2]))
     few = replace(few, history=rows.history[:3])
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    settings = TrainSettings(**{**QUICK, "embedding_l2": 0.1, "epochs": 3})  # type: ignore[arg-type]
+    settings = TrainSettings(**{**QUICK, "embedding_l2": 0.1, "epochs": 3})
     fit_network(network, few, rows, settings, small.quiet(), warm=True)
     for name, embeddings in network.named_modules():
         if isinstance(embeddings, Embeddings):

@@ -10,9 +10,7 @@ from training.networks.vae_cf import VAECF
 
 
 def built(text: str = small.SCHEMA, **settings: object) -> VAECF:
-    network = small.network("vae_cf", text, **settings)
-    assert isinstance(network, VAECF)
-    return network
+    return small.network("vae_cf", text, **settings)
 
 
 def code(network: VAECF, history: Part, row: int) -> Tensor:
@@ -73,7 +71,7 @@ def test_a_code_is_drawn_about_its_mean_in_training_and_is_it_in_service() -> No
     request = RequestTensors(user, Part(*(values[:1].expand(4000, -1, -1) for values in history[:2])), ad)
     network.decoder = torch.nn.Sequential()  # so that the output is the code
     network.items = torch.nn.Module()
-    network.items.forward = lambda *_: torch.zeros(4000, 1, 1, 4)  # type: ignore[assignment]
+    network.items.forward = lambda *_: torch.zeros(4000, 1, 1, 4)
     with torch.no_grad():
         drawn = network.train()(request._replace(user=Part(*(v[:1].expand(4000, -1) for v in user[:2]))))
     mean, deviation = drawn["mean"][0], (0.5 * drawn["log_variance"][0]).exp()

@@ -89,7 +89,7 @@ def test_what_has_no_one_text_is_refused(value: object) -> None:
     with pytest.raises(ValueTextError, match=r"expected (text or whole numbers; this|a text, a whole number)"):
         text_of(value)
     with pytest.raises(FieldError, match=r"^ad\.x: expected"):
-        clean(Field("x", "ad", "category"), value)  # type: ignore[arg-type]
+        clean(Field("x", "ad", "category"), value)
 
 
 @patient

@@ -47,7 +47,7 @@ def test_a_value_that_is_no_such_vector_is_refused(value: object) -> None:
     field = parse_schema(SCHEMA).field("ad", "look")
     assert field is not None
     with pytest.raises(FieldError, match="expected a list of 2 finite numbers that fit float32"):
-        clean(field, value)  # type: ignore[arg-type]
+        clean(field, value)
 
 
 def test_a_vector_has_its_columns_among_the_numbers() -> None:

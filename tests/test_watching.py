@@ -15,8 +15,9 @@ import bundles
 import httpx
 import pytest
 from conftest import Server, free_port
-from joining import eventually, join_process
+from joining import join_process
 from processes import SERVE, ended, environment, fill
+from redis_servers import eventually
 from test_dashboard import BOARD, QUERIES
 from watching import asked, get, prometheus, rules, tool, unanswered, values
 

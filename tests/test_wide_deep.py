@@ -12,7 +12,6 @@ from training.networks.contract import Fields, Part, RequestTensors
 from training.networks.crossed import Crosses, parse_crosses
 from training.networks.ftrl import FTRL
 from training.networks.interactions import first_order
-from training.networks.wide_deep import WideDeep
 
 CROSSES = "user_id*ad_id, history.ad_id*ad_id, interests*ad.tags, age*slot"
 
@@ -61,8 +60,6 @@ def test_pairs_of_values_fall_evenly_into_the_table_and_crosses_apart() -> None:
 
 def test_logits_are_first_order_crosses_and_tower() -> None:
     network, parts = small.network("wide_deep", crosses=CROSSES), small.parts()
-    assert isinstance(network, WideDeep)
-    assert network.crosses is not None
     request = RequestTensors(*parts)
     with torch.no_grad():
         u, a = network.second.of_request(request).flatten(1), network.second("ad", request.ad).flatten(2)

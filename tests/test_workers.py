@@ -14,7 +14,7 @@ from pathlib import Path
 import processes
 import psutil
 import pytest
-from conftest import free_port
+from conftest import free_port, until
 from processes import PATIENCE, SERVE, environment, serving, workers_of
 from prometheus_client.mmap_dict import MmapedDict
 
@@ -71,9 +71,7 @@ def owners(client, states=(psutil.CONN_ESTABLISHED,)):
 
 async def until_noticed(client, ports):
     """Waits until the workers have closed their ends of connections that were closed: until then these count."""
-    async with asyncio.timeout(PATIENCE):
-        while owners(client, (psutil.CONN_ESTABLISHED, psutil.CONN_CLOSE_WAIT)).keys() & ports:
-            await asyncio.sleep(0.02)
+    await until(lambda: not (owners(client, (psutil.CONN_ESTABLISHED, psutil.CONN_CLOSE_WAIT)).keys() & ports))
 
 
 def spread(client, callers):
@@ -182,9 +180,7 @@ async def test_connections_of_one_request_each_are_shared_too(repository):
             await asyncio.sleep(1.5)  # until what came before is written
             before = answered()
             await asyncio.gather(*(ask(100 // at_once) for _ in range(at_once)))
-            async with asyncio.timeout(PATIENCE):
-                while (answered() - before).total() < 100:  # the workers write what they counted twice a second
-                    await asyncio.sleep(0.05)
+            await until(lambda: (answered() - before).total() >= 100)  # the workers write what they counted twice a second
             new = answered() - before
             assert len(new) == 2
             assert min(new.values()) >= 10  # even, but that a worker whom the machine holds up rightly gets fewer
@@ -261,15 +257,13 @@ async def test_a_worker_that_is_told_to_end_is_replaced_and_loses_nothing(reposi
     async with two_workers(repository) as client:
         worker = workers_of(client)[0]
 
-        async def until(asking):
-            async with asyncio.timeout(PATIENCE):
-                while psutil.pid_exists(worker) or len(workers_of(client)) < 3:
-                    await asyncio.sleep(0.05)
+        async def replaced(asking):
+            await until(lambda: not psutil.pid_exists(worker) and len(workers_of(client)) >= 3)
             assert not any(task.done() for task in asking)
             client.process.terminate()
             await asyncio.gather(*asking)
 
-        await drained(client, lambda: os.kill(worker, signal.SIGTERM), until)
+        await drained(client, lambda: os.kill(worker, signal.SIGTERM), replaced)
         assert f"worker {worker} ended with exit code 0; another takes its place" in client.log.read_text()
 
 
@@ -279,9 +273,7 @@ async def test_a_worker_that_cannot_rank_gets_no_connections_while_another_can(r
         models.rename(tmp_path / "away")
         victim = workers_of(client)[0]
         os.kill(victim, signal.SIGKILL)
-        async with asyncio.timeout(PATIENCE):
-            while len(workers_of(client)) < 3:
-                await asyncio.sleep(0.05)
+        await until(lambda: len(workers_of(client)) >= 3)
         for _ in range(40):
             caller = Caller(client)
             assert await caller.ask("/readyz") == 200
@@ -345,9 +337,7 @@ async def test_workers_that_die_leave_no_files_and_what_they_counted_stays(repos
             before = counted((await client.get("/metrics")).text)
             assert before > 0
             os.kill(next(pid for pid in workers_of(client)[::-1] if psutil.pid_exists(pid)), signal.SIGKILL)
-            async with asyncio.timeout(PATIENCE):
-                while len(workers_of(client)) < 2 + deaths:
-                    await asyncio.sleep(0.05)
+            await until(lambda: len(workers_of(client)) >= 2 + deaths)
             await until_both_are_ready(client)
             assert counted((await client.get("/metrics")).text) >= before
         assert {path.name for path in folder.iterdir()} == files
@@ -387,9 +377,7 @@ async def test_ctrl_c_ends_all_processes_without_a_traceback(repository):
 async def test_ctrl_c_while_workers_start_ends_all_without_a_traceback(repository):
     settings = environment(models=repository, redis="memory://", port=free_port(), workers=2)
     process = subprocess.Popen(SERVE, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    async with asyncio.timeout(PATIENCE):
-        while len([child for child in psutil.Process(process.pid).children() if "spawn_main" in "".join(child.cmdline())]) < 2:
-            await asyncio.sleep(0.01)
+    await until(lambda: len([child for child in psutil.Process(process.pid).children() if "spawn_main" in "".join(child.cmdline())]) >= 2)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = await asyncio.to_thread(process.communicate, timeout=15)
     assert process.returncode == 0, said
@@ -400,9 +388,7 @@ async def test_workers_end_when_their_parent_is_killed(repository):
     async with two_workers(repository) as client:
         await client.callers[0].ask()
         client.process.kill()
-        async with asyncio.timeout(PATIENCE):
-            while any(psutil.pid_exists(pid) for pid in workers_of(client)):
-                await asyncio.sleep(0.05)
+        await until(lambda: not any(psutil.pid_exists(pid) for pid in workers_of(client)))
         assert "Traceback" not in client.log.read_text()
 
 
@@ -412,9 +398,7 @@ async def test_while_a_worker_stands_still_the_other_answers_and_then_it_does(re
         os.kill(standing, signal.SIGSTOP)
         try:
             asking = [asyncio.create_task(caller.ask()) for caller in client.callers]
-            async with asyncio.timeout(PATIENCE):
-                while sum(task.done() for task in asking) < 4:
-                    await asyncio.sleep(0.02)
+            await until(lambda: sum(task.done() for task in asking) >= 4)
         finally:
             os.kill(standing, signal.SIGCONT)
         assert await asyncio.gather(*asking) == [200] * 8
