@@ -5,7 +5,7 @@ import small
 import torch
 from torch import Tensor
 
-from tests.test_networks import CLOSE, HISTORY_AND_ADS, ONLY_ADS
+from tests.test_networks import CLOSE, HISTORY_AND_ADS
 from training.networks.bst import BST, TransformerLayer
 from training.networks.contract import Part
 
@@ -95,14 +95,3 @@ def test_every_field_of_an_item_has_its_say(part: str, column: int) -> None:
     ids[..., column] = ids[..., column] % 2 + 1
     parts[part] = Part(ids, parts[part].numbers)
     assert (small.click(network, *parts.values()) - before).abs().amax() > 1e-3
-
-
-def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"^bst transforms a user's behaviours, and this schema has no \[history\]; train deepfm instead$"):
-        small.network("bst", ONLY_ADS)
-    text = r"^attention_heads is 3, which does not divide a behaviour's width of 20, 4 fields and a position of 4 each; choose a divisor$"
-    with pytest.raises(ValueError, match=text):
-        small.network("bst", attention_heads=3)
-    for name, least in (("layers", 1), ("attention_heads", 1), ("positions", 2)):
-        with pytest.raises(ValueError, match=f"^{name} is 0; it must be at least {least}$"):
-            small.network("bst", **{name: 0})

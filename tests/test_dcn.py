@@ -95,17 +95,3 @@ def test_logits_are_crosses_and_mlp_over_all_fields(family: str, settings: dict[
             top = mlp(deep, crossed) if stacked else torch.cat([crossed, mlp(deep, start)])
             expected = float(network.last.weight[0] @ top + network.last.bias)
             assert float(logits[row, 1]) == pytest.approx(expected, abs=1e-4, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "message"),
-    [
-        ("dcn", {"crosses": 0}, r"^crosses is 0; DCN needs at least 1 cross layer$"),
-        ("dcn_v2", {"structure": "both"}, r"^structure is 'both'; it must be stacked or parallel$"),
-        ("dcn_v2", {"low_rank": -1}, r"^crosses and experts must be at least 1, low_rank at least 0$"),
-        ("dcn_v2", {"experts": 4}, r"^experts is 4, and experts are matrices of low rank; set low_rank too, such as 32$"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(family: str, settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        small.network(family, **settings)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from tests.test_networks import CLOSE, HISTORY_AND_ADS, ONLY_ADS
+from tests.test_networks import CLOSE, HISTORY_AND_ADS
 from training.networks.contract import Fields, Labels, Part, RequestTensors
 from training.networks.dien import BEHAVIOURS, DIEN, Attention, auxiliary_loss
 from training.networks.recurrent import AUGRU, GRU, last_state
@@ -214,10 +214,3 @@ def test_ads_as_behaviours_are_what_the_encoder_makes_of_them() -> None:
     found = Fields.of(small.schema(text), small.vocabularies(text)).behaviours_of(Part(*map(torch.from_numpy, (block.ids, block.numbers))))
     assert np.array_equal(found.ids, expected.ids)
     assert np.array_equal(found.numbers, expected.numbers)
-
-
-def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"^dien follows a user's behaviours, and this schema has no \[history\]; train deepfm instead$"):
-        small.network("dien", ONLY_ADS)
-    with pytest.raises(ValueError, match=r"^auxiliary is -1; it must be at least 0, 0 being no auxiliary loss$"):
-        small.network("dien", auxiliary=-1.0)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.test_networks import CLOSE, HISTORY_AND_ADS, ONLY_ADS
+from tests.test_networks import CLOSE, HISTORY_AND_ADS
 from training.networks.contract import Part
 from training.networks.din import LocalActivation
 
@@ -90,11 +90,6 @@ def test_a_first_order_adds_a_weight_of_each_value_and_begins_alone() -> None:
     assert plain.first_weights() == []
     with pytest.raises(ValueError, match=r"^first_order is 2; it must be 0 or 1, or -1: by the rows$"):
         small.network("din", first_order=2)
-
-
-def test_a_schema_without_history_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^DIN weighs a user's behaviours, and this schema has no \[history\]; train deepfm instead$"):
-        small.network("din", ONLY_ADS)
 
 
 def test_another_history_gives_another_interest_for_each_candidate() -> None:

@@ -2,7 +2,7 @@ import pytest
 import small
 import torch
 
-from tests.test_networks import CLOSE, HISTORY_AND_ADS, ONLY_ADS
+from tests.test_networks import CLOSE, HISTORY_AND_ADS
 from training.networks.contract import Part
 
 
@@ -32,9 +32,3 @@ def test_the_order_of_behaviours_matters() -> None:
     with torch.no_grad():
         turned = small.click(network, user, Part(history.ids.flip(1), history.numbers.flip(1)), ad)
         assert (turned - small.click(network, user, history, ad))[:2].abs().amax() > 1e-2
-
-
-def test_a_schema_without_history_is_refused() -> None:
-    text = r"^dkt reads a user's behaviours in their order, and this schema has no \[history\]; train deepfm instead$"
-    with pytest.raises(ValueError, match=text):
-        small.network("dkt", ONLY_ADS)

@@ -67,9 +67,3 @@ def test_a_product_is_of_two_different_fields_and_each_pair_counts_once() -> Non
     a = torch.tensor([[[[1.0, 0, 0, 0], [2.0, 1, 0, 0], [0, 3.0, 0, 0], [0, 0, 0, 5.0]]]])
     _, each = network.products(torch.zeros(1, 0, 1), a)
     assert each.tolist() == [[[2.0, 0.0, 0.0, 3.0, 0.0, 0.0]]]
-
-
-@pytest.mark.parametrize("text", [ONLY_NUMBERS, ONLY_AD_NUMBER])
-def test_a_schema_without_a_category_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^dlrm multiplies categories' vectors, and this schema has only numbers; train deepfm instead$"):
-        small.network("dlrm", text)

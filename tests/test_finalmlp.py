@@ -73,11 +73,3 @@ def test_a_gate_begins_near_one_and_each_mlp_has_its_own() -> None:
         network.by_request.constant.zero_()
         nothing = network.by_request(torch.zeros(3, 0))
     assert nothing.tolist() == torch.ones(3, 3 * 4 + 4).tolist()
-
-
-@pytest.mark.parametrize("heads", [0, 3])
-def test_heads_that_do_not_divide_the_widths_are_refused(heads: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"^fusion_heads is {heads}; it must divide the last widths of hidden and hidden_second, 8 and 8$"
-    ):
-        small.network("finalmlp", fusion_heads=heads)

@@ -84,13 +84,3 @@ def test_an_ffm_of_too_many_values_is_refused_with_the_number() -> None:
     with pytest.raises(ValueError, match=r"most_gigabytes is 0\.7; set it higher, set a smaller embedding, hash .* or train fwfm"):
         FFM(large, FFMSettings(most_gigabytes=0.7))
     assert FFM(large, FFMSettings(most_gigabytes=0.8)).second.table.weight.numel() == 48_001_440
-
-
-def test_an_ffm_of_one_field_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^FFM is about pairs of fields, and this schema has one field; train lr instead$"):
-        small.network("ffm", ONLY_AD_NUMBER)
-
-
-def test_an_fwfm_with_another_linear_part_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^linear is 'both'; it must be field or value$"):
-        small.network("fwfm", linear="both")

@@ -1,6 +1,7 @@
 """What holds for every network: each is scored candidate by candidate, whatever lies beside it, and is served as it was trained."""
 
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,85 @@ def test_an_exported_network_gives_what_torch_gives(family: str) -> None:
         scores = session.run(served.names, {entry.name: feeds[entry.name] for entry in session.get_inputs()})  # some need no history
         for ours, theirs in zip(scores, all_scores(served, feeds), strict=True):
             assert np.abs(ours - theirs).max() < 1e-5
+
+
+FULL, BST_LEAST = small.SCHEMA, {"layers": 1, "attention_heads": 1, "positions": 2}
+REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
+    ("din", {}, ONLY_ADS, "DIN weighs a user's behaviours, and this schema has no [history]; train deepfm instead"),
+    ("dien", {}, ONLY_ADS, "dien follows a user's behaviours, and this schema has no [history]; train deepfm instead"),
+    ("bst", {}, ONLY_ADS, "bst transforms a user's behaviours, and this schema has no [history]; train deepfm instead"),
+    ("dkt", {}, ONLY_ADS, "dkt reads a user's behaviours in their order, and this schema has no [history]; train deepfm instead"),
+    ("youtube_dnn", {}, ONLY_ADS, "youtube_dnn averages a user's behaviours, and this schema has no [history]; train deepfm instead"),
+    ("vae_cf", {}, WITHOUT_HISTORY, "vae_cf encodes the ads of a user's history, and this schema has no [history]; train deepfm instead"),
+    (
+        "tab_transformer",
+        {},
+        ONLY_NUMBERS,
+        "tab_transformer lets categories look at each other, and this schema has only numbers",
+    ),
+    ("dlrm", {}, ONLY_AD_NUMBER, "dlrm multiplies categories' vectors, and this schema has only numbers; train deepfm instead"),
+    ("ffm", {}, ONLY_AD_NUMBER, "FFM is about pairs of fields, and this schema has one field; train lr instead"),
+    ("two_tower", {}, ONLY_ADS, "two_tower has a tower for the request, and in this schema all fields are the ad's; train deepfm instead"),
+    ("two_tower", {}, ONLY_AD_NUMBER, "two_tower has a tower for the request"),
+    ("two_tower", {}, ONLY_NUMBERS, "two_tower counts how often each ad is shown, and this schema has no [ad.ad_id]; add it"),
+    ("two_tower", {"tower": "din"}, FULL, "tower is 'din'; it must be one of mlp, transformer, dcn_v2"),
+    (
+        "two_tower",
+        {"tower": "transformer", "attention_heads": 3},
+        FULL,
+        "attention_heads is 3; it must divide embedding, which is 4",
+    ),
+    ("two_tower", {"temperature": 0.0}, FULL, "temperature must be above 0; softmax and negatives at least 0"),
+    ("two_tower", {"negatives": -1}, FULL, "temperature must be above 0; softmax and negatives at least 0"),
+    (
+        "tab_transformer",
+        {"attention_heads": 3},
+        FULL,
+        "attention_heads is 3; it must divide embedding, 4, which must be at least 2",
+    ),
+    (
+        *("tab_transformer", {"attention_heads": 1, "embedding": 1}, FULL),
+        "attention_heads is 1; it must divide embedding, 1, which must be at least 2",
+    ),
+    (
+        *("bst", {"attention_heads": 3}, FULL),
+        "attention_heads is 3, which does not divide a behaviour's width of 20, 4 fields and a position of 4 each; choose a divisor",
+    ),
+    *(
+        ("bst", {name: 0}, FULL, f"{name} is 0; it must be at least {n}")
+        for name, n in (("layers", 1), ("attention_heads", 1), ("positions", 2))
+    ),
+    ("dien", {"auxiliary": -1.0}, FULL, "auxiliary is -1; it must be at least 0, 0 being no auxiliary loss"),
+    ("deeplight", {"prune_units": 1.0}, FULL, "prune_units is 1.0; it must be at least 0, below 1"),
+    ("deeplight", {"prune_steps": 0}, FULL, "prune_from is 200 and prune_steps 0; they must be at least 0 and 1"),
+    ("dcn", {"crosses": 0}, FULL, "crosses is 0; DCN needs at least 1 cross layer"),
+    ("dcn_v2", {"structure": "both"}, FULL, "structure is 'both'; it must be stacked or parallel"),
+    ("dcn_v2", {"low_rank": -1}, FULL, "crosses and experts must be at least 1, low_rank at least 0"),
+    ("dcn_v2", {"experts": 4}, FULL, "experts is 4, and experts are matrices of low rank; set low_rank too, such as 32"),
+    *(("finalmlp", {"fusion_heads": n}, FULL, f"fusion_heads is {n}; it must divide the last widths of hidden and") for n in (0, 3)),
+    ("fwfm", {"linear": "both"}, FULL, "linear is 'both'; it must be field or value"),
+    ("wide_deep", {"cross_rows": 0}, FULL, "cross_rows is 0; it must be at least 1"),
+    (
+        *("wide_deep", {"crosses": "user_id*colour"}, FULL),
+        "crosses: there is no field 'colour' of categories to cross in 'user_id*colour'; there are ad.ad_id, ad.genre, ad.tags, "
+        "context.slot, history.ad_id, history.genre, history.tags, user.age, user.interests, user.user_id",
+    ),
+    ("wide_deep", {"crosses": "user_id*price"}, FULL, "crosses: there is no field 'price' of categories"),
+    ("wide_deep", {"crosses": "user_id"}, FULL, "crosses: 'user_id' is not a pair of fields such as user_id*ad_id"),
+    ("wide_deep", {"crosses": "user_id*ad_id*slot"}, FULL, "crosses: 'user_id*ad_id*slot' is not a pair of fields"),
+    (
+        "wide_deep",
+        {"crosses": "user_id*ad_id,user.user_id*ad_id"},
+        FULL,
+        "crosses: 'user.user_id*ad_id' is there twice",
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "settings", "text", "message"), REFUSED)
+def test_what_cannot_be_built_is_refused_with_what_to_do(family: str, settings: dict[str, Any], text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        small.network(family, text, **settings)
 
 
 def test_a_shift_of_the_intercept_moves_every_logit_alike() -> None:

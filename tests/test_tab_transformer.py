@@ -5,7 +5,6 @@ from torch import Tensor
 
 from tests.test_dcn import mlp
 from tests.test_dlrm import NUMBERS_OF_ADS, ONLY_CATEGORIES, WITH_CATEGORIES, categories, numbers
-from tests.test_networks import ONLY_NUMBERS
 from training.networks.tab_transformer import FieldAttention
 
 
@@ -75,20 +74,3 @@ def test_what_layer_norm_would_leave_nothing_of_goes_in_as_it_is() -> None:
     with torch.no_grad():
         before = small.click(network, user, history, ad)
         assert (small.click(network, user, history, ad._replace(numbers=ad.numbers + 1)) - before).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize(
-    ("text", "settings", "message"),
-    [
-        (ONLY_NUMBERS, {}, r"^tab_transformer lets categories look at each other, and this schema has only numbers; train deepfm instead$"),
-        (ONLY_CATEGORIES, {"attention_heads": 3}, r"^attention_heads is 3; it must divide embedding, 4, which must be at least 2$"),
-        (
-            ONLY_CATEGORIES,
-            {"attention_heads": 1, "embedding": 1},
-            r"^attention_heads is 1; it must divide embedding, 1, which must be at least 2$",
-        ),
-    ],
-)
-def test_what_cannot_be_built_is_refused(text: str, settings: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        small.network("tab_transformer", text, **settings)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.test_deepfm import vectors
-from tests.test_networks import HISTORY_AND_ADS, ONLY_AD_NUMBER, ONLY_ADS, ONLY_NUMBERS, WITHOUT_HISTORY, rows_of_training
+from tests.test_networks import HISTORY_AND_ADS, WITHOUT_HISTORY, rows_of_training
 from training.networks.contract import Labels, Part
 from training.networks.sampled_softmax import Frequencies, sampled_softmax
 from training.networks.two_tower import FieldTower, TwoTower
@@ -129,20 +129,3 @@ def test_the_vectors_order_ads_as_the_logits_do_whatever_else_is_in_the_request(
         logits = small.click(network, user, history, Part(ad.ids[:1].expand(3, -1, -1), ad.numbers[:1].expand(3, -1, -1)))
     assert torch.allclose(found / network.temperature + network.bias, logits, atol=1e-4)
     assert torch.allclose(network.ad_vectors(ads).norm(dim=-1), torch.ones(5), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("text", "settings", "message"),
-    [
-        (ONLY_ADS, {}, r"^two_tower has a tower for the request, and in this schema all fields are the ad's; train deepfm instead$"),
-        (ONLY_AD_NUMBER, {}, r"^two_tower has a tower for the request"),
-        (ONLY_NUMBERS, {}, r"^two_tower counts how often each ad is shown, and this schema has no \[ad.ad_id\]; add it$"),
-        (small.SCHEMA, {"tower": "din"}, r"^tower is 'din'; it must be one of mlp, transformer, dcn_v2$"),
-        (small.SCHEMA, {"tower": "transformer", "attention_heads": 3}, r"^attention_heads is 3; it must divide embedding, which is 4$"),
-        (small.SCHEMA, {"temperature": 0.0}, r"^temperature must be above 0; softmax and negatives at least 0$"),
-        (small.SCHEMA, {"negatives": -1}, r"^temperature must be above 0; softmax and negatives at least 0$"),
-    ],
-)
-def test_what_cannot_be_built_is_refused(text: str, settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        small.network("two_tower", text, **settings)

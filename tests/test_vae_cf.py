@@ -3,7 +3,7 @@ import small
 import torch
 from torch import Tensor
 
-from tests.test_networks import HISTORY_AND_ADS, ONLY_ADS, WITHOUT_HISTORY
+from tests.test_networks import HISTORY_AND_ADS
 from training.networks import vae_cf
 from training.networks.contract import Labels, Part, RequestTensors
 from training.networks.vae_cf import VAECF
@@ -85,13 +85,6 @@ def test_a_user_s_other_fields_play_no_part() -> None:
     with torch.no_grad():
         logits = small.click(network, user, history, ad)
         assert torch.equal(small.click(network, Part(user.ids.flip(0), user.numbers + 1), history, ad), logits)
-
-
-@pytest.mark.parametrize("text", [WITHOUT_HISTORY, ONLY_ADS])
-def test_a_schema_without_history_is_refused(text: str) -> None:
-    message = r"^vae_cf encodes the ads of a user's history, and this schema has no \[history\]; train deepfm instead$"
-    with pytest.raises(ValueError, match=message):
-        small.network("vae_cf", text)
 
 
 def test_more_ads_than_a_step_can_sum_over_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

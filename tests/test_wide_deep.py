@@ -77,34 +77,10 @@ def test_history_given_by_distinct_ads_has_the_same_crosses() -> None:
         assert torch.allclose(small.click(network, user, distinct, ad), small.click(network, user, history, ad), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("crosses", "message"),
-    [
-        (
-            "user_id*colour",
-            r"^crosses: there is no field 'colour' of categories to cross in 'user_id\*colour'; there are ad\.ad_id, ad\.genre, ad\.tags, "
-            r"context\.slot, history\.ad_id, history\.genre, history\.tags, user\.age, user\.interests, user\.user_id$",
-        ),
-        ("user_id*price", "there is no field 'price' of categories"),
-        ("user_id", r"^crosses: 'user_id' is not a pair of fields such as user_id\*ad_id$"),
-        ("user_id*ad_id*slot", "is not a pair of fields"),
-        ("user_id*ad_id,user.user_id*ad_id", r"^crosses: 'user.user_id\*ad_id' is there twice; leave one out$"),
-    ],
-)
-def test_crosses_of_what_is_not_there_are_refused(crosses: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        small.network("wide_deep", crosses=crosses)
-
-
 def test_a_name_of_two_sides_has_to_say_which() -> None:
     text = small.SCHEMA.replace("[user.age]", "[user.genre]")
     with pytest.raises(ValueError, match=r"^crosses: genre in 'genre\*slot' may be user\.genre or ad\.genre; write it so$"):
         parse_crosses("genre*slot", Fields.of(small.schema(text), small.vocabularies()))
-
-
-def test_a_table_of_no_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^cross_rows is 0; it must be at least 1$"):
-        small.network("wide_deep", cross_rows=0)
 
 
 def test_the_wide_part_is_trained_by_ftrl_and_the_deep_part_by_adagrad() -> None:

@@ -2,7 +2,7 @@ import pytest
 import small
 import torch
 
-from tests.test_networks import CLOSE, HISTORY_AND_ADS, ONLY_ADS
+from tests.test_networks import CLOSE, HISTORY_AND_ADS
 
 
 @pytest.mark.parametrize("text", [small.SCHEMA, HISTORY_AND_ADS])
@@ -16,9 +16,3 @@ def test_logits_are_the_tower_over_user_mean_of_behaviours_and_ad(text: str) -> 
             request = torch.cat([network.embed("user", user)[r].flatten() if "user" in network.embed else torch.zeros(0), mean.flatten()])
             for c in range(5):
                 assert torch.allclose(logits[r, c], network.tower(request[None], ads[r, c].flatten()[None, None]), **CLOSE)
-
-
-def test_a_schema_without_history_is_refused() -> None:
-    text = r"^youtube_dnn averages a user's behaviours, and this schema has no \[history\]; train deepfm instead$"
-    with pytest.raises(ValueError, match=text):
-        small.network("youtube_dnn", ONLY_ADS)

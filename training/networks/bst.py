@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .ages import AgeVectors
-from .contract import CLICK, Explained, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings
 from .layers import Tower
 
 
 @dataclass(frozen=True)
-class BSTSettings:
+class BSTSettings(MLPSettings):
     """Widths, layers and dropout of a BST."""
 
     embedding: int = 16
@@ -33,10 +33,6 @@ class BSTSettings:
     """Heads of each layer; they share a behaviour's width, the vectors of its fields and its position side by side."""
     positions: int = 64
     """How many positions have a vector of their own, the candidate's among them; what is further back shares the last. Ages need none."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the MLP's layers."""
-    dropout: float = 0.1
-    """Share of their activations that a training step leaves out."""
 
     def __post_init__(self) -> None:
         for name, least in (("layers", 1), ("attention_heads", 1), ("positions", 2)):
@@ -86,6 +82,7 @@ class BST(Network):
     """A transformer over the behaviours and the candidate, with positions (Chen et al. 2019)."""
 
     settings = BSTSettings
+    intercept_at = "tower.bias"
 
     def __init__(self, fields: Fields, settings: BSTSettings) -> None:
         super().__init__(fields, settings)
@@ -105,11 +102,6 @@ class BST(Network):
         self.layers = nn.ModuleList(TransformerLayer(width, settings.attention_heads, settings.dropout) for _ in range(settings.layers))
         candidate = width + len(self.rest) * embedding
         self.tower = Tower(fields.count("user") * embedding, candidate, settings.hidden, settings.dropout, norm="dice")
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.tower.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""

@@ -4,6 +4,8 @@ Shapes: R requests, T behaviours, C candidates, W id columns, N number columns. 
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -177,6 +179,18 @@ def full_name(part: str, slot: Slot) -> str:
     return f"history.{slot.field.name}" if part == "history" else slot.field.path
 
 
+@dataclass(frozen=True)
+class MLPSettings:
+    """What most networks can be told: the widths and the dropout of an MLP on embeddings. Those with more add to it."""
+
+    embedding: int = 16
+    """Width of every value's vector."""
+    hidden: tuple[int, ...] = (200, 80)
+    """Widths of the MLP's layers."""
+    dropout: float = 0.1
+    """Share of their activations that a training step leaves out."""
+
+
 class Explained(NamedTuple):
     """What a network can say of a click's logits, of which fields and pairs of fields add to them, and of how behaviours weigh in them."""
 
@@ -201,6 +215,8 @@ class Network(nn.Module):
 
     settings: ClassVar[Any]
     """The dataclass of its settings."""
+    intercept_at: ClassVar[str] = "bias"
+    """Where its `intercept` is."""
     own_heads: ClassVar[tuple[str, ...]] = (CLICK,)
     """What it predicts where no other heads are asked for."""
     many_heads: ClassVar[bool] = False
@@ -233,8 +249,7 @@ class Network(nn.Module):
     @property
     def intercept(self) -> Tensor:
         """What every logit of a click has in it `(1,)`: where the logits are moved when rows are sampled otherwise."""
-        bias = self.bias
-        assert isinstance(bias, Tensor)  # noqa: S101  # most have one by this name
+        bias: Tensor = attrgetter(self.intercept_at)(self)
         return bias
 
     def ad_vectors(self, _ads: Part) -> Tensor | None:

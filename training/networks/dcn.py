@@ -9,30 +9,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Fields, MLPSettings, Network, RequestTensors
 from .crosses import VectorCross
 from .embeddings import Embeddings, beside, flat
 from .layers import SplitMLP
 
 
 @dataclass(frozen=True)
-class DCNSettings:
+class DCNSettings(MLPSettings):
     """Widths, depth and dropout of a DCN."""
 
-    embedding: int = 16
-    """Width of every value's vector."""
     crosses: int = 3
     """Cross layers: the products have one factor more than this at most."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the MLP's layers."""
-    dropout: float = 0.1
-    """Share of the MLP's activations that a training step leaves out."""
 
 
 class DCN(Network):
     """Cross layers, a vector of weights each, beside an MLP (Wang et al. 2017)."""
 
     settings = DCNSettings
+    intercept_at = "last.bias"
 
     def __init__(self, fields: Fields, settings: DCNSettings) -> None:
         super().__init__(fields, settings)
@@ -43,11 +38,6 @@ class DCN(Network):
         self.cross = VectorCross(request + candidate, settings.crosses)
         self.deep = SplitMLP(request, candidate, settings.hidden, settings.dropout)
         self.last = nn.Linear(request + candidate + settings.hidden[-1], 1)
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.last.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""

@@ -9,18 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Fields, MLPSettings, Network, RequestTensors
 from .crosses import MatrixCross, MixtureCross
 from .embeddings import Embeddings
 from .layers import MLP
 
 
 @dataclass(frozen=True)
-class DCNV2Settings:
+class DCNV2Settings(MLPSettings):
     """Widths, depth and structure of a DCN-V2."""
 
-    embedding: int = 16
-    """Width of every value's vector."""
     structure: str = "parallel"
     """`parallel`: the MLP beside the cross layers; `stacked`: upon them."""
     crosses: int = 3
@@ -29,16 +27,13 @@ class DCNV2Settings:
     """Rank of a cross layer's matrix; 0: full."""
     experts: int = 1
     """Matrices of low rank that a cross layer chooses from by a gate; 1: no gate."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the MLP's layers."""
-    dropout: float = 0.1
-    """Share of the MLP's activations that a training step leaves out."""
 
 
 class DCNV2(Network):
     """Cross layers, a matrix or a mixture of experts each, beside or below an MLP (Wang et al. 2021)."""
 
     settings = DCNV2Settings
+    intercept_at = "last.bias"
 
     def __init__(self, fields: Fields, settings: DCNV2Settings) -> None:
         super().__init__(fields, settings)
@@ -53,11 +48,6 @@ class DCNV2(Network):
         self.stacked = settings.structure == "stacked"
         self.deep = MLP(width, settings.hidden, settings.dropout)
         self.last = nn.Linear(settings.hidden[-1] + (0 if self.stacked else width), 1)
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.last.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""

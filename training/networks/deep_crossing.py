@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings
 from .layers import BatchNorm, Linear, begin_linear, merged
 
 
 @dataclass(frozen=True)
-class DeepCrossingSettings:
+class DeepCrossingSettings(MLPSettings):
     """Widths and dropout of a Deep Crossing."""
 
-    embedding: int = 16
-    """Width of every value's vector."""
     hidden: tuple[int, ...] = (200, 80)
     """Inner widths of the residual units, one unit each."""
     dropout: float = 0.1
@@ -31,6 +29,7 @@ class DeepCrossing(Network):
     """Residual units upon the fields' vectors, and nothing else (Shan et al. 2016)."""
 
     settings = DeepCrossingSettings
+    intercept_at = "score.bias"
 
     def __init__(self, fields: Fields, settings: DeepCrossingSettings) -> None:
         super().__init__(fields, settings)
@@ -38,11 +37,6 @@ class DeepCrossing(Network):
         self.embed = Embeddings(fields, settings.embedding)
         self.units = nn.Sequential(*(ResidualUnit(width, inner, settings.dropout) for inner in settings.hidden))
         self.score = nn.Linear(width, 1)
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.score.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""

@@ -10,22 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Explained, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings, FusedEmbeddings, beside, flat, table_of
 from .interactions import each_field, each_pair, first_order, inner_products
 from .layers import FusedTower, Tower, norms_named
 
 
 @dataclass(frozen=True)
-class DeepFMSettings:
+class DeepFMSettings(MLPSettings):
     """Widths and dropout of a DeepFM."""
 
-    embedding: int = 16
-    """Width of every value's vector."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the MLP's layers."""
-    dropout: float = 0.1
-    """Share of their activations that a training step leaves out."""
     norm: str = "batch"
     """What normalises the MLP's layers (NormDNN): `none`, `batch`, `layer`, or `variance`, layer norm's division alone."""
     norm_embedding: str = "none"

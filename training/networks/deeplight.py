@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Explained, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings, FusedEmbeddings, flat, table_of
 from .fwfm import FieldLinear
 from .interactions import WeightedProducts
@@ -27,15 +27,9 @@ STEEPNESS = 5.0
 
 
 @dataclass(frozen=True)
-class DeepLightSettings:
+class DeepLightSettings(MLPSettings):
     """Widths of a DeepLight, and what is pruned of it, when."""
 
-    embedding: int = 16
-    """Width of every value's vector."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the MLP's layers before pruning."""
-    dropout: float = 0.1
-    """Share of their activations that a training step leaves out."""
     prune_pairs: float = 0.9
     """Share of the pairs of fields that is pruned in the end."""
     prune_units: float = 0.7

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ages import AgeVectors
-from .contract import CLICK, Explained, Fields, Labels, Network, Outputs, Part, RequestTensors
+from .contract import CLICK, Explained, Fields, Labels, MLPSettings, Network, Outputs, Part, RequestTensors
 from .embeddings import Embeddings
 from .layers import Tower
 from .recurrent import AUGRU, GRU
@@ -26,15 +26,11 @@ INTERESTS, BEHAVIOURS = "interests", "behaviours"
 
 
 @dataclass(frozen=True)
-class DIENSettings:
+class DIENSettings(MLPSettings):
     """Widths, dropout and the auxiliary loss of a DIEN."""
 
     embedding: int = 16
     """Width of every value's vector; an interest is as wide as a behaviour, whose fields' vectors lie side by side."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the MLP's layers."""
-    dropout: float = 0.1
-    """Share of their activations that a training step leaves out."""
     auxiliary: float = 1.0
     """Weight α of the auxiliary loss (eq. 7); 0: there is none."""
 
@@ -61,6 +57,7 @@ class DIEN(Network):
     """Interests that evolve towards each candidate: a GRU, then a GRU with attention (Zhou et al. 2019)."""
 
     settings = DIENSettings
+    intercept_at = "tower.bias"
 
     def __init__(self, fields: Fields, settings: DIENSettings) -> None:
         super().__init__(fields, settings)
@@ -75,11 +72,6 @@ class DIEN(Network):
         self.auxiliary = settings.auxiliary
         self.catalogue: Part | None = None
         """The ads that negatives are drawn from, as behaviours `(A, W)`."""
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.tower.bias
 
     def begin(self, ads: Part) -> None:
         """See `Network`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 
-from .contract import CLICK, Explained, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings
 from .interactions import first_order
 from .layers import Activation, Dice, Layer, Linear, Tower, merged
@@ -17,17 +17,11 @@ from .lookup import look_up
 
 
 @dataclass(frozen=True)
-class DINSettings:
+class DINSettings(MLPSettings):
     """Widths and dropout of a DIN."""
 
-    embedding: int = 16
-    """Width of every value's vector."""
     attention: tuple[int, ...] = (80, 40)
     """Widths of the activation unit's layers."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the MLP's layers."""
-    dropout: float = 0.1
-    """Share of their activations that a training step leaves out."""
     softmax: bool = False
     """Normalise the attention over the behaviours, which the paper does not."""
     first_order: int = -1
@@ -94,6 +88,7 @@ class DIN(Network):
     """The history pooled anew for each candidate, by an attention unit (Zhou et al. 2018)."""
 
     settings = DINSettings
+    intercept_at = "tower.bias"
 
     def __init__(self, fields: Fields, settings: DINSettings) -> None:
         super().__init__(fields, settings)
@@ -109,11 +104,6 @@ class DIN(Network):
         # The paper is silent on a normalised input of the MLP; the authors' program has it.
         self.tower = Tower(fields.count("user") * width, candidate, settings.hidden, settings.dropout, norm="dice")
         self.first = Embeddings(fields, 1) if settings.first_order == 1 else None
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.tower.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""

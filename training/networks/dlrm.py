@@ -9,22 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings, numbers_of
 from .interactions import PairwiseProducts
 from .layers import MLP, Tower
 
 
 @dataclass(frozen=True)
-class DLRMSettings:
+class DLRMSettings(MLPSettings):
     """Widths and dropout of a DLRM."""
 
     embedding: int = 16
     """Width of every category's vector, and of what the bottom MLP makes of the numbers."""
     bottom: tuple[int, ...] = (64,)
     """Widths of the bottom MLP's layers, before the last of them, which is as wide as an embedding."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the top MLP's layers."""
     dropout: float = 0.1
     """Share of the top MLP's activations that a training step leaves out."""
 
@@ -33,6 +31,7 @@ class DLRM(Network):
     """An MLP for the numbers; an MLP on the inner products of its output and the categories (Naumov et al. 2019)."""
 
     settings = DLRMSettings
+    intercept_at = "top.bias"
 
     def __init__(self, fields: Fields, settings: DLRMSettings) -> None:
         super().__init__(fields, settings)
@@ -44,11 +43,6 @@ class DLRM(Network):
         dense = int(numbers > 0)
         self.products = PairwiseProducts(categories.request, categories.count("ad") + dense)
         self.top = Tower(self.products.request, self.products.candidate + dense * width, settings.hidden, settings.dropout)
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.top.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`. The products of two of the request's fields are taken once a request."""

@@ -5,38 +5,25 @@ the same embeddings give p(click) and p(conversion given click), and what is tra
 p(conversion) = p(click) · p(conversion given click), both over all impressions.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings, flat
 from .layers import Tower
 
 CONVERSION = "conversion"
 
 
-@dataclass(frozen=True)
-class ESMMSettings:
-    """Widths and dropout of an ESMM."""
-
-    embedding: int = 16
-    """Width of every value's vector."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the layers of each tower."""
-    dropout: float = 0.1
-    """Share of their activations that a training step leaves out."""
-
-
 class ESMM(Network):
     """Clicks and conversions of all impressions: p(conversion) = p(click) · p(conversion given click) (Ma et al. 2018)."""
 
-    settings = ESMMSettings
+    settings = MLPSettings
+    intercept_at = "click.bias"
     own_heads = (CLICK, CONVERSION)
     many_heads = True
 
-    def __init__(self, fields: Fields, settings: ESMMSettings) -> None:
+    def __init__(self, fields: Fields, settings: MLPSettings) -> None:
         super().__init__(fields, settings)
         if fields.heads != self.own_heads:
             raise ValueError(f"esmm predicts a click and a conversion, and heads is {'-'.join(fields.heads)}; leave it out, or train mmoe")
@@ -44,11 +31,6 @@ class ESMM(Network):
         self.embed = Embeddings(fields, width)
         sizes = fields.request * width, fields.count("ad") * width
         self.click, self.converted = (Tower(*sizes, settings.hidden, settings.dropout) for _ in range(2))
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.click.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)` by head."""

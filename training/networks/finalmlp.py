@@ -41,6 +41,7 @@ class FinalMLP(Network):
     """Two MLPs, each with a gate on the fields, fused by a bilinear product of several heads (Mao et al. 2023)."""
 
     settings = FinalMLPSettings
+    intercept_at = "fusion.bias"
 
     def __init__(self, fields: Fields, settings: FinalMLPSettings) -> None:
         super().__init__(fields, settings)
@@ -55,11 +56,6 @@ class FinalMLP(Network):
         self.first = SplitMLP(self.request, candidate, settings.hidden, settings.dropout)
         self.second = MLP(width, settings.hidden_second, settings.dropout_second)
         self.fusion = BilinearFusion(first, second, heads)
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.fusion.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`. The first gate is computed once a request."""

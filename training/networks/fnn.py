@@ -7,44 +7,26 @@ Different from the paper: w_0, the same for all, is not among the inputs, whose 
 tanh, and no layer-wise pre-training. Lists, numbers and the history are fields as in FM.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings, flat
 from .layers import Tower
-
-
-@dataclass(frozen=True)
-class FNNSettings:
-    """Widths and dropout of an FNN."""
-
-    embedding: int = 16
-    """Width of every value's vector, that of the FM."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the MLP's layers."""
-    dropout: float = 0.1
-    """Share of their activations that a training step leaves out."""
 
 
 class FNN(Network):
     """An MLP on the weights and vectors of an FM, by --init-from (Zhang et al. 2016)."""
 
-    settings = FNNSettings
+    settings = MLPSettings
+    intercept_at = "tower.bias"
     starts_from = "fm"
 
-    def __init__(self, fields: Fields, settings: FNNSettings) -> None:
+    def __init__(self, fields: Fields, settings: MLPSettings) -> None:
         super().__init__(fields, settings)
         width = settings.embedding + 1
         self.first, self.second = Embeddings(fields, 1), Embeddings(fields, settings.embedding)
         self.tower = Tower(fields.request * width, fields.count("ad") * width, settings.hidden, settings.dropout)
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.tower.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""

@@ -29,6 +29,7 @@ class MMoE(Network):
     """Heads that share experts and mix them each by a gate of its own (Ma et al. 2018)."""
 
     settings = MMoESettings
+    intercept_at = f"last.{CLICK}.bias"
     own_heads = (CLICK, "conversion")
     many_heads = True
 
@@ -43,13 +44,6 @@ class MMoE(Network):
         self.gates = nn.ModuleDict({head: SplitLinear(*sizes, settings.experts) for head in self.heads})
         self.towers = nn.ModuleDict({head: MLP(settings.expert, settings.hidden, settings.dropout) for head in self.heads})
         self.last = nn.ModuleDict({head: nn.Linear(settings.hidden[-1], 1) for head in self.heads})
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        bias = self.last[CLICK].bias
-        assert isinstance(bias, Tensor)  # noqa: S101  # as it was made
-        return bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)` by head."""

@@ -10,46 +10,29 @@ f_Σ f_Σᵀ the upper triangle is taken; z has no constant, which b_1 is; batch
 history joins as one more field for each of its own: the mean over the behaviours.
 """
 
-from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings, flat
 from .interactions import PairwiseProducts
 from .layers import Tower
 
 
-@dataclass(frozen=True)
-class PNNSettings:
-    """Widths and dropout of a product-based network."""
-
-    embedding: int = 16
-    """Width of every value's vector."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the MLP's layers, of which the first takes the products."""
-    dropout: float = 0.1
-    """Share of their activations that a training step leaves out."""
-
-
 class IPNN(Network):
     """An MLP on vectors and the inner product of every pair of fields (Qu et al. 2016)."""
 
-    settings = PNNSettings
+    settings = MLPSettings
+    intercept_at = "tower.bias"
 
-    def __init__(self, fields: Fields, settings: PNNSettings) -> None:
+    def __init__(self, fields: Fields, settings: MLPSettings) -> None:
         super().__init__(fields, settings)
         width, sides = settings.embedding, (fields.request, fields.count("ad"))
         self.embed, self.products = Embeddings(fields, width), PairwiseProducts(*sides)
         widths = sides[0] * width + self.products.request, sides[1] * width + self.products.candidate
         self.tower = Tower(*widths, settings.hidden, settings.dropout)
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.tower.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`. What concerns the request side alone is computed once a request."""
@@ -75,19 +58,15 @@ class SuperposedOuterProduct(nn.Module):
 class OPNN(Network):
     """An MLP on vectors and the outer product of their sum with itself (Qu et al. 2016, superposed)."""
 
-    settings = PNNSettings
+    settings = MLPSettings
+    intercept_at = "tower.bias"
 
-    def __init__(self, fields: Fields, settings: PNNSettings) -> None:
+    def __init__(self, fields: Fields, settings: MLPSettings) -> None:
         super().__init__(fields, settings)
         width = settings.embedding
         self.embed, self.product = Embeddings(fields, width), SuperposedOuterProduct(width)
         candidate = fields.count("ad") * width + self.product.width
         self.tower = Tower(fields.request * width, candidate, settings.hidden, settings.dropout)
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.tower.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Fields, Network, RequestTensors
+from .contract import CLICK, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings, numbers_of
 from .layers import MLP
 
@@ -22,7 +22,7 @@ LEAST_NUMBERS = 3
 
 
 @dataclass(frozen=True)
-class TabTransformerSettings:
+class TabTransformerSettings(MLPSettings):
     """Widths, layers and dropout of a TabTransformer."""
 
     embedding: int = 16
@@ -31,8 +31,6 @@ class TabTransformerSettings:
     """Transformer layers."""
     attention_heads: int = 4
     """Heads of each layer; they share a vector's width."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the MLP's layers."""
     dropout: float = 0.1
     """Share of the activations, of the transformer and of the MLP, that a training step leaves out."""
 
@@ -41,6 +39,7 @@ class TabTransformer(Network):
     """A transformer over the categories' vectors, then an MLP (Huang et al. 2020)."""
 
     settings = TabTransformerSettings
+    intercept_at = "last.bias"
 
     def __init__(self, fields: Fields, settings: TabTransformerSettings) -> None:
         super().__init__(fields, settings)
@@ -57,11 +56,6 @@ class TabTransformer(Network):
         self.norm = nn.LayerNorm(numbers) if numbers >= LEAST_NUMBERS else nn.Identity()
         self.deep = MLP(count * width + numbers, settings.hidden, settings.dropout)
         self.last = nn.Linear(settings.hidden[-1], 1)
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.last.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .contract import CLICK, Fields, Labels, Network, Outputs, Part, RequestTensors
+from .contract import CLICK, Fields, Labels, MLPSettings, Network, Outputs, Part, RequestTensors
 from .crosses import MatrixCross
 from .embeddings import Embeddings
 from .layers import MLP, begin_linear
@@ -24,23 +24,17 @@ TOWERS = ("mlp", "transformer", "dcn_v2")
 
 
 @dataclass(frozen=True)
-class TwoTowerSettings:
+class TwoTowerSettings(MLPSettings):
     """Widths of the towers, and the softmax over ads."""
 
-    embedding: int = 16
-    """Width of every value's vector."""
     tower: str = "mlp"
     """What each tower is: `mlp`; `dcn_v2`, with cross layers below the MLP; `transformer`, with attention between the fields below it."""
     layers: int = 2
     """Cross or transformer layers of a tower that has such."""
     attention_heads: int = 4
     """Heads of a transformer layer; they share a value's vector."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the layers of each tower's MLP."""
     vector: int = 32
     """Width of the vectors of requests and ads."""
-    dropout: float = 0.1
-    """Share of the activations that a training step leaves out."""
     temperature: float = 0.1
     """What the cosine of two vectors is divided by."""
     softmax: float = 0.1

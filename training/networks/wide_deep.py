@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .contract import CLICK, Explained, Fields, Network, RequestTensors
+from .contract import CLICK, Explained, Fields, MLPSettings, Network, RequestTensors
 from .crossed import Crosses, parse_crosses
 from .embeddings import Embeddings, flat
 from .ftrl import FTRL
@@ -21,7 +21,7 @@ from .layers import Tower
 
 
 @dataclass(frozen=True)
-class WideDeepSettings:
+class WideDeepSettings(MLPSettings):
     """Crosses, widths and optimisers of a Wide & Deep."""
 
     crosses: str = ""
@@ -29,12 +29,6 @@ class WideDeepSettings:
     behaviour's."""
     cross_rows: int = 100_000
     """Rows of the table that all crosses are hashed into."""
-    embedding: int = 16
-    """Width of every value's vector."""
-    hidden: tuple[int, ...] = (200, 80)
-    """Widths of the MLP's layers."""
-    dropout: float = 0.1
-    """Share of their activations that a training step leaves out."""
     wide_rate: float = 50.0
     """FTRL's learning rate, as a multiple of `learning_rate`: its steps shrink as they go."""
     wide_l1: float = 1e-4
@@ -47,6 +41,7 @@ class WideDeep(Network):
     """Stated crosses of fields beside an MLP, by FTRL and Adagrad (Cheng et al. 2016)."""
 
     settings = WideDeepSettings
+    intercept_at = "tower.bias"
 
     def __init__(self, fields: Fields, settings: WideDeepSettings) -> None:
         super().__init__(fields, settings)
@@ -57,11 +52,6 @@ class WideDeep(Network):
         self.first, self.second = Embeddings(fields, 1), Embeddings(fields, width)
         self.crosses = Crosses(crosses, settings.cross_rows) if crosses else None
         self.tower = Tower(fields.request * width, fields.count("ad") * width, settings.hidden, settings.dropout)
-
-    @property
-    def intercept(self) -> Tensor:
-        """See `Network`."""
-        return self.tower.bias
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""
