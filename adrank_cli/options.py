@@ -82,7 +82,7 @@ on_device = click.option(
 
 def bounded(command: Callable[..., None]) -> Callable[..., None]:
     """Options of how much memory is used, and of where on disk that is which does not fit."""
-    memory = "What may be used; rows that would take a quarter of it go to disk [default: three quarters of the machine's or cgroup's]."
+    memory = "What may be used; rows that would take an eighth of it go to disk [default: three quarters of the machine's or cgroup's]."
     for option in (
         click.option("--cache", type=FOLDER, metavar="DIR", help="Where on disk. Default: .encoded in the folder of the data."),
         click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB", help=memory),

@@ -98,7 +98,7 @@ def test_a_training_from_disk_is_that_of_the_same_order_in_memory(data: Prepared
 
 def test_a_training_from_disk_that_was_killed_ends_as_one_that_was_not(data: Prepared, tmp_path: Path) -> None:
     size = on_disk(data).mapped.size / GB  # type: ignore[union-attr]
-    data = replace(data, memory=Memory(PART * size / 2))
+    data = replace(data, memory=Memory(0.4 * PART * size))
     settings = {"flat_below": 0, "shuffle_rows": 1024, "epochs": 2}
     whole = trained(data, "deepfm", None, settings)
     for after in (20, 70):  # 16 steps a pool, 47 an epoch

@@ -10,8 +10,8 @@ from features.memory import Room
 GB = 2**30
 SHARE = 0.75
 """Of the memory of the machine, or the limit of the cgroup where that is less, unless it is said."""
-PART = 4
-"""A split is kept in memory if so many of its size fit: while it is encoded there is more than it, and there are three of them."""
+PART = 8
+"""A split is kept in memory if so many of its size fit: of three, each more while it is encoded, and beside a network."""
 CACHE = ".encoded"
 
 
