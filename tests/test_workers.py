@@ -353,6 +353,11 @@ async def test_metrics_whose_files_were_removed_are_told_as_lost(repository):
             assert (answer.status_code, answer.json()["code"]) == (503, "metrics_gone")
             assert str(folder) not in answer.text
         assert "restart the service" in client.log.read_text()
+        os.kill(workers_of(client)[0], signal.SIGKILL)
+        async with asyncio.timeout(PATIENCE):
+            while len(workers_of(client)) < 3:  # one that takes a dead one's place can start all the same
+                await asyncio.sleep(0.05)
+        assert {(await client.get("/metrics", headers={"connection": "close"})).status_code for _ in range(4)} == {503}
 
 
 @pytest.mark.parametrize(("workers", "name"), [(1, "PROMETHEUS_MULTIPROC_DIR"), (2, "prometheus_multiproc_dir")])

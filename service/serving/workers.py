@@ -25,7 +25,7 @@ from uvicorn.config import STARTUP_FAILURE
 
 from ..settings import Settings, load_settings, processors
 from ..startup_checks import check_start, tokens_loose
-from ..telemetry import logs
+from ..telemetry import FIRST, logs
 from .connection import Connection
 from .listen import BACKLOG, listen, name, reason, unlisten
 from .server import Member, WorkerServer
@@ -96,6 +96,7 @@ def metrics_folder() -> Iterator[Path]:
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(held, fcntl.LOCK_SH)
+            Path(folder, FIRST).touch()
             yield Path(folder)
         finally:
             os.close(held)
@@ -226,6 +227,7 @@ class Parent:
     def _start(self, slot: int) -> None:
         if self._ending.is_set():
             return
+        self._metrics.mkdir(0o700, parents=True, exist_ok=True)  # without the folder, which something may have removed, none could start
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         worker = Worker(SPAWN.Process(target=work, args=(theirs, slot)), ours, slot)

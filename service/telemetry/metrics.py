@@ -29,7 +29,7 @@ from prometheus_client.registry import Collector
 from features.vocabulary import Numbers
 
 from ..errors import MetricsGoneError
-from . import series
+from . import FIRST, series
 from .series import STAGES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -307,7 +307,7 @@ class Metrics:
         folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         if not folder:
             return generate_latest(self.registry)
-        if not Path(folder, f"counter_{_slot}.db").exists():
+        if not all(Path(folder, name).exists() for name in (FIRST, f"counter_{_slot}.db")):
             raise MetricsGoneError(
                 "the files that the workers count in were removed: restart the service, and see that nothing cleans its temporary folder"
             )
