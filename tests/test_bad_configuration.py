@@ -100,9 +100,13 @@ class TestRefused:
             "has no live version of din to take the log's schema from",
         )
         refused(run(*good, "--redis", "memory://"), "no streams to join")
+        refused(run(*good, "--redis", "redis://127.0.0.1:1/0", "--once"), "the store cannot be reached")
+        assert "Invalid value for '--window'" in run(*good, "--window", -1)[2]
 
     def test_of_commands_that_ask_the_store_once(self, locked, data):
         wrong = with_password(locked, "wrong")
+        refused(run("load", "--data", data, "--redis", f"redis://127.0.0.1:{free_port()}/0"), "the store cannot be reached")
+        refused(run("load", "--data", data, "--redis", "http://x"), "ADRANK_REDIS: expected a URL such as redis://")
         refused(run("load", "--data", data, "--redis", wrong), "Error: the store refuses the user name or password of its URL")
         refused(run("bench", "--redis", wrong), "the store refuses the user name or password of its URL")
         refused(run("bench", "--redis", locked.url), "was given none")

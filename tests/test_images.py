@@ -67,12 +67,6 @@ def test_a_dockerfile_is_clean(path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_dockerfile_that_is_not_clean_is_found(tmp_path: Path) -> None:
-    bad = tmp_path / "Dockerfile"
-    bad.write_text("FROM python:latest\nRUN cd /x && pip install numpy\nCMD adrank serve\n")
-    assert {"DL3007", "DL3013", "DL3025"} <= set(re.findall(r"DL\d+", lint(BIN / "hadolint", bad).stdout))
-
-
 def test_scripts_are_clean() -> None:
     done = lint(BIN / "shellcheck", *DOCKER.glob("*.sh"))
     assert done.returncode == 0, done.stdout

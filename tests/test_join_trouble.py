@@ -351,25 +351,6 @@ def test_a_model_that_is_not_there_yet_is_waited_for(server, tmp_path):
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (["--redis", "memory://"], "a store in memory has no streams to join; name a Redis with --redis"),
-        (["--redis", "redis://127.0.0.1:1/0", "--once"], "the store cannot be reached"),
-        (["--name", "absent", "--once"], "has no live version of absent to take the log's schema from"),
-        (["--models", "/nowhere", "--drain"], "nowhere has no live version of any model to take the log's schema from"),
-        (["--window", "-1"], "Invalid value for '--window'"),
-        (["--log", "/proc/no"], "/proc/no cannot be used as a log"),
-    ],
-)
-def test_what_a_person_can_mend_is_a_sentence(server, tmp_path, repository, options, sentence):
-    process = join_process(server.url, tmp_path / "log", repository, *([] if "--models" not in options else ["--name", ""]), *options)
-    _, err = process.communicate(timeout=90)
-    assert process.returncode == 2
-    assert sentence in err.decode()
-    assert b"Traceback" not in err
-
-
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
     lambda inner: (

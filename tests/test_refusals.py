@@ -7,7 +7,6 @@ from typing import Any
 import polars as pl
 import pytest
 import small
-from conftest import free_port
 
 from tests.test_cli import HEAD, QUICK, SCHEMA, log, refused, run, write
 from tests.test_datasets import movielens_source
@@ -135,8 +134,3 @@ def test_other_mistakes_of_training_are_sentences(tmp_path: Path, data: Path) ->
     (folder / "schema.toml").write_text(small.SCHEMA.replace('kind = "list"', 'kind = "set"', 1))
     refused(run("train", "--data", folder, "--model", "din", "--models", models), r"schema\.toml: field user.interests: kind is 'set'")
     assert not models.exists()
-
-
-def test_a_store_that_is_not_there_is_a_sentence(data: Path) -> None:
-    refused(run("load", "--data", data, "--redis", f"redis://127.0.0.1:{free_port()}/0"), "the store cannot be reached")
-    refused(run("load", "--data", data, "--redis", "http://x"), "ADRANK_REDIS: expected a URL such as redis://")
