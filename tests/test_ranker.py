@@ -238,26 +238,6 @@ async def test_stored_features_are_not_the_callers_fault(ranked):
     assert ranking.ads[0].p_click == pytest.approx(by_hand(Request("u1", {"income": 9.0}, {}, [], ["a1"]))["a1"], abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("query", "pointer"),
-    [
-        ({"user": {"agee": "1"}}, "/user/features/agee"),
-        ({"user": {"user_id": "u2"}}, "/user/features/user_id"),
-        ({"user": {"income": "much"}}, "/user/features/income"),
-        ({"user": {"income": 1e300}}, "/user/features/income"),
-        ({"user": {"interests": "news"}}, "/user/features/interests"),
-        ({"context": {"slott": "feed"}}, "/context/slott"),
-        ({"sent": {2: {"x": 1}}}, "/candidates/2/features/x"),
-        ({"sent": {2: {"genre": ["drama"]}}}, "/candidates/2/features/genre"),
-        ({"sent": {0: {"price": 1.0}, 2: {"ad_id": "a9"}}}, "/candidates/2/features/ad_id"),
-    ],
-)
-async def test_a_feature_that_does_not_fit_is_pointed_at(ranked, query, pointer):
-    with pytest.raises(InvalidError) as caught:
-        await ranked.rank(["a1", "a1", "a3"], **query)
-    assert [mistake.pointer for mistake in caught.value.mistakes] == [pointer]
-
-
 async def test_models_are_asked_for_by_name(ranked):
     assert (await ranked.rank(["a1"], model="other")).model["name"] == "other"
     with pytest.raises(UnknownModelError, match="din, other"):

@@ -1,6 +1,4 @@
 import contextlib
-import math
-from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -127,10 +125,6 @@ def test_a_changed_byte_is_a_state_error_or_another_state_of_the_same_user(data:
         assert isinstance(state.features, dict)
 
 
-def test_a_number_keeps_its_last_bit() -> None:
-    assert unpack_ad("a", pack_ad(Ad("a", {"price": math.pi}))).features["price"] == math.pi
-
-
 def test_a_value_of_format_1_is_read_as_one_that_no_event_has_changed() -> None:
     assert unpack_user("u", msgpack.packb([1, "u", {"age": "25"}, ["a1"], [7]])) == UserState({"age": "25"}, ["a1"], [7])
     assert unpack_ad("a", msgpack.packb([1, False, {"price": 1.0}])) == Ad("a", {"price": 1.0}, active=False)
@@ -143,12 +137,6 @@ def test_clicks_land_in_their_place_by_time_in_whatever_order_they_come(behaviou
     for ad_id, ts in shuffled:
         state = state.clicked(ad_id, ts)
     assert list(zip(state.ad_ids, state.ts, strict=True)) == sorted(shuffled, key=lambda behaviour: behaviour[1])
-
-
-def test_a_click_older_than_a_full_history_leaves_it_as_it_is() -> None:
-    full = UserState({}, [f"a{i}" for i in range(HISTORY_LIMIT)], range(1, HISTORY_LIMIT + 1))
-    assert full.clicked("late", 0) == replace(full, ad_ids=list(full.ad_ids), ts=list(full.ts))
-    assert full.clicked("new", HISTORY_LIMIT + 1).ad_ids[-2:] == [f"a{HISTORY_LIMIT - 1}", "new"]
 
 
 def test_a_history_whose_times_are_none_is_refused() -> None:

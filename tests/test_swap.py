@@ -204,11 +204,9 @@ async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, cap
     first, _ = publish(models)
     async with running(Settings(models=models, redis="memory://"), ads) as client:
         bad = bundles.publish(models, bias=0.0, files=files, make_current=False)
+        spoil(bad)
         if "current" not in kind:
-            spoil(bad)
             set_current(models, "din", int(bad.name))
-        else:
-            spoil(bad)
         report = await client.until("/readyz", lambda said: said["models"]["refused"])
         assert report["status"] == "degraded"
         assert report["models"]["refused"]["din"].startswith(reason)
@@ -253,9 +251,7 @@ async def test_what_nobody_foresaw_is_refused_too(tmp_path, ads, monkeypatch, ca
     async with running(Settings(models=models, redis="memory://"), ads) as client:
         monkeypatch.setattr(reload, "load_model", lambda *_: 1 / 0)
         publish(models)
-        async with asyncio.timeout(90):
-            while "unforeseen: " not in (await client.get("/readyz")).json()["models"]["refused"].get("din", ""):
-                await asyncio.sleep(0.02)
+        await client.until("/readyz", lambda said: "unforeseen: " in said["models"]["refused"].get("din", ""))
         assert await version_of(client) == first
         assert caplog.text.count("failed in a way nobody foresaw") == 1
         assert "ZeroDivisionError" in caplog.text
@@ -266,15 +262,12 @@ async def test_models_come_and_go_and_the_default_stays(tmp_path, ads, caplog):
     publish(models, "din")
     async with running(Settings(models=models, redis="memory://"), ads) as client:
         publish(models, "other", bias=1.0, words=3)
-        async with asyncio.timeout(90):
-            while "other" not in (await client.get("/readyz")).json()["models"]["loaded"]:
-                await asyncio.sleep(0.02)
+        await client.until("/readyz", lambda said: "other" in said["models"]["loaded"])
         assert (await client.rank(options={"model": "other"}))["model"]["name"] == "other"
         for name in ("other", "din"):
             (models / name / "current").unlink()
-        async with asyncio.timeout(90):
-            while "other" in (report := (await client.get("/readyz")).json()["models"])["loaded"] or not report["refused"]:
-                await asyncio.sleep(0.02)
+        gone = await client.until("/readyz", lambda said: "other" not in said["models"]["loaded"] and said["models"]["refused"])
+        report = gone["models"]
         assert report["loaded"] == ["din"]
         assert "no live version any more" in report["refused"]["din"]
         assert (
