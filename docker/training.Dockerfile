@@ -18,6 +18,7 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
 COPY *.py pyproject.toml README.md LICENSE ./
 COPY adrank_bench adrank_bench
 COPY adrank_cli adrank_cli
+COPY adrank_client adrank_client
 COPY adrank_demo adrank_demo
 COPY features features
 COPY service service

@@ -149,7 +149,7 @@ def test_a_full_disk_while_publishing_is_a_sentence_and_leaves_the_live_version(
 def test_the_wheel_has_no_names_that_are_not_ours_alone() -> None:
     project = tomllib.loads((Path(adrank.__file__).parent / "pyproject.toml").read_text())["tool"]["setuptools"]
     names = {name.partition(".")[0] for name in project["packages"]} | set(project["py-modules"])
-    assert names == {"adrank", "adrank_bench", "adrank_cli", "adrank_demo", "features", "service", "training"}
+    assert names == {"adrank", "adrank_bench", "adrank_cli", "adrank_client", "adrank_demo", "features", "service", "training"}
 
 
 BASE = """
