@@ -49,7 +49,7 @@ NEW_MODEL, REFUSED = 0, 3
 
 
 @dataclass
-class Worth:
+class ClickTally:
     """What was shown was worth: how many ads, how many were clicked, and how many clicks the truth expects of them."""
 
     shown: int = 0
@@ -73,7 +73,7 @@ class Crowd:
     world: World
     address: tuple[str, int]
     day: int = DAYS
-    worth: dict[str, Worth] = field(default_factory=lambda: defaultdict(Worth))
+    worth: dict[str, ClickTally] = field(default_factory=lambda: defaultdict(ClickTally))
     failed: int = 0
     versions: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -92,10 +92,10 @@ class Crowd:
             for thread in threads:
                 thread.join(10)
 
-    def take(self) -> tuple[Mapping[str, Worth], list[str]]:
+    def take(self) -> tuple[Mapping[str, ClickTally], list[str]]:
         """What was shown since it was last asked, and the versions that ranked for the retrained arm."""
         with self._lock:
-            worth, self.worth = self.worth, defaultdict(Worth)
+            worth, self.worth = self.worth, defaultdict(ClickTally)
             versions, self.versions = sorted(self.versions), set()
         return worth, versions
 

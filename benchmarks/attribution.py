@@ -21,7 +21,7 @@ import polars as pl
 from features.schema import parse_schema
 from training.join.attributed import attribute
 from training.join.attribution import EVENTS, IMPRESSIONS, RAW, WATERMARK, Attribution, hour_name
-from training.join.raw import EVENT_TYPES, HOUR, Columns
+from training.join.raw import EVENT_TYPES, HOUR, LogColumns
 from training.simulation import SCHEMA
 
 ADS, HISTORY, MINUTES = 10, 20, 60
@@ -30,7 +30,7 @@ BEGIN = 1_763_769_600
 WORDS = pl.Series([f"value{i}" for i in range(200)])
 
 
-def rankings(columns: Columns, first: int, count: int, begin: float, random: np.random.Generator) -> pl.DataFrame:
+def rankings(columns: LogColumns, first: int, count: int, begin: float, random: np.random.Generator) -> pl.DataFrame:
     """So many rankings within a minute."""
     since = np.sort(begin + 60 * random.random(count))
     numbers = np.arange(first, first + count)
@@ -94,7 +94,7 @@ def make(folder: Path, impressions: int) -> tuple[int, int]:
     (folder / "schema.toml").write_text(SCHEMA)
     a_minute = impressions // ADS // (24 * MINUTES)
     for minute in range(24 * MINUTES):
-        made = rankings(Columns(schema), minute * a_minute, a_minute, BEGIN + minute * 60.0, random)
+        made = rankings(LogColumns(schema), minute * a_minute, a_minute, BEGIN + minute * 60.0, random)
         came, clicked = events(made, random)
         clicks += clicked
         repeated = made.gather_every(100)

@@ -43,7 +43,7 @@ class PeerRequest(BaseModel):
     candidates: list[str] = Field(min_length=1)
 
 
-class RankedAd(BaseModel):
+class PeerAd(BaseModel):
     """An ad and its probability of a click."""
 
     ad_id: str
@@ -56,7 +56,7 @@ class PeerAnswer(BaseModel):
 
     request_id: str
     model: str
-    ads: list[RankedAd]
+    ads: list[PeerAd]
 
 
 class PeerAds:
@@ -138,7 +138,7 @@ def create() -> FastAPI:
         scores = model.score(model.feeds(ads, request.user.id, packed, request.candidates))
         order = np.argsort(-scores, kind="stable").tolist()
         values = scores.tolist()
-        ranked = [RankedAd(ad_id=request.candidates[row], rank=rank, p_click=values[row]) for rank, row in enumerate(order, 1)]
+        ranked = [PeerAd(ad_id=request.candidates[row], rank=rank, p_click=values[row]) for rank, row in enumerate(order, 1)]
         return PeerAnswer(request_id=uuid.uuid4().hex, model=model.name, ads=ranked)
 
     return app

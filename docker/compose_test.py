@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from engine import Stack, WrongError, answer, eventually, facts, need
 from images import DOCKER, GRAFANA, OURS, PYTHON, asked, bytes_of, is_there
-from load import Load, slow_request
+from load import SteadyLoad, slow_request
 
 PROJECT = "adrank-test"
 SERVICES = ["redis", "world", "ranker", "joiner", "traffic", "prometheus"]
@@ -128,7 +128,7 @@ def does_without_redis(stack: Stack) -> str:
 
 def restarts_under_load(stack: Stack) -> str:
     """One replica is restarted: what is in flight is answered, and what comes while there is none fails, for a bounded time."""
-    with Load(URL, REQUEST) as load:
+    with SteadyLoad(URL, REQUEST) as load:
         time.sleep(2)
         began = time.monotonic()
         with slow_request(URL, REQUEST) as finish:

@@ -14,7 +14,7 @@ THREADS = 8
 FAILING_SECONDS = 0.5
 
 
-class Load:
+class SteadyLoad:
     """Requests from threads, each over a connection of its own, as they come through a balancer that keeps none."""
 
     def __init__(self, url: str, document: Mapping[str, Any], rate: float = 40.0) -> None:
@@ -25,7 +25,7 @@ class Load:
         self._good = time.monotonic()
         self._threads = [threading.Thread(target=self._go_on, daemon=True) for _ in range(THREADS)]
 
-    def __enter__(self) -> "Load":
+    def __enter__(self) -> "SteadyLoad":
         self._good = time.monotonic()
         for thread in self._threads:
             thread.start()

@@ -28,7 +28,7 @@ from training.join.attributed import attribute
 from training.join.attribution import EVENTS as RAW_EVENTS
 from training.join.attribution import IMPRESSIONS, RAW, WATERMARK, Attribution, hour_name, settings_of
 from training.join.log import open_log
-from training.join.raw import Columns, events_of, impressions_of
+from training.join.raw import LogColumns, events_of, impressions_of
 from training.join.sink import Sink, SinkSettings
 
 JOIN = (sys.executable, "-m", "adrank", "join")
@@ -243,7 +243,7 @@ def write_raw(folder: Path, schema: Schema, log: Sequence[ServedRecord], events:
     (folder / RAW / WATERMARK).write_text(str(watermark))
     for kind, records in ((IMPRESSIONS, log), (RAW_EVENTS, events)):
         entries = [Entry(f"{int(each.ts * 1000)}-{i}", packed(each)[1]) for i, each in enumerate(records)]
-        batch = impressions_of(entries, SERVED, Columns(schema)) if kind == IMPRESSIONS else events_of(entries, EVENTS)
+        batch = impressions_of(entries, SERVED, LogColumns(schema)) if kind == IMPRESSIONS else events_of(entries, EVENTS)
         for hour, frame in batch.frames.items():
             path = folder / RAW / kind / hour_name(hour, "date")
             path.mkdir(parents=True)

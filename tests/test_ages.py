@@ -25,7 +25,7 @@ from training.datasets.vocabularies import learn_vocabularies
 from training.export.export import random_feeds
 from training.export.graph import feeds_of
 from training.importance import dealt
-from training.join.raw import Columns, impressions_of
+from training.join.raw import LogColumns, impressions_of
 from training.unknown import Hiding
 
 HISTORY = 'history = { length = 4, fields = ["ad_id", "genre", "tags", "price"], ages = true }\n'
@@ -100,7 +100,7 @@ def test_the_log_has_times_where_its_schema_has_ages() -> None:
     record = ServedRecord("r", NOW + 0.5, "m", 1, "u", {}, {}, ["a1", "a2"], ["a3"], [0.5], [1.0], history_ts=[NOW - 5, NOW - 1.5])
     for text, expected in ((SCHEMA, [NOW - 5, NOW - 1.5]), (small.SCHEMA, None)):
         entries = [Entry("1-1", pack_served(each)) for each in (record, replace(record, history_ts=[]))]
-        (rows,) = impressions_of(entries, SERVED, Columns(parse_schema(text))).frames.values()
+        (rows,) = impressions_of(entries, SERVED, LogColumns(parse_schema(text))).frames.values()
         assert ("history_ts" in rows.columns) == (expected is not None)
         if expected:
             assert rows["history_ts"].to_list() == [expected, None]

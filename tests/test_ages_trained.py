@@ -32,7 +32,7 @@ from training.datasets.prepared import Prepared
 from training.datasets.states import ads
 from training.export.export import ServedNetwork, export, random_feeds, score, scores_of, to_onnx
 from training.export.graph import feeds_of
-from training.join.raw import Columns, impressions_of
+from training.join.raw import LogColumns, impressions_of
 from training.networks import NETWORKS
 from training.networks.ages import BUCKETS, AgeVectors
 from training.networks.contract import Fields, Network, RequestTensors
@@ -168,7 +168,7 @@ def test_an_age_that_was_served_is_the_age_that_is_trained_on(trained: tuple[Pre
     for each, record in zip(made, records, strict=True):
         assert np.array_equal(record.feeds(encoder)["history_ages"], each.encoded.feeds["history_ages"])
     entries = [Entry("1-1", pack_served(replace(record, positions=[]))) for record in records]
-    written = pl.concat(impressions_of(entries, SERVED, Columns(encoder.schema)).frames.values())
+    written = pl.concat(impressions_of(entries, SERVED, LogColumns(encoder.schema)).frames.values())
     assert written["tensors.history_ages"].to_list()[0] == made[0].encoded.feeds["history_ages"][0].tolist()
     log = open_log(logs.write_log(tmp_path / "log", records, encoder.schema), shares=(1, 0, 0))
     (frame,) = log.between(-np.inf, np.inf, ["request_id"])

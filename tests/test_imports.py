@@ -1,7 +1,9 @@
 """What each side loads, in a fresh process. That the service loads no torch is in test_service_process.py."""
 
+import ast
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -36,3 +38,12 @@ def test_training_never_loads_the_service(module: str) -> None:
 def test_the_joiner_loads_no_torch() -> None:
     found = loaded("import training.join, service.store.streams, service.telemetry.metrics")
     assert found & {"torch", "sklearn", "scipy", "onnxruntime", "fastapi"} == set()
+
+
+def test_no_two_classes_have_one_name() -> None:
+    """So that a search for a class finds it: `grep 'class NAME'`."""
+    folders = ("adrank_*", "benchmarks", "docker", "features", "grafana", "service", "training")
+    sources = [path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]
+    assert len(sources) > 200
+    classes = [node.name for path in sources for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    assert [name for name, count in Counter(classes).items() if count > 1] == []

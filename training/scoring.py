@@ -31,7 +31,7 @@ SEGMENTS = 8
 
 
 @dataclass(frozen=True)
-class Part:
+class PartCompared:
     """Two bundles on some of the rows: all of a head whose label is known, or of these a segment."""
 
     head: str
@@ -79,7 +79,7 @@ def write_scores(scored: pl.DataFrame, out: Path) -> None:
         staged.unlink(missing_ok=True)
 
 
-def compare_bundles(first: Bundle, second: Bundle, data: Prepared, split: str, field: str | None, progress: Progress) -> list[Part]:
+def compare_bundles(first: Bundle, second: Bundle, data: Prepared, split: str, field: str | None, progress: Progress) -> list[PartCompared]:
     """Both on the rows of a split, each head that both have and that the rows have labels of; by the values of a `field` as well.
 
     The statistics are those of the gate (`retrain/compare.py`): users are drawn, with all of their rows.
@@ -96,7 +96,7 @@ def compare_bundles(first: Bundle, second: Bundle, data: Prepared, split: str, f
         known = rows & ~np.isnan(labels)
         if known.any():
             ours, theirs = (on_log(scored, head, data.negative_sampling)[known] for scored in both)
-            found.append(Part(head, name, compare(labels[known], users[known], theirs, ours)))
+            found.append(PartCompared(head, name, compare(labels[known], users[known], theirs, ours)))
     return found
 
 

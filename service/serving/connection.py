@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 log.addFilter(RateLimitFilter(10, 1.0))
 
 
-class RefusedError(Exception):
+class NotTakenError(Exception):
     """A request is not taken, for a reason of HTTP's."""
 
     def __init__(self, kind: Kind, detail: str) -> None:
@@ -98,12 +98,12 @@ class Connection(HttpToolsProtocol):
                     return
                 self.parser.feed_data(piece)
                 if self.left and self.framing > self.settings.max_head_bytes:
-                    raise RefusedError(errors.HEAD_TOO_LARGE, "there is more around the chunks of the body than a head may have")
-            except RefusedError as error:
+                    raise NotTakenError(errors.HEAD_TOO_LARGE, "there is more around the chunks of the body than a head may have")
+            except NotTakenError as error:
                 self.refuse(error.kind, str(error))
             except httptools.HttpParserError as error:
                 why = error.__context__
-                known = why if isinstance(why, RefusedError) else RefusedError(errors.MALFORMED, f"this is no HTTP/1.1: {error}")
+                known = why if isinstance(why, NotTakenError) else NotTakenError(errors.MALFORMED, f"this is no HTTP/1.1: {error}")
                 self.refuse(known.kind, str(known))
 
     def _head(self) -> bytes:
@@ -116,11 +116,11 @@ class Connection(HttpToolsProtocol):
             del waiting[:2]
         end = waiting.find(HEAD_END)
         if max(end, len(waiting) if end < 0 else 0) > most:
-            raise RefusedError(errors.HEAD_TOO_LARGE, f"the head of the request is over the limit of {most} bytes")
+            raise NotTakenError(errors.HEAD_TOO_LARGE, f"the head of the request is over the limit of {most} bytes")
         if end < 0 and self.half_closed:
-            raise RefusedError(errors.MALFORMED, ENDED_EARLY)
+            raise NotTakenError(errors.MALFORMED, ENDED_EARLY)
         if end < 0 and waiting and (not waiting[:1].isupper() or b"\n\n" in waiting):
-            raise RefusedError(errors.MALFORMED, "this is no HTTP/1.1: it has another beginning, or other ends of lines")  # TLS, for one
+            raise NotTakenError(errors.MALFORMED, "this is no HTTP/1.1: it has another beginning, or other ends of lines")  # TLS, for one
         if end < 0:
             return b""
         head = UPGRADE.sub(b"\r\nnot-upgraded:", waiting[: end + 4])  # one that is not made is ignored (RFC 9110, 7.8)
@@ -143,7 +143,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a request."""
         if self.left:
-            raise RefusedError(errors.MALFORMED, "something follows a chunked body that is no part of it")
+            raise NotTakenError(errors.MALFORMED, "something follows a chunked body that is no part of it")
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -166,19 +166,19 @@ class Connection(HttpToolsProtocol):
         hosts, codings, lengths = ([value for each, value in self.headers if each == name] for name in names)
         settings = self.settings
         if self.parser.get_method() == b"CONNECT":
-            raise RefusedError(errors.NOT_IMPLEMENTED, "this is no proxy")
+            raise NotTakenError(errors.NOT_IMPLEMENTED, "this is no proxy")
         if version not in ("1.1", "1.0"):
-            raise RefusedError(errors.WRONG_VERSION, "HTTP/1.1 and HTTP/1.0 are spoken here")
+            raise NotTakenError(errors.WRONG_VERSION, "HTTP/1.1 and HTTP/1.0 are spoken here")
         if len(self.url) > settings.max_url_bytes:
-            raise RefusedError(errors.URL_TOO_LONG, f"the URL is over the limit of {settings.max_url_bytes} bytes")
+            raise NotTakenError(errors.URL_TOO_LONG, f"the URL is over the limit of {settings.max_url_bytes} bytes")
         if len(self.headers) > settings.max_headers:
-            raise RefusedError(errors.HEAD_TOO_LARGE, f"more than {settings.max_headers} headers")
+            raise NotTakenError(errors.HEAD_TOO_LARGE, f"more than {settings.max_headers} headers")
         if any(coding.lower() != b"chunked" for coding in codings):
-            raise RefusedError(errors.NOT_IMPLEMENTED, "of transfer codings, only chunked is read")
+            raise NotTakenError(errors.NOT_IMPLEMENTED, "of transfer codings, only chunked is read")
         if len(hosts) > 1 or (not hosts and version == "1.1"):
-            raise RefusedError(errors.MALFORMED, "send one Host header")
+            raise NotTakenError(errors.MALFORMED, "send one Host header")
         if codings and version == "1.0":
-            raise RefusedError(errors.MALFORMED, "HTTP/1.0 has no chunks")
+            raise NotTakenError(errors.MALFORMED, "HTTP/1.0 has no chunks")
         return math.inf if codings else int(lengths[0]) if lengths else 0
 
     def on_body(self, body: bytes) -> None:

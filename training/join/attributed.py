@@ -21,7 +21,7 @@ RANKINGS = 100_000
 """About so many of an hour are a part."""
 
 
-class Part(NamedTuple):
+class HourPart(NamedTuple):
     """The rankings of an hour since 1970 whose windows began after `after`, at `upto` or before; which of the hour's parts they are."""
 
     hour: int
@@ -48,7 +48,7 @@ class Maker:
     settings: Attribution
     bought: pl.DataFrame
 
-    def __call__(self, part: Part) -> Unmade:
+    def __call__(self, part: HourPart) -> Unmade:
         """Write the rows of a part; written again, they are the same files.
 
         Raises:
@@ -69,7 +69,7 @@ class Maker:
         return Unmade(counts[0], sum(counts[1:]))
 
 
-Run = Callable[[Maker, list[Part]], Iterable[Unmade]]
+Run = Callable[[Maker, list[HourPart]], Iterable[Unmade]]
 """Has parts made, and gives what each left as it is done, in any order."""
 
 
@@ -77,7 +77,7 @@ def _again(key: pl.Expr) -> pl.Expr:
     return pl.len() - key.n_unique()
 
 
-def here(make: Maker, parts: list[Part]) -> Iterator[Unmade]:
+def here(make: Maker, parts: list[HourPart]) -> Iterator[Unmade]:
     """One part after the other, in this process."""
     return map(make, parts)
 
@@ -105,12 +105,12 @@ def attribute(log: Path, into: Path, settings: Attribution, since: float = -inf,
     return Unmade(sum(each.open for each in left), sum(each.repeated for each in left))
 
 
-def _parts(raw: RawLog, hour: int) -> list[Part]:
+def _parts(raw: RawLog, hour: int) -> list[HourPart]:
     """An hour in parts of as many minutes each."""
     rankings = raw.scan(IMPRESSIONS, hour * HOUR, hour * HOUR, ["since"]).select(pl.len()).collect().item()
     count = max(1, -(-rankings // RANKINGS))
     edges = [-inf, *(hour * HOUR + HOUR * i / count for i in range(1, count)), inf]
-    return [Part(hour, edges[i], edges[i + 1], i) for i in range(count)]
+    return [HourPart(hour, edges[i], edges[i + 1], i) for i in range(count)]
 
 
 def _write(rows: pl.DataFrame, folder: Path, part: int) -> None:

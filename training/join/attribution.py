@@ -18,7 +18,7 @@ import tomli_w
 from features.schema import Schema
 
 from ..datasets.prepared import DataError
-from .raw import AD_TYPES, EVENT_TYPES, HOUR, Columns
+from .raw import AD_TYPES, EVENT_TYPES, HOUR, LogColumns
 
 RAW, IMPRESSIONS, EVENTS, ASIDE = "raw", "impressions", "events", "aside"
 WATERMARK, SETTINGS = "watermark", "attribution.toml"
@@ -111,7 +111,7 @@ class RawLog:
     """
 
     def __init__(self, folder: Path, schema: Schema) -> None:
-        self.folder, self.columns = folder, Columns(schema)
+        self.folder, self.columns = folder, LogColumns(schema)
         self._types = {IMPRESSIONS: self.columns.impressions, EVENTS: dict(EVENT_TYPES)}
         # In this order: asked for after the files were listed, the watermark might promise events that are in none of them.
         self.watermark = _watermark(folder / RAW / WATERMARK)
@@ -210,7 +210,7 @@ def labelled(raw: RawLog, hour: int, settings: Attribution, closed: float, bough
     return _rows(shown.sort("since", "entry", "index").collect(engine="streaming"), columns)
 
 
-def _rows(shown: pl.DataFrame, columns: Columns) -> pl.DataFrame:
+def _rows(shown: pl.DataFrame, columns: LogColumns) -> pl.DataFrame:
     """What was shown, with the columns that docs/log.md tells."""
     first = pl.struct("request_id", "entry").is_first_distinct()
     once = [pl.when(first).then(pl.col(name)).alias(name) for name in OFFERED]

@@ -8,7 +8,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from ..datasets.prepared import DataError
-from .attributed import Maker, Part, Run, Unmade
+from .attributed import HourPart, Maker, Run, Unmade
 
 ONE_PROCESSOR = {"env_vars": {"POLARS_MAX_THREADS": "1"}}
 """What Ray gives a task, which polars would not know."""
@@ -35,7 +35,7 @@ def on_ray(address: str) -> Iterator[Run]:
         ray.shutdown()
 
 
-def _run(make: Maker, parts: list[Part]) -> Iterator[Unmade]:
+def _run(make: Maker, parts: list[HourPart]) -> Iterator[Unmade]:
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours is shown
     numbers = ray.data.range(len(parts), override_num_blocks=max(1, len(parts)))
     for row in numbers.map(lambda row: make(parts[row["id"]])._asdict()).iter_rows():

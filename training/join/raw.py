@@ -80,7 +80,7 @@ EVENT_TYPES: Mapping[str, pl.DataType] = {
 ASIDE_TYPES: Mapping[str, pl.DataType] = {"stream": pl.String(), "entry": pl.String(), "why": pl.String(), "packed": pl.Binary()}
 
 
-class Columns:
+class LogColumns:
     """The columns of a log's files, and features as values of them."""
 
     def __init__(self, schema: Schema) -> None:
@@ -175,7 +175,7 @@ def _readable(entries: Iterable[Entry], stream: Stream, read: Callable[[bytes], 
             yield entry, held
 
 
-def impressions_of(entries: Sequence[Entry], stream: Stream, columns: Columns) -> RawBatch:
+def impressions_of(entries: Sequence[Entry], stream: Stream, columns: LogColumns) -> RawBatch:
     """Rankings as rows."""
     batch, hours = RawBatch(), defaultdict[int, list[tuple[Entry, ServedRecord]]](list)
     for entry, served in _readable(entries, stream, read_served, batch):
@@ -209,7 +209,7 @@ def events_of(entries: Sequence[Entry], stream: Stream) -> RawBatch:
 class _Builder:
     """Builds rows, ranking by ranking."""
 
-    def __init__(self, columns: Columns, troubles: Counter[str]) -> None:
+    def __init__(self, columns: LogColumns, troubles: Counter[str]) -> None:
         self._columns, self._troubles = columns, troubles
         self._rankings: list[tuple[Any, ...]] = []
         self._ads: list[tuple[Any, ...]] = []

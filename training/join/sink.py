@@ -22,7 +22,7 @@ from .attribution import ASIDE, IMPRESSIONS, RAW, SETTINGS, WATERMARK, Attributi
 from .attribution import EVENTS as RAW_EVENTS
 from .live import Live
 from .log import OWN, JoinError, LogFolder, NoRoomError, room, write_file, write_parquet
-from .raw import ASIDE_TYPES, HOUR, Columns, RawBatch, events_of, impressions_of, revision
+from .raw import ASIDE_TYPES, HOUR, LogColumns, RawBatch, events_of, impressions_of, revision
 from .summary import JoinSummary, JoinWatch
 
 READ = 500
@@ -99,7 +99,7 @@ class Sink:
 
     def __init__(self, streams: Streams, into: LogFolder, settings: SinkSettings, watch: JoinWatch) -> None:
         self._streams, self._log, self._settings = streams, into, settings
-        self._columns = Columns(into.schema)
+        self._columns = LogColumns(into.schema)
         self._summary = JoinSummary(watch, into.models)
         self._live = Live(into, settings.attribution, self._summary)
         self.take_over = False
