@@ -114,6 +114,10 @@ def _print_profile(folder: Path) -> None:
     show_default=True,
     help="When it is the new live version: if it is fit by itself, always, if it is better than the live one too, never.",
 )
+@click.option(
+    "--report/--no-report", default=None, help="Whether report.html, what the training came to, is in the bundle.  [default: yes]"
+)
+@click.option("--segment", metavar="FIELD", help="A field by whose values the report tells of calibration and AUC, such as context.slot.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a training that was killed, to the same weights.")
 @click.option("--checkpoint", type=FOLDER, metavar="DIR", help="Where checkpoints go. Default: MODELS-checkpoints/NAME, beside the models.")
 @click.option("--checkpoint-minutes", "minutes", type=click.FloatRange(0), default=5, show_default=True, help="From one to the next.")

@@ -130,8 +130,9 @@ class Server:
 
 @pytest.fixture(scope="module")
 def unexplained() -> Iterator[None]:
-    """For tests that need a bundle's own graph and no `explain.onnx`, whose export takes as long."""
+    """For tests that need a bundle's own graph and no `explain.onnx`, whose export takes as long, nor the report of its training."""
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("training.export.export.report_files", lambda *_: {})
         patched.setattr("training.export.export.explain_graph", lambda *_: ({}, []))
         yield
 

@@ -14,7 +14,15 @@ from features.state import pack_features
 START = 1_763_769_600  # 2025-11-22 00:00 UTC
 HOURS, ROWS = 40, 45
 """Of the log, and of each hour."""
-QUICK = {"epochs": "1", "batch": "128", "learning_rate": "0.02", "embedding_l2": "0.0001", "threads": "1", "unknown_rate": "0"}
+QUICK = {
+    "epochs": "1",
+    "batch": "128",
+    "learning_rate": "0.02",
+    "embedding_l2": "0.0001",
+    "threads": "1",
+    "unknown_rate": "0",
+    "report": "false",
+}
 NETWORK = {"embedding": "4", "hidden": "8", "dropout": "0.0"}
 
 

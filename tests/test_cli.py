@@ -101,6 +101,8 @@ async def test_a_table_becomes_a_model_and_users_in_the_store(tmp_path: Path, se
     bundle = load_bundle(path)
     assert (bundle.manifest["settings"]["seed"], bundle.manifest["settings"]["hidden"]) == (3, [8])
     assert (bundle.manifest["explains"], EXPLAIN_MODEL in bundle.files) == (["contributions"], True)
+    assert {"report.html", "report.json"} <= bundle.files
+    assert "<h1>deepfm trained on shop</h1>" in (path / "report.html").read_text()
 
     code, printed, _ = run("evaluate", "--bundle", path, "--data", out, "--json")
     measured = json.loads(printed)

@@ -12,7 +12,7 @@ from sklearn.calibration import calibration_curve
 
 from tests.test_datasets import patient
 from training.evaluate import auc, calibration_error, gauc, log_loss, measure
-from training.retrain.compare import reliability
+from training.retrain.compare import points
 
 # Few distinct probabilities, so that ties are common.
 rows = st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.9, 1.0]), st.integers(0, 3)), min_size=1, max_size=40)
@@ -99,21 +99,21 @@ def naive_calibration_error(table: Rows) -> float:
 def test_no_metric_depends_on_the_order_of_the_rows(table: Rows, random: Random) -> None:
     found = dataclasses.astuple(measure(*arrays(table)))
     assert calibration_error(*arrays(table)[:2]) == pytest.approx(naive_calibration_error(table))
-    bins = reliability(*arrays(table)[:2])
+    bins = points(*arrays(table)[:2])
     random.shuffle(table)
     assert dataclasses.astuple(measure(*arrays(table))) == pytest.approx(found, nan_ok=True)
-    assert reliability(*arrays(table)[:2]) == [pytest.approx(point) for point in bins]
+    assert points(*arrays(table)[:2]) == [pytest.approx(point) for point in bins]
 
 
 def test_one_score_for_all_rows_is_calibrated_where_it_is_their_click_rate() -> None:
     labels, p = np.repeat([1.0, 0.0], [25, 75]), np.full(100, 0.25)
     assert calibration_error(labels, p) == pytest.approx(0.0)
     assert calibration_error(labels, p.astype(np.float32)) == pytest.approx(0.0)
-    assert reliability(labels, p) == [(0.25, 0.25)]
+    assert points(labels, p) == [(0.25, 0.25)]
     two = np.repeat([0.2, 0.3], [60, 40])
     clicks = np.concatenate([np.repeat([1.0, 0.0], [12, 48]), np.repeat([1.0, 0.0], [12, 28])])
     assert calibration_error(clicks, two) == pytest.approx(0.0)
-    assert np.array(reliability(clicks, two)) == pytest.approx(np.array([(0.2, 0.2), (0.3, 0.3)]))
+    assert np.array(points(clicks, two)) == pytest.approx(np.array([(0.2, 0.2), (0.3, 0.3)]))
 
 
 def test_bins_of_distinct_scores_have_equally_many_rows_and_are_scikit_learn_s() -> None:
@@ -121,7 +121,7 @@ def test_bins_of_distinct_scores_have_equally_many_rows_and_are_scikit_learn_s()
     p = random.permutation(np.linspace(0.01, 0.6, 400))
     labels = (random.random(400) < p).astype(np.float32)
     rates, means = calibration_curve(labels, p, n_bins=20, strategy="quantile")
-    assert np.array(reliability(labels, p)) == pytest.approx(np.stack([means, rates], 1))
+    assert np.array(points(labels, p)) == pytest.approx(np.stack([means, rates], 1))
     assert calibration_error(labels, p) == pytest.approx(np.abs(means - rates).mean())
 
 

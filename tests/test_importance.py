@@ -35,7 +35,7 @@ def test_the_field_that_clicks_follow_is_worth_most_and_others_nothing(made: tup
     assert base > 0.95
     assert found[0].field == "ad.ad_id"
     assert found[0].drop > 0.2
-    assert {each.field for each in found} == set(fields_of(bundle))
+    assert {each.field for each in found} == set(fields_of(bundle.schema))
     assert all(each.low <= each.drop <= each.high for each in found)
     assert all(each.drop < found[0].drop / 2 for each in found[1:])
 
@@ -44,8 +44,8 @@ def test_a_field_is_dealt_and_nothing_else(made: tuple[Prepared, Bundle]) -> Non
     data, bundle = made
     rows = encode_split(data, "test", bundle.encoder)
     order = np.random.default_rng(1).permutation(len(rows))
-    for field in fields_of(bundle):
-        other = dealt(rows, bundle, field, order)
+    for field in fields_of(bundle.schema):
+        other = dealt(rows, bundle.schema, field, order)
         arrays = {
             "user ids": (rows.user.ids, other.user.ids),
             "user numbers": (rows.user.numbers, other.user.numbers),

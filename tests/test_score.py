@@ -17,7 +17,8 @@ from training.datasets.encoded import encode_split
 from training.datasets.prepared import DataError, Prepared, open_prepared
 from training.export.export import export
 from training.fit import predict_heads
-from training.scoring import compare_bundles, score_rows, segments
+from training.scoring import compare_bundles, score_rows
+from training.segments import segments
 from training.train import Trained
 
 HOSTILE = "<b>[red]$x$"

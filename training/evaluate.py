@@ -103,3 +103,12 @@ def bin_starts(p_click: Array) -> Array:
     """
     begins = np.arange(BINS) * len(p_click) // BINS
     return np.unique(np.searchsorted(p_click, p_click[begins], "left"))
+
+
+def reliability(labels: Array, p_click: Array) -> tuple[Array, Array, Array]:
+    """Mean p(click), click rate and rows of the bins of `bin_starts`, by p(click)."""
+    order = np.argsort(p_click)
+    p, clicks = p_click[order].astype(np.float64), labels[order].astype(np.float64)
+    starts = bin_starts(p)
+    rows = np.diff(starts, append=len(p))
+    return np.add.reduceat(p, starts) / rows, np.add.reduceat(clicks, starts) / rows, rows

@@ -1,6 +1,6 @@
 """What each field is worth to a bundle: how far AUC falls when its values are dealt anew to the rows (Breiman 2001, section 10)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from scipy.stats import t
 
 from features.bundle import Bundle
 from features.encode import Block
-from features.schema import Slot
+from features.schema import Schema, Slot
 
 from .datasets.encoded import Rows, encode_split
 from .datasets.fields import check_fields
@@ -19,6 +19,7 @@ from .evaluate import auc
 from .export.graph import Graph
 
 ROWS, REPEATS, SURE = 20_000, 5, 0.95
+Scores = np.ndarray[Any, np.dtype[Any]]
 Order = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -42,15 +43,21 @@ def importances(bundle: Bundle, data: Prepared, split: str, progress: Progress, 
         DataError: the split is absent, or does not fit the bundle's schema or lacks a field of it.
     """
     check_fields(data, bundle.schema, data.files(split))
-    whole = encode_split(replace(data, schema=bundle.schema), split, bundle.encoder)
+    rows = encode_split(replace(data, schema=bundle.schema), split, bundle.encoder)
+    return importances_of(Graph(bundle).p_click, rows, bundle.schema, progress, ROWS, seed)
+
+
+def importances_of(
+    score: Callable[[Rows], Scores], rows: Rows, schema: Schema, progress: Progress, most: int, seed: int = 0
+) -> tuple[float, int, list[Importance]]:
+    """The same of what `score` gives, on at most so many of the rows."""
     random = np.random.default_rng(seed)
-    rows = whole.take(np.sort(random.permutation(len(whole))[:ROWS]))
-    graph = Graph(bundle)
-    base = auc(rows.labels, graph.p_click(rows))
+    rows = rows.take(np.sort(random.permutation(len(rows))[:most]))
+    base = auc(rows.labels, score(rows))
     found = []
-    for name in progress.track(list(fields_of(bundle)), description="fields"):
-        deals = [dealt(rows, bundle, name, random.permutation(len(rows))) for _ in range(REPEATS)]
-        found.append(_importance(name, [base - auc(each.labels, graph.p_click(each)) for each in deals]))
+    for name in progress.track(list(fields_of(schema)), description="fields"):
+        deals = [dealt(rows, schema, name, random.permutation(len(rows))) for _ in range(REPEATS)]
+        found.append(_importance(name, [base - auc(each.labels, score(each)) for each in deals]))
     return base, len(rows), sorted(found, key=lambda each: -each.drop)
 
 
@@ -60,21 +67,21 @@ def _importance(name: str, drops: list[float]) -> Importance:
     return Importance(name, mean, mean - reach, mean + reach)
 
 
-def fields_of(bundle: Bundle) -> Iterator[str]:
-    """The fields of a bundle by their paths, and `history` where it has one."""
-    yield from (field.path for field in bundle.schema.fields)
-    if bundle.schema.history_fields:
+def fields_of(schema: Schema) -> Iterator[str]:
+    """The fields of a schema by their paths, and `history` where it has one."""
+    yield from (field.path for field in schema.fields)
+    if schema.history_fields:
         yield "history"
 
 
-def dealt(rows: Rows, bundle: Bundle, field: str, order: Order) -> Rows:
+def dealt(rows: Rows, schema: Schema, field: str, order: Order) -> Rows:
     """The rows with the values of a field in another order."""
     if field == "history":
         return replace(rows, history=rows.history[order], ages=None if rows.ages is None else rows.ages[order])
     side = field.partition(".")[0]
     part = "ad" if side == "ad" else "user"
     block: Block = getattr(rows, part)
-    layout = bundle.schema.layouts[part]
+    layout = schema.layouts[part]
     ids, numbers = block.ids.copy(), block.numbers.copy()
     for array, slots in ((ids, layout.ids), (numbers, layout.numbers)):
         for slot in _of(slots, field):

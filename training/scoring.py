@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,15 @@ from features.bundle import Bundle
 from .calibrate import as_sampled
 from .datasets.encoded import ad_table, encode_frames, outcome_of
 from .datasets.fields import check_fields
-from .datasets.log import ImpressionLog
-from .datasets.prepared import DataError, Prepared, column_of
-from .datasets.vocabularies import joined
+from .datasets.prepared import DataError, Prepared
 from .export.graph import Graph
 from .networks.contract import CLICK
 from .retrain.compare import Comparison, compare
 from .retrain.gate import users_of
+from .segments import segments
 
 Array = np.ndarray[Any, np.dtype[Any]]
 KEYS = ("request_id", "position", "ts", "user_id", "ad_id")
-SEGMENTS = 8
-"""Values of a field that are told apart; all others are one segment."""
 
 
 @dataclass(frozen=True)
@@ -111,39 +107,3 @@ def on_log(scored: pl.DataFrame, head: str, negative_sampling: float) -> Array:
     click, p = (scored[f"p_{name}"].to_numpy().astype(np.float64) for name in (CLICK, head))
     sampled = as_sampled(click, negative_sampling)
     return sampled if head == CLICK else p * np.divide(sampled, click, out=np.ones_like(p), where=click > 0)
-
-
-def segments(data: Prepared, split: str, path: str) -> list[tuple[str, Array]]:
-    """The rows `(N,)` of a split by the values of a field, the most frequent first: each value's name, and which rows have it.
-
-    A number is cut into quarters, the lowest first; what is beyond `SEGMENTS` values is one segment, and so is what is missing.
-
-    Raises:
-        DataError: the data set has no such field, or one of lists or vectors.
-    """
-    field = next((each for each in data.schema.fields if each.path == path), None)
-    if field is None or field.kind not in ("category", "number"):
-        there = ", ".join(each.path for each in data.schema.fields if each.kind in ("category", "number"))
-        raise DataError(f"{path} is no field that rows can be told apart by; the data set has {there}")
-    tables = {} if isinstance(data, ImpressionLog) or field.side == "context" else {str(field.side): data.table(field.side)}
-    columns = [column_of(joined(frame, data.schema, tables), field) for frame in data.frames(split)]
-    if any(column is None for column in columns):
-        raise DataError(f"{data.folder}: no column holds {path}")
-    whole = pl.concat([column for column in columns if column is not None])
-    told_apart = _quarters(whole.fill_nan(None)) if field.kind == "number" else _values(whole)
-    return [(name, rows) for name, rows in [*told_apart, ("no value", whole.is_null().to_numpy())] if rows.any()]
-
-
-def _quarters(numbers: pl.Series) -> Iterator[tuple[str, Array]]:
-    edges = np.unique(np.quantile(numbers.drop_nulls().to_numpy(), (0.25, 0.5, 0.75))) if numbers.drop_nulls().len() else np.zeros(0)
-    for low, high in pairwise([-np.inf, *edges.tolist(), np.inf]):
-        name = f"up to {high:g}" if low == -np.inf else f"above {low:g}" if high == np.inf else f"{low:g} to {high:g}"
-        yield name, ((numbers > low) & (numbers <= high)).fill_null(value=False).to_numpy()
-
-
-def _values(values: pl.Series) -> Iterator[tuple[str, Array]]:
-    counts = values.drop_nulls().rename("value").value_counts(name="count").sort("count", "value", descending=[True, False])
-    kept = counts["value"].head(SEGMENTS)
-    for value in kept:
-        yield value, (values == value).fill_null(value=False).to_numpy()
-    yield f"{len(counts) - len(kept):,} other values", (~values.is_in(kept.implode())).fill_null(value=False).to_numpy()

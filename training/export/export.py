@@ -42,7 +42,9 @@ from ..evaluate import Measures, measure
 from ..networks import NETWORKS
 from ..networks.contract import CLICK, RequestTensors
 from ..networks.fuse import TILE, fused, is_tiled
+from ..report.files import report_files
 from ..retrain.drift import REFERENCE, make_reference
+from ..segments import segment_field
 from ..tenure import IDLE
 from ..train import Trained
 from ..train_settings import TrainError, TrainSettings
@@ -225,14 +227,17 @@ def _features(row: pl.DataFrame, schema: Schema, side: Side) -> Features:
     return features
 
 
-def check_int8(family: str, loop: TrainSettings) -> None:
-    """Check that an int8 graph is asked for only of networks that gain by it.
+def check_asked(family: str, loop: TrainSettings, schema: Schema) -> None:
+    """Check, before hours of training, what is asked for beside the network: int8 only of networks that gain by it, a field to report by.
 
     Raises:
-        TrainError: this one does not.
+        TrainError: this network does not.
+        DataError: there is no such field.
     """
     if loop.int8 and not NETWORKS[family].int8_pays:
         raise TrainError(f"--set int8=true: int8 makes {family} no faster and less exact; leave it out")
+    if loop.segment:
+        segment_field(schema, loop.segment)
 
 
 def export(data: Prepared, trained: Trained, models: Path, name: str, progress: Progress) -> Path:
@@ -274,7 +279,7 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
     explaining, facts["explains"] = explain_graph(trained.network, encoder.schema, [random_feeds(encoder.schema, sizes, *s) for s in FEW])
     retrieval = _retrieval(data, trained, sizes)
     tables = table_files([*graphs.values(), *explaining.values(), *retrieval.values()])
-    files = {
+    files: dict[str, Contents] = {
         **graphs,
         **explaining,
         SCHEMA: encoder.schema.to_toml().encode(),
@@ -284,9 +289,10 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
         WEIGHTS: packed(trained.network, tables),
         METRICS: json.dumps(metrics, indent=1).encode(),
         **({IDLE: trained.tenure.to_json()} if trained.settings["evict_after"] else {}),
-        REFERENCE: make_reference(data, encoder.vocabularies),
+        REFERENCE: (reference := make_reference(data, encoder.vocabularies)),
         **retrieval,
         **tables,
+        **report_files(data, trained, json.loads(reference), progress),
     }
     facts["libraries"] = {library: version(library) for library in ("numpy", "torch", "onnx", "onnxruntime")}
     return files, facts

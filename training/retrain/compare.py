@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluate import Measures, bin_starts, measure
+from ..evaluate import Measures, bin_starts, measure, reliability
 from ..train_settings import TrainError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -96,7 +96,7 @@ def compare(labels: Array, users: Array, challenger: Array, champion: Array | No
     found = bootstrap(statistics, int(users.max()) + 1)
     differences = dict(zip(METRICS, found[1:], strict=False))
     both = {"champion": champion, "challenger": challenger}
-    bins = {name: reliability(labels, p) for name, p in both.items() if p is not None}
+    bins = {name: points(labels, p) for name, p in both.items() if p is not None}
     measured = None if champion is None else measure(labels, champion, users)
     return Comparison(measure(labels, challenger, users), measured, differences, found[0], bins, int(users.max()) + 1)
 
@@ -178,13 +178,10 @@ class _Resampled:
         )
 
 
-def reliability(labels: Array, p_click: Array) -> list[tuple[float, float]]:
-    """(mean p(click), click rate) of the bins of `evaluate.bin_starts`, by p(click)."""
-    order = np.argsort(p_click)
-    p, clicks = p_click[order].astype(np.float64), labels[order].astype(np.float64)
-    starts = bin_starts(p)
-    rows = np.diff(starts, append=len(p))
-    return list(zip((np.add.reduceat(p, starts) / rows).tolist(), (np.add.reduceat(clicks, starts) / rows).tolist(), strict=True))
+def points(labels: Array, p_click: Array) -> list[tuple[float, float]]:
+    """(mean p(click), click rate) of the bins of a reliability diagram."""
+    means, rates, _ = reliability(labels, p_click)
+    return list(zip(means.tolist(), rates.tolist(), strict=True))
 
 
 def violations(found: Comparison, gate: Gate, rests_on: int = 0) -> list[str]:

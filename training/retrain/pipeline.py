@@ -27,7 +27,7 @@ from features.vocabulary import Vocabulary
 from ..datasets.log import ImpressionLog, end_of, is_log, open_log
 from ..datasets.memory import Memory
 from ..datasets.prepared import Prepared, open_prepared
-from ..export.export import METRICS, check_int8, contents
+from ..export.export import METRICS, check_asked, contents
 from ..join.attribution import Attribution
 from ..networks import NETWORKS
 from ..train import Start, train
@@ -182,7 +182,7 @@ def _plan(order: RetrainRequest, data: Prepared) -> RetrainPlan:
     same = champion if champion and champion.manifest.get("network") == family else None
     base = settings_of(same) if same else (NETWORKS[family].settings(), TrainSettings())
     network, loop, limits, gate = overridden(order.settings, *base, data_checks.Limits(), compare.Gate())
-    check_int8(family, loop)
+    check_asked(family, loop, data.schema)
     warm = champion is not None and order.start == "warm"
     if warm and (changed := [f.name for f in fields(network) if same is None or getattr(network, f.name) != getattr(base[0], f.name)]):
         what = f"--set {changed[0]}" if same else f"--model {family}"

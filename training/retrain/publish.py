@@ -12,7 +12,7 @@ from features.repository import CURRENT
 
 from ..checkpoint import Checkpoint
 from ..datasets.prepared import Prepared
-from ..export.export import check_int8, contents
+from ..export.export import check_asked, contents
 from ..networks import NETWORKS
 from ..train import Trained, train
 from ..train_settings import TrainError, TrainSettings, overridden
@@ -63,7 +63,7 @@ def train_and_publish(  # noqa: PLR0913, PLR0917  # the whole road, from data to
     if family not in NETWORKS:
         raise TrainError(f"there is no network {family!r}; there are {', '.join(NETWORKS)}")
     network, loop, gate, enough = overridden(given, NETWORKS[family].settings(), TrainSettings(), Gate(), Enough())
-    check_int8(family, loop)
+    check_asked(family, loop, data.schema)
     check_publishable(models, name)
     champion = _live(models, name) if promote == "if-better" else None
     start = replace(start_of(load_bundle(Path(loop.init_from))), embeddings_only=True) if loop.init_from else None

@@ -161,7 +161,7 @@ def window_rows(window: Profile, past: PastLog) -> list[tuple[str, ...]]:
 
 def drawn(found: Comparison) -> str:
     """The picture of a comparison."""
-    from .report_plot import plot  # noqa: PLC0415  # matplotlib takes a second to import
+    from ..report.charts import plot  # noqa: PLC0415  # matplotlib takes a second to import
 
     return plot(found.reliability, {TITLES[name]: each for name, each in found.differences.items()}, (TITLES["auc"], TITLES["gauc"]))
 
