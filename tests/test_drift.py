@@ -1,6 +1,7 @@
 """The training reference of a bundle and the population stability index against it."""
 
 import json
+from collections import Counter
 
 import bundles
 import numpy as np
@@ -10,6 +11,8 @@ import small
 
 from features.bundle import load_bundle
 from features.vocabulary import Vocabulary
+from training.datasets import vocabularies
+from training.retrain import drift
 from training.retrain.drift import LONGEST_VALUE, VALUES, Reference, UnfitReferenceError, make_reference, read_reference, stability
 
 
@@ -141,3 +144,18 @@ def test_a_number_in_32_bits_is_no_drift_from_the_same_in_64(tmp_path):
     found = Reference(**json.loads((tmp_path / "reference.json").read_text())["fields"]["user.income"])
     for served in (prices, prices.astype(np.float32).astype(np.float64)):
         assert stability(found.count(pl.Series(served), None), np.array(found.counts)) == 0.0
+
+
+def test_deciles_of_more_numbers_than_are_kept_are_those_of_some_at_random(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(drift, "SAMPLE", 4_000)
+    monkeypatch.setattr(vocabularies, "HELD", 50)
+    schema, random = small.schema(), np.random.default_rng(5)
+    tallies = {field.path: drift._Tally(field, 0) for field in schema.fields}
+    price, genre, counts = tallies["ad.price"], tallies["ad.genre"], Counter[str]()
+    for part in range(20):  # the numbers grow with the rows: those that came first count as much as the last
+        price.add(pl.Series(part * 50 + 50 * random.random(1_000)))
+        values = [f"v{value}" for value in range(part, part + 80) for _ in range(value)]
+        genre.add(pl.Series(values))
+        counts.update(values)
+    assert np.abs(np.array(price.bins().edges) - np.arange(100, 1000, 100)).max() < 40  # five standard deviations of the middle one
+    assert genre.bins().values == sorted(counts, key=lambda value: (-counts[value], value))[:VALUES]

@@ -15,7 +15,7 @@ import polars as pl
 from features.bundle import Bundle, BundleError, load_bundle
 from features.repository import model_names
 
-from ..retrain.drift import LEAST_ROWS, Counts, Reference, UnfitReferenceError, read_reference, stability, vocabulary_of, watched
+from ..retrain.drift import LEAST_ROWS, BinCounts, Reference, UnfitReferenceError, read_reference, stability, vocabulary_of, watched
 
 IMPRESSIONS = 100_000
 POSITIONS = 10
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 class Sums:
     """Of some impressions, by place `(11,)`: how many, their clicks, their p(click); and the log loss of all, in nats."""
 
-    rows: Counts
-    clicks: Counts
-    p_click: Counts
+    rows: BinCounts
+    clicks: BinCounts
+    p_click: BinCounts
     loss: float
 
     @classmethod
@@ -102,7 +102,7 @@ class Drift:
         self._version = -1
         self._bundle: Bundle | None = None
         self._references: Mapping[str, Reference] = {}
-        self._counts: deque[tuple[int, Mapping[str, Counts]]] = deque()
+        self._counts: deque[tuple[int, Mapping[str, BinCounts]]] = deque()
 
     def add(self, name: str, frame: pl.DataFrame) -> None:
         """Count rows. Another version begins anew with its own reference; while two serve, the one with more rows of a file counts."""

@@ -23,6 +23,7 @@ from features.schema import Field, Schema
 from features.vocabulary import UNKNOWN, HashBuckets, Vocabularies, Vocabulary
 
 from ..datasets.prepared import DTYPES, Prepared, column_of
+from ..datasets.vocabularies import Counts
 
 REFERENCE = "reference.json"
 """The file of a bundle with its training reference; bundles of before have none."""
@@ -38,9 +39,9 @@ ROUNDED = 2.0**-23
 """The share by which edges stand above their decile, so that a number that is one is below it in 32 bits too: a log may have those, and
 requests 64."""
 SAMPLE = 200_000
-"""Numbers of the train split that deciles are taken from."""
+"""Numbers of the train split, at random, that deciles are taken from."""
 
-Counts = np.ndarray[Any, np.dtype[np.float64]]
+BinCounts = np.ndarray[Any, np.dtype[np.float64]]
 Vocabularied = Vocabulary | HashBuckets | None
 
 
@@ -61,33 +62,35 @@ class Reference:
     values: Sequence[str] = ()
     edges: Sequence[float] = ()
 
-    def count(self, column: pl.Series, vocabulary: Vocabularied) -> Counts:
+    def count(self, column: pl.Series, vocabulary: Vocabularied) -> BinCounts:
         """How often each bin occurs in a column of raw values."""
         if self.kind in ("category", "list"):
             return _count_values(column, self.values, vocabulary)
         return _count_numbers(column.list.len() if self.kind == "length" else column, self.edges)
 
 
-def _count_values(column: pl.Series, values: Sequence[str], vocabulary: Vocabularied) -> Counts:
+def _count_values(column: pl.Series, values: Sequence[str], vocabulary: Vocabularied) -> BinCounts:
     is_list = column.dtype == pl.List
     bins = {value: i for i, value in enumerate(values)}
     other, missing, unseen = len(values), len(values) + 1, len(values) + 2
     counts = np.zeros(len(values) + 3)
     counts[missing] = (column.list.len().fill_null(0) == 0).sum() if is_list else column.null_count()
     flat = column.explode() if is_list else column
-    for value, count in flat.drop_nulls().rename("value").value_counts(name="count").iter_rows():
-        known = vocabulary is None or vocabulary.id(value) != UNKNOWN
-        counts[bins.get(value, other) if known else unseen] += count
-    return counts
+    found, times = flat.drop_nulls().rename("value").value_counts(name="count")
+    texts = found.to_list()
+    at = np.fromiter((bins.get(value, other) for value in texts), np.int64, len(texts))
+    if isinstance(vocabulary, Vocabulary):  # hash buckets know every value
+        at[vocabulary.encode(texts) == UNKNOWN] = unseen
+    return counts + np.bincount(at, times.to_numpy(), minlength=len(counts))
 
 
-def _count_numbers(column: pl.Series, edges: Sequence[float]) -> Counts:
+def _count_numbers(column: pl.Series, edges: Sequence[float]) -> BinCounts:
     known = column.cast(pl.Float64).drop_nulls().drop_nans().to_numpy()
     counts = np.bincount(np.searchsorted(edges, known, "left"), minlength=len(edges) + 1)
     return np.append(counts, len(column) - len(known)).astype(np.float64)
 
 
-def stability(now: Counts, then: Counts) -> float:
+def stability(now: BinCounts, then: BinCounts) -> float:
     """The population stability index of counts against counts beside the same bins."""
     some = (now > 0) | (then > 0)
     a, e = now[some] + 0.5, then[some] + 0.5
@@ -166,32 +169,38 @@ class _Tally:
         self.field = field
         self._longest = longest
         self.rows = 0
-        self._values: list[pl.DataFrame] = []
-        self._numbers: list[pl.Series] = []
+        self._values = Counts()
+        self._random, self._drawn, self._numbers = np.random.default_rng(1), np.zeros(0), np.zeros(0)
 
     def add(self, column: pl.Series) -> None:
         self.rows += len(column)
         if self.field is None:
             return
         if self.field.kind == "number":
-            known = column.drop_nulls().drop_nans()
-            self._numbers.append(known.sample(min(len(known), SAMPLE), seed=1))
+            known = column.drop_nulls().drop_nans().to_numpy()
+            self._numbers = np.append(self._numbers, known)
+            self._drawn = np.append(self._drawn, self._random.random(len(known)))
+            if len(self._drawn) > SAMPLE:
+                kept = np.argpartition(self._drawn, SAMPLE)[:SAMPLE]
+                self._numbers, self._drawn = self._numbers[kept], self._drawn[kept]
             return
         flat = column.explode() if column.dtype == pl.List else column
-        self._values.append(flat.drop_nulls().rename("value").value_counts(name="count"))
+        self._values.add(flat.drop_nulls().rename("value").value_counts(name="count"))
 
     def bins(self) -> Reference:
         if self.field is None:
             edges = [length for length in LENGTHS if length < self._longest]  # the log has no more than were encoded
             return Reference("length", [0] * (len(edges) + 2), edges=edges)
         if self.field.kind == "number":
-            known = pl.concat(self._numbers)
-            deciles = [] if known.is_empty() else [float(known.quantile(share, "lower") or 0.0) for share in DECILES]
+            known = np.sort(self._numbers)
+            deciles = [float(known[int(share * (len(known) - 1))]) for share in DECILES] if len(known) else []
             edges = sorted({edge + abs(edge) * ROUNDED for edge in deciles})
             return Reference("number", [0] * (len(edges) + 2), edges=edges)
-        together = pl.concat(self._values).filter(pl.col("value").str.len_chars() <= LONGEST_VALUE)
-        counts = together.group_by("value").agg(pl.col("count").sum()).sort(["count", "value"], descending=[True, False])
-        values = counts["value"].head(VALUES).to_list()
+        most = pl.DataFrame(schema={"value": pl.String, "count": pl.UInt64})
+        for total in self._values.totals():
+            fitting = total.filter(pl.col("value").str.len_chars() <= LONGEST_VALUE)
+            most = pl.concat([most, fitting]).sort(["count", "value"], descending=[True, False]).head(VALUES)
+        values = most["value"].to_list()
         return Reference(self.field.kind, [0] * (len(values) + 3), values=values)
 
 
