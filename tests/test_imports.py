@@ -1,11 +1,17 @@
 """What each side loads, in a fresh process. That the service loads no torch is in test_service_process.py."""
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
+import torch
+from prometheus_client import CollectorRegistry, Histogram, values
+from uvicorn import Server
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tests.test_datasets import ROOT
 
@@ -47,3 +53,25 @@ def test_no_two_classes_have_one_name() -> None:
     assert len(sources) > 200
     classes = [node.name for path in sources for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
     assert [name for name, count in Counter(classes).items() if count > 1] == []
+
+
+PROTOCOL = ("cycle", "expect_100_continue", "flow", "headers", "keep_alive", "parser", "scope", "url", "_unset_keepalive_if_required")
+
+
+def in_protocol(name: str) -> str:
+    return re.search(rf"\b{name}\b", inspect.getsource(HttpToolsProtocol))[0]
+
+
+INTERNAL = {
+    "prometheus-client": lambda: (Histogram("h", "", registry=CollectorRegistry())._buckets[0].inc, values.MultiProcessValue),
+    "redis": lambda: None,  # named in test_redis_client.py
+    "torch": lambda: (torch.Tensor._indices, torch.Tensor._values),
+    "uvicorn": lambda: [Server.startup, Server.shutdown, Server.on_tick, Server.handle_exit, *map(in_protocol, PROTOCOL)],
+}
+"""What is used of libraries beside what they document."""
+
+
+@pytest.mark.parametrize("library", INTERNAL)
+def test_what_a_library_does_not_document_is_there_and_its_version_bounded(library: str) -> None:
+    INTERNAL[library]()
+    assert re.search(rf'^    "{library}[^",]*,<\d', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
