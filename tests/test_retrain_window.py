@@ -122,14 +122,6 @@ def test_a_slice_of_one_class_is_refused(tmp_path: Path) -> None:
     assert reason == "all 180 labels of the newest slice, which is held out, are 0"
 
 
-def test_too_little_is_refused(log: Path) -> None:
-    window = seen(open_log(log))
-    clicks = sum(window.clicks.values())
-    rows, few = violations(window, PastLog(), Limits(least_rows=1801, least_clicks=1500))
-    assert rows == "the window has 1,800 rows, too few to judge by: least_rows is 1,801"
-    assert few == f"the window has {clicks:,} clicks in 1,800 rows, too few of one kind to judge by: least_clicks is 1,500"
-
-
 def test_quiet_nights_are_no_gaps_and_a_quiet_noon_is_one() -> None:
     hours = {day * 24 + hour: 30 if hour < 6 else 300 for day in range(5) for hour in range(24)}
     assert gaps(hours, 0.5) == ([], 118)
