@@ -7,10 +7,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import bundles
 import numpy as np
@@ -37,7 +38,7 @@ T0 = 1_763_800_200.0
 ADS = {ad_id: pack_features(features) for ad_id, features in bundles.ADS.items()}
 
 
-def ranking(request_id: str = "r1", ts: float = T0, ad_ids=("a1", "a2", "a3"), **more) -> ServedRecord:
+def ranking(request_id: str = "r1", ts: float = T0, ad_ids: Sequence[str] = ("a1", "a2", "a3"), **more: Any) -> ServedRecord:
     """A ranking of ads that the catalogue has."""
     count = len(ad_ids)
     known = {ad_id: ADS[ad_id] for ad_id in (*ad_ids, "a4", "a5") if ad_id in ADS}
@@ -111,41 +112,41 @@ class Watch:
         self.known: Counter[str] = Counter()
         """Rankings by how it is known what of them was shown."""
         self.clicks = self.p_click = 0.0
-        self.qualities: dict[str, tuple] = {}
-        self.drifts: dict[str, dict[str, float]] = {}
+        self.qualities: dict[str, tuple[float, Mapping[str, float], float]] = {}
+        self.drifts: dict[str, Mapping[str, float]] = {}
         self.streams: dict[str, tuple[int, float]] = {}
 
-    def events(self, type_, outcome, count):
+    def events(self, type_: str, outcome: str, count: int) -> None:
         self.counts[type_, outcome] += count
 
-    def incident(self, kind, count):
+    def incident(self, kind: str, count: int) -> None:
         self.counts[(kind,)] += count
 
-    def rankings(self, model, count):
+    def rankings(self, model: str, count: int) -> None:
         self.counts["rankings", model] += count
 
-    def shown(self, how, count):
+    def shown(self, how: str, count: int) -> None:
         self.known[how] += count
 
-    def rows(self, model, position, count, clicks, p_click):
+    def rows(self, model: str, position: str, count: int, clicks: int, p_click: float) -> None:
         self.counts["rows", model, position] += count
         self.clicks += clicks
         self.p_click += p_click
 
-    def quality(self, model, calibration, by_position, entropy):
+    def quality(self, model: str, calibration: float, by_position: Mapping[str, float], entropy: float) -> None:
         self.qualities[model] = calibration, by_position, entropy
 
-    def drift(self, model, by_field):
+    def drift(self, model: str, by_field: Mapping[str, float]) -> None:
         self.drifts[model] = by_field
 
-    def stream(self, stream, backlog, lag):
+    def stream(self, stream: str, backlog: int, lag: float) -> None:
         self.streams[stream] = backlog, lag
 
 
 class Joining:
     """A sink of a log in this process. `at` is up to when the log is whole, in place of what Redis says."""
 
-    def __init__(self, url: str, folder: Path, models: Path, at: float | None = None, **settings) -> None:
+    def __init__(self, url: str, folder: Path, models: Path, at: float | None = None, **settings: Any) -> None:
         self.url, self.folder, self.models, self.settings = url, folder, models, Attribution(**settings)
         self.sizes: dict[str, int] = {}
         self.at, self.watch = at, Watch()
@@ -155,7 +156,7 @@ class Joining:
         return {" ".join(key): count for key, count in self.watch.counts.items()}
 
     @contextlib.asynccontextmanager
-    async def joiner(self, streams=None):
+    async def joiner(self, streams: RedisStreams | None = None) -> AsyncIterator[Sink]:
         reader = streams or RedisStreams(self.url)
         sink = Sink(reader, open_log(self.folder, self.models, "din"), SinkSettings(self.settings, **self.sizes), self.watch)
         try:
@@ -167,7 +168,7 @@ class Joining:
     async def once(self, everything: bool = False) -> None:
         async with self.joiner() as sink:
             look = sink._look
-            sink._look = lambda watermark=None: look(self.at if watermark is None else watermark)
+            sink._look = lambda watermark=None: look(self.at if watermark is None else watermark)  # type: ignore[method-assign]
             await sink.drain(everything)
 
     def rows(self) -> pl.DataFrame:
@@ -193,7 +194,7 @@ def table(folder: Path, name: str) -> pl.DataFrame:
     return pl.concat([pl.read_parquet(file) for file in files])
 
 
-def join_process(url: str, folder: Path, models: Path, *options: str, **more) -> "subprocess.Popen[bytes]":
+def join_process(url: str, folder: Path, models: Path, *options: str, **more: Any) -> "subprocess.Popen[bytes]":
     """A joiner in a process of its own."""
     command = [*JOIN, "--redis", url, "--log", str(folder), "--models", str(models), "--name", "din", *options]
     return subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
@@ -207,7 +208,7 @@ def join_once(url: str, folder: Path, models: Path, *options: str) -> str:
     return out.decode()
 
 
-def tensor_bytes(*values, kind=np.int64) -> bytes:
+def tensor_bytes(*values: float, kind: Any = np.int64) -> bytes:
     return np.array(values, kind).tobytes()
 
 
@@ -241,7 +242,8 @@ def write_raw(folder: Path, schema: Schema, log: Sequence[ServedRecord], events:
     (folder / RAW).mkdir(parents=True)
     (folder / "schema.toml").write_text(schema.to_toml())
     (folder / RAW / WATERMARK).write_text(str(watermark))
-    for kind, records in ((IMPRESSIONS, log), (RAW_EVENTS, events)):
+    kinds: dict[str, Sequence[ServedRecord | Event]] = {IMPRESSIONS: log, RAW_EVENTS: events}
+    for kind, records in kinds.items():
         entries = [Entry(f"{int(each.ts * 1000)}-{i}", packed(each)[1]) for i, each in enumerate(records)]
         batch = impressions_of(entries, SERVED, LogColumns(schema)) if kind == IMPRESSIONS else events_of(entries, EVENTS)
         for hour, frame in batch.frames.items():
