@@ -101,6 +101,10 @@ async def test_every_version_is_told_with_its_manifest_and_what_is_wrong_without
         assert list(listed.json()["wrong"]) == ["empty"]
         one = await client.get(VERSION, params={"model": "din", "version": live.name})
         assert one.json()["metrics"] == {"test": {"auc": 0.75}}
+        assert one.json()["report"] == {}
+        for text, told in ((b'{"epochs": [1], "worst": ["a7"]}', {"epochs": [1]}), (b"[]", {}), (b"{", {}), (b"[" * 100_000, {})):
+            (live / "report.json").write_bytes(text)
+            assert (await client.get(VERSION, params={"model": "din", "version": live.name})).json()["report"] == told
         assert one.json()["manifest"]["graphs"]["model.onnx"] == {"ir": 10, "opset": 18}
         wrong = [{"model": "din", "version": old.name}, {"model": "../x", "version": "1"}, {"model": "din", "version": "../1"}, {}]
         answers = [await client.get(VERSION, params=each) for each in wrong]

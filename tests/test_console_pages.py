@@ -33,6 +33,8 @@ FLAGS = (
 PAGES = {"rank": "Take a sample", "live": "Models that rank", "models": "Measured in training"}
 """What is there once a page is."""
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
+EPOCHS = [{"number": n, "train_loss": loss, "valid_loss": 0.5 - n / 10} for n, loss in ((1, 0.6), (2, 0.4), (3, None))]
+BINS = [{"p": p, "rate": p, "low": p / 2, "high": 0.8 * p + 0.2} for p in (0.0, 0.25, 0.5)]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,9 @@ async def client(servers, tmp_path_factory) -> AsyncIterator[Client]:
     models, server = tmp_path_factory.mktemp("console") / "models", servers("valkey")
     bundles.publish(models, "din")
     metrics = {"valid": {"auc": 0.7, "rows": 4000}, "test": {"auc": 0.75, "log_loss": 0.3}}
-    bundles.publish(models, "din", files={EXPLAIN_MODEL: explaining(), "metrics.json": json.dumps(metrics).encode()})
+    report = {"epochs": EPOCHS, "reliability": BINS, "worst": [HOSTILE]}
+    more = {name: json.dumps(each).encode() for name, each in (("metrics.json", metrics), ("report.json", report))}
+    bundles.publish(models, "din", files={EXPLAIN_MODEL: explaining(), **more})
     bundles.publish(models, "other", bias=1.0)
     await fill(server.url)
     store = RedisStore(server.url, timeout=2, ttl=1000, on_damaged=lambda: None)
@@ -211,10 +215,21 @@ async def test_models_are_those_of_the_repository(browser, client):
             ["rows", "4,000", "–"],
             ["log loss", "–", "0.30000"],
         ]
+        curve, diagram = await page.locator("svg.chart").all()
+        lines = [await line.get_attribute("points") for line in await curve.locator("polyline").all()]
+        # 264 wide from 44, for epochs 1 to 3; 140 high from 150 up, for losses 0.2 to 0.6; what is no number is left out.
+        assert lines == ["44.0,10.0 176.0,80.0", "44.0,80.0 176.0,115.0 308.0,150.0"]
+        assert await curve.locator("text").all_text_contents() == ["0.200", "1", "0.400", "2", "0.600", "3"]
+        lines = [await line.get_attribute("points") for line in await diagram.locator("polyline").all()]
+        assert lines[:2] == ["44.0,150.0 308.0,10.0", "44.0,150.0 154.0,91.7 264.0,33.3"]  # from 0 to 0.6, the highest end of an interval
+        assert lines[2:] == ["44.0,150.0 44.0,103.3", "154.0,120.8 154.0,56.7", "264.0,91.7 264.0,10.0"]
+        assert await diagram.get_attribute("role") == "img"
+        await expect(page.get_by_text("More is in report.html")).to_be_visible()
         older = listed[1]
         await page.get_by_role("region", name="Versions").locator("tbody tr").nth(1).get_by_role("button").click()
         command = f"adrank promote --models MODELS --name din --version {older['version']}"
         await expect(page.get_by_text(command, exact=True)).to_be_visible()
+        await expect(page.locator("svg.chart")).to_have_count(0)  # it was published before there were reports
 
 
 async def test_a_token_is_asked_for_once_and_again_where_it_is_wrong(browser, client, tmp_path):

@@ -45,6 +45,8 @@ HEADERS = {
 MOST_ADS, MOST_BEHAVIOURS = 1_000, 200
 PRIVATE = ("name", "version", "files")
 """Of a manifest, what a page does not show: its folder says the first two, and digests are of no use to people."""
+REPORT, DRAWN = "report.json", ("epochs", "reliability")
+"""What `training/report` writes into a bundle, and what of it a page draws."""
 
 log = logging.getLogger(__name__)
 
@@ -142,14 +144,17 @@ def _version(path: Path) -> dict[str, Any]:
         raise InvalidError("there is no such version, or its manifest cannot be read") from None
     if isinstance(settings := manifest.get("settings"), Mapping):
         manifest["settings"] = {key: value for key, value in settings.items() if key != "init_from"}  # a path of the training machine
-    return {"manifest": manifest, "metrics": _metrics(path)}
+    report = _object(path / REPORT)
+    return {"manifest": manifest, "metrics": _object(path / METRICS), "report": {name: report[name] for name in DRAWN if name in report}}
 
 
-def _metrics(path: Path) -> Any:
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a bundle; an empty one where there is none."""
     try:
-        return json.loads(files.read(path / METRICS))
+        found = json.loads(files.read(path))
     except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _json(document: Mapping[str, Any]) -> Response:

@@ -80,3 +80,29 @@ export function copyable(line) {
   };
   return el("div", { className: "copy" }, el("pre", { tabIndex: 0 }, line), navigator.clipboard ? button : null);
 }
+
+const WIDE = 320, HIGH = 170, LEFT = 44, LOW = 20; // of a chart, and the margins of its numbers
+
+function shape(name, attributes, text = "") {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.textContent = text;
+  return made;
+}
+
+/** A chart of lines, each {points: [[x, y], …], kind}, on axes from the least to the greatest number there is. */
+export function chart(label, lines, places = [0, 3]) {
+  const known = lines.map((line) => ({ ...line, points: line.points.filter((point) => point.every(Number.isFinite)) }));
+  const svg = shape("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, class: "chart", role: "img", "aria-label": label });
+  const ends = [0, 1].map((axis) => known.flatMap((line) => line.points.map((point) => point[axis]))).map((all) => [Math.min(...all), Math.max(...all)]);
+  if (!ends.flat().every(Number.isFinite)) return null;
+  const at = (value, axis) => (ends[axis][1] > ends[axis][0] ? (value - ends[axis][0]) / (ends[axis][1] - ends[axis][0]) : 0.5);
+  const x = (value) => LEFT + (WIDE - LEFT - 12) * at(value, 0), y = (value) => HIGH - LOW - (HIGH - LOW - 10) * at(value, 1);
+  for (const share of [0, 0.5, 1]) {
+    const [across, up] = ends.map(([low, high], axis) => Number((low + share * (high - low)).toFixed(places[axis])));
+    svg.append(shape("line", { x1: LEFT, x2: WIDE - 12, y1: y(up), y2: y(up) }));
+    svg.append(shape("text", { x: LEFT - 5, y: y(up) + 3, class: "end" }, up.toFixed(places[1])), shape("text", { x: x(across), y: HIGH - 4, class: "middle" }, across.toFixed(places[0])));
+  }
+  for (const { points, kind } of known) svg.append(shape("polyline", { class: kind, points: points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ") }));
+  return svg;
+}
