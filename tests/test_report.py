@@ -1,22 +1,26 @@
 """The report of a training: its numbers against scikit-learn, scipy and plain Python, and a page in which everything is text."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import small
+import small_log
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn
 
 from tests.test_cli import refused, run
+from training.datasets.log import open_log
 from training.datasets.prepared import Prepared, open_prepared
 from training.fit import predict
 from training.report import files
 from training.report.files import report_files
-from training.report.numbers import by_user, findings, thinned, timings
+from training.report.numbers import by_user, findings, moments, thinned, timings, worst
 from training.report.page import page
 from training.retrain.drift import make_reference
 from training.train import Trained
@@ -128,9 +132,9 @@ def test_the_worst_rows_the_times_and_the_fields_are_those_of_the_files(made: An
     data = made[0]
     raw, labels, p = rows_of(made)
     losses = -np.where(labels > 0, np.log(p), np.log1p(-p))
-    worst = np.argsort(-losses)[:10]
-    assert [each["loss"] for each in found["worst"]] == pytest.approx(losses[worst].tolist())
-    assert [each["ad_id"] for each in found["worst"]] == raw["ad_id"].to_numpy()[worst].tolist()
+    highest = np.argsort(-losses)[:10]
+    assert [each["loss"] for each in found["worst"]] == pytest.approx(losses[highest].tolist())
+    assert [each["ad_id"] for each in found["worst"]] == raw["ad_id"].to_numpy()[highest].tolist()
     assert all(set(each["features"]) <= {"context.slot", "ad.genre", "ad.tags", "ad.price"} for each in found["worst"])
     whole = pl.concat([pl.read_parquet(data.folder / split / "0.parquet").select("ts", "label") for split in ("train", "valid", "test")])
     first, last = whole["ts"].min(), whole["ts"].max()
@@ -179,6 +183,33 @@ def test_the_page_is_text_alone_loads_nothing_and_tells_of_no_user(found: dict[s
         part in seen.text
         for part in ("Reliability", "Learning curve", "By context.slot", "NDCG@K", "Importance", "Where it was most wrong")
     )
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_test_split_of_one_class_has_a_report_with_less_in_it(made: Any, label: float) -> None:
+    data, trained, reference = made
+    one = replace(trained, held_out=replace(trained.held_out, labels=np.full(400, label, np.float32)))
+    told = findings(data, one, reference, small.quiet())
+    json.dumps(told, allow_nan=False)
+    assert (told["roc"], told["importance"]["fields"], told["users"]) == ([], [], [])
+    seen = Seen(page(told))
+    assert "Reliability" in seen.text
+    assert "ROC" not in seen.text
+
+
+def test_of_a_log_rows_are_those_of_its_window(tmp_path: Path) -> None:
+    log = open_log(small_log.write(tmp_path / "log"), since=small_log.START + 7_200)
+    raw = pl.concat(log.frames("test"))
+    p = np.random.default_rng(0).uniform(0.01, 0.99, len(raw))
+    right = np.where(raw["label"].to_numpy() > 0, p, 1 - p)
+    assert [(each["ad_id"], each["p"]) for each in worst(log, raw["label"].to_numpy(), p)] == [
+        (raw["ad_id"][i], p[i]) for i in np.argsort(right)[:10].tolist()
+    ]
+    whole = pl.concat(pl.concat(log.frames(split)) for split in ("train", "valid", "test"))
+    found = moments(log)
+    assert len(found) == 40
+    assert found[0]["ts"] > small_log.START + 7_200
+    assert np.mean([each["rate"] for each in found]) == pytest.approx(whole["label"].mean(), abs=0.02)
 
 
 def test_what_fails_while_it_is_drawn_is_said_and_costs_no_training(made: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -38,7 +38,7 @@ def report_files(data: Prepared, trained: Trained, reference: Mapping[str, Any],
         from .page import page  # noqa: PLC0415  # matplotlib takes a second to import
 
         found = findings(data, trained, reference, progress)
-        return {PAGE: page(found).encode(), NUMBERS: json.dumps({name: found[name] for name in KEPT}).encode()}
+        return {PAGE: page(found).encode(), NUMBERS: json.dumps({name: found[name] for name in KEPT}, allow_nan=False).encode()}
     except FAILURES as error:
         progress.console.print(
             f"there is no {PAGE}, since it cannot be made: {error!r}; all else is published", markup=False, soft_wrap=True

@@ -35,8 +35,9 @@ def findings(data: Prepared, trained: Trained, reference: Mapping[str, Any], pro
     """All that the report says, but for the scores themselves; `reference` is what `reference.json` holds, train counted by field."""
     rows = trained.held_out
     p = trained.calibration.on_log(predict(trained.network, rows))
-    _, some, falls = importances_of(lambda dealt: predict(trained.network, dealt), rows, trained.encoder.schema, progress, IMPORTANCE_ROWS)
     both = 0 < rows.labels.sum() < len(p)
+    wanted = (lambda dealt: predict(trained.network, dealt), rows, trained.encoder.schema, progress, IMPORTANCE_ROWS)
+    _, some, falls = importances_of(*wanted) if both else (0.0, 0, [])
     precision, recall, _ = precision_recall_curve(rows.labels, p) if both else np.zeros((3, 0))
     false, true, _ = roc_curve(rows.labels, p) if both else np.zeros((3, 0))
     others = {f"{head}, {split}": m.as_dict() for head, found in trained.head_metrics.items() for split, m in found.items()}
