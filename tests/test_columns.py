@@ -33,7 +33,7 @@ NONE = Memory(1e-9)
 
 @pytest.fixture
 def data(tmp_path: Path) -> Prepared:
-    return small.data_set(tmp_path, (3000, 100, 100))
+    return small.data_set(tmp_path, (2200, 100, 100))
 
 
 def arrays(rows: Rows) -> dict[str, np.ndarray[Any, Any]]:
@@ -101,15 +101,15 @@ def test_a_training_from_disk_that_was_killed_ends_as_one_that_was_not(data: Pre
     data = replace(data, memory=Memory(0.4 * PART * size))
     settings = {"flat_below": 0, "shuffle_rows": 1024, "epochs": 2}
     whole = trained(data, "deepfm", None, settings)
-    for after in (20, 70):  # 16 steps a pool, 47 an epoch
+    for after in (20, 50):  # 16 steps a pool, 35 an epoch
         with pytest.raises(Killed):
             trained(data, "deepfm", KilledAfter(tmp_path / "at", after), settings)
         resumed = trained(data, "deepfm", Checkpoint(tmp_path / "at", resume=True), settings)
         assert state(resumed) == state(whole)
     with pytest.raises(CheckpointError, match="its data is another"):  # in memory the order is another
         trained(replace(data, memory=Memory()), "deepfm", Checkpoint(tmp_path / "at", resume=True), settings)
-    with pytest.raises(TrainError, match=r"^3,000 rows that are mixed at once take .* GB of .* GB; say --set shuffle_rows= with fewer"):
-        trained(data, "deepfm", None, settings | {"shuffle_rows": 3000})
+    with pytest.raises(TrainError, match=r"^2,200 rows that are mixed at once take .* GB of .* GB; say --set shuffle_rows= with fewer"):
+        trained(data, "deepfm", None, settings | {"shuffle_rows": 2200})
 
 
 def test_columns_are_made_once_and_anew_for_other_data_and_other_vocabularies(data: Prepared) -> None:
@@ -125,7 +125,7 @@ def test_columns_are_made_once_and_anew_for_other_data_and_other_vocabularies(da
     (path,) = data.files("train")
     pl.read_parquet(path).head(1000).write_parquet(path)
     assert len(on_disk(data)) == 1000
-    assert len(first) == 3000  # whoever reads what is gone goes on
+    assert len(first) == 2200  # whoever reads what is gone goes on
     assert first.labels.sum() > 0
     pl.read_parquet(data.folder / "ads.parquet").with_columns(pl.col("ad.price") + 1).write_parquet(data.folder / "ads.parquet")
     check_same(on_disk(data), encode_split(data, "train", small.encoder()))

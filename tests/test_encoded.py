@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from features.encode import Encoder, Request, encode_request
 from features.vocabulary import Moments, Vocabularies, parse_vocabularies
 from tests.test_datasets import patient
-from training.datasets.encoded import Rows, ad_table, encode_split
+from training.datasets.ads import ad_table
+from training.datasets.encoded import Rows, encode_split
 from training.datasets.prepared import DataError, Prepared, open_prepared
 from training.datasets.spread import NOTHING, Spread
 from training.datasets.vocabularies import learn_vocabularies

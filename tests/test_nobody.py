@@ -21,7 +21,8 @@ from service.ranking.ranker import Query, _usable
 from service.telemetry.metrics import Metrics
 from tests.test_datasets import patient, rows
 from tests.test_plausible import HISTORY, SCHEMA, ZEROS, line, prepare
-from training.datasets.encoded import ad_table, encode_split
+from training.datasets.ads import ad_table
+from training.datasets.encoded import encode_split
 from training.datasets.prepared import Prepared, open_prepared
 from training.datasets.states import user_states
 from training.datasets.vocabularies import learn_vocabularies

@@ -21,7 +21,8 @@ from features.vocabulary import HashBuckets, Vocabulary
 from service.api.requests import parse_request, to_query
 from tests.test_datasets import patient, rows
 from training.datasets import csv_table
-from training.datasets.encoded import ad_table, encode_split
+from training.datasets.ads import ad_table
+from training.datasets.encoded import encode_split
 from training.datasets.prepared import DataError, open_prepared
 from training.datasets.texts import CellError, lists_of, plain_values, texts_of
 from training.datasets.vocabularies import learn_vocabularies

@@ -13,7 +13,8 @@ from rich.progress import Progress
 from features.bundle import Bundle
 
 from .calibrate import as_sampled
-from .datasets.encoded import ad_table, encode_frames, outcome_of
+from .datasets.ads import ad_table
+from .datasets.encoded import encode_frames, outcome_of
 from .datasets.fields import check_fields
 from .datasets.prepared import DataError, Prepared
 from .export.graph import Graph

@@ -19,7 +19,8 @@ from features.bundle import GOLDEN_TOLERANCE, INT8_MODEL, INT8_TOLERANCE, MODEL,
 from features.encode import AdTable, Block
 from features.schema import AGES, Slot
 
-from .datasets.encoded import Rows, ad_table, encode_frames
+from .datasets.ads import ad_table
+from .datasets.encoded import Rows, encode_frames
 from .datasets.fields import check_fields
 from .datasets.log import ImpressionLog
 from .datasets.prepared import DataError, check_columns

@@ -1,6 +1,5 @@
-"""The behaviours of rows as rows of the table of ads, and how old they were. In a log an ad is keyed by its id and its revision then."""
+"""The behaviours of rows as rows of the table of ads, and how old they were."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,18 +7,10 @@ import polars as pl
 
 from features.ages import UNKNOWN_TIME, ages_of
 from features.encode import AdTable
-from features.vocabulary import Ids
 
+from .ads import ad_rows, versions_of
 from .log import ImpressionLog
-from .prepared import DataError, Prepared
-
-SEPARATOR = "\x1f"
-"""Between an ad's id and its revision."""
-
-
-def versions_of(ad_ids: pl.Series, revisions: pl.Series) -> pl.Series:
-    """The keys of ads as they were: id and revision, 0 being that of an ad that the catalogue did not have."""
-    return ad_ids + SEPARATOR + revisions.cast(pl.String)
+from .prepared import Prepared
 
 
 def history_of(frame: pl.DataFrame, data: Prepared, table: AdTable) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -58,28 +49,3 @@ def history_ages(frame: pl.DataFrame, data: Prepared) -> np.ndarray[Any, np.dtyp
     ts = np.full((len(frame), width), UNKNOWN_TIME)
     ts[behaved] = newest.explode().drop_nulls().to_numpy()
     return np.where(behaved, ages_of(frame["ts"].to_numpy()[:, None], ts), np.float32(0))
-
-
-def ad_rows(keys: pl.Series, data: Prepared, table: AdTable) -> Ids:
-    """Row of each ad in `ad_table`; one that the table lacks joins it as the service would encode it, by its id alone.
-
-    Raises:
-        DataError: the ad is a version that its log should have.
-    """
-    unique = keys.unique()
-    values = unique.to_list()
-    missing = [value for value, row in zip(values, table.rows(values), strict=True) if not row]
-    if missing:
-        ad_ids = _without_revision(missing, data) if isinstance(data, ImpressionLog) else missing
-        table.put(missing, table.encoder.unknown_ads(ad_ids), active=False)
-    rows = keys.replace_strict(unique, table.rows(values), return_dtype=pl.Int64).to_numpy()
-    return rows.astype(np.int64, copy=False)  # polars gives an empty column no type
-
-
-def _without_revision(keys: Sequence[str], data: ImpressionLog) -> list[str]:
-    parts = [key.rpartition(SEPARATOR) for key in keys]
-    lost = [(ad_id, revision) for ad_id, _, revision in parts if revision != "0"]
-    if lost:
-        ad_id, revision = lost[0]
-        raise DataError(f"{data.folder / 'ads'} lacks {len(lost)} versions of ads that rows name, the first is {revision} of {ad_id}")
-    return [ad_id for ad_id, _, _ in parts]

@@ -1,8 +1,4 @@
-"""A prepared data set as tensors: each split encoded through `features/`, in memory or in files.
-
-A log is encoded as it was served: an ad is keyed by its id and the revision of its features, and one that the catalogue did not know is
-encoded as unknown but for what was sent with it.
-"""
+"""A prepared data set as tensors: each split encoded through `features/`, in memory or in files."""
 
 import dataclasses
 import hashlib
@@ -15,18 +11,19 @@ import polars as pl
 import torch
 
 from features.encode import IDENTITIES, AdTable, Block, Encoder
-from features.schema import Field, Side
+from features.schema import Side
 from features.vocabulary import UNKNOWN, Ids, fingerprint
 
 from ..networks.contract import CLICK, Labels, Part, RequestTensors
-from .behaviours import ad_rows, history_ages, history_of, versions_of
+from .ads import ad_table, ads_of, columns_of_side, part_of
+from .behaviours import history_ages, history_of
 from .columns import Array, Columns, InMemory, Mapped, cached
 from .distinct import DistinctAds
 from .fields import check_fields
 from .log import ImpressionLog
 from .memory import CACHE
-from .prepared import DataError, Prepared, column_of, rows_in
-from .vocabularies import inline, joined
+from .prepared import DataError, Prepared, rows_in
+from .vocabularies import joined
 
 Outcome = np.ndarray[Any, np.dtype[np.float32]]
 FEW_TIMES = 8
@@ -98,7 +95,7 @@ class Rows:
     @property
     def ads(self) -> Part:
         """All ads of the data set `(A, W)`."""
-        return _part(self.catalogue)
+        return part_of(self.catalogue)
 
     def known(self, head: str) -> tuple[Outcome, np.ndarray[Any, np.dtype[np.bool_]]]:
         """The labels `(N,)` of a head, and which of them are known.
@@ -125,9 +122,9 @@ class Rows:
         history = self.history[rows]
         longest = max(1, int((history > 0).sum(1).max(initial=0)))
         distinct, at = _distinct(history[:, :longest], len(self.behaviours))
-        past = _part(self.behaviours.take(distinct))._replace(rows=torch.from_numpy(at))
+        past = part_of(self.behaviours.take(distinct))._replace(rows=torch.from_numpy(at))
         ages = None if self.ages is None else torch.from_numpy(self.ages[rows][:, :longest])
-        return RequestTensors(_part(self.user.take(rows)), past, _part(self.ad.take(rows[:, None])), ages)
+        return RequestTensors(part_of(self.user.take(rows)), past, part_of(self.ad.take(rows[:, None])), ages)
 
 
 def _distinct(values: np.ndarray[Any, np.dtype[np.int32]], below: int) -> tuple[Ids, Ids]:
@@ -141,33 +138,6 @@ def _distinct(values: np.ndarray[Any, np.dtype[np.int32]], below: int) -> tuple[
     there = np.zeros(below, np.bool_)
     there[values] = True
     return np.flatnonzero(there), (np.cumsum(there) - 1)[values]
-
-
-def _part(block: Block) -> Part:
-    return Part(torch.from_numpy(block.ids), torch.from_numpy(block.numbers))
-
-
-def _columns(frame: pl.DataFrame, fields: Sequence[Field]) -> dict[str, list[Any]]:
-    named = {field.name: column_of(frame, field) for field in fields}
-    return {name: column.to_list() for name, column in named.items() if column is not None}
-
-
-def ad_table(data: Prepared, encoder: Encoder) -> AdTable:
-    """The data set's ads, encoded; those of a log in every version, under the keys of `versions_of`."""
-    table = AdTable(encoder)
-    ads = data.versions() if isinstance(data, ImpressionLog) else data.table("ad")
-    if ads is not None:
-        keys = versions_of(ads["ad_id"], ads["revision"]) if isinstance(data, ImpressionLog) else ads["ad_id"]
-        table.put(keys.to_list(), encoder.encode("ad", _columns(ads, data.schema.side("ad")), len(ads)))
-    return table
-
-
-def catalogue(data: Prepared, encoder: Encoder) -> tuple[list[str], Part] | None:
-    """The ids of the data set's ads, and these as they are now `(A, W)`; None where it keeps no table of them."""
-    ads = data.table("ad")
-    if ads is None:
-        return None
-    return ads["ad_id"].to_list(), _part(encoder.encode("ad", _columns(ads, data.schema.side("ad")), len(ads)))
 
 
 def encode_split(data: Prepared, split: str, encoder: Encoder, heads: Sequence[str] = (CLICK,)) -> Rows:
@@ -242,9 +212,8 @@ def _encode(
         columns.add(name, column)
     for frame in frames:
         whole = joined(frame, schema, {"user": users})
-        user, context = (encoder.encode(side, _columns(whole, schema.side(side)), len(frame)) for side in sides)
-        served = isinstance(data, ImpressionLog)
-        ad = _served_ads(frame, encoder) if served else _encode_ads(frame, data, encoder, table)
+        user, context = (encoder.encode(side, columns_of_side(whole, schema.side(side)), len(frame)) for side in sides)
+        ad = ads_of(frame, data, encoder, table)
         weight = frame["weight"] if "weight" in frame.columns else pl.Series([1.0]).new_from_index(0, len(frame))
         found = {"labels": frame["label"], "users": _user_numbers(frame["user_id"], count), "weight": weight}
         for name, block in (("user", user.beside(context)), ("ad", ad)):
@@ -297,23 +266,3 @@ def _user_numbers(names: pl.Series, before: int) -> np.ndarray[Any, np.dtype[np.
     hashes = [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) for name in users]
     numbers = names.replace_strict(users, pl.Series(hashes, dtype=pl.UInt64), return_dtype=pl.UInt64).to_numpy()
     return np.where((names == "").to_numpy(), before + np.arange(len(names), dtype=np.uint64), numbers)
-
-
-def _encode_ads(frame: pl.DataFrame, data: Prepared, encoder: Encoder, table: AdTable) -> Block:
-    if inline(frame, encoder.schema, "ad"):
-        return encoder.encode("ad", _columns(frame, encoder.schema.side("ad")), len(frame))
-    return table.block.take(ad_rows(frame["ad_id"], data, table))
-
-
-def _served_ads(frame: pl.DataFrame, encoder: Encoder) -> Block:
-    """The ads of a log's rows; of one that the catalogue did not know, fields without a value were not sent and are unknown."""
-    columns = _columns(frame, encoder.schema.side("ad"))
-    ads = encoder.encode("ad", columns, len(frame))
-    unknown = np.flatnonzero(~frame["known"].to_numpy())
-    if len(unknown):
-        filled = encoder.unknown_ads(frame["ad_id"].gather(unknown).to_list())
-        for slot in encoder.layouts["ad"].ids:
-            values = columns.get(slot.field.name)
-            unsent = [at for at, row in enumerate(unknown) if values is None or values[row] is None]
-            ads.ids[unknown[unsent], slot.columns] = filled.ids[unsent, slot.columns]
-    return ads

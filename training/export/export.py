@@ -35,7 +35,8 @@ from features.encode import Encoder, Features, Feeds
 from features.schema import AGES, Schema, Side
 
 from ..calibrate import Calibration, as_sampled
-from ..datasets.encoded import Rows, catalogue, encode_split
+from ..datasets.ads import catalogue
+from ..datasets.encoded import Rows, encode_split
 from ..datasets.fields import check_fields
 from ..datasets.prepared import Prepared, column_of
 from ..evaluate import Measures, measure

@@ -18,8 +18,8 @@ from features.bundle import Bundle
 from features.encode import AdTable
 from features.policy import Policy, places
 
-from ..datasets.behaviours import ad_rows, versions_of
-from ..datasets.encoded import Rows, ad_table, encode_frames
+from ..datasets.ads import ad_rows, ad_table, versions_of
+from ..datasets.encoded import Rows, encode_frames
 from ..datasets.fields import check_fields
 from ..datasets.log import ImpressionLog
 from ..datasets.prepared import DataError, Prepared, check_columns
