@@ -155,6 +155,10 @@ class TestEvents:
             assert list(state.ts) == [event.ts for event in events if event.user_id == f"u{n}"]
         assert {ad_id: each.features["n"] for ad_id, each in (await everything(store)).items()} == {"a0": -3, "a1": -2, "a2": -1}
 
+    async def test_different_clicks_at_once_of_one_user_all_get_through(self, store):
+        await asyncio.gather(*(applied(store, click(f"c{i}", -i, f"a{i}")) for i in range(100)))
+        assert (await store.get_user("u1")).ad_ids == [f"a{i}" for i in range(99, -1, -1)]
+
 
 class TestContract:
     async def test_a_user_comes_back_as_put(self, store):
