@@ -15,6 +15,7 @@ from .options import (
     attributing,
     attribution_of,
     bounded,
+    by_workers,
     console,
     memory_of,
     needs,
@@ -104,6 +105,7 @@ def _print_profile(folder: Path) -> None:
 @click.option("--seed", type=int, help="One seed makes a run repeatable to the last bit on one machine.")
 @click.option("--epochs", type=click.IntRange(min=1), help="The most passes over the train split.")
 @on_device
+@by_workers
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the network or of the gate.")
 @click.option("--settings", "file", type=FILE, help="Settings in a TOML file; --set goes before. Default: those known for the data set.")
 @click.option("--init-from", type=FOLDER, metavar="BUNDLE", help="A bundle whose embeddings are where this network's begin.")

@@ -1,6 +1,7 @@
 """What subcommands share: types of options, settings given as texts, what is printed."""
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import wraps
@@ -96,6 +97,22 @@ def memory_of(flags: dict[str, Any]) -> Any:
     from training.datasets.memory import Memory
 
     return Memory(flags.pop("memory"), flags.pop("cache"))
+
+
+def by_workers(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of a training by several processes; the cluster's address goes where Ray looks for it."""
+    for option in (
+        click.option(
+            "--ray",
+            metavar="ADDRESS",
+            expose_value=False,
+            callback=lambda _context, _option, address: address and os.environ.update(RAY_ADDRESS=address),
+            help="The Ray cluster of the workers, such as head:6379 or auto. Default: RAY_ADDRESS, or one started on this machine.",
+        ),
+        click.option("--workers", type=click.IntRange(min=1), help="Processes that share every batch, by Ray; docs/scale.md."),
+    ):
+        command = option(command)
+    return command
 
 
 def attribution_of(log: Path, flags: dict[str, Any]) -> Any:

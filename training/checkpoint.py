@@ -113,10 +113,15 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
 
 def identity(network: str, settings: Mapping[str, Any], schema: str, splits: Sequence[Rows]) -> dict[str, Any]:
     """What a training is of, for JSON: its network, its settings, and the digests of its schema and of its splits as they are encoded."""
+    return {"network": network, "settings": settings, "schema": hashlib.sha256(schema.encode()).hexdigest(), "data": digest_of(splits)}
+
+
+def digest_of(splits: Sequence[Rows]) -> str:
+    """That of splits as they are encoded."""
     data = hashlib.sha256()
     for rows in splits:
         _add(data, rows.mapped.digest if rows.mapped else rows)
-    return {"network": network, "settings": settings, "schema": hashlib.sha256(schema.encode()).hexdigest(), "data": data.hexdigest()}
+    return data.hexdigest()
 
 
 def _add(digest: Any, value: Any) -> None:

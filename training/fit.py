@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint, CheckpointError, changing, put_back
 from .cooccurrence import Cooccurrence
 from .datasets.encoded import Rows
 from .device import delivered, device_of, generators, home, moved
+from .distributed import ONLY, Logits, Numbers, Process
 from .evaluate import Measures, measure, unmeasured
 from .first_order import SHARE, FirstOrder, times
 from .networks.contract import CLICK, Labels, Network, RequestTensors
@@ -27,7 +28,6 @@ from .train_settings import TrainError, TrainSettings
 from .unknown import Hiding, Unseen
 from .updates import Updates
 
-Logits = np.ndarray[Any, np.dtype[np.float32]]
 EVALUATION_ROWS = 4096
 
 
@@ -86,27 +86,31 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
     warm: bool = False,
     each: Callable[[Epoch], None] = lambda _: None,
     checkpoint: Checkpoint | None = None,
+    process: Process = ONLY,
 ) -> list[Epoch]:
     """Train in place until valid stops gaining; the network ends with the weights of its best epoch, in evaluation mode.
 
     A training whose logits are no numbers any more ends there, with an epoch whose measures are none: `gate.diverged` tells.
 
     `warm`: it was trained before, and keeps what it knows of values that these rows do not have. `each` is called after each epoch.
-    `checkpoint`: where to write how far it is, and perhaps to go on from.
+    `checkpoint`: where to write how far it is, and perhaps to go on from. `process`: one of several that train the same network, from the
+    same weights and of the same rows; each takes its share of every batch, and rank 0 writes, and ends with the network.
 
     Raises:
         CheckpointError: see `Checkpoint`.
-        TrainError: a batch would have less than two rows.
+        TrainError: a batch, or a process's share of one, would have less than two rows.
     """
     settings, device = settings.for_rows(len(rows)), device_of(settings.device)
-    _check_steps(network, len(rows), settings)
+    check_steps(network, len(rows), settings, process.of)
     network.to(device).begin(moved(rows.ads, device))
     more = _second_task(network, rows, settings, device)
-    updates = Updates(network, rows, settings, more)
+    updates = Updates(network, rows, settings, more, process)
+    loss_of = process.parallel(StepLoss(network, more), [table.weight for table in updates.tables.tables])
     for line in updates.summary():
         progress.console.print(line, soft_wrap=True)
     alone = _first_order(network, updates.optimisers, settings) if len(rows) < settings.flat_below and not warm else None
-    order = RowOrder(rows, settings.batch, settings.seed, settings.shuffle_rows if rows.mapped else 0)
+    pool, share = settings.shuffle_rows if rows.mapped else 0, (process.rank, process.of)
+    order = RowOrder(rows, settings.batch // process.of, settings.seed, pool // process.of, share)
     hiding = Hiding(rows, settings.unknown_rate, settings.seed)
     unseen = Unseen(network, rows, warm)
     patient = max(network.settles_after, settings.least_steps // (SHARE if alone else 1))
@@ -115,6 +119,7 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
         state = _go_on(checkpoint, updates, hiding, alone)
         at = f"epoch {len(state.epochs) + 1}, step {len(state.losses):,} of it"
         progress.console.print(f"going on from {at} (step {state.steps:,} of all), by {checkpoint.path}", soft_wrap=True)
+    _draw_apart(process.rank, updates, hiding, (settings.seed, process.rank, state.steps))
     for _ in state.epochs:
         order.epoch()  # drawn, as it was before
     for number in range(len(state.epochs) + 1, settings.epochs + 1):
@@ -123,15 +128,16 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
         made = delivered(hiding.batches(order.epoch(done)), device)
         for batch, labels, twins, drawn in progress.track(made, total=order.steps, completed=done, description=f"epoch {number}"):
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp and device.type == "cuda"):
-                loss = batch_loss(network, batch, labels, twins) + (more.loss() if more and not state.alone else 0.0)
+                loss = loss_of(batch, labels, twins, state.alone)
             updates.step(loss, batch)
             state.steps += 1
             network.after_step(state.steps)
             state.losses.append(loss.item() if loss.is_cpu else loss.detach())  # another device would have to be waited for
-            if checkpoint and checkpoint.due():
+            if checkpoint and not process.rank and checkpoint.due():
                 _write(checkpoint, state, updates, drawn)
         unseen.fill()
-        valid_logits = predict(network, valid)
+        process.share_buffers(network)
+        valid_logits = process.together(lambda part: predict(network, valid, part), len(valid))
         whole = bool(np.isfinite(valid_logits).all())
         metrics = measure(valid.labels, Calibration().on_log(valid_logits), valid.users) if whole else unmeasured(valid.labels)
         rate, losses, state.losses = updates.optimisers[0].param_groups[0]["lr"], list(map(float, state.losses)), []
@@ -154,7 +160,7 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
         elif state.stale >= settings.patience:
             break
     network.load_state_dict(state.best)
-    _end(network, unseen, hiding if state.best_score > -np.inf else None)
+    _end(network, unseen, hiding if state.best_score > -np.inf and not process.rank else None)
     return state.epochs
 
 
@@ -193,14 +199,30 @@ def _go_on(checkpoint: Checkpoint, updates: Updates, hiding: Hiding, alone: Firs
     return state
 
 
+def _draw_apart(rank: int, updates: Updates, hiding: Hiding, seed: tuple[int, ...]) -> None:
+    """Let a process that is not the first draw what no other does."""
+    if not rank:
+        return
+    hiding.random = np.random.default_rng(seed)
+    for generator in [torch.default_generator, *(each.random for each in updates.modules if isinstance(each, Cooccurrence))]:
+        generator.manual_seed(int(hiding.random.integers(2**63)))
+
+
 def score_of(metrics: Measures) -> float:
     """What chooses the epoch: AUC, because Platt scaling repairs the rest; a split with one class only has none."""
     return metrics.auc if np.isfinite(metrics.auc) else -metrics.log_loss
 
 
-def _check_steps(network: Network, rows: int, settings: TrainSettings) -> None:
+def check_steps(network: Network, rows: int, settings: TrainSettings, processes: int = 1) -> None:
+    """That a training has the rows and the steps that it needs.
+
+    Raises:
+        TrainError: it has not.
+    """
     if rows < 2:
         raise TrainError(f"a batch needs at least 2 rows to normalise over, the train split has {rows}")
+    if min(settings.batch, rows) < 2 * processes:
+        raise TrainError(f"{processes} workers need a batch of at least {2 * processes} rows, 2 each; it has {min(settings.batch, rows)}")
     steps = settings.epochs * max(1, len(range(settings.batch, rows - 1, settings.batch)) + 1)
     if steps < network.settles_after:
         raise TrainError(
@@ -227,6 +249,18 @@ def batch_loss(network: Network, batch: RequestTensors, labels: Labels, twins: i
     return loss + gap
 
 
+class StepLoss(nn.Module):
+    """What a step lessens: `batch_loss`, and that of a second task unless the first order learns alone."""
+
+    def __init__(self, network: Network, more: Cooccurrence | None) -> None:
+        super().__init__()
+        self.network, self.more = network, more
+
+    def forward(self, batch: RequestTensors, labels: Labels, twins: int, alone: bool) -> Tensor:
+        """The loss of a batch with its twins."""
+        return batch_loss(self.network, batch, labels, twins) + (self.more.loss() if self.more and not alone else 0.0)
+
+
 def _first_order(network: Network, optimisers: Sequence[torch.optim.Optimizer], settings: TrainSettings) -> FirstOrder | None:
     """The first order, about to learn alone; None: there is none, or no epoch to do so in."""
     network.flatten()
@@ -241,16 +275,17 @@ def _end(network: Network, unseen: Unseen, hiding: Hiding | None) -> None:
     network.eval()
 
 
-def predict(network: Network, rows: Rows) -> Logits:
-    """Logits `(N,)` of a click for a split, in evaluation mode."""
-    return predict_heads(network, rows)[CLICK]
+def predict(network: Network, rows: Rows, numbers: Numbers | None = None) -> Logits:
+    """Logits `(N,)` of a click for a split, or for those of its rows that have these numbers, in evaluation mode."""
+    return predict_heads(network, rows, numbers)[CLICK]
 
 
-def predict_heads(network: Network, rows: Rows) -> dict[str, Logits]:
-    """Logits `(N,)` by head for a split, in evaluation mode."""
+def predict_heads(network: Network, rows: Rows, numbers: Numbers | None = None) -> dict[str, Logits]:
+    """Logits `(N,)` by head for a split, or for some of its rows, in evaluation mode."""
+    wanted = np.arange(len(rows)) if numbers is None else numbers
     network.eval()
     with torch.no_grad():
-        chunks = np.array_split(np.arange(len(rows)), range(EVALUATION_ROWS, len(rows), EVALUATION_ROWS))
+        chunks = np.array_split(wanted, range(EVALUATION_ROWS, len(wanted), EVALUATION_ROWS))
         found = [network(moved(rows.batch(chunk), home(network))) for chunk in chunks]
         return {head: np.concatenate([outputs[head].squeeze(1).cpu().numpy() for outputs in found]) for head in network.heads}
 

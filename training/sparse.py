@@ -13,44 +13,52 @@ from torch import Tensor, nn
 
 from features.vocabulary import PADDING
 
-from .networks.lookup import EmbeddingTable
+from .distributed import ONLY, Process
+from .networks.lookup import EmbeddingTable, Touched
 
 
 class SparseTables:
     """Tables whose gradients are sparse ones, of the rows that were looked up."""
 
-    def __init__(self, tables: Sequence[EmbeddingTable]) -> None:
-        self.tables = tables
+    def __init__(self, tables: Sequence[EmbeddingTable], process: Process = ONLY) -> None:
+        self.tables, self.process = tables, process
         for table in tables:
             table.touched = []
         if tables:
             torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]  # as they are, but torch's Adagrad would warn of it
+        self._before: tuple[Tensor, Tensor, Tensor] | None = None
         self._place = np.zeros(max((table.num_embeddings for table in tables), default=0), np.int32)
 
     @classmethod
-    def among(cls, modules: Iterable[nn.Module], above: int) -> "SparseTables":
+    def among(cls, modules: Iterable[nn.Module], above: int, process: Process = ONLY) -> "SparseTables":
         """Those of more than so many rows; 0: none."""
         found = {id(each): each for module in modules for each in module.modules() if isinstance(each, EmbeddingTable)}
-        return cls([each for each in found.values() if above and each.num_embeddings > above])
+        return cls([each for each in found.values() if above and each.num_embeddings > above], process)
 
     def gather(self) -> None:
         """Make the gradients of a backward pass, with each row once; None where there was no lookup."""
-        before, distinct = None, (torch.zeros(0), torch.zeros(0))
+        self._before = None
         for table in self.tables:
             table.weight.grad = None
             if not table.touched:
                 continue
-            ids = torch.cat([rows for rows, _ in table.touched])
-            if before is None or not torch.equal(ids, before):  # the tables of a network are mostly looked up alike
-                before, distinct = ids, self._distinct(ids)
-            rows, at = distinct
-            sums = table.weight.new_zeros((len(rows), table.embedding_dim))
-            parts = torch.split(at, [len(each) for each, _ in table.touched])
-            for part, (_, gradient) in zip(parts, table.touched, strict=True):
-                sums.index_add_(0, part, gradient)
+            rows, sums = self._summed(table.touched)
+            if self.process.of > 1:  # each sums its own before they travel
+                rows, sums = self._summed([self.process.gathered(rows, sums)])
             sums[:1].masked_fill_(rows[:1, None] == PADDING, 0)  # they are in order
             table.weight.grad = torch.sparse_coo_tensor(rows[None], sums, table.weight.shape, is_coalesced=True)
             table.touched.clear()
+
+    def _summed(self, touched: Touched) -> tuple[Tensor, Tensor]:
+        """The distinct rows `(N,)`, in order, and the sums of their gradients `(N, D)`."""
+        ids = torch.cat([rows for rows, _ in touched])
+        if self._before is None or not torch.equal(ids, self._before[0]):  # the tables of a network are mostly looked up alike
+            self._before = ids, *self._distinct(ids)
+        _, rows, at = self._before
+        sums = touched[0][1].new_zeros((len(rows), touched[0][1].shape[1]))
+        for part, (_, gradient) in zip(torch.split(at, [len(each) for each, _ in touched]), touched, strict=True):
+            sums.index_add_(0, part, gradient)
+        return rows, sums
 
     def _distinct(self, of: Tensor) -> tuple[Tensor, Tensor]:
         """The distinct ones among ids `of (N,)`, and where each is among them: noted down a row of the table, which beats sorting all."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,17 @@ from .datasets.memory import GB, Memory
 from .datasets.prepared import SPLITS, Prepared, wrong_head
 from .datasets.vocabularies import learn_vocabularies
 from .device import device_of
+from .distributed import Logits
 from .evaluate import Measures, measure
 from .first_order import settled
-from .fit import Epoch, Logits, deterministic, fit_network, predict_heads
+from .fit import Epoch, deterministic, fit_network, predict_heads
 from .networks import NETWORKS, build
 from .networks.contract import CLICK, Fields, Network
 from .networks.pretrained import copy_embeddings
 from .networks.warm_start import warm_start
 from .tenure import Tenure, renewed
 from .train_settings import TrainError, TrainSettings
+from .workers import fit_by_workers
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def train(
         with _step(progress, "learning vocabularies"):
             encoder = Encoder(data.schema, learn_vocabularies(data, whole.vocabularies if whole else None, tenure))
         with _step(progress, "encoding"):
-            rows, valid = (encode_split(data, split, encoder, heads) for split in ("train", "valid"))
+            encoded = partial(_encoded, data, encoder, heads)
+            rows, valid = encoded()
         left, settings = settings.open, settings.for_rows(len(rows))
         for line in _from_disk(rows, data.memory, settings):
             progress.console.print(line, soft_wrap=True)
@@ -121,7 +125,8 @@ def train(
         if checkpoint:
             both = {**vars(network_settings), **vars(settings)}
             checkpoint.training = identity(family, both, data.schema.to_toml(), (rows, valid))
-        epochs = fit_network(network, rows, valid, settings, progress, warm=whole is not None, checkpoint=checkpoint)
+        fitted = partial(fit_by_workers, encoded) if settings.workers > 1 else fit_network
+        epochs = fitted(network, rows, valid, settings, progress, warm=whole is not None, checkpoint=checkpoint)
         counted = {"train": (len(rows), int(rows.labels.sum(dtype=np.float64)))}
         del rows
         logits = predict_heads(network, valid)
@@ -138,6 +143,11 @@ def train(
     others = {head: {split: found[head] for split, found in measured.items()} for head in heads if head != CLICK}
     rows_by_split, clicks_by_split = by_split
     return Trained(family, network, encoder, calibrations, epochs, metrics, facts, test, rows_by_split, clicks_by_split, others, tenure)
+
+
+def _encoded(data: Prepared, encoder: Encoder, heads: tuple[str, ...]) -> tuple[Rows, Rows]:
+    rows, valid = (encode_split(data, split, encoder, heads) for split in ("train", "valid"))
+    return rows, valid
 
 
 def _begin_embeddings(network: Network, vocabularies: Vocabularies, start: Start | None, progress: Progress) -> None:

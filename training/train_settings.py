@@ -71,6 +71,8 @@ class TrainSettings:
     stay float32. On the CPU it changes nothing."""
     threads: int = 0
     """Threads of torch; 0 is as many as the machine allows. Another number may give other last bits."""
+    workers: int = 1
+    """Processes of `adrank train` that share every `batch`, by Ray (docs/scale.md)."""
     cooccurrence: float = 0.0
     """Weight of a second task for the vectors of ads, how often two are clicked by one user (`cooccurrence.py`); 0: none."""
     heads: str = ""
@@ -108,6 +110,8 @@ class TrainSettings:
             ("clip", self.clip > 0, "above 0"),
             ("device", self.device in DEVICES, "auto, cpu or cuda"),
             ("threads", self.threads >= 0, "at least 0"),
+            ("workers", self.workers >= 1, "at least 1"),
+            ("workers", self.workers <= 1 or self.regularise == "table", "1 where regularise is batch"),
             ("evict_after", self.evict_after >= 0, "at least 0"),
             ("cooccurrence", 0 <= self.cooccurrence < float("inf"), "at least 0"),
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .cooccurrence import Cooccurrence
 from .datasets.encoded import Rows
+from .distributed import ONLY, Process
 from .networks.contract import Network, RequestTensors
 from .networks.embeddings import Embeddings
 from .sparse import SparseTables, lazily
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 class Updates:
     """The steps of one training."""
 
-    def __init__(self, network: Network, rows: Rows, settings: "TrainSettings", more: Cooccurrence | None = None) -> None:
-        """`more` is a second task, whose weights learn too."""
+    def __init__(
+        self, network: Network, rows: Rows, settings: "TrainSettings", more: Cooccurrence | None = None, process: Process = ONLY
+    ) -> None:
+        """`more` is a second task, whose weights learn too; `process` has a share of each step's rows."""
         self.network, self.clip = network, settings.clip
         self.modules: list[nn.Module] = [network, more] if more else [network]
-        self.tables = SparseTables.among(self.modules, settings.sparse_above)
+        self.tables = SparseTables.among(self.modules, settings.sparse_above, process)
         optimisers = network.optimisers(settings.learning_rate) + ([more.optimiser(settings.learning_rate)] if more else [])
         self.optimisers = lazily(optimisers, self.tables)
         self.decay = EmbeddingDecay(network, rows, settings)
