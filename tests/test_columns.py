@@ -17,6 +17,7 @@ from features.encode import Block, Encoder
 from tests.test_ages import SCHEMA as WITH_AGES
 from tests.test_ages import data_set as with_ages
 from tests.test_checkpoint import Killed, KilledAfter, state, trained
+from tests.test_cli import QUICK, refused, run
 from training.checkpoint import Checkpoint, CheckpointError
 from training.datasets.columns import FACTS
 from training.datasets.distinct import DistinctAds
@@ -172,6 +173,14 @@ def test_a_disk_that_is_full_is_a_sentence_and_leaves_nothing(data: Prepared, tm
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot write .*/file: File exists; name another folder with --cache DIR"):
         on_disk(data, memory=Memory(1e-9, tmp_path / "file"))
+
+
+def test_the_command_keeps_rows_where_it_is_told(data: Prepared, tmp_path: Path) -> None:
+    words = ["train", "--data", data.folder, "--model", "deepfm", "--models", tmp_path / "models", "--memory", "0.00001"]
+    refused(run(*words, "--cache", tmp_path / "cache", *QUICK), r"2,200 rows that are mixed at once take .* GB of 1e-05 GB; say --set")
+    assert not (data.folder / CACHE).exists()
+    assert {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir()} == {".lock", "train", "valid"}
+    refused(run(*words, "--cache", data.files("train")[0]), "is a file")
 
 
 def test_ads_that_differ_are_each_once_and_of_very_many_some_at_random() -> None:

@@ -163,11 +163,12 @@ def _begin_embeddings(network: Network, vocabularies: Vocabularies, start: Start
 def _from_disk(rows: Rows, memory: Memory, settings: TrainSettings) -> Iterator[str]:
     """How the rows of train are read where they are not in memory, for people."""
     if rows.mapped:
-        pool = min(settings.shuffle_rows, len(rows)) * rows.mapped.size // len(rows)
+        mixed = min(settings.shuffle_rows, len(rows))
+        pool = rows.mapped.size * mixed // len(rows)
         if 4 * pool > memory.most:
-            what = f"{settings.shuffle_rows:,} rows that are mixed at once take {pool / GB:.2g} GB of {memory.most / GB:.3g} GB"
+            what = f"{mixed:,} rows that are mixed at once take {pool / GB:.2g} GB of {memory.most / GB:.3g} GB"
             raise TrainError(f"{what}; say --set shuffle_rows= with fewer, or more --memory")
-        yield f"rows are read from disk, {rows.mapped.size / GB:.3g} GB, and mixed {settings.shuffle_rows:,} at once"
+        yield f"rows are read from disk, {rows.mapped.size / GB:.3g} GB, and mixed {mixed:,} at once"
 
 
 def heads_of(family: str, asked: str = "") -> tuple[str, ...]:
