@@ -29,12 +29,12 @@ def evaluate(bundle: Path, data: Path, split: str, importance: bool, as_json: bo
     from training.export.export import evaluate_bundle
     from training.progress import progress_bar
 
-    opened = replace(open_data(data), memory=memory_of(flags))
+    loaded, opened = load_bundle(bundle), replace(open_data(data), memory=memory_of(flags))
     if importance:
-        _print_importance(load_bundle(bundle), opened, split, as_json)
+        _print_importance(loaded, opened, split, as_json)
         return
     with progress_bar() as progress:
-        metrics = evaluate_bundle(load_bundle(bundle), opened, split, progress)
+        metrics = evaluate_bundle(loaded, opened, split, progress)
     if as_json:
         print(json.dumps(metrics.as_dict()))
     else:
