@@ -427,8 +427,8 @@ def load_bundle(path: Path) -> Bundle:
     return read_bundle(path, check_files(path))
 
 
-def check_files(path: Path) -> dict[str, Any]:
-    """The manifest of a bundle whose files are those that it lists.
+def check_files(path: Path, notes: Path | None = None) -> dict[str, Any]:
+    """The manifest of a bundle whose files are those that it lists. `notes`: see `files.digest`.
 
     Raises:
         BundleError: it is not whole, or was changed.
@@ -437,14 +437,14 @@ def check_files(path: Path) -> dict[str, Any]:
         manifest = read_manifest(path)
         called(path, manifest)
         for file in dict(manifest["files"]):
-            _check_file(path, file, manifest["files"])
+            _check_file(path, file, manifest["files"], notes)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unreadable(path, error) from error
     return manifest
 
 
-def _check_file(path: Path, file: str, digests: Mapping[str, str]) -> None:
-    if Path(file).name != file or _digest(path, file, digests) != digests[file]:
+def _check_file(path: Path, file: str, digests: Mapping[str, str], notes: Path | None = None) -> None:
+    if Path(file).name != file or _digest(path, file, digests, notes) != digests[file]:
         what = f"{file} is not what was published (its digest differs)"
         raise BundleError(f"bundle {path}: {what}; copy it again or publish it again", "damaged")
 
@@ -461,10 +461,10 @@ def called(path: Path, manifest: Mapping[str, Any]) -> tuple[str, int]:
     return str(manifest["name"]), int(manifest["version"])
 
 
-def _digest(path: Path, file: str, listed: Collection[str]) -> str:
+def _digest(path: Path, file: str, listed: Collection[str], notes: Path | None) -> str:
     """The digest of a file; for a graph, once it is sure that all of its weights lie in files with a digest."""
     if not file.endswith(".onnx"):
-        return files.digest(path / file, MOST_BYTES)
+        return files.digest(path / file, MOST_BYTES, notes)
     data = files.read(path / file, MOST_GRAPH_BYTES)
     with contextlib.suppress(GraphFileError):  # whoever loads it finds that out
         beside = graph_facts(data).external

@@ -1,13 +1,16 @@
 """Tables above a size lie in files of their own, which all who score map: exported, checked, refused, gone on from, shared, let go of."""
 
 import gc
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import onnx
@@ -18,6 +21,7 @@ from onnx import TensorProto, helper
 from onnxscript import ir
 
 from features import bundle as bundles
+from features import files
 from features.bundle import EXPLAIN_MODEL, GOLDENS, INT8_MODEL, MANIFEST, MODEL, SCHEMA, VOCABULARIES, BundleError, load_bundle, publish
 from features.graph_file import graph_facts
 from service.errors import ScoringError
@@ -153,9 +157,9 @@ def renamed(name: str) -> Callable[[Path, str, str], None]:
     return rename
 
 
-def republish(path: Path, files: dict[str, bytes]) -> None:
-    made = publish(path.parent, "other", {**{file: (path / file).read_bytes() for file in load_bundle(path).files}, **files}, {})
-    for file in (*files, MANIFEST):
+def republish(path: Path, changed: dict[str, bytes]) -> None:
+    made = publish(path.parent, "other", {**{file: (path / file).read_bytes() for file in load_bundle(path).files}, **changed}, {})
+    for file in (*changed, MANIFEST):
         (made / file).replace(path / file)
 
 
@@ -201,9 +205,9 @@ def test_a_table_that_no_bundle_may_hold_is_not_published(
     made: tuple[Prepared, Trained, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bundles, "MOST_BYTES", 1000)
-    files = {SCHEMA: b"", VOCABULARIES: b"", GOLDENS: b"", "table-1.bin": np.zeros((126, 2), np.float32).data}
+    contents = {SCHEMA: b"", VOCABULARIES: b"", GOLDENS: b"", "table-1.bin": np.zeros((126, 2), np.float32).data}
     with pytest.raises(BundleError, match=r"table-1\.bin has 1,008 bytes, and a bundle's file at most 1,000; nothing was published"):
-        publish(tmp_path, "m", files, {})
+        publish(tmp_path, "m", contents, {})
     assert not [each for each in (tmp_path / "m").iterdir() if each.name != bundles.LOCK]
 
 
@@ -269,3 +273,40 @@ def test_processes_share_a_table(tmp_path: Path) -> None:
     assert all(each["Rss"] == SHARED_MB * 1024 for each in found), found
     assert sum(each["Pss"] for each in found) == pytest.approx(SHARED_MB * 1024, rel=0.05)
     assert not any(each["Private_Dirty"] for each in found)
+
+
+def test_processes_that_share_notes_read_a_large_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, notes, read = tmp_path / "table.bin", tmp_path / "notes", list[str]()
+    actual = files._digest
+
+    def counted(opened: IO[bytes]) -> str:
+        read.append(file.name)
+        return actual(opened)
+
+    def digest(counts: int, notes: Path | None = notes) -> None:
+        assert files.digest(file, 2**30, notes) == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert len(read) == counts
+
+    monkeypatch.setattr(files, "NOTED", 4)
+    monkeypatch.setattr(files, "_digest", counted)
+    file.write_bytes(b"12345")
+    digest(1)  # there is no such folder, so no note
+    notes.mkdir()
+    for _ in range(3):
+        digest(2)
+    digest(3, None)
+    seen = file.stat()
+    file.write_bytes(b"12346")
+    while file.stat().st_ctime_ns == seen.st_ctime_ns:  # a tick of the clock
+        os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))  # it looks as it did, but for a time that cannot be set
+    digest(4)
+    (tmp_path / "other").write_bytes(b"54321")
+    (tmp_path / "other").replace(file)
+    digest(5)
+    for note in notes.iterdir():
+        note.write_text("torn")
+    digest(6)
+    digest(6)
+    file.write_bytes(b"123")  # not large
+    digest(7)
+    digest(8)

@@ -73,17 +73,17 @@ class Models:
         return self.loaded[self.default]
 
 
-def load_model(path: Path, settings: Settings, beside: Executor, others: Collection[Bundle] = ()) -> Model:
+def load_model(path: Path, settings: Settings, beside: Executor, others: Collection[Bundle] = (), notes: Path | None = None) -> Model:
     """Load and check a version, and warm it up. Blocks for a second or more; to be called in a thread of low priority.
 
     `beside`, of usual priority, makes the scorer: threads that one of low priority starts have a low priority for ever. `others` are in
-    memory, and what the bundle has in common with them is not kept twice.
+    memory, and what the bundle has in common with them is not kept twice. `notes`: see `files.digest`.
 
     Raises:
         BundleError: it is not what was published, or not for this program.
         ScoringError: it cannot be scored with.
     """
-    bundle = read_bundle(path, check_files(path), others)
+    bundle = read_bundle(path, check_files(path, notes), others)
     schema, graph = bundle.schema, graph_of(bundle, settings)
     scorer = beside.submit(_open, bundle, graph, settings).result()
     bundle.check_goldens(scorer.score, graph)

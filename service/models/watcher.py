@@ -209,7 +209,7 @@ class ModelWatcher:
             try:
                 with _switching_often():
                     others = [other.bundle for other in self._models()]
-                    model = await self._aside(load_model, path, self._settings, self._beside, others)
+                    model = await self._aside(load_model, path, self._settings, self._beside, others, shared_folder())
                     del others
             except (BundleError, ScoringError) as error:
                 tried = Tried(path, mark, Refused.by(error))
