@@ -159,7 +159,7 @@ def _write(benchmark_model: BenchmarkModel, home: Path) -> None:
         **({INT8_MODEL: rough} if rough else {}),
         SCHEMA: encoder.schema.to_toml().encode(),
         VOCABULARIES: encoder.vocabularies.to_json().encode(),
-        GOLDENS: goldens_json(_goldens(benchmark_model.population, served, encoder, rough)),
+        GOLDENS: goldens_json(random_goldens(benchmark_model.population, served, encoder, rough)),
     }
     publish(home / "models", benchmark_model.name, files, {"network": benchmark_model.family, "settings": vars(benchmark_model.settings)})
     for name in ("rowwise", "textbook"):
@@ -216,7 +216,8 @@ def _requests(schema: Schema, sizes: Mapping[str, int], count: int) -> list[Feed
     return [random_feeds(schema, dict(sizes), 32, max(schema.history_length, 1), 8, seed) for seed in range(count)]
 
 
-def _goldens(population: Population, served: ServedNetwork, encoder: Encoder, rough: bytes | None) -> list[Golden]:
+def random_goldens(population: Population, served: ServedNetwork, encoder: Encoder, rough: bytes | None = None) -> list[Golden]:
+    """Random requests with their scores, those of the int8 graph too where there is one."""
     random = np.random.default_rng([population.seed, 4])
     ads = {ad.ad_id: ad.features for ad in population.ads()}
     users = list(population.users())

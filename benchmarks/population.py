@@ -9,7 +9,7 @@ import numpy as np
 from features.encode import Encoder, Features
 from features.schema import IDENTITY, Field, Schema
 from features.state import Ad, UserState
-from features.vocabulary import FIRST, Vocabularies, Vocabulary
+from features.vocabulary import FIRST, HashBuckets, Vocabularies, Vocabulary
 from service.app import open_store
 from service.settings import load_settings
 
@@ -38,13 +38,18 @@ class Population:
     @property
     def encoder(self) -> Encoder:
         """Of vocabularies that know every value."""
-        values = {name: Vocabulary([value(name, i) for i in range(size)]) for name, size in self.sizes.items()}
-        return Encoder(self.schema, Vocabularies(values, {}))
+        values: dict[str, Vocabulary | HashBuckets] = {name: HashBuckets(buckets) for name, buckets in self._hashed.items()}
+        listed = {name: Vocabulary([value(name, i) for i in range(size)]) for name, size in self.sizes.items() if name not in values}
+        return Encoder(self.schema, Vocabularies({**listed, **values}, {}))
 
     @property
     def heights(self) -> dict[str, int]:
         """Ids in use of each vocabulary, padding and unknown included."""
-        return {name: size + FIRST for name, size in self.sizes.items()}
+        return {name: size + FIRST for name, size in {**self.sizes, **self._hashed}.items()}
+
+    @property
+    def _hashed(self) -> dict[str, int]:
+        return {field.vocabulary: field.buckets for field in self.schema.fields if field.buckets}
 
     def ads(self) -> Iterator[Ad]:
         """Every ad with its features."""
