@@ -21,7 +21,8 @@ from features.streams import SERVED, Entry
 from service.catalogue.catalogue import Catalogue
 from service.feedback.impression_log import ServedLog, served
 from service.ranking.executor import Inline
-from service.ranking.ranker import Query, Ranker, Ranking
+from service.ranking.query import Query, Ranking
+from service.ranking.ranker import Ranker
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from tests.test_ages import NOW, SCHEMA, data_set

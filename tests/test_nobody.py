@@ -17,7 +17,8 @@ from features.state import MemoryStore, UserState
 from features.values import plain, plain_all
 from features.vocabulary import fingerprint
 from service.feedback.ingest import Ages, Intake
-from service.ranking.ranker import Query, _usable
+from service.ranking.query import Query
+from service.ranking.ranker import _usable
 from service.telemetry.metrics import Metrics
 from tests.test_datasets import patient, rows
 from tests.test_plausible import HISTORY, SCHEMA, ZEROS, line, prepare

@@ -20,7 +20,8 @@ from service.models.loaded import Models
 from service.ranking.bids import CPC, Bids, to_micros
 from service.ranking.executor import Inline, Pool
 from service.ranking.ordering import best_first
-from service.ranking.ranker import Degraded, Query, Ranker
+from service.ranking.query import Degraded, Query
+from service.ranking.ranker import Ranker
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 

@@ -25,7 +25,8 @@ from service.catalogue.catalogue import Catalogue
 from service.feedback import impression_log as module
 from service.feedback.impression_log import ServedLog, served
 from service.ranking.executor import Inline
-from service.ranking.ranker import Query, Ranker
+from service.ranking.query import Query
+from service.ranking.ranker import Ranker
 from service.settings import Settings
 from service.store.redis import RedisStore
 from service.telemetry.metrics import Metrics

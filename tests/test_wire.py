@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.api.wire import TIMED, RankAnswer, answer
-from service.ranking.ranker import Degraded, Ranking, shortest
+from service.ranking.placing import shortest
+from service.ranking.query import Degraded, Ranking
 from service.telemetry.metrics import RequestTimings
 
 IDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6) | st.sampled_from(['a",', '"', "\\", "\u0000", "\u2028", "😀", 'x","y'])

@@ -8,7 +8,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .. import errors
 from ..feedback.impression_log import ServedLog
 from ..ranking.explanations import Explanations
-from ..ranking.ranker import Query, Ranker, Ranking
+from ..ranking.query import Query, Ranking
+from ..ranking.ranker import Ranker
 from ..serving.shares import Shares
 from ..settings import Settings
 from ..telemetry.metrics import Metrics, RequestTimings

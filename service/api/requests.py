@@ -15,7 +15,8 @@ from features.values import plain, plain_all
 
 from ..errors import FieldProblem, InvalidError, NotJsonError
 from ..ranking.bids import BID_TYPES, CPC, HIGHEST, MICRO, Bids, Micros, times, to_micros
-from ..ranking.ranker import MISTAKES_TOLD, Query, Ranking
+from ..ranking.query import MISTAKES_TOLD, Query, Ranking
+from ..ranking.rules import Rules
 from ..settings import Settings
 from . import wire
 from .wire import Behaviour, Candidate, CandidateColumns, RankRequest
@@ -106,7 +107,7 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None, wei
         context=request.context,
         ad_ids=ad_ids,
         names=None if ad_ids is names else names,
-        bids=_bids(request, len(ad_ids), *offered),
+        bids=None if offered is NOTHING else _bids(request, len(ad_ids), *offered),
         sent=sent,
         model=options.model,
         top_k=options.top_k,
@@ -116,10 +117,22 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None, wei
         min_score=options.min_score,
         reserve=None if options.reserve is None else int(_amounts([options.reserve], "reserve")[0]),
         prices=options.prices,
+        rules=None if options.rules is None else _rules(options.rules),
         explain=options.explain,
         unknown_ads=options.unknown_ads,
         policy=default if options.explore is None else _policy(options.explore),
         deadline=deadline,
+    )
+
+
+def _rules(rules: wire.RankRules) -> Rules:
+    return Rules(
+        max_per=rules.max_per,
+        distance=rules.distance,
+        trade_off=1.0 if rules.diversity is None else rules.diversity.trade_off,
+        alike=() if rules.diversity is None else rules.diversity.by,
+        pinned={int(place): plain(ad_id) for place, ad_id in rules.pinned.items()},
+        reserves=_amounts(rules.reserves, "rules.reserves").tolist(),
     )
 
 
@@ -138,6 +151,7 @@ def _policy(explore: wire.Explore) -> Policy | None:
 
 Offered = tuple[Sequence[float | None] | None, Sequence[str | None] | None, Sequence[float | None] | None, Sequence[float | None] | None]
 """The columns `OFFER`, None where no candidate has one."""
+NOTHING: Offered = (None, None, None, None)
 OFFER = ("bid", "bid_type", "value", "multiplier")
 KINDS: dict[str | None, int] = {None: CPC, **{name: kind for kind, name in enumerate(BID_TYPES)}}
 
@@ -152,7 +166,7 @@ def _columns(candidates: CandidateColumns | list[Candidate] | list[str]) -> tupl
                 raise InvalidError("the columns are not equally long", [FieldProblem(("candidates", name), detail)])
         return ad_ids, offered, {i: sent for i, sent in enumerate(features or ()) if sent}
     if isinstance(candidates[0], str):
-        return cast("list[str]", candidates), (None,) * 4, {}  # type: ignore[redundant-cast]  # mypy takes the first for all of them
+        return cast("list[str]", candidates), NOTHING, {}  # type: ignore[redundant-cast]  # mypy takes the first for all of them
     rows = [row for row in candidates if isinstance(row, Candidate)]
     said = set[str]().union(*(row.model_fields_set for row in rows))
     columns = tuple([getattr(row, name) for row in rows] if name in said else None for name in OFFER)
@@ -161,7 +175,8 @@ def _columns(candidates: CandidateColumns | list[Candidate] | list[str]) -> tupl
 
 def _bids(request: RankRequest, count: int, bids: Any, kinds: Any, values: Any, multipliers: Any) -> Bids | None:
     """What candidates offer, None where they offer nothing."""
-    if all(column is None or column.count(None) == count for column in (bids, values, kinds)):
+    said = [column for column in (bids, values, kinds) if column is not None]
+    if all(column.count(None) == count for column in said):
         return None
     bid, value = (
         np.full(count, -1) if column is None else _amounts(column, name, request) for name, column in (("bid", bids), ("value", values))
@@ -179,7 +194,7 @@ def _amounts(amounts: Sequence[float | None], name: str, request: RankRequest | 
     micros, wrong = to_micros(amounts)
     if wrong:
         detail = "needs more than 6 decimals; round it to millionths"
-        paths = [("candidates", i, name) if request else ("options", name) for i in wrong[:MISTAKES_TOLD]]
+        paths = [("candidates", i, name) if request else ("options", *name.split(".")) for i in wrong[:MISTAKES_TOLD]]
         problems = [FieldProblem(path, detail) for path in paths]
         raise InvalidError(
             f"{len(wrong)} amounts have more than 6 decimals", [locate(request, each) if request else each for each in problems]

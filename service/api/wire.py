@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from features.policy import COLDEST, HOTTEST
 from features.state import HISTORY_LIMIT
 
-from ..ranking.ranker import Ranking
+from ..ranking.query import Ranking
 from ..telemetry.metrics import RequestTimings
 
 TEXT_LENGTH, LIST_LENGTH, FEATURES, CANDIDATES, ID_LENGTH = 1_024, 1_000, 256, 100_000, 256
@@ -176,6 +176,37 @@ Explore = Annotated[
 ]
 
 
+class Diversity(Wire):
+    """Maximal marginal relevance: each place gets the ad with the most of trade_off · worth + (1 - trade_off) · (1 - likeness), where worth
+    is what ads are ordered by, as a share of the best ad's, and likeness that to the ad above that is most like it.
+    """
+
+    trade_off: Annotated[float, Field(ge=0, le=1)]
+    """1: by worth alone; 0: by what differs alone."""
+    by: Annotated[list[Name], Field(min_length=1, max_length=8)]
+    """Categories of ads, such as `category`: two ads are alike in the share of them that have the same value."""
+
+
+class RankRules(Wire):
+    """What holds for the ads of the answer. Features are categories of ads by the schema's names; an ad that has no value of one is free of
+    its rules. An ad that falls is in `omitted`, with the rule that keeps it from the next place as its reason.
+    """
+
+    max_per: Annotated[dict[Name, Annotated[int, Field(ge=1, le=CANDIDATES)]], Field(max_length=8)] = {}
+    """At most so many ads of one value, by feature: `{"advertiser": 2}`; the others are omitted as `max_per_advertiser`."""
+    distance: Annotated[dict[Name, Annotated[int, Field(ge=2, le=1_000)]], Field(max_length=8)] = {}
+    """From an ad to the next with the same value it is at least so many places, by feature; 2: never side by side. What then finds no
+    place is omitted as `distance_` and the feature."""
+    diversity: Diversity | None = None
+    """Order by worth and difference."""
+    pinned: Annotated[dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}$")], Id], Field(max_length=100)] = {}
+    """Candidates by the place where they stand whatever they are worth: `{"1": "a7"}`. No floor, reserve or rule holds for them, but they
+    count in the rules for others; they have no price."""
+    reserves: Annotated[list[Bid], Field(max_length=1_000)] = []
+    """The least eCPM at each place, the last for all further ones; where no ad reaches it the answer ends, and the others are omitted as
+    `below_reserve`. Beside `reserve`, which holds for all places."""
+
+
 class Options(Wire):
     """How to rank."""
 
@@ -197,6 +228,8 @@ class Options(Wire):
     prices: bool = False
     """With `objective: ecpm`, say of each ad what it has to pay for what it bids for, by the generalised second price: the least bid with
     which its eCPM would reach that of the best ad below it, or the reserve. Nothing is charged here."""
+    rules: RankRules | None = None
+    """What holds for the ads of the answer after they are scored: how many alike, how far apart, how different, which where."""
     explain: bool = False
     """Answer too with what the model was given, the user's features and behaviours and each ad's features, and with what it made of it:
     each behaviour's weight and what each field added to the logit, of networks that have such (docs/models.md)."""
@@ -263,7 +296,10 @@ class OmittedAnswer(Wire):
     """A candidate that is not ranked, and why."""
 
     ad_id: str
-    reason: Literal["below_floor", "below_reserve", "duplicate", "not_scored", "top_k", "unknown_ad"]
+    reason: (
+        Literal["below_floor", "below_reserve", "duplicate", "not_scored", "top_k", "unknown_ad"]
+        | Annotated[str, Field(pattern="^(max_per|distance)_")]
+    )
 
 
 class DegradedAnswer(Wire):

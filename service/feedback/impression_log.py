@@ -21,7 +21,7 @@ from features.state import Store, StoreError, StoreRoom
 from features.streams import SERVED
 
 from ..ranking.bids import BID_TYPES, MICRO
-from ..ranking.ranker import Ranking
+from ..ranking.query import Ranking
 from ..settings import Settings
 from ..telemetry.logs import where
 from ..telemetry.metrics import Metrics
@@ -84,7 +84,7 @@ def _money(ranking: Ranking, most: int) -> Mapping[str, Sequence[Any]]:
     """What the ads of the record bid, and would have had to pay."""
     if ranking.bids is None:
         return {}
-    bids = ranking.bids.take(ranking.kept[:most] if ranking.propensity is None else ranking.rows)
+    bids = ranking.bids.take(ranking.rows if ranking.explored else ranking.kept[:most])
     prices = [] if ranking.price is None else [round((price or 0) * MICRO) for price in ranking.price[:most]]
     return {"bids": bids.bid.tolist(), "bid_types": [BID_TYPES[kind] for kind in bids.kind.tolist()], "prices": prices}
 
@@ -97,7 +97,7 @@ def _said_shown(ranking: Ranking) -> int:
 
 def _candidates(ranking: Ranking) -> list[str]:
     """All that were ranked, where the policy explored."""
-    if ranking.propensity is None:
+    if not ranking.explored:
         return []
     return list(map(ranking.encoded.request.candidates.__getitem__, ranking.rows.tolist()))
 
@@ -105,7 +105,7 @@ def _candidates(ranking: Ranking) -> list[str]:
 def _unknown(ranking: Ranking, shown: Sequence[str]) -> dict[str, None]:
     """Those of the ads of the record that were ranked as unknown, in order."""
     known = ranking.known
-    if ranking.propensity is not None:
+    if ranking.explored:
         ad_ids = ranking.encoded.request.candidates
         return dict.fromkeys(ad_ids[row] for row in ranking.rows[~ranking.encoded.known.take(ranking.rows)].tolist())
     return {} if known is None else {ad_id: None for ad_id, is_known in zip(shown, known, strict=False) if not is_known}

@@ -91,16 +91,24 @@ def worth_of(objective: str, bids: Bids | None, p: Mapping[str, Floats], weights
     return Worth(by, ecpm, chances)
 
 
-def second_prices(worth: Worth, order: Ids, reserve: int) -> Micros:
-    """By the generalised second price, in micros of each one's own unit: the least bid whose eCPM reaches that of the best ad below, or
-    the reserve. No ad pays more than its bid, though a policy that explores may have put a better one below it.
+def best_below(worth: Worth, order: Ids) -> list[int]:
+    """By place of an order the eCPM of the best ad below it, 0 at the end."""
+    assert worth.ecpm is not None  # noqa: S101  # prices are asked of bids
+    return [*np.maximum.accumulate(worth.ecpm.take(order)[:0:-1])[::-1].tolist(), 0][: len(order)]
+
+
+def second_prices(worth: Worth, placed: Ids, below: Sequence[int], reserves: Sequence[int]) -> Micros:
+    """By the generalised second price, in micros of each one's own unit: the least bid whose eCPM reaches that of the best other ad, or
+    the place's reserve, the last of which is that of all further places. No ad pays more than its bid, though a policy that explores may
+    have passed a better one over; one whose place was not for sale, `ABSENT` below, has no price.
     """
-    assert worth.ecpm is not None and worth.chances is not None  # noqa: S101, PT018  # prices are asked of bids
-    own, chances = worth.ecpm.take(order), worth.chances.take(order)
-    below = np.append(np.maximum.accumulate(own[:0:-1])[::-1], 0)
-    reached = np.minimum(np.maximum(below, reserve), own).tolist()
-    # Whole numbers of Python, since reached * NANO does not fit 64 bits.
-    return np.array([-(-each * NANO // max(chance, 1)) for each, chance in zip(reached, chances.tolist(), strict=True)], np.int64)
+    assert worth.ecpm is not None and worth.chances is not None  # noqa: S101, PT018
+    floors = [reserves[min(place, len(reserves) - 1)] for place in range(len(placed))]
+    reached = map(min, map(max, below, floors), worth.ecpm.take(placed).tolist())
+    chances = worth.chances.take(placed).tolist()
+    # Whole numbers of Python, since the product does not fit 64 bits.
+    prices = [ABSENT if rival < 0 else -(-each * NANO // max(one, 1)) for rival, each, one in zip(below, reached, chances, strict=True)]
+    return np.array(prices, np.int64)
 
 
 def to_micros(amounts: Sequence[float | None]) -> tuple[Micros, list[int]]:

@@ -22,7 +22,7 @@ from ..errors import ScoringError
 from ..models.loaded import Model
 from ..models.watcher import give_way
 from ..telemetry.metrics import RequestTimings
-from .ranker import Encoded, Ranking
+from .query import Encoded, Ranking
 from .scorer import ExplainGraph
 
 MOST_NUMBERS = 50_000

@@ -6,17 +6,14 @@ Candidates are columns from the request to the answer: nothing here makes an obj
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
-import orjson
 
-from features.encode import Features, Feeds, FieldError, Mask, Request, encode_request
-from features.policy import Policy
+from features.encode import Feeds, FieldError, Request, encode_request
 from features.schema import IDENTITY
 from features.state import Store, StoreError, UserState
-from features.vocabulary import Ids, Numbers
+from features.vocabulary import Numbers
 
 from ..catalogue.ads import View
 from ..catalogue.catalogue import Catalogue
@@ -24,130 +21,9 @@ from ..errors import DeadlineError, FieldProblem, InvalidError, ScoringError, Se
 from ..models.canary import Challenge
 from ..models.loaded import Model, Models
 from ..telemetry.metrics import Metrics, RequestTimings
-from .bids import ABSENT, CLICK, CONVERSION, CPA, Bids, Floats, from_micros, second_prices, worth_of
 from .executor import Scoring
-from .explain import Seen, explain_ad, explain_request
-from .ordering import arrange, best_first
-
-MISTAKES_TOLD = 20
-
-
-@dataclass(slots=True, kw_only=True)
-class Query:
-    """A request to rank. `bids` stand beside `ad_ids`, None where no candidate has one; `sent` holds candidates' features by position;
-    no history: the stored one.
-    """
-
-    user_id: str
-    user: Features = field(default_factory=dict)
-    history: Sequence[str] | None = None
-    history_ts: Sequence[float] = ()
-    """When the behaviours of `history` were; empty: not known."""
-    context: Features = field(default_factory=dict)
-    ad_ids: Sequence[str]
-    names: Sequence[str] | None = None
-    """The ads' ids as the caller wrote them, where those are other texts (`features/values.py`)."""
-    bids: Bids | None = None
-    sent: Mapping[int, Features] = field(default_factory=dict)
-    model: str | None = None
-    top_k: int | None = None
-    shown: int | None = None
-    """How many ads of the answer are shown, if that is not `top_k`; not known where neither is there."""
-    objective: Literal["pctr", "ecpm", "value", "weighted"] = "pctr"
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """By head, of the objective `weighted`."""
-    min_score: float | None = None
-    """The least p(click) of an ad."""
-    reserve: int | None = None
-    """The least eCPM of an ad, in micros."""
-    prices: bool = False
-    explain: bool = False
-    unknown_ads: Literal["rank", "omit"] = "rank"
-    """What becomes of an ad that the catalogue does not have and that comes without features."""
-    policy: Policy | None = None
-    """How to explore; None: not at all."""
-    deadline: float | None = None
-    """Seconds from the request's beginning."""
-    request_id: str = ""
-
-    @property
-    def heads(self) -> set[str]:
-        """Those that it needs beside the click."""
-        pays = self.bids is not None and bool((self.bids.kind == CPA).any())
-        return {*self.weights, *([CONVERSION] if pays else [])} - {CLICK}
-
-
-class Degraded(NamedTuple):
-    """What a ranking did without, why, and what stood in."""
-
-    stage: str
-    reason: str
-    fallback: str
-
-
-class Encoded(NamedTuple):
-    """A request as a model takes it: each candidate once."""
-
-    query: Query
-    model: Model
-    request: Request
-    feeds: Feeds
-    known: Mask
-    view: View
-    """The features that the ads' rows were encoded from."""
-    repeated: Sequence[int] | None
-    """The positions of the request's candidates in the query, None where they are the same."""
-    behaviours: int
-    degraded: list[Degraded]
-    """What the model does without."""
-
-
-@dataclass(slots=True)
-class Ranking:
-    """The answer, every candidate once, in the columns of the ranked (best first) or in `omitted` as (ad id, reason); and what it
-    was made of, for the log.
-    """
-
-    encoded: Encoded
-    rows: Ids
-    """Which of the request's candidates could be ranked: those that a policy draws from."""
-    ad_ids: Sequence[str]
-    p_click: Sequence[float]
-    """The shortest decimals that are the model's float32: no digit that it did not mean, none lost."""
-    ecpm: Sequence[float | None] | None
-    """In the bid's currency for a thousand impressions; None for all where there is no bid."""
-    known: Sequence[bool] | None
-    """Whether the catalogue has the ad; None where it has all."""
-    omitted: Sequence[tuple[str, str]]
-    seen: Mapping[str, Any] | None = None
-    ads_seen: Sequence[Seen] | None = None
-    score: Sequence[float | None] | None = None
-    """What ads were ordered by, where that is neither p(click) nor eCPM."""
-    price: Sequence[float | None] | None = None
-    """What each ad would have to pay, in the unit of its bid; None where nobody asked."""
-    bids: Bids | None = None
-    """Of the request's candidates `(C,)`."""
-    kept: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Which of them the ads are."""
-    propensity: Sequence[float] | None = None
-    """How likely the policy was to put each ad at its place, given those above it; None where it did not explore."""
-    why: Sequence[Mapping[str, Any]] = ()
-    """What `explanations` has to say of the first ads."""
-
-    @property
-    def query(self) -> Query:
-        """What was asked."""
-        return self.encoded.query
-
-    @property
-    def model(self) -> Model:
-        """What ranked."""
-        return self.encoded.model
-
-    @property
-    def degraded(self) -> Sequence[Degraded]:
-        """What the ranking did without."""
-        return self.encoded.degraded
+from .placing import ranked
+from .query import Degraded, Encoded, Query, Ranking, check_query
 
 
 class Ranker:
@@ -183,7 +59,7 @@ class Ranker:
         """
         model, catalogue = self.models.get(query.model), self.catalogue
         challenge = self.challenges.get(model.name)
-        _check_bids(query, model)
+        check_query(query, model)
         canary = challenge.canary(query.user_id) if challenge and not query.heads else None  # which gives the click alone
         # The catalogue may let go of them while the store is asked.
         views = {each: catalogue.view(each.bundle.fingerprint) for each in (model, canary) if each is not None}
@@ -238,7 +114,7 @@ class Ranker:
 
     def _ranking(self, stages: RequestTimings, encoded: Encoded, scores: Numbers) -> Ranking:
         stages.scores = scores if scores.ndim == 1 else scores[:, 0]
-        ranking = _ranked(encoded, scores, self._random)
+        ranking = ranked(encoded, scores, self._random)
         stages.degraded = [(entry.stage, entry.reason) for entry in ranking.degraded]
         return ranking
 
@@ -322,35 +198,6 @@ def _usable(model: Model, query: Query, stored: UserState, degraded: list[Degrad
     return UserState(features, stored.ad_ids, times)
 
 
-def _check_bids(query: Query, model: Model) -> None:
-    """That the request can be ranked as it asks."""
-    if query.prices and query.objective != "ecpm":
-        raise _cannot(("options", "prices"), "prices are those of an order by eCPM: ask for the objective ecpm")
-    if lacks := sorted(query.heads.difference(model.scorer.heads)):
-        what = f"model {model.name} predicts no {lacks[0]}; it predicts {', '.join(model.scorer.heads)}"
-        if query.bids is None or query.objective == "weighted":
-            raise _cannot(("options", "objective"), what)
-        raise _cannot(("candidates", int(np.flatnonzero(query.bids.kind == CPA)[0]), "bid_type"), what)
-    if query.objective == "weighted" and not query.weights:
-        raise _cannot(("options", "objective"), "needs the service's setting weights, such as ADRANK_WEIGHTS=click=1,conversion=20")
-    if query.objective == "ecpm" or query.reserve is not None:
-        _check_all("bid", query, "the objective ecpm needs" if query.objective == "ecpm" else "a reserve needs")
-    elif query.objective == "value":
-        _check_all("value", query, "the objective value needs")
-
-
-def _check_all(name: Literal["bid", "value"], query: Query, needs: str) -> None:
-    column = np.full(len(query.ad_ids), ABSENT) if query.bids is None else getattr(query.bids, name)
-    missing = np.flatnonzero(column == ABSENT).tolist()
-    if missing:
-        mistakes = [FieldProblem(("candidates", i, name), f"missing; {needs} it") for i in missing[:MISTAKES_TOLD]]
-        raise InvalidError(f"{needs} a {name} for each candidate; {len(missing)} have none", mistakes)
-
-
-def _cannot(path: tuple[str | int, ...], detail: str) -> InvalidError:
-    return InvalidError(detail, [FieldProblem(path, detail)])
-
-
 def _first_of_each(query: Query) -> list[int] | None:
     """Positions of the candidates to rank where some are named twice, None where all are."""
     if len(set(query.ad_ids)) == len(query.ad_ids):
@@ -368,77 +215,6 @@ def _request(query: Query, state: UserState, repeated: Sequence[int] | None, ts:
         sent = {row: sent[i] for row, i in enumerate(repeated) if i in sent}
     history, times = (state.ad_ids, state.ts) if query.history is None else (query.history, query.history_ts)
     return Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features, times, ts)
-
-
-def _ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ranking:
-    """Ads best first, or as the policy drew them, those beyond `top_k` omitted, and those without a finite score. Ties go by ad id."""
-    query, ad_ids, repeated = encoded.query, encoded.request.candidates, encoded.repeated
-    heads = scores.reshape(len(ad_ids), -1).T
-    finite: Mask = np.logical_and.reduce(np.isfinite(heads))
-    if np.count_nonzero(finite) < len(finite):
-        encoded.degraded.append(Degraded("inference", "not_finite", "omitted"))
-        heads = np.where(finite, heads, np.float32(0))
-    p = {name: shortest(head) for name, head in zip(encoded.model.scorer.heads, heads, strict=False)}
-    bids = query.bids if query.bids is None or repeated is None else query.bids.take(repeated)
-    clicks, worth = p[CLICK], worth_of(query.objective, bids, p, query.weights, heads[0])
-    rankable = _rankable(encoded)
-    fit, fallen = finite & rankable, dict[str, Mask]()
-    if query.min_score is not None:
-        fit &= ~fallen.setdefault("below_floor", fit & (clicks < query.min_score))
-    if query.reserve is not None and worth.ecpm is not None:
-        fit &= ~fallen.setdefault("below_reserve", fit & (worth.ecpm < query.reserve))
-    (rows,) = fit.nonzero()
-    order, propensity = arrange(best_first(rows, worth.by, ad_ids), worth.by, query.policy, query.top_k, random)
-    kept = order[: query.top_k]
-    places, known = kept.tolist(), encoded.known.take(kept)
-    omitted = [] if repeated is None else [(ad_id, "duplicate") for ad_id in _others(query.ad_ids, repeated)]
-    if len(places) < len(ad_ids):
-        fallen = {"unknown_ad": ~rankable, "not_scored": rankable & ~finite, **fallen}
-        omitted += [(ad_ids[row], reason) for reason, those in fallen.items() for row in np.flatnonzero(those).tolist()]
-        omitted += [(ad_ids[row], "top_k") for row in order[len(kept) :].tolist()]
-    ranking = Ranking(
-        encoded,
-        rows,
-        list(map(ad_ids.__getitem__, places)),
-        clicks.take(kept).tolist(),
-        None if worth.ecpm is None else from_micros(worth.ecpm.take(kept)),
-        None if np.count_nonzero(known) == len(known) else known.tolist(),
-        omitted,
-        propensity=None if propensity is None else propensity.tolist(),
-        bids=bids,
-        kept=kept,
-    )
-    if query.objective in ("value", "weighted"):
-        ranking.score = from_micros(worth.by.take(kept)) if query.objective == "value" else worth.by.take(kept).tolist()
-    if query.prices:
-        ranking.price = from_micros(second_prices(worth, order, query.reserve or 0)[: len(kept)])
-    if query.explain:
-        encoder = encoded.model.bundle.encoder
-        ranking.seen = explain_request(encoder, encoded.feeds, encoded.behaviours)
-        ranking.ads_seen = [explain_ad(encoder, encoded.feeds, row) for row in places]
-    return ranking
-
-
-def _rankable(encoded: Encoded) -> Mask:
-    """Which candidates may be ranked: all but those of which nothing is known, where the request wants those omitted.
-
-    While the catalogue has not been read, no ad can be told from an unknown one: then all are ranked, as `degraded` says.
-    """
-    if encoded.query.unknown_ads == "rank" or any(entry.stage == "catalogue" for entry in encoded.degraded):
-        return np.ones(len(encoded.known), np.bool_)
-    rankable = encoded.known.copy()
-    rankable[[row for row, features in encoded.request.sent.items() if any(value is not None for value in features.values())]] = True
-    return rankable
-
-
-def _others(ad_ids: Sequence[str], ranked: Sequence[int]) -> list[str]:
-    places = set(ranked)
-    return [ad_id for i, ad_id in enumerate(ad_ids) if i not in places]
-
-
-def shortest(scores: Numbers) -> Floats:
-    """The shortest decimals that are these finite float32, as float64."""
-    return np.array(orjson.loads(orjson.dumps(np.ascontiguousarray(scores), option=orjson.OPT_SERIALIZE_NUMPY)), np.float64)
 
 
 def _mistake(error: FieldError, positions: Sequence[int] | None) -> FieldProblem:

@@ -1,0 +1,196 @@
+"""What a ranking is asked for, and what it comes to: the carriers of a request on its road. Knows nothing about HTTP or stores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from features.encode import Features, Feeds, Mask, Request
+from features.policy import Policy
+from features.schema import IDENTITY
+from features.vocabulary import Ids
+
+from ..catalogue.ads import View
+from ..errors import FieldProblem, InvalidError
+from ..models.loaded import Model
+from .bids import ABSENT, CLICK, CONVERSION, CPA, Bids
+from .explain import Seen
+from .rules import Rules
+
+MISTAKES_TOLD = 20
+
+
+@dataclass(slots=True, kw_only=True)
+class Query:
+    """A request to rank. `bids` stand beside `ad_ids`, None where no candidate has one; `sent` holds candidates' features by position;
+    no history: the stored one.
+    """
+
+    user_id: str
+    user: Features = field(default_factory=dict)
+    history: Sequence[str] | None = None
+    history_ts: Sequence[float] = ()
+    """When the behaviours of `history` were; empty: not known."""
+    context: Features = field(default_factory=dict)
+    ad_ids: Sequence[str]
+    names: Sequence[str] | None = None
+    """The ads' ids as the caller wrote them, where those are other texts (`features/values.py`)."""
+    bids: Bids | None = None
+    sent: Mapping[int, Features] = field(default_factory=dict)
+    model: str | None = None
+    top_k: int | None = None
+    shown: int | None = None
+    """How many ads of the answer are shown, if that is not `top_k`; not known where neither is there."""
+    objective: Literal["pctr", "ecpm", "value", "weighted"] = "pctr"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """By head, of the objective `weighted`."""
+    min_score: float | None = None
+    """The least p(click) of an ad."""
+    reserve: int | None = None
+    """The least eCPM of an ad, in micros."""
+    prices: bool = False
+    rules: Rules | None = None
+    explain: bool = False
+    unknown_ads: Literal["rank", "omit"] = "rank"
+    """What becomes of an ad that the catalogue does not have and that comes without features."""
+    policy: Policy | None = None
+    """How to explore; None: not at all."""
+    deadline: float | None = None
+    """Seconds from the request's beginning."""
+    request_id: str = ""
+
+    @property
+    def heads(self) -> set[str]:
+        """Those that it needs beside the click."""
+        if self.bids is None and not self.weights:
+            return set()
+        pays = self.bids is not None and bool((self.bids.kind == CPA).any())
+        return {*self.weights, *([CONVERSION] if pays else [])} - {CLICK}
+
+
+class Degraded(NamedTuple):
+    """What a ranking did without, why, and what stood in."""
+
+    stage: str
+    reason: str
+    fallback: str
+
+
+class Encoded(NamedTuple):
+    """A request as a model takes it: each candidate once."""
+
+    query: Query
+    model: Model
+    request: Request
+    feeds: Feeds
+    known: Mask
+    view: View
+    """The features that the ads' rows were encoded from."""
+    repeated: Sequence[int] | None
+    """The positions of the request's candidates in the query, None where they are the same."""
+    behaviours: int
+    degraded: list[Degraded]
+    """What the model does without."""
+
+
+@dataclass(slots=True)
+class Ranking:
+    """The answer, every candidate once, in the columns of the ranked (best first) or in `omitted` as (ad id, reason); and what it
+    was made of, for the log.
+    """
+
+    encoded: Encoded
+    rows: Ids
+    """Which of the request's candidates could be ranked: those that a policy draws from."""
+    ad_ids: Sequence[str]
+    p_click: Sequence[float]
+    """The shortest decimals that are the model's float32: no digit that it did not mean, none lost."""
+    ecpm: Sequence[float | None] | None
+    """In the bid's currency for a thousand impressions; None for all where there is no bid."""
+    known: Sequence[bool] | None
+    """Whether the catalogue has the ad; None where it has all."""
+    omitted: Sequence[tuple[str, str]]
+    seen: Mapping[str, Any] | None = None
+    ads_seen: Sequence[Seen] | None = None
+    score: Sequence[float | None] | None = None
+    """What ads were ordered by, where that is neither p(click) nor eCPM."""
+    price: Sequence[float | None] | None = None
+    """What each ad would have to pay, in the unit of its bid; None where nobody asked."""
+    bids: Bids | None = None
+    """Of the request's candidates `(C,)`."""
+    kept: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Which of them the ads are."""
+    propensity: Sequence[float] | None = None
+    """How likely the policy was to put each ad at its place, given those above it; None where it did not explore."""
+    why: Sequence[Mapping[str, Any]] = ()
+    """What `explanations` has to say of the first ads."""
+
+    @property
+    def explored(self) -> bool:
+        """Whether the policy alone chose the order, by chance: what can be replayed."""
+        return self.propensity is not None and self.encoded.query.rules is None
+
+    @property
+    def query(self) -> Query:
+        """What was asked."""
+        return self.encoded.query
+
+    @property
+    def model(self) -> Model:
+        """What ranked."""
+        return self.encoded.model
+
+    @property
+    def degraded(self) -> Sequence[Degraded]:
+        """What the ranking did without."""
+        return self.encoded.degraded
+
+
+def check_query(query: Query, model: Model) -> None:
+    """That a model can rank as the request asks.
+
+    Raises:
+        InvalidError: it lacks a bid, or asks for what the model or the service does not have.
+    """
+    if query.prices and query.objective != "ecpm":
+        raise _cannot(("options", "prices"), "prices are those of an order by eCPM: ask for the objective ecpm")
+    if lacks := sorted(query.heads.difference(model.scorer.heads)):
+        what = f"model {model.name} predicts no {lacks[0]}; it predicts {', '.join(model.scorer.heads)}"
+        if query.bids is None or query.objective == "weighted":
+            raise _cannot(("options", "objective"), what)
+        raise _cannot(("candidates", int(np.flatnonzero(query.bids.kind == CPA)[0]), "bid_type"), what)
+    if query.objective == "weighted" and not query.weights:
+        raise _cannot(("options", "objective"), "needs the service's setting weights, such as ADRANK_WEIGHTS=click=1,conversion=20")
+    if query.rules is not None:
+        _check_rules(query.rules, query, model)
+    if query.objective == "ecpm" or query.reserve is not None or (query.rules and query.rules.reserves):
+        _check_all("bid", query, "the objective ecpm needs" if query.objective == "ecpm" else "a reserve needs")
+    elif query.objective == "value":
+        _check_all("value", query, "the objective value needs")
+
+
+def _check_rules(rules: Rules, query: Query, model: Model) -> None:
+    categories = {field.name for field in model.bundle.schema.side("ad") if field.kind == "category"} - {*IDENTITY.values()}
+    for name, path in rules.features.items():
+        if name not in categories:
+            raise _cannot(
+                ("options", "rules", *path), f"{name} is no category of ads of model {model.name}: {', '.join(sorted(categories))}"
+            )
+    for place, ad_id in rules.pinned.items():
+        if ad_id not in query.ad_ids or list(rules.pinned.values()).count(ad_id) > 1:
+            raise _cannot(("options", "rules", "pinned", str(place)), "expected one of the candidates, each pinned to one place")
+    if query.prices and rules.alike:
+        raise _cannot(("options", "prices"), "an ad that stands where it does for diversity has no price that would just keep it there")
+
+
+def _check_all(name: Literal["bid", "value"], query: Query, needs: str) -> None:
+    column = np.full(len(query.ad_ids), ABSENT) if query.bids is None else getattr(query.bids, name)
+    missing = np.flatnonzero(column == ABSENT).tolist()
+    if missing:
+        mistakes = [FieldProblem(("candidates", i, name), f"missing; {needs} it") for i in missing[:MISTAKES_TOLD]]
+        raise InvalidError(f"{needs} a {name} for each candidate; {len(missing)} have none", mistakes)
+
+
+def _cannot(path: tuple[str | int, ...], detail: str) -> InvalidError:
+    return InvalidError(detail, [FieldProblem(path, detail)])
