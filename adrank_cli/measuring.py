@@ -106,24 +106,29 @@ def compare(first: Path, second: Path, data: Path, split: str, segment: str | No
         _print_parts(found, [f"{path.parent.name} {path.name}" for path in (first, second)], segment)
 
 
-def _print_parts(parts: Any, names: list[str], field: str | None) -> None:
+def _print_parts(parts: Any, bundles: list[str], field: str | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from training.retrain.report import interval, metric_rows
+    from training.retrain.report import metric_rows
 
     for part in (part for part in parts if part.segment is None):
-        table = Table("", *map(escape, names), "second less first", "95 % interval", title=f"p({part.head})", title_justify="left")
+        table = Table("", *map(escape, bundles), "second less first", "95 % interval", title=f"p({part.head})", title_justify="left")
         for cells in metric_rows(part.found):
             table.add_row(*cells)
         console().print(table)
-    by_segment = Table(
-        field or "", "head", "rows", "AUC of both", "second less first", "log loss of both", "second less first", "p / labels"
-    )
+    names = {"auc": "AUC", "gauc": "GAUC", "log_loss": "log loss"}
+    heads = [title for name in names.values() for title in (f"{name} of both", "second less first")]
+    by_segment = Table(field or "", "head", "rows", *heads, "p / labels of both")
     for part in (part for part in parts if part.segment is not None):
-        both = part.found.champion, part.found.challenger
-        auc, loss, ratio = (" ".join(f"{getattr(m, name):.4f}" for m in both) for name in ("auc", "log_loss", "calibration_ratio"))
-        moves = ["{} ({})".format(*interval(part.found.differences[name])) for name in ("auc", "log_loss")]
-        by_segment.add_row(escape(part.segment), part.head, f"{both[1].rows:,}", auc, moves[0], loss, moves[1], ratio)
+        both, told = (part.found.champion, part.found.challenger), list[str]()
+        for name in names:
+            move = part.found.differences[name]
+            told += [_both(both, name), f"{move.value:+.4f} ({move.low:+.4f} to {move.high:+.4f})"]
+        by_segment.add_row(escape(part.segment), part.head, f"{both[1].rows:,}", *told, _both(both, "calibration_ratio"))
     if field:
         console().print(by_segment)
+
+
+def _both(measures: Any, name: str) -> str:
+    return " ".join(f"{getattr(each, name):.4f}" for each in measures)

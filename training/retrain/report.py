@@ -125,7 +125,7 @@ def metric_rows(found: Comparison) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, title in TITLES.items():
         before, after = (_value(m, name) for m in (found.champion, found.challenger))
-        rows.append((title, before, after, *interval(found.differences.get(name))))
+        rows.append((title, before, after, *_interval(found.differences.get(name))))
     ratios = (_value(m, "calibration_ratio") for m in (found.champion, found.challenger))
     rows.append(("p(click) / clicks", *ratios, "", f"{exp(found.calibration.low):.5f} to {exp(found.calibration.high):.5f}"))
     return [*rows, ("rows", "", f"{found.challenger.rows:,}", "", ""), ("clicks", "", f"{found.challenger.clicks:,}", "", "")]
@@ -140,8 +140,7 @@ def _value(metrics: Measures | None, name: str) -> str:
     return f"{abs(log(ratio)) if ratio else inf:.5f}"
 
 
-def interval(found: Interval | None) -> tuple[str, str]:
-    """A difference and its interval as texts."""
+def _interval(found: Interval | None) -> tuple[str, str]:
     return ("", "") if found is None else (f"{found.value:+.5f}", f"{found.low:+.5f} to {found.high:+.5f}")
 
 
