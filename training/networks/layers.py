@@ -89,7 +89,7 @@ class Dice(nn.Module):
         """Of `(..., features)`, that shape."""
         if self.training:
             self.norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # batch norm's own count
-            flat: Tensor = _TrainedDice.apply(x.flatten(0, -2).float(), self.alpha, self.norm)  # type: ignore[no-untyped-call]
+            flat: Tensor = _TrainedDice.apply(x.flatten(0, -2).to(self.alpha.dtype), self.alpha, self.norm)  # type: ignore[no-untyped-call]
             return flat.view(x.shape)
         p = torch.sigmoid(self.norm(x))
         return x * (self.alpha + p * (1 - self.alpha))
