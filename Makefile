@@ -5,7 +5,7 @@ PROGRAMS := $(patsubst %,tests/test_bench_%.py,fleet freshness gpu scoring servi
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 K8S := build/k8s-tools/installed
 
-.PHONY: demo test bench-test console-test lint bench k8s-test rollout-test redis-test peers-test parity-test reference lock images compose-test clean
+.PHONY: demo test bench-test console-test lint bench k8s-test rollout-test redis-test peers-test parity-test scale-test reference lock images compose-test clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -60,6 +60,10 @@ peers-test:  ## the blocks of other libraries, with the same weights, give the s
 
 parity-test: $(INSTALLED)  ## that /rank says what training says of real rows, and a graph what torch does, for every network
 	NETWORKS=all $(BIN)/python -m pytest tests/test_parity.py tests/test_networks.py $(ARGS)
+
+scale-test: $(INSTALLED)  ## what needs Ray, which is an extra: a million impressions attributed on it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info data/demo data/bench
