@@ -30,6 +30,7 @@ COMMANDS: tuple[click.Command, ...] = (
     online.doctor,
     online.redis_command,
     loop.join,
+    loop.bridge,
     loop.attribute,
     loop.skew,
     loop.replay_command,

@@ -1,4 +1,4 @@
-"""From what was served to the next version: `join`, `attribute`, `skew`, `replay`, `retrain`."""
+"""From what was served to the next version: `join`, `bridge`, `attribute`, `skew`, `replay`, `retrain`."""
 
 import asyncio
 import contextlib
@@ -6,12 +6,28 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import FOLDER, Refusal, attributing, attribution_of, bounded, console, memory_of, moment, needs, on_device, pair
+from .options import (
+    FOLDER,
+    Refusal,
+    attributing,
+    attribution_of,
+    bounded,
+    console,
+    kafka_settings,
+    memory_of,
+    moment,
+    needs,
+    on_device,
+    pair,
+    sentences_of_kafka,
+    to_kafka,
+)
 
 
 @click.command(epilog="Example: adrank join --redis redis://127.0.0.1:6379/0 --log data/log --models models --metrics-port 9109")
@@ -28,13 +44,14 @@ from .options import FOLDER, Refusal, attributing, attribution_of, bounded, cons
     show_default=True,
     help="Of the entries of a file: what is in memory at once.",
 )
+@click.option("--to-kafka", "topic", metavar="TOPIC", help="Rankings go to this topic of Kafka too (docs/kafka.md). The extra `kafka`.")
 @click.option("--take-over", is_flag=True, help="Join even if another log's joiner is at work on the same streams.")
 @click.option("--metrics-port", type=click.IntRange(0, 65_535), default=0, show_default=True, help="Where scrapes are answered; 0 is none.")
 @click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address that the metrics are answered on.")
 @click.option("--once", is_flag=True, help="Write what there is, and exit.")
 @click.option("--drain", is_flag=True, help="As --once, with what others hold, and count all as closed, whether windows are over or not.")
 @needs("train")
-def join(redis: str | None, folder: Path, models: Path, name: str | None, once: bool, drain: bool, **rest: Any) -> None:
+def join(redis: str | None, folder: Path, models: Path, name: str | None, topic: str | None, **rest: Any) -> None:
     """Write what was served and what came of it into the log. May be killed at any time; several share the work."""
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # of a service with several workers; it would turn these metrics into its files
     from service.settings import load_settings
@@ -51,6 +68,7 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
     url = settings.redis
     if url.startswith("memory:"):
         raise Refusal("a store in memory has no streams to join; name a Redis with --redis")
+    drain, once = rest.pop("drain"), rest.pop("once")
     once_what = "everything" if drain else "due" if once else None
     try:
         stop = metrics.serve(metrics_port, metrics_host) if metrics_port else None
@@ -60,7 +78,42 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, once: 
         into = (open_log if once_what else wait_for_log)(folder, models, name or settings.model)
         sizes = {name: rest.pop(name) for name in ("rows_per_file", "bytes_per_file")}
         said = Attribution(**{key: value for key, value in rest.items() if value is not None})
-        print(asyncio.run(join_log(lambda: RedisStreams(url), into, SinkSettings(said, **sizes), metrics, once_what, take_over)))
+        forward = to_kafka(topic) if topic else None
+        print(asyncio.run(join_log(lambda: RedisStreams(url), into, SinkSettings(said, **sizes), metrics, once_what, take_over, forward)))
+    finally:
+        if stop:
+            stop()
+
+
+@click.command(epilog="Example: RDKAFKA_BOOTSTRAP_SERVERS=kafka:9092 adrank bridge --topic clicks --dead-letters clicks-rejected")
+@click.option("--topic", "topics", multiple=True, required=True, help="A topic of events as POST /v1/events takes them; may be said again.")
+@click.option("--service", "url", default="http://127.0.0.1:8000", show_default=True, help="Where adrank serve answers.")
+@click.option("--dead-letters", "dead", default="", metavar="TOPIC", help="Where events go that are never taken; else they are told of.")
+@click.option("--metrics-port", type=click.IntRange(0, 65_535), default=0, show_default=True, help="Where scrapes are answered; 0 is none.")
+@click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address that the metrics are answered on.")
+@needs("kafka")
+def bridge(topics: tuple[str, ...], url: str, dead: str, metrics_port: int, metrics_host: str) -> None:
+    """Move events from topics of Kafka into a service (docs/kafka.md). May be killed at any time; several share the work."""
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    token = os.environ.pop("ADRANK_TOKEN", "")
+    from service.feedback.bridge import Bridge, EventsClient
+    from service.settings import load_settings
+    from service.telemetry import logs
+    from service.telemetry.metrics import BridgeMetrics
+
+    metrics, ending = BridgeMetrics(), threading.Event()
+    logs.start(load_settings(), private=True)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: ending.set())
+    try:
+        stop = metrics.serve(metrics_port, metrics_host) if metrics_port else None
+    except OSError as error:
+        raise Refusal(f"--metrics-port {metrics_port} cannot be listened on at {metrics_host}: {error.strerror}") from error
+    try:
+        with sentences_of_kafka():
+            moving = Bridge(kafka_settings({"group.id": "adrank"}), topics, EventsClient(url, token), metrics, dead)
+            moving.run(ending)
+        print("moved: " + (", ".join(f"{count:,} {what}" for what, count in sorted(moving.counts.items())) or "nothing"))
     finally:
         if stop:
             stop()

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
@@ -126,6 +126,34 @@ def attribution_of(log: Path, flags: dict[str, Any]) -> Any:
     if not is_log(log):
         raise Refusal(f"{log} is not a log, so it has no windows: leave out --click-window and its like")
     return settings_of(log, **given)
+
+
+def kafka_settings(usual: dict[str, str]) -> dict[str, str]:
+    """What `RDKAFKA_*` says: RDKAFKA_SASL_PASSWORD is librdkafka's `sasl.password`, and so on for all its settings."""
+    prefix = "RDKAFKA_"
+    given = {name.removeprefix(prefix).lower().replace("_", "."): text for name, text in os.environ.items() if name.startswith(prefix)}
+    if "bootstrap.servers" not in given:
+        raise Refusal("RDKAFKA_BOOTSTRAP_SERVERS is not set: it names Kafka's brokers, such as kafka:9092 (docs/kafka.md)")
+    return {**usual, **given}
+
+
+def to_kafka(topic: str) -> Any:
+    """Who sends rankings to a topic."""
+    from training.join.to_kafka import KafkaTopic
+
+    with sentences_of_kafka():
+        return KafkaTopic(kafka_settings({}), topic).send
+
+
+@contextlib.contextmanager
+def sentences_of_kafka() -> Iterator[None]:
+    """Say what Kafka's library refuses, such as a setting that it does not have."""
+    from confluent_kafka import KafkaException
+
+    try:
+        yield
+    except KafkaException as error:
+        raise Refusal(f"Kafka: {error.args[0].str()} (settings are RDKAFKA_* variables, see docs/kafka.md)") from error
 
 
 class WithNetworks(click.Command):

@@ -149,6 +149,7 @@ class Joining:
     def __init__(self, url: str, folder: Path, models: Path, at: float | None = None, **settings: Any) -> None:
         self.url, self.folder, self.models, self.settings = url, folder, models, Attribution(**settings)
         self.sizes: dict[str, int] = {}
+        self.forward = None
         self.at, self.watch = at, Watch()
 
     @property
@@ -159,6 +160,7 @@ class Joining:
     async def joiner(self, streams: RedisStreams | None = None) -> AsyncIterator[Sink]:
         reader = streams or RedisStreams(self.url)
         sink = Sink(reader, open_log(self.folder, self.models, "din"), SinkSettings(self.settings, **self.sizes), self.watch)
+        sink.forward = self.forward
         try:
             yield sink
         finally:

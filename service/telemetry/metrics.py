@@ -347,7 +347,47 @@ def _moment(version: int) -> float:
         return 0.0
 
 
-class JoinMetrics:
+class Scraped:
+    """Metrics on a registry of their own."""
+
+    registry: Registry
+
+    def serve(self, port: int, host: str = "127.0.0.1") -> Callable[[], None]:
+        """Answer scrapes on an address of this machine, in a thread of its own, until what this returns is called.
+
+        Raises:
+            OSError: the port is taken, or there is no such address.
+        """
+        server, thread = start_http_server(port, host, self.registry)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return stop
+
+
+class BridgeMetrics(Scraped):
+    """The metrics of the bridge: a `BridgeWatch` of `service.feedback.bridge`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._events = Counter("adrank_bridge_events", "Events of Kafka by what became of them", ["outcome"], registry=self.registry)
+        self._incidents = Counter("adrank_bridge_incidents", "What should not happen", ["kind"], registry=self.registry)
+        for kind in series.BRIDGE_INCIDENTS:
+            self._incidents.labels(kind)
+
+    def events(self, outcome: str, count: int) -> None:
+        """Count events that ended so."""
+        self._events.labels(outcome).inc(count)
+
+    def incident(self, kind: str) -> None:
+        """Count what should not happen."""
+        self._incidents.labels(kind).inc()
+
+
+class JoinMetrics(Scraped):
     """The metrics of the joiner, on a registry of its own: a `JoinWatch` of `training.join.run`. `model` is a name of the repository, or
     `_other`.
     """
@@ -380,21 +420,6 @@ class JoinMetrics:
             self._events.labels(*each)
         for result in series.SHOWN:
             self._shown.labels(result)
-
-    def serve(self, port: int, host: str = "127.0.0.1") -> Callable[[], None]:
-        """Answer scrapes on an address of this machine, in a thread of its own, until what this returns is called.
-
-        Raises:
-            OSError: the port is taken, or there is no such address.
-        """
-        server, thread = start_http_server(port, host, self.registry)
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return stop
 
     def events(self, type_: str, outcome: str, count: int) -> None:
         """Count events that ended so."""

@@ -48,7 +48,8 @@ SERVED: Labels = [
 ]
 CHALLENGED: Mapping[str, Sequence[str]] = {"shadow": ("ok", "error", "late", "dropped"), "canary": ("ok", "error", "late", "busy")}
 VERDICTS = ("errors", "late", "p99", "p_click")
-INCIDENTS = ("trimmed", "stream_lost", "other_log", "disk_full", "unreachable", "field_unknown", "value_unfit")
+INCIDENTS = ("trimmed", "stream_lost", "other_log", "disk_full", "unreachable", "field_unknown", "value_unfit", "not_forwarded")
+BRIDGE_INCIDENTS = ("kafka_away", "service_away", "not_committed")
 OUTCOMES = ("joined", "duplicate", "late", "unknown_request", "not_shown", "other_user", "before_ranking", "no_impression")
 JOIN_EVENTS: Labels = [*product(JOINED, OUTCOMES), ("conversion", "deferred")]
 SHOWN = ("said", "reported", "assumed", "unknown")

@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import polars as pl
@@ -38,6 +38,8 @@ REMEMBERED = 1_000_000
 """Revisions of ads that are known to be written: at most so many, and of one day."""
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 STREAM_LOST, TRIMMED, DISK_FULL, UNREACHABLE, OTHER_LOG = "stream_lost", "trimmed", "disk_full", "unreachable", "other_log"
+NOT_FORWARDED = "not_forwarded"
+Forward = Callable[[Sequence[Entry]], Awaitable[int]]
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ async def join_log(
     watch: JoinWatch,
     once: str | None = None,
     take_over: bool = False,
+    forward: Forward | None = None,
 ) -> str:
     """Write until SIGTERM or SIGINT, or `once`: what is `due`, or `everything`. What was done, in a line.
 
@@ -80,7 +83,7 @@ async def join_log(
     """
     reader = streams()
     sink = Sink(reader, into, settings, watch)
-    sink.take_over = take_over
+    sink.take_over, sink.forward = take_over, forward
     for ending in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(ending, sink.stop)
     with room(into.folder):
@@ -104,6 +107,8 @@ class Sink:
         self._live = Live(into, settings.attribution, self._summary)
         self.take_over = False
         """Whether to take the streams from another log whose sink is at work."""
+        self.forward: Forward | None = None
+        """Who is to have rankings too, before they are acknowledged; how many it will never take."""
         self._held: dict[Stream, list[Entry]] = {stream: [] for stream in STREAMS}
         self._size, self._begun, self._drained = 0, set[Stream](), set[Stream]()
         self._unacknowledged: dict[Stream, list[str]] = {stream: [] for stream in STREAMS}
@@ -273,12 +278,15 @@ class Sink:
         """Write what is held, and then acknowledge it.
 
         Raises:
-            NoRoomError: the disk is full; what is not written is held on.
+            NoRoomError, StoreError: the disk is full, or who is to have it too does not take it; what is not written is held on.
         """
         for stream, entries in self._held.items():
             if entries:
                 with room(self._log.folder):
-                    self._summary.written(self._write(stream, entries))
+                    batch = self._write(stream, entries)
+                if self.forward and stream == SERVED and (left := await self.forward(entries)):
+                    self._summary.incident(NOT_FORWARDED, left)
+                self._summary.written(batch)
                 self._held[stream] = []
                 self._size -= sum(len(entry.value) for entry in entries)
                 self._unacknowledged[stream] += [entry.id for entry in entries]
