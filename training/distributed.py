@@ -5,13 +5,14 @@ Knows PyTorch's process groups and nothing of who starts the processes (`workers
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+T = TypeVar("T")
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -33,10 +34,15 @@ class Process:
         # What is held still, or of a schema without numbers, has no gradient. Buffers are made the same once an epoch.
         return DistributedDataParallel(loss, find_unused_parameters=True, broadcast_buffers=False)
 
+    def told(self, what: T) -> list[T]:
+        """What each process says, in the order of ranks."""
+        parts: list[Any] = [None] * self.of
+        distributed.all_gather_object(parts, what)
+        return parts
+
     def gathered(self, rows: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of a table `(N,)` and their gradients `(N, D)`, those of all processes below each other, in the order of ranks."""
-        parts: list[Any] = [None] * self.of
-        distributed.all_gather_object(parts, (rows.cpu(), gradients.cpu()))
+        parts = self.told((rows.cpu(), gradients.cpu()))
         everything = (torch.cat(each).to(rows.device) for each in zip(*parts, strict=True))
         return next(everything), next(everything) / self.of
 
@@ -50,9 +56,7 @@ class Process:
         """What `work` says of so many rows `(N,)`, asked of each process for its part of their numbers."""
         if rows < self.of or self.of == 1:
             return work(np.arange(rows))
-        parts: list[Any] = [None] * self.of
-        distributed.all_gather_object(parts, work(np.array_split(np.arange(rows), self.of)[self.rank]))
-        return np.concatenate(parts)
+        return np.concatenate(self.told(work(np.array_split(np.arange(rows), self.of)[self.rank])))
 
 
 ONLY = Process()

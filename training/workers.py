@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def _run(config: Mapping[str, Any], settings: TrainSettings, folder: Path) -> tu
         raise _why(error, settings.workers) from error
     finally:
         shutil.rmtree(folder / "ray", ignore_errors=True)
+    if isinstance(found.return_value, str):
+        raise TrainError(found.return_value)
     weights, epochs = found.return_value
     return weights, epochs
 
@@ -102,20 +105,18 @@ def _why(error: BaseException, workers: int) -> AdrankError:
     return TrainError(f"{workers} workers were lost {LOST + 1} times: {line}; go on with --resume")
 
 
-def _work(config: Mapping[str, Any]) -> tuple[Weights, list[Epoch]] | None:
-    """What a worker does, from what the driver gives it; rank 0 returns the weights."""
+def _work(config: Mapping[str, Any]) -> str | tuple[Weights, list[Epoch]]:
+    """What a worker does, from what the driver gives it: the weights, or why there are none."""
     import ray  # noqa: PLC0415
 
-    if config["code"] != code():
-        raise TrainError(
-            f"{socket.gethostname()} has another version of adrank or of torch than where the training began; install the same"
-        )
     context, given = ray.train.get_context(), ray.get(config["given"][0])
     network, settings, (folder, minutes, training) = given["network"], given["settings"], given["checkpoint"]
     rows, valid = splits = given["splits"]() if callable(given["splits"]) else given["splits"]
-    if digest_of(splits) != training["data"]:
-        raise TrainError(f"{socket.gethostname()} has other data than where the training began, under the same path")
     process = Process(context.get_world_rank(), context.get_world_size())
+    differs = {"another version of adrank or of torch": config["code"] != code(), "other data": digest_of(splits) != training["data"]}
+    for mistakes in process.told([f"{socket.gethostname()} has {what}" for what, wrong in differs.items() if wrong]):
+        if mistakes:
+            return mistakes[0] + " than where the training began; make them the same"
     checkpoint = Checkpoint(folder, minutes)
     checkpoint.training, checkpoint.resume = training, checkpoint.path.exists()
     out = Console(file=_Sent(config["lines"]), width=1000) if not process.rank else Console(quiet=True)
@@ -124,7 +125,7 @@ def _work(config: Mapping[str, Any]) -> tuple[Weights, list[Epoch]] | None:
             torch.set_num_threads(1)
         epochs = fit_network(network, rows, valid, settings, progress, given["warm"], checkpoint=checkpoint, process=process)
     weights = {name: values.numpy() for name, values in network.cpu().state_dict().items()}  # Ray returns no tensors
-    return None if process.rank else (weights, epochs)
+    return weights, epochs
 
 
 def code() -> str:
@@ -139,29 +140,39 @@ def code() -> str:
 def cluster(settings: TrainSettings) -> Iterator[Any]:
     """Ray, with a cluster: that of `RAY_ADDRESS`, or one of this machine alone, which ends with the block."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    try:
-        import ray  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise TrainError("several workers need ray, which is not installed: pip install 'adrank[ray]'") from error
+    import ray  # noqa: PLC0415
+
     address = os.environ.get(ADDRESS)
     own: dict[str, Any] = {"address": "local", "num_cpus": settings.workers * (settings.threads or 1), "include_dashboard": False}
     try:
-        _knock(address or "")
         ray.init(**({"address": address} if address else own), log_to_driver=False, logging_level="error")
     except (OSError, ValueError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise TrainError(f"no Ray cluster at {address}: {line}; start one with ray start --head, or leave out --ray") from error
+        raise _none_at(address, error) from error
     try:
         yield ray
     finally:
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Raises OSError where nobody listens: Ray would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host.removeprefix("ray://").strip("[]"), int(port)), FOUND_SECONDS).close()
+def check_cluster() -> None:
+    """That there is Ray, and somebody at the address of its cluster, before anything is encoded.
+
+    Raises:
+        TrainError: there is not.
+    """
+    if find_spec("ray") is None:
+        raise TrainError("several workers need ray, which is not installed: pip install 'adrank[ray]'")
+    host, colon, port = os.environ.get(ADDRESS, "").rpartition(":")
+    try:
+        if colon and port.isdecimal():
+            socket.create_connection((host.strip("[]"), int(port)), FOUND_SECONDS).close()
+    except OSError as error:
+        raise _none_at(os.environ[ADDRESS], error) from error
+
+
+def _none_at(address: str | None, error: Exception) -> TrainError:
+    line = str(error).strip().splitlines()[0].rstrip(".")
+    return TrainError(f"no Ray cluster at {address}: {line}; start one with ray start --head, or leave out --ray")
 
 
 @contextmanager
