@@ -58,14 +58,10 @@ peers-test:  ## the blocks of other libraries, with the same weights, give the s
 	build/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps deepctr-torch==0.3.0  # without the TensorFlow it asks for
 	build/peers/bin/python -m pytest tests/peers $(ARGS)
 
-scale-test: $(INSTALLED)  ## what runs on Ray, on one that is started here
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
-	$(BIN)/python -m pytest tests/scale $(ARGS)
-
 parity-test: $(INSTALLED)  ## that /rank says what training says of real rows, and a graph what torch does, for every network
 	NETWORKS=all $(BIN)/python -m pytest tests/test_parity.py tests/test_networks.py $(ARGS)
 
-scale-test: $(INSTALLED)  ## what needs Ray, which is an extra: a million impressions attributed on it
+scale-test: $(INSTALLED)  ## what needs Ray, which is an extra: a million impressions attributed, workers killed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale $(ARGS)
 
