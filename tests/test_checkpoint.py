@@ -142,7 +142,7 @@ EACH_STEP = ("--checkpoint-minutes", "0")
 def command(data: Prepared, models: Path, *more: str, program: str = TRAIN) -> "subprocess.Popen[str]":
     settings = {"epochs": "10", "patience": "10", "batch": "16", "threads": "1", "flat_below": "0", "unknown_rate": "0.1"}
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    words += ["--data", str(data.folder), "--model", "deepfm", "--models", str(models), "--promote", "always"]
+    words += ["--data", str(data.folder), "--model", "deepfm", "--models", str(models), "--promote", "always", "--no-report"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     whole = [sys.executable, "-c", program, "train", *words, *more]
     return subprocess.Popen(whole, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
