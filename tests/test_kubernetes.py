@@ -316,3 +316,22 @@ def test_the_joiners_metrics_are_answered_where_told() -> None:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
     finally:
         stop()
+
+
+def test_the_job_of_ray_is_a_training_and_its_pods_are_pods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schema of KubeRay's own kinds can be had from neither PyPI nor npm."""
+    monkeypatch.setenv("RAY_ADDRESS", "")  # which --ray sets
+    [job] = resources("ray")
+    _, command, *words = job["spec"]["entrypoint"].split()
+    assert adrank.cli.commands[command].make_context(command, words).params["workers"] == 4
+    cluster = job["spec"]["rayClusterSpec"]
+    [workers] = cluster["workerGroupSpecs"]
+    pods = [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": each["template"]["spec"]}
+        for each in (cluster["headGroupSpec"], workers)
+    ]
+    [processors] = [each["resources"]["limits"]["cpu"] for each in workers["template"]["spec"]["containers"]]
+    assert workers["replicas"] * int(processors) == 4 * 2  # four workers of two threads
+    (tmp_path / "pods.yaml").write_text(yaml.safe_dump_all(pods))
+    done = run(tool("kubernetes-validate", "make k8s-test"), "--strict", "-k", VERSIONS[0], tmp_path / "pods.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
