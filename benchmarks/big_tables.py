@@ -45,7 +45,7 @@ CONNECTIONS, WARM_UP, SECONDS_TO_SWAP = 8, 1.0, 120.0
 
 
 @dataclass(frozen=True)
-class Found:
+class ServiceFigures:
     """What was measured of one service: seconds until ready with nothing of the bundle in memory before, megabytes, milliseconds."""
 
     where: str
@@ -155,7 +155,7 @@ def main(  # noqa: PLR0913, PLR0917  # a program's options
                 latencies[where].append(measured.latencies)
         took = {where: [percentile(np.concatenate(each), q) * 1e3 for q in (50, 99)] for where, each in latencies.items()}
         found = [
-            Found(
+            ServiceFigures(
                 where,
                 sum(file.stat().st_size for file in bundles[where].iterdir()) // 2**20,
                 round(subject.started, 1),
@@ -172,7 +172,7 @@ def main(  # noqa: PLR0913, PLR0917  # a program's options
         time.sleep(WARM_UP)
         after = memory(subjects["beside"])
     shown = Table("", *(each.where for each in found))
-    for key in Found.__dataclass_fields__:
+    for key in ServiceFigures.__dataclass_fields__:
         shown.add_row(key, *(str(getattr(each, key)) for each in found))
     console.print(shown)
     console.print(

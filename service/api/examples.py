@@ -14,6 +14,19 @@ RANKED: dict[str, Any] = {
     "timings_ms": {"parse": 0.106, "features": 0.362, "queue": 0.107, "inference": 0.626, "total": 1.343},
 }
 TO_RANK = {"user": {"id": "u378"}, "context": {"slot": "feed"}, "candidates": ["a13", "a98", "a56"], "options": {"top_k": 2}}
+BIDDING = {
+    "user": {"id": "u378"},
+    "candidates": {"ad_id": ["a13", "a98", "a56"], "bid": [0.8, 0.9, 200], "bid_type": ["cpc", "cpc", "cpm"], "multiplier": [1, 0.5, 1]},
+    "options": {"objective": "ecpm", "reserve": 100, "prices": True},
+}
+SOLD = RANKED | {
+    "ads": [
+        {"ad_id": "a13", "rank": 1, "p_click": 0.5664624, "ecpm": 453.16992, "price": 0.580327},
+        {"ad_id": "a98", "rank": 2, "p_click": 0.73051786, "ecpm": 328.733037, "price": 0.273779},
+        {"ad_id": "a56", "rank": 3, "p_click": 0.3076662, "ecpm": 200.0, "price": 100.0},
+    ],
+    "omitted": [],
+}
 EVENTS = [
     {"type": "impression", "event_id": "e1", "ts": 1764512000, "request_id": "r1", "ad_id": "a98", "position": 1},
     {"type": "click", "event_id": "e2", "ts": 1764512007, "user_id": "u378", "ad_id": "a98", "request_id": "r1"},
@@ -40,7 +53,8 @@ READY = {
 }
 FIELD = {"name": "age", "side": "user", "kind": "category", "vocabulary": "age", "missing": "padding"}
 EXAMPLES: dict[str, tuple[Any, Any]] = {
-    **dict.fromkeys(("/rank", "/v1/rank"), (TO_RANK, RANKED)),
+    "/rank": (TO_RANK, RANKED),
+    "/v1/rank": (BIDDING, SOLD),
     "/v1/events": ({"events": EVENTS}, TOLD),
     "/livez": (None, {"status": "alive"}),
     "/readyz": (None, READY),
