@@ -5,7 +5,7 @@ PROGRAMS := $(patsubst %,tests/test_bench_%.py,fleet freshness gpu scoring servi
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 K8S := build/k8s-tools/installed
 
-.PHONY: demo test bench-test console-test lint bench k8s-test rollout-test redis-test peers-test parity-test scale-test reference lock images compose-test clean
+.PHONY: demo test bench-test console-test lint bench k8s-test rollout-test redis-test peers-test parity-test scale-test reference lock images compose-test site dist clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -58,15 +58,33 @@ peers-test:  ## the blocks of other libraries, with the same weights, give the s
 	build/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps deepctr-torch==0.3.0  # without the TensorFlow it asks for
 	build/peers/bin/python -m pytest tests/peers $(ARGS)
 
-parity-test: $(INSTALLED)  ## that /rank says what training says of real rows, and a graph what torch does, for every network
-	NETWORKS=all $(BIN)/python -m pytest tests/test_parity.py tests/test_networks.py $(ARGS)
-
-scale-test: $(INSTALLED)  ## what needs Ray, which is an extra: a million impressions attributed, workers killed
+scale-test: $(INSTALLED)  ## what runs on Ray, an extra, on one that is started here
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale $(ARGS)
 
+parity-test: $(INSTALLED)  ## that /rank says what training says of real rows, and a graph what torch does, for every network
+	NETWORKS=all $(BIN)/python -m pytest tests/test_parity.py tests/test_networks.py $(ARGS)
+
+site:  ## the pages of docs/, strictly: build/site-pages
+	$(PYTHON) -m venv build/site
+	build/site/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 build/site/bin/mkdocs build
+
+dist:  ## the wheel and the source distribution, in dist/, each installed into an environment of its own: the demo runs from the wheel
+	rm -rf dist build/dist build/from-*
+	$(PYTHON) -m venv build/dist
+	build/dist/bin/python -m pip install --quiet --disable-pip-version-check build
+	build/dist/bin/python -m build --outdir dist
+	for extra in client otel tune demo; do $(PYTHON) -m venv build/from-$$extra && build/from-$$extra/bin/python -m pip install --quiet \
+		--disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[$$extra]" && build/from-$$extra/bin/adrank --version || exit 1; done
+	cd build/from-client && bin/python -c "import adrank_client" && bin/adrank serve --help > serve.txt
+	cd build/from-demo && bin/adrank demo --once --port 8134
+	$(PYTHON) -m venv build/from-source
+	build/from-source/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.tar.gz
+	cd build/from-source && bin/adrank --version
+
 clean:
-	rm -rf .venv build *.egg-info data/demo data/bench
+	rm -rf .venv build dist *.egg-info data/demo data/bench
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

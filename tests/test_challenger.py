@@ -272,10 +272,10 @@ class TestCanary:
             assert status["verdict"]["reason"] == "late"
             assert status["last_10_minutes"]["late"] >= 5
             assert (status["bounds"]["max_seconds"], status["bounds"]["min_requests"]) == (0.1, 200)
-            # Held up, each that comes while it runs would take up to 0.6 s: half of them over 0.3 s.
-            assert np.mean(np.array(took) > 0.3) < 0.2, took
+            # Held up, each that comes while it runs would take up to 0.6 s: more than half of them over 0.1 s.
+            assert np.mean(np.array(took) > 0.1) < 0.2, took
             assert await client.metric('adrank_challenger_requests_total{mode="canary",model="din",outcome="late"}') >= 5
-            assert all(timings["inference"] < 300 and timings["queue"] > 90 for seconds, timings in canary if seconds > 0.1)
+            assert all(timings["inference"] < 90 < timings["queue"] for seconds, timings in canary if seconds > 0.1)
 
     async def test_a_run_that_hangs_stops_it_by_itself(self, tmp_path, ads, monkeypatch):
         monkeypatch.setattr(at_work, "HANGS_SECONDS", 0.3)
@@ -284,18 +284,18 @@ class TestCanary:
             slow_down(client, 1.5)
             await client.rank("u1", CANDIDATES)
             status = await until_status(client, stopped, 5)
-            assert re.search(r"a run has taken \d\.\d s, 0\.1 s are allowed", status["verdict"]["detail"])
+            assert re.search(r"a run has taken 0\.\d s, 0\.1 s are allowed", status["verdict"]["detail"])
 
     async def test_a_caller_s_deadline_is_kept_and_no_fault_of_it(self, tmp_path, ads):
         live, other, _ = two(tmp_path / "models", bias=0.0)
         async with challenged(tmp_path / "models", ads, other, "canary", 1.0, CanaryBounds(max_seconds=10, p99_ratio=1e6)) as client:
-            slow_down(client, 1)
+            slow_down(client, 0.4)
             began = time.monotonic()
             answer = await client.rank("u1", CANDIDATES, options={"deadline_ms": 300})
-            assert (answer["model"]["version"], time.monotonic() - began < 1) == (live, True)
+            assert (answer["model"]["version"], time.monotonic() - began < 0.4) == (live, True)
             status = await until_status(client, lambda status: status["last_10_minutes"]["requests"] == 1)
             assert (status["last_10_minutes"]["late"], status["last_10_minutes"]["errors"]) == (0, 0)
-            assert status["last_10_minutes"]["p99_ms"] > 900
+            assert status["last_10_minutes"]["p99_ms"] > 350
 
     async def test_the_store_is_asked_once_and_stages_are_those_of_who_ranks(self, tmp_path, ads, monkeypatch):
         asked, get_user = [], ads.get_user

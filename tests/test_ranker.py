@@ -254,7 +254,7 @@ async def test_the_deadline_bounds_the_store(ranked):
     began = time.monotonic()
     with pytest.raises(DeadlineError):
         await ranked.rank(["a1"], deadline=0.05)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 1
 
 
 async def test_the_deadline_counts_the_queue(models):

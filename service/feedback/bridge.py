@@ -87,7 +87,7 @@ class EventsClient:
             raise AwayError(SERVICE, f"the service at {self._url} does not answer: {error or type(error).__name__}") from error
         if status == 202:
             return [Verdict(each["status"], each.get("reason", ""), each.get("detail", "")) for each in found["events"]]
-        detail = str(found.get("detail", "")) if isinstance(found, dict) else ""
+        detail = str(found.get("detail", ""))
         if status not in WHOLE:
             raise AwayError(SERVICE, f"the service at {self._url} answers {status}: {detail}")
         if len(events) == 1:
@@ -179,16 +179,10 @@ class Bridge:
             place = f"{message.topic()}/{message.partition()}/{message.offset()}"
             headers = [("reason", verdict.reason), ("detail", verdict.detail), ("from", place)]
             told = {"headers": headers, "on_delivery": lambda error, _: failed.append(error) if error else None}
-            try:
-                self._producer.produce(self._dead, message.value(), message.key(), **told)
-            except KafkaException as error:
-                failed.append(error.args[0])
-        left, small = self._producer.flush(FLUSH_SECONDS), [error for error in failed if error.code() != KafkaError.MSG_SIZE_TOO_LARGE]
-        if left or small:
+            self._producer.produce(self._dead, message.value(), message.key(), **told)
+        if self._producer.flush(FLUSH_SECONDS) or failed:
             self._producer.purge()
-            raise AwayError(KAFKA, f"Kafka does not take dead letters into {self._dead}: {small[0] if small else 'no answer'}")
-        if failed:
-            log.warning("%d rejected events are too large for %s, and are left", len(failed), self._dead)
+            raise AwayError(KAFKA, f"Kafka does not take dead letters into {self._dead}: {failed[0] if failed else 'no answer'}")
 
     def _wait(self, stop: threading.Event, seconds: float) -> None:
         """Stay a member of the group meanwhile, without being given more."""

@@ -1,6 +1,5 @@
 """The parts of a log made on a Ray cluster, by Ray Data: the very same query, on whichever machine is free."""
 
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ def on_ray(address: str) -> Iterator[Run]:
         DataError: the cluster is not there, or a part could not be made.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         if host and port.isdecimal():
             socket.create_connection((host, int(port)), REACH_SECONDS).close()  # Ray would try for eight minutes
