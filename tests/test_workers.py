@@ -224,21 +224,19 @@ async def ask_until_refused(client, caller, keep, asked):
         await asyncio.sleep(0.01)
 
 
-async def drained(client, stop, until):
+async def drained(client, stop, ended):
     """Keeps asking while processes are stopped; none of it may fail."""
     asked = Counter()
     asking = [asyncio.create_task(ask_until_refused(client, caller, i < 6, asked)) for i, caller in enumerate(client.callers)]
-    await asyncio.sleep(0.3)
+    await until(lambda: all(asked[keep] > 10 for keep in {i < 6 for i in range(len(asking))}))
     stop()
-    await until(asking)
-    return asked
+    await ended(asking)
 
 
 async def test_sigterm_answers_all_that_was_asked(repository):
     async with two_workers(repository) as client:
-        asked = await drained(client, client.process.terminate, lambda asking: asyncio.gather(*asking))
+        await drained(client, client.process.terminate, lambda asking: asyncio.gather(*asking))
         assert client.process.wait(90) == 0
-        assert min(asked[True], asked[False]) > 10
         assert not any(psutil.pid_exists(pid) for pid in workers_of(client))
         assert "Traceback" not in client.log.read_text()
 
