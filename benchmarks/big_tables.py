@@ -46,12 +46,17 @@ CONNECTIONS, WARM_UP, SECONDS_TO_SWAP = 8, 1.0, 120.0
 
 @dataclass(frozen=True)
 class ServiceFigures:
-    """What was measured of one service: seconds until ready with nothing of the bundle in memory before, megabytes, milliseconds."""
+    """What was measured of one service: seconds until ready with nothing of the bundle in memory before, megabytes, milliseconds.
+
+    Latencies are medians over the rounds, and so are their ratios, each to the small one's in the same round.
+    """
 
     where: str
     bundle_mb: int
     ready_s: float
     all_ready_s: float
+    cpu_s: float
+    """Of all processes until then: what other programs take of the machine does not change it much."""
     rss_mb: list[int]
     """Of each worker."""
     pss_mb: list[int]
@@ -137,32 +142,34 @@ def main(  # noqa: PLR0913, PLR0917  # a program's options
                 bundles["inside"] = published(large, Path(scratch) / "inside")
         url = f"{up.enter_context(ValkeyServer(config={'save': ''})).connection_url}/0"
         asyncio.run(fill(population, url))
-        subjects, ready = dict[str, Subject](), dict[str, float]()
+        subjects, ready = dict[str, Subject](), dict[str, tuple[float, float, float]]()
         for where, bundle in bundles.items():
             forget(bundle)
             built, port, began = Built(large, bundle.parent.parent, bundle, Path(), Path()), free_port(), time.monotonic()
             command = adrank(built, url, port, workers)
             subjects[where] = up.enter_context(serving(where, command, port, folder / "logs" / f"big-tables-{where}.log"))
-            ready[where] = time.monotonic() - began
+            ready[where] = subjects[where].started, time.monotonic() - began, subjects[where].cpu()
         requests = bodies(Entities(population.user_ids, population.ad_ids), candidates)
-        latencies: dict[str, list[np.ndarray]] = {where: [] for where in subjects}
+        latencies: dict[str, list[list[float]]] = {where: [] for where in subjects}
         for _ in range(rounds):
             for where, subject in subjects.items():
                 whole = [subject.target.request(body) for body in requests]
                 measured = measure(subject.target, whole, LoadPlan(rate, seconds, WARM_UP, CONNECTIONS))
                 if measured.errors:
                     raise LoadError(f"{measured.errors} requests to {where} failed; see {folder / 'logs'}")
-                latencies[where].append(measured.latencies)
-        took = {where: [percentile(np.concatenate(each), q) * 1e3 for q in (50, 99)] for where, each in latencies.items()}
+                latencies[where].append([percentile(measured.latencies, q) * 1e3 for q in (50, 99)])
+        took = {where: np.median(each, axis=0) for where, each in latencies.items()}
+        ratios = {where: np.median(np.divide(each, latencies["small"]), axis=0) for where, each in latencies.items()}
         found = [
             ServiceFigures(
                 where,
                 sum(file.stat().st_size for file in bundles[where].iterdir()) // 2**20,
-                round(subject.started, 1),
-                round(ready[where], 1),
+                round(ready[where][0], 1),
+                round(ready[where][1], 1),
+                round(ready[where][2], 1),
                 *memory(subject),
-                *(round(each, 2) for each in took[where]),
-                *(round(each / usual, 3) for each, usual in zip(took[where], took["small"], strict=True)),
+                *(round(float(each), 2) for each in took[where]),
+                *(round(float(each), 3) for each in ratios[where]),
             )
             for where, subject in subjects.items()
         ]
