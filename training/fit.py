@@ -108,7 +108,7 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
     loss_of = process.parallel(StepLoss(network, more), [table.weight for table in updates.tables.tables])
     for line in updates.summary():
         progress.console.print(line, soft_wrap=True)
-    alone = _first_order(network, updates.optimisers, settings) if len(rows) < settings.flat_below and not warm else None
+    alone = _first_order(network, len(rows), updates.optimisers, settings) if len(rows) < settings.flat_below and not warm else None
     pool, share = settings.shuffle_rows if rows.mapped else 0, (process.rank, process.of)
     order = RowOrder(rows, settings.batch // process.of, settings.seed, pool // process.of, share)
     hiding = Hiding(rows, settings.unknown_rate, settings.seed)
@@ -261,10 +261,12 @@ class StepLoss(nn.Module):
         return batch_loss(self.network, batch, labels, twins) + (self.more.loss() if self.more and not alone else 0.0)
 
 
-def _first_order(network: Network, optimisers: Sequence[torch.optim.Optimizer], settings: TrainSettings) -> FirstOrder | None:
-    """The first order, about to learn alone; None: there is none, or no epoch to do so in."""
+def _first_order(network: Network, rows: int, optimisers: Sequence[torch.optim.Optimizer], settings: TrainSettings) -> FirstOrder | None:
+    """The first order, about to learn alone; None: there is none, or its part of the epochs ends before valid could tell it to."""
     network.flatten()
-    return FirstOrder(network, optimisers) if network.first_weights() and settings.epochs >= SHARE else None
+    epochs = settings.epochs // SHARE
+    enough = epochs and epochs * max(1, rows // settings.batch) >= settings.least_steps // SHARE
+    return FirstOrder(network, optimisers) if network.first_weights() and enough else None
 
 
 def _end(network: Network, unseen: Unseen, hiding: Hiding | None) -> None:
