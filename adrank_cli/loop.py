@@ -85,7 +85,7 @@ def join(redis: str | None, folder: Path, models: Path, name: str | None, topic:
             stop()
 
 
-@click.command(epilog="Example: RDKAFKA_BOOTSTRAP_SERVERS=kafka:9092 adrank bridge --topic clicks --dead-letters clicks-rejected")
+@click.command(epilog="Example: adrank bridge --topic clicks --dead-letters clicks-rejected, with RDKAFKA_BOOTSTRAP_SERVERS=kafka:9092")
 @click.option("--topic", "topics", multiple=True, required=True, help="A topic of events as POST /v1/events takes them; may be said again.")
 @click.option("--service", "url", default="http://127.0.0.1:8000", show_default=True, help="Where adrank serve answers.")
 @click.option("--dead-letters", "dead", default="", metavar="TOPIC", help="Where events go that are never taken; else they are told of.")
