@@ -1,6 +1,7 @@
 """A log's rows, written: the command, in parts and on Ray; and the SQL of docs/attribution.sql against our query, on the same raw files."""
 
 import random
+import shutil
 
 import duckdb
 import joining
@@ -69,6 +70,12 @@ def test_attribute_writes_a_log_of_rows(tmp_path, monkeypatch):
 def test_a_log_that_cannot_be_attributed_leaves_nothing(tmp_path):
     log, events = joining.messy(random.Random(5))
     joining.write_raw(tmp_path / "log", small.schema(), log, events)
+    joining.write_raw(tmp_path / "less", small.schema(), log, events)
+    lacking = sorted(tmp_path.glob("less/raw/impressions/*/*/*.parquet"))[0]
+    pl.read_parquet(lacking).drop("history").write_parquet(lacking)
+    code, _, err = run("attribute", "--log", tmp_path / "less", "--out", tmp_path / "rows")
+    assert (code, err.splitlines()[-1]) == (2, f"Error: {tmp_path / 'less'} cannot be attributed: {lacking} has no column history")
+    shutil.rmtree(tmp_path / "less")
     sorted(tmp_path.glob("log/raw/events/*/*/*.parquet"))[-1].write_bytes(b"PAR1 torn")
     for log, sentence in ((tmp_path / "log", f"{tmp_path / 'log'} cannot be attributed: "), (tmp_path, f"{tmp_path} is not a log; ")):
         code, _, err = run("attribute", "--log", log, "--out", tmp_path / "rows")

@@ -17,8 +17,8 @@ import tomli_w
 
 from features.schema import Schema
 
-from ..datasets.prepared import DataError
-from .raw import AD_TYPES, EVENT_TYPES, HOUR, LogColumns
+from ..datasets.prepared import DataError, columns_of
+from .raw import AD_TYPES, EVENT_TYPES, HOUR, LATER, LogColumns
 
 RAW, IMPRESSIONS, EVENTS, ASIDE = "raw", "impressions", "events", "aside"
 WATERMARK, SETTINGS = "watermark", "attribution.toml"
@@ -118,12 +118,22 @@ class RawLog:
         self.hours = {kind: hour_files(folder / RAW / kind, "date") for kind in (IMPRESSIONS, EVENTS)}
 
     def scan(self, kind: str, begin: float, end: float, names: Collection[str]) -> pl.LazyFrame:
-        """Columns of the files of the hours that meet `begin <= t <= end`."""
+        """Columns of the files of the hours that meet `begin <= t <= end`.
+
+        Raises:
+            DataError: a file is not parquet, or lacks a column that it always had.
+        """
         types = {name: self._types[kind][name] for name in names}
         paths = [path for hour, found in self.hours[kind].items() if (hour + 1) * HOUR > begin and hour * HOUR <= end for path in found]
         if not paths:
             return pl.LazyFrame(schema=types)
-        # Some may be from before there was a column.
+        for path in paths:
+            try:
+                lacks = sorted(set(names) - set(columns_of(path)) - LATER)
+            except DataError as error:
+                raise DataError(f"{self.folder} cannot be attributed: {error}") from error
+            if lacks:
+                raise DataError(f"{self.folder} cannot be attributed: {path} has no column {lacks[0]}")
         found = pl.scan_parquet(paths, glob=False, schema=self._types[kind], missing_columns="insert", extra_columns="ignore")
         return found.select(names)
 

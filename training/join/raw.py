@@ -50,6 +50,8 @@ RANKING_TYPES: Mapping[str, pl.DataType] = {
     "objective": pl.String(),
 }
 """`since` is when windows begin: when it was ranked, or received if that clock was ahead."""
+LATER = {"candidate_bids", "candidate_bid_types", "objective", "bid", "bid_type", "price"}
+"""Columns of rankings and ads that files of before do not have."""
 TIMES_TYPE: pl.DataType = pl.List(pl.Float64())
 """Of `history_ts`, which stands beside `history` in a log whose schema has ages."""
 AD_TYPES: Mapping[str, pl.DataType] = {
