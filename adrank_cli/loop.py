@@ -96,7 +96,7 @@ def bridge(topics: tuple[str, ...], url: str, dead: str, metrics_port: int, metr
     """Move events from topics of Kafka into a service (docs/kafka.md). May be killed at any time; several share the work."""
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     token = os.environ.pop("ADRANK_TOKEN", "")
-    from service.feedback.bridge import Bridge, EventsClient
+    from service.feedback.bridge import Bridge, EventsService
     from service.settings import load_settings
     from service.telemetry import logs
     from service.telemetry.metrics import BridgeMetrics
@@ -111,7 +111,7 @@ def bridge(topics: tuple[str, ...], url: str, dead: str, metrics_port: int, metr
         raise Refusal(f"--metrics-port {metrics_port} cannot be listened on at {metrics_host}: {error.strerror}") from error
     try:
         with sentences_of_kafka():
-            moving = Bridge(kafka_settings({"group.id": "adrank"}), topics, EventsClient(url, token), metrics, dead)
+            moving = Bridge(kafka_settings({"group.id": "adrank"}), topics, EventsService(url, token), metrics, dead)
             moving.run(ending)
         print("moved: " + (", ".join(f"{count:,} {what}" for what, count in sorted(moving.counts.items())) or "nothing"))
     finally:

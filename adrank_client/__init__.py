@@ -85,9 +85,9 @@ def _ranking(user: str | Mapping[str, Any], candidates: Candidates, context: Fea
     return {"json": asked | ({"request_id": request_id} if request_id else {}), "extensions": {"retry": RANKING}}
 
 
-def _telling(events: Sequence[Event]) -> Iterator[Any]:
+def _telling(events: Sequence[Event], retry: Retry) -> Iterator[Any]:
     for first in range(0, len(events), EVENTS):
-        yield {"json": {"events": events[first : first + EVENTS]}, "extensions": {"retry": TELLING}}
+        yield {"json": {"events": events[first : first + EVENTS]}, "extensions": {"retry": retry}}
 
 
 def _read(answer: httpx.Response) -> Any:
@@ -113,8 +113,10 @@ class Adrank:
         token: str | None = None,
         timeout: float = 2.0,
         transport: httpx.BaseTransport | None = None,
+        telling: Retry = TELLING,
     ) -> None:
-        """`timeout` in seconds; `transport`: httpx's, for a Unix socket or a proxy."""
+        """`timeout` in seconds; `transport`: httpx's, for a Unix socket or a proxy; `telling`: how often and how long events are tried."""
+        self._retry = telling
         self._http = httpx.Client(transport=RetryTransport(transport, RANKING), **_connection(url, token, timeout))
 
     def rank(
@@ -141,7 +143,10 @@ class Adrank:
         Raises:
             RefusedError, httpx.TransportError: a batch had no good answer; tell all again, what was done is not done twice.
         """
-        return [outcome for batch in _telling(events) for outcome in _read(self._http.post("/v1/events", **batch))["events"]]
+        results = list[EventResult]()
+        for batch in _telling(events, self._retry):
+            results += _read(self._http.post("/v1/events", **batch))["events"]
+        return results
 
     def models(self) -> dict[str, Any]:
         """`GET /v1/models`: what is live.
@@ -167,8 +172,10 @@ class AsyncAdrank:
         token: str | None = None,
         timeout: float = 2.0,
         transport: httpx.AsyncBaseTransport | None = None,
+        telling: Retry = TELLING,
     ) -> None:
         """As `Adrank`."""
+        self._retry = telling
         self._http = httpx.AsyncClient(transport=RetryTransport(transport, RANKING), **_connection(url, token, timeout))
 
     async def rank(
@@ -186,7 +193,9 @@ class AsyncAdrank:
 
     async def tell(self, events: Sequence[Event]) -> list[EventResult]:
         """See `Adrank.tell`."""
-        return [outcome for batch in _telling(events) for outcome in _read(await self._http.post("/v1/events", **batch))["events"]]
+        return [
+            outcome for batch in _telling(events, self._retry) for outcome in _read(await self._http.post("/v1/events", **batch))["events"]
+        ]
 
     async def models(self) -> dict[str, Any]:
         """See `Adrank.models`."""

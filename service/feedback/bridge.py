@@ -4,18 +4,18 @@ Offsets are committed after the service has said what became of the events, and 
 dead letters. A service or a Kafka that is away is waited for. Knows nothing about what is in an event: the service judges it.
 """
 
-import http.client
 import logging
-import ssl
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
-from urllib.parse import urlsplit
 
+import httpx
 import orjson
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from httpx_retries import Retry
 
+from adrank_client import Adrank, Event, RefusedError
 from features.errors import AdrankError
 
 READ, POLL_SECONDS = 500, 0.5
@@ -45,6 +45,9 @@ class Verdict(NamedTuple):
     detail: str = ""
 
 
+NOT_JSON = Verdict("rejected", "not_json", "not an object of JSON")
+
+
 class BridgeWatch(Protocol):
     """Who is told what the bridge does."""
 
@@ -55,51 +58,37 @@ class BridgeWatch(Protocol):
         """Something happened that should not."""
 
 
-class EventsClient:
-    """The service's side: one connection, kept open."""
+class EventsService:
+    """Where events go: asked once at a time, since whoever moves them keeps what was not taken, and must not be held up for long."""
 
     def __init__(self, url: str, token: str = "") -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not url.startswith(("http://", "https://")):
             raise AwayError(SERVICE, f"{url} is no address of a service, such as http://127.0.0.1:8000")
-        where = parts.hostname, parts.port
-        secure = parts.scheme == "https"
-        self._connection = (
-            http.client.HTTPSConnection(*where, timeout=HTTP_SECONDS, context=ssl.create_default_context())
-            if secure
-            else http.client.HTTPConnection(*where, timeout=HTTP_SECONDS)
-        )
-        self._url, self._path = url, f"{parts.path.rstrip('/')}/v1/events"
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        self._url, self._service = url, Adrank(url, token or None, HTTP_SECONDS, telling=Retry(total=0))
 
-    def send(self, events: Sequence[bytes]) -> list[Verdict]:
-        """What became of each event, which is an object of JSON.
+    def judged(self, events: Sequence[Event]) -> list[Verdict]:
+        """What became of each event.
 
         Raises:
             AwayError: the service does not answer, or not now.
         """
         try:
-            self._connection.request("POST", self._path, b'{"events":[' + b",".join(events) + b"]}", self._headers)
-            answer = self._connection.getresponse()
-            status, found = answer.status, orjson.loads(answer.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            self._connection.close()
+            return [Verdict(each["status"], each.get("reason") or "", each.get("detail") or "") for each in self._service.tell(events)]
+        except RefusedError as error:
+            if error.status not in WHOLE:
+                raise AwayError(SERVICE, f"the service at {self._url} answers {error}") from error
+            if len(events) == 1:
+                return [Verdict("rejected", f"http_{error.status}", str(error))]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # the last: it is no service of ours
             raise AwayError(SERVICE, f"the service at {self._url} does not answer: {error or type(error).__name__}") from error
-        if status == 202:
-            return [Verdict(each["status"], each.get("reason", ""), each.get("detail", "")) for each in found["events"]]
-        detail = str(found.get("detail", ""))
-        if status not in WHOLE:
-            raise AwayError(SERVICE, f"the service at {self._url} answers {status}: {detail}")
-        if len(events) == 1:
-            return [Verdict("rejected", f"http_{status}", detail)]
         half = len(events) // 2
-        return self.send(events[:half]) + self.send(events[half:])
+        return self.judged(events[:half]) + self.judged(events[half:])
 
 
 class Bridge:
     """Moves events until it is stopped."""
 
-    def __init__(self, kafka: Mapping[str, str], topics: Sequence[str], service: EventsClient, watch: BridgeWatch, dead: str = "") -> None:
+    def __init__(self, kafka: Mapping[str, str], topics: Sequence[str], service: EventsService, watch: BridgeWatch, dead: str = "") -> None:
         """`kafka` has librdkafka's settings of a consumer; events that are never taken go to the topic `dead`, or are told of and left."""
         self._service, self._watch, self._dead, self._topics = service, watch, dead, topics
         ours = {"enable.auto.commit": False, "auto.offset.reset": "earliest", "error_cb": self._said}
@@ -140,13 +129,9 @@ class Bridge:
         """Have what is held done, and commit it."""
         if not self._held:
             return
-        verdicts = [
-            Verdict("", "") if _is_object(message.value()) else Verdict("rejected", "not_json", "not an object of JSON")
-            for message in self._held
-        ]
-        asked = [message.value() or b"" for message, verdict in zip(self._held, verdicts, strict=True) if not verdict.status]
-        said = iter(self._service.send(asked) if asked else ())
-        verdicts = [verdict if verdict.status else next(said) for verdict in verdicts]
+        objects = [_object(message.value()) for message in self._held]
+        judged = iter(self._service.judged([each for each in objects if each is not None]))
+        verdicts = [NOT_JSON if each is None else next(judged) for each in objects]
         self._bury([pair for pair in zip(self._held, verdicts, strict=True) if pair[1].status == "rejected"])
         for outcome, count in Counter(verdict.reason if verdict.status == "rejected" else verdict.status for verdict in verdicts).items():
             self._watch.events(outcome, count)
@@ -159,9 +144,7 @@ class Bridge:
             self._away = ""
         try:
             self._consumer.commit(offsets=[TopicPartition(*place, end) for place, end in ends.items()], asynchronous=False)
-        except (
-            KafkaException
-        ) as error:  # as after a rebalance: whoever has the partitions now is given them again, and the service knows their ids
+        except KafkaException as error:  # as after a rebalance: whoever has the partitions now is given them again, and ids are known
             self._watch.incident(NOT_COMMITTED)
             log.warning("what the service took could not be committed, and may be sent to it again: %s", error)
 
@@ -203,8 +186,9 @@ class Bridge:
         self._away = kind
 
 
-def _is_object(value: bytes | None) -> bool:
+def _object(value: bytes | None) -> Event | None:
     try:
-        return isinstance(orjson.loads(value or b""), dict)
+        found = orjson.loads(value or b"")
     except orjson.JSONDecodeError:
-        return False
+        return None
+    return found if isinstance(found, dict) else None

@@ -4,8 +4,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import TemplateError
-from polars.exceptions import PolarsError
 from rich.progress import Progress
 
 from ..datasets.prepared import Prepared
@@ -15,18 +13,6 @@ from .numbers import findings
 PAGE, NUMBERS = "report.html", "report.json"
 KEPT = ("epochs", "best", "reliability", "segments", "users", "importance")
 """Of the numbers, those that others may want to draw: nothing of single rows."""
-FAILURES = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    PolarsError,
-    TemplateError,
-)
 
 
 def report_files(data: Prepared, trained: Trained, reference: Mapping[str, Any], progress: Progress) -> dict[str, bytes]:
@@ -39,7 +25,7 @@ def report_files(data: Prepared, trained: Trained, reference: Mapping[str, Any],
 
         found = findings(data, trained, reference, progress)
         return {PAGE: page(found).encode(), NUMBERS: json.dumps({name: found[name] for name in KEPT}, allow_nan=False).encode()}
-    except FAILURES as error:
+    except Exception as error:  # noqa: BLE001  # whatever it is, the training is published without it
         progress.console.print(
             f"there is no {PAGE}, since it cannot be made: {error!r}; all else is published", markup=False, soft_wrap=True
         )
