@@ -113,6 +113,7 @@ class RawLog:
     def __init__(self, folder: Path, schema: Schema) -> None:
         self.folder, self.columns = folder, LogColumns(schema)
         self._types = {IMPRESSIONS: self.columns.impressions, EVENTS: dict(EVENT_TYPES)}
+        self._lacks = dict[Path, set[str]]()
         # In this order: asked for after the files were listed, the watermark might promise events that are in none of them.
         self.watermark = _watermark(folder / RAW / WATERMARK)
         self.hours = {kind: hour_files(folder / RAW / kind, "date") for kind in (IMPRESSIONS, EVENTS)}
@@ -128,14 +129,19 @@ class RawLog:
         if not paths:
             return pl.LazyFrame(schema=types)
         for path in paths:
-            try:
-                lacks = sorted(set(names) - set(columns_of(path)) - LATER)
-            except DataError as error:
-                raise DataError(f"{self.folder} cannot be attributed: {error}") from error
-            if lacks:
+            if lacks := sorted(self._lacking(kind, path).intersection(names)):
                 raise DataError(f"{self.folder} cannot be attributed: {path} has no column {lacks[0]}")
         found = pl.scan_parquet(paths, glob=False, schema=self._types[kind], missing_columns="insert", extra_columns="ignore")
         return found.select(names)
+
+    def _lacking(self, kind: str, path: Path) -> set[str]:
+        """The columns that a file should have and has not: looked up once, since hours are read again for each hour of a window."""
+        if path not in self._lacks:
+            try:
+                self._lacks[path] = set(self._types[kind]).difference(columns_of(path), LATER)
+            except DataError as error:
+                raise DataError(f"{self.folder} cannot be attributed: {error}") from error
+        return self._lacks[path]
 
     def rankings(self, begin: float, end: float, settings: Attribution, names: Collection[str] = NARROW) -> pl.LazyFrame:
         """The rankings of these hours, some perhaps twice, with how many of their ads count."""
