@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from features.counters import Counter
 from features.schema import Field
 from service.api.event_wire import AdUpdate, Click, Conversion, Impression, UserUpdate
 from service.api.wire import (
@@ -150,6 +151,8 @@ def page() -> str:
         "## A schema's fields: `[user.NAME]`, `[context.NAME]`, `[ad.NAME]`\n",
         "`name` and `side` are those of the table's head. [data.md](data.md) has examples.\n",
         of_dataclass(Field),
+        "### What is counted: `[counter.NAME]`\n",
+        of_dataclass(Counter),
         "### Where a table holds them: `[table]`, for `adrank prepare csv`\n",
         of_dataclass(TableSettings),
         "## `POST /rank`\n",

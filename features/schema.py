@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import tomli_w
 
+from .counters import Counter, counter_of
 from .errors import AdrankError
 
 T = TypeVar("T")
@@ -63,6 +64,8 @@ class Field:
     """Values that mean that there is none, such as NULL or -1: in the log, in a request and in the store alike."""
     max_size: int = 0
     """Above 0, at most so many values have an id, the most frequent ones; the others are unknown."""
+    counter: Counter | None = None
+    """What a number counts that adrank keeps itself: told by a table `[counter.NAME]`, never here."""
 
     @property
     def dense(self) -> bool:
@@ -147,6 +150,16 @@ class Schema:
         return next((field for field in self.fields if field.side == side and field.name == name), None)
 
     @property
+    def counters(self) -> dict[str, Counter]:
+        """What is counted, by the name of the field that it is."""
+        return {field.name: field.counter for field in self.fields if field.counter}
+
+    @property
+    def told(self) -> "Schema":
+        """The schema without the fields that adrank counts itself: what others tell."""
+        return replace(self, fields=tuple(field for field in self.fields if not field.counter))
+
+    @property
     def history(self) -> tuple[Field, ...]:
         """The ad fields that a behaviour carries, `ad_id` first."""
         by_name = {field.name: field for field in self.side("ad")}
@@ -184,11 +197,14 @@ class Schema:
             padding = {"padding": list(self.history_padding)} if self.history_padding else {}
             ages = {"ages": True} if self.history_ages else {}
             document["history"] = {"length": self.history_length, "fields": list(self.history_fields), **padding, **ages}
-        for field in self.fields:
+        for field in self.told.fields:
             defaults = Field(field.name, field.side, field.kind, vocabulary=field.name, missing=_default_missing(field.kind))
             entries = {k: v for k, v in asdict(field).items() if k == "kind" or v != getattr(defaults, k)}
             entries |= {"missing_values": list(field.missing_values)} if field.missing_values else {}
             document.setdefault(field.side, {})[field.name] = entries
+        for field in self.fields:
+            if field.counter:
+                document.setdefault("counter", {})[field.name] = {**field.counter.entries(), "transform": field.transform}
         return tomli_w.dumps(document)
 
     def canonical(self) -> str:
@@ -204,7 +220,7 @@ class Schema:
         return json.dumps({**_said(asdict(self)), "negative_sampling": negative_sampling}, sort_keys=True, separators=(",", ":"))
 
 
-LATER = ("missing_values", "max_size", "nobody", "history_padding", "history_ages")
+LATER = ("missing_values", "max_size", "counter", "nobody", "history_padding", "history_ages")
 
 
 def _said(schema: dict[str, Any]) -> dict[str, Any]:
@@ -353,7 +369,7 @@ def parse_schema(text: str) -> Schema:
     except tomllib.TOMLDecodeError as error:
         raise SchemaError(f"not a TOML text: {error}") from error
     mistakes = list[str]()
-    known = {"name", "negative_sampling", "nobody", "history", *SIDES}
+    known = {"name", "negative_sampling", "nobody", "history", "counter", *SIDES}
     if unknown := sorted(set(document) - known):
         mistakes.append(f"unknown entries {unknown}; known are {sorted(known)}")
     name, nobody = document.get("name"), document.get("nobody", [])
@@ -370,6 +386,11 @@ def parse_schema(text: str) -> Schema:
     absent = [each for each in history[0] if not isinstance(named, Mapping) or each not in named]
     if absent:
         mistakes.append(f"[history]: {absent} are not ad fields; a behaviour is an ad, so each needs its [ad.…] table")
+    mistakes += [
+        f"[history]: {field.name} is a counter, which behaviours do not have"
+        for field in fields
+        if field.counter and field.name in history[0]
+    ]
     mistakes += _misfits(fields)
     _refuse(mistakes)
     return Schema(str(name), tuple(fields), *history[:2], tuple(nobody), *history[2:])
@@ -383,7 +404,29 @@ def _fields(document: Mapping[str, Any], mistakes: list[str]) -> list[Field]:
             fields += [tried(partial(_field, side, name, entries), mistakes) for name, entries in tables.items()]
         else:
             mistakes.append(f"{side}: expected tables such as [{side}.name]")
-    return [field for field in fields if field is not None]
+    told = [field for field in fields if field is not None]
+    tables = document.get("counter", {})
+    if not isinstance(tables, Mapping):
+        mistakes.append("counter: expected tables such as [counter.name]")
+        return told
+    counters = [tried(partial(_counter, name, entries, told), mistakes) for name, entries in tables.items()]
+    return told + [field for field in counters if field is not None]
+
+
+def _counter(name: str, entries: object, told: Sequence[Field]) -> Field:
+    counter, mistakes = counter_of(entries) if isinstance(entries, Mapping) else (None, [f"expected a table such as [counter.{name}]"])
+    transform = entries.get("transform", "log") if isinstance(entries, Mapping) else "log"
+    if transform not in TRANSFORMS:
+        mistakes.append(f"transform must be one of {', '.join(TRANSFORMS)}")
+    if counter is not None:
+        if any((field.side, field.name) == (counter.side, name) for field in told):
+            mistakes.append(f"there is a field {counter.side}.{name} already")
+        if counter.value and not any((field.side, field.name) == ("ad", counter.value) and not field.dense for field in told):
+            mistakes.append(f"by names {counter.value}, which is no category or list of ads")
+    if counter is None or mistakes:
+        raise SchemaError("\n".join(f"counter {name}: {mistake}" for mistake in mistakes))
+    side: Side = "user" if counter.side == "user" else "ad"
+    return Field(name, side, "number", vocabulary=name, transform=transform, missing=counter.least, counter=counter)
 
 
 def tried(make: Callable[[], T], mistakes: list[str]) -> T | None:

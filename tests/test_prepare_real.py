@@ -7,7 +7,8 @@ import duckdb
 import polars as pl
 import pytest
 
-from training.datasets import criteo, frappe, movielens, open_bandit
+from tests.test_counters import COUNTERS, FIELDS, brute_force
+from training.datasets import criteo, csv_table, frappe, movielens, open_bandit
 from training.datasets.prepared import SPLITS, Prepared, open_prepared
 from training.datasets.states import ads, user_states
 
@@ -88,3 +89,23 @@ def test_open_bandit_has_its_clicks_and_propensities(tmp_path: Path) -> None:
     assert [log["ad_id"].n_unique(), log["user_id"].n_unique(), sorted(log["context.position"].unique())] == [80, 240, ["1", "2", "3"]]
     assert log["ts"][0] == 1574553634
     assert len(list(user_states(data))) == 240
+
+
+def test_counters_of_movielens_look_at_nothing_but_the_past(ml: Prepared, tmp_path: Path) -> None:
+    """By the definition, from the events of each row's group before its time: many ratings of a user have the same second."""
+    head = next(ml.frames("train")).head(6_000).select("user_id", "ad_id", "ts", click="label").join(ml.table("ad"), on="ad_id", how="left")
+    head.rename({"ad.genres": "topic", "ts": "time"}).write_parquet(tmp_path / "rows")
+    (tmp_path / "my.toml").write_text(f'{FIELDS}{COUNTERS}[table]\nlabel = "click"\nts = "time"\n')
+    csv_table.prepare(tmp_path / "rows", tmp_path / "out", tmp_path / "my.toml")
+    data = whole(open_prepared(tmp_path / "out"), "user_id", "ad_id", "ts", "label", "ad.topic", "ad.clicks", "user.shown", "ad.liked")
+    assert data["ts"].is_duplicated().mean() > 0.1
+    topic = data["ad.topic"].list.first()
+    for column, whose, happened, window, some in (
+        ("ad.clicks", data["ad_id"], data["label"], 3_600.0, data["ad_id"].hash() % 20 == 0),
+        ("user.shown", data["user_id"], data["label"] >= 0, 600.0, data["user_id"].hash() % 20 == 0),
+        ("ad.liked", data["user_id"] + topic, data["label"], 604_800.0, data["user_id"].hash() % 10 == 0),
+    ):
+        rows = data.with_columns(group=whose.rank("dense").cast(pl.Int64), happened=happened.cast(pl.Int64)).filter(some)
+        found = brute_force(rows["group"].to_list(), rows["ts"].to_list(), rows["happened"].to_list(), window)
+        assert 100 < len(rows) < 1_500
+        assert rows[column].to_list() == pytest.approx(found, rel=1e-9, abs=1e-12)

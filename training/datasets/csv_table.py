@@ -27,7 +27,8 @@ The schema file is a `schema.toml` (`features/schema.py`) with one more section,
     negative_sampling = 1.0          the share of the non-clicks that the table kept; `data.toml` remembers it
 
 A history built from the rows holds the ads that the same user clicked at an earlier time: not at the same time, for the ads of one
-request share it and their clicks were not known when they were ranked. Rows without a user id have no history.
+request share it and their clicks were not known when they were ranked. Rows without a user id have no history. Counters of the schema
+(`[counter.NAME]`) are made from the rows in the same way.
 """
 
 from pathlib import Path
@@ -38,6 +39,7 @@ import polars as pl
 from features.schema import IDENTITY, Schema, Side
 from features.vocabulary import Ids
 
+from .counters import count
 from .history import Past
 from .plausible import Doubts, look_through, silent_doubts
 from .prepared import SPLITS, Progress, by_order, silent, write_splits, write_table, write_tables, writing
@@ -55,18 +57,20 @@ def prepare(source: Path, out: Path, schema_file: Path, progress: Progress = sil
     """
     with writing(out) as folder:
         schema, settings = read_schema(schema_file)
-        log, instants = _in_order(read_log(source, schema, settings, lambda rows: progress(rows, 0)))
+        log, instants = _in_order(read_log(source, schema.told, settings, lambda rows: progress(rows, 0)))
         for doubt in look_through(log, instants, schema, settings):
             doubts(doubt)
         order, splits = _splits(log, settings)
         log = log.drop(SPLIT, strict=False)
         past = _past(log, instants, schema, settings)
+        ads, users = _last(log, "ad"), _last(log, "user")
+        log = log.with_columns(**count(log, instants, schema))
 
         def frame(rows: range) -> pl.DataFrame:
             part = order[rows.start : rows.stop]
             return log[part].with_columns(**past.columns(part)) if past else log[part]
 
-        write_tables(folder, schema, _last(log, "ad"), _last(log, "user"), settings.negative_sampling or 1.0)
+        write_tables(folder, schema, ads, users, settings.negative_sampling or 1.0)
         if past:
             write_table(folder, "histories", past.after())
         return write_splits(folder, splits, frame, progress)

@@ -76,7 +76,7 @@ def _beside(rows: pl.DataFrame, table: pl.DataFrame | None) -> pl.DataFrame:
 def _features(schema: Schema, side: Side, frames: Sequence[pl.DataFrame]) -> list[Features]:
     """The features of each row, from the first frame that has them; what is missing is left out."""
     columns: list[tuple[Field, list[Value]]] = []
-    for field in schema.side(side):
+    for field in schema.told.side(side):
         found = [column for frame in frames if (column := column_of(frame, field)) is not None]
         if not found and field.name not in IDENTITY.values():
             where = "neither users.parquet nor the rows hold" if side == "user" else "ads.parquet does not hold"

@@ -183,7 +183,7 @@ def _is_split(split: object) -> bool:
 
 def _misfits(schema: Schema, settings: TableSettings) -> list[str]:
     """What does not fit the schema."""
-    paths = {feature.path for feature in schema.fields}
+    paths = {feature.path for feature in schema.told.fields}
     mistakes = _misnamed(paths, settings)
     for side, name in IDENTITY.items():
         if f"{side}.{name}" in paths and not getattr(settings, name):
@@ -192,6 +192,10 @@ def _misfits(schema: Schema, settings: TableSettings) -> list[str]:
         mistakes.append("history names a column, but the schema has no [history]")
     if schema.history_ages and (settings.history or not settings.ts):
         mistakes.append("[history] has ages, which need times: name ts, and leave history out so that it is built from the rows")
+    if schema.counters and not settings.ts:
+        mistakes.append("[counter] tables need times: name ts")
+    if any("conversion" in counter.of for counter in schema.counters.values()):
+        mistakes.append("a row does not say when its conversion came, so those can be counted where the service logs them alone")
     if settings.padding and not settings.history:
         mistakes.append('padding is what fills a column of histories up: name that too, history = "column"')
     if schema.history_length and not settings.ad_id:

@@ -1,0 +1,146 @@
+"""How often something happened lately to an ad, or through a user: counts that decay, as features. The one arithmetic, offline and online.
+
+An event that is `s` seconds old counts exp(-s / window): at a steady rate that comes to as many as happen in a window. So a count is two
+numbers, what it was and when, and events may come in any order. Knows nothing about schemas' other fields or where counts are kept.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+COUNTED = ("click", "impression", "conversion")
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+ENTRIES = ("of", "by", "window", "prior", "transform")
+
+
+class Tally(NamedTuple):
+    """What is counted under one key, whichever counters need it."""
+
+    event: str
+    by: str
+    value: str
+    window: float
+
+    @property
+    def key(self) -> str:
+        """Under which it is kept with the user or the ad."""
+        return f"{self.event}@{self.window:g}" + (f"@{self.value}" if self.value else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """What a number counts: the table `[counter.NAME]` of a schema."""
+
+    of: tuple[str, ...]
+    """`click`, `impression` or `conversion`; or the rate of two, such as `click/impression`."""
+    by: tuple[str, ...]
+    """`ad`; `user`; or a list of `user` and a field of ads, such as `ad_id`: by user and the value that the ad has, of a list the first."""
+    window: float
+    """Over how long, such as `10m`, `1h` or `7d`; an event of that age counts 1/e."""
+    prior: tuple[float, float] = (1.0, 20.0)
+    """Of a rate: what is added to both counts, which is what a rate begins with and how slowly it leaves that."""
+
+    @property
+    def side(self) -> str:
+        """Whose feature it is: also the ad's, where users' counts differ by ad."""
+        return "user" if self.by == ("user",) else "ad"
+
+    @property
+    def value(self) -> str:
+        """The field of ads by whose values a user's counts differ, or ""."""
+        return self.by[1] if len(self.by) > 1 else ""
+
+    @property
+    def tallies(self) -> list[Tally]:
+        """What it is made of."""
+        return [Tally(event, self.by[0], self.value, self.window) for event in self.of]
+
+    def of_counts(self, counts: Sequence[Any]) -> Any:
+        """The number, from the counts beside `of`: numbers or arrays."""
+        return counts[0] if len(counts) == 1 else (counts[0] + self.prior[0]) / (counts[1] + self.prior[1])
+
+    @property
+    def least(self) -> float:
+        """The number of what nothing has happened to."""
+        return float(self.of_counts([0.0] * len(self.of)))
+
+    def entries(self) -> dict[str, Any]:
+        """As `[counter.NAME]` says it."""
+        unit = next(unit for unit in reversed(UNITS) if self.window % UNITS[unit] == 0)
+        prior = {"prior": list(self.prior)} if len(self.of) > 1 else {}
+        by = list(self.by) if self.value else self.by[0]
+        return {"of": "/".join(self.of), "by": by, "window": f"{self.window / UNITS[unit]:.0f}{unit}", **prior}
+
+
+def counter_of(entries: Mapping[str, Any]) -> tuple[Counter | None, list[str]]:
+    """The counter that a table `[counter.NAME]` says, None where it makes none, and its mistakes."""
+    of = tuple(entries["of"].split("/")) if isinstance(entries.get("of"), str) else ()
+    by = entries.get("by")
+    by = (by,) if isinstance(by, str) else tuple(by) if isinstance(by, list) else ()
+    window = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", str(entries.get("window")))
+    prior = entries.get("prior", [1.0, 20.0])
+    rules = {
+        f"unknown settings; known are {', '.join(ENTRIES)}": not set(entries) - set(ENTRIES),
+        f"of must be one of {', '.join(COUNTED)}, or two of them as a rate, such as click/impression": (
+            0 < len(of) <= 2 and set(of) <= set(COUNTED) and len(set(of)) == len(of)
+        ),
+        'by must be "ad", "user", or ["user", a field of ads]': by in (("ad",), ("user",)) or (len(by) == 2 and by[0] == "user"),
+        'window must be a time such as "10m", "1h" or "7d"': window is not None,
+        "prior must be two numbers above 0, of which the second is the larger, and stands with a rate": (
+            isinstance(prior, list)
+            and len(prior) == 2
+            and all(type(each) in (int, float) for each in prior)
+            and 0 < prior[0] < prior[1] < 1e9
+            and ("prior" not in entries or len(of) == 2)
+        ),
+    }
+    mistakes = [rule for rule, holds in rules.items() if not holds]
+    if mistakes or window is None:
+        return None, mistakes
+    return Counter(of, by, float(window[1]) * UNITS[window[2]], (float(prior[0]), float(prior[1]))), []
+
+
+def decayed(counts: Any, seconds: Any, window: Any) -> Any:
+    """What counts have become after some seconds, of shapes that broadcast; before their time they are what they are then."""
+    return counts * np.exp(-np.maximum(seconds, 0.0) / window)
+
+
+def counted(count: Sequence[float], ts: float, window: float) -> tuple[float, float]:
+    """A count (how much, and when) with one more event at `ts`, which may be before its time."""
+    much, last = count
+    if ts < last:
+        return float(much + decayed(1.0, last - ts, window)), last
+    return float(decayed(much, ts - last, window) + 1.0), ts
+
+
+def counts_before(groups: Any, ts: Any, happened: Any, window: float) -> Array:
+    """The count of each row's group just before its time: `(n,)` each, groups from 0 on, of which below 0 have none; `ts` in order.
+
+    What happened in rows of the same time does not count: nobody knew it then.
+    """
+    order = np.argsort(groups, kind="stable")
+    group, at = groups[order], ts[order].astype(np.float64)
+    begins = np.append(True, group[1:] != group[:-1])[: len(group)]
+    gaps = np.diff(at, prepend=at[:1])
+    # A prefix sum by doubling, of the recurrence count = count before * kept + happened.
+    kept, total = np.where(begins, 0.0, decayed(1.0, gaps, window)), happened[order].astype(np.float64)
+    step = 1
+    while step < len(kept) and kept[step:].any():
+        total[step:] += kept[step:] * total[:-step]
+        kept[step:] *= kept[:-step]
+        step *= 2
+    moved = begins | (gaps != 0)
+    first = np.maximum.accumulate(np.where(moved, np.arange(len(group)), 0))  # of the rows of the same group and time
+    before = np.where(begins[first], 0.0, decayed(total[first - 1], gaps[first], window))
+    counts = np.empty(len(group))
+    counts[order] = np.where(group < 0, 0.0, before)
+    return counts
+
+
+def tallies_of(counters: Sequence[Counter]) -> Iterator[Tally]:
+    """What counters are made of, each once."""
+    yield from dict.fromkeys(tally for counter in counters for tally in counter.tallies)

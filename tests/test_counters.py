@@ -1,0 +1,154 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from features.counters import counted, counts_before, decayed
+from features.schema import SchemaError, parse_schema
+from tests.test_csv_table import prepare_csv
+from tests.test_datasets import rows
+from training.datasets.prepared import DataError
+
+FIELDS = """
+name = "counted"
+[user.user_id]
+kind = "category"
+[ad.ad_id]
+kind = "category"
+[ad.topic]
+kind = "list"
+length = 2
+"""
+COUNTERS = """
+[counter.clicks]
+of = "click"
+by = "ad"
+window = "1h"
+[counter.rate]
+of = "click/impression"
+by = "ad"
+window = "1d"
+prior = [2, 10]
+transform = "none"
+[counter.shown]
+of = "impression"
+by = "user"
+window = "10m"
+[counter.liked]
+of = "click"
+by = ["user", "topic"]
+window = "7d"
+[counter.seen]
+of = "impression"
+by = ["user", "ad_id"]
+window = "1d"
+"""
+TABLE = '[table]\nts = "time"\nlabel = "click"\nsplit = [0.5, 0.25, 0.25]\nnobody = []\n'
+
+
+def test_counters_are_fields_of_the_side_that_they_differ_by_and_survive_a_schema_file() -> None:
+    schema = parse_schema(FIELDS + COUNTERS)
+    assert {field.path: (field.transform, field.missing) for field in schema.fields if field.counter} == {
+        "ad.clicks": ("log", 0.0),
+        "ad.rate": ("none", 0.2),
+        "user.shown": ("log", 0.0),
+        "ad.liked": ("log", 0.0),
+        "ad.seen": ("log", 0.0),
+    }
+    assert parse_schema(schema.to_toml()) == schema
+    assert schema.told == parse_schema(FIELDS)
+    assert "counter" not in schema.told.canonical(), "fingerprints of schemas without counters are what they were"
+    assert parse_schema(FIELDS + COUNTERS.replace("7d", "8d")).canonical() != schema.canonical()
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ('of = "view"\nby = "ad"\nwindow = "1h"', "of must be one of click, impression, conversion"),
+        ('of = "click/click"\nby = "ad"\nwindow = "1h"', "or two of them as a rate"),
+        ('of = "click"\nby = ["ad", "topic"]\nwindow = "1h"', 'by must be "ad", "user", or'),
+        ('of = "click"\nby = ["user", "colour"]\nwindow = "1h"', "by names colour, which is no category or list of ads"),
+        ('of = "click"\nby = "ad"\nwindow = "0h"', "window must be a time such as"),
+        ('of = "click"\nby = "ad"\nwindow = "1h"\nprior = [1, 20]', "prior must be two numbers"),
+        ('of = "click"\nby = "ad"\nwindow = "1h"\ntransform = "root"', "transform must be one of"),
+        ('of = "click"\nby = "ad"\nwindow = "1h"\nkind = "number"', "unknown settings"),
+    ],
+)
+def test_a_counter_that_cannot_be_is_refused_in_a_sentence(table: str, said: str) -> None:
+    with pytest.raises(SchemaError, match=f"counter odd: .*{said}"):
+        parse_schema(f"{FIELDS}\n[counter.odd]\n{table}")
+
+
+def test_a_counter_has_a_name_of_its_own_and_is_no_part_of_a_behaviour() -> None:
+    with pytest.raises(SchemaError, match=r"there is a field ad\.topic already"):
+        parse_schema(FIELDS + '[counter.topic]\nof = "click"\nby = "ad"\nwindow = "1h"')
+    with pytest.raises(SchemaError, match="clicks is a counter, which behaviours do not have"):
+        parse_schema(f'{FIELDS}{COUNTERS}\n[history]\nlength = 3\nfields = ["ad_id", "clicks"]')
+
+
+def test_a_count_decays_and_takes_events_in_any_order() -> None:
+    times = [100.0, 160.0, 130.0, 100.0]
+    count = (0.0, 0.0)
+    for ts in times:
+        count = counted(count, ts, 60.0)
+    assert count[1] == 160.0
+    assert count[0] == pytest.approx(1 + math.exp(-0.5) + 2 * math.exp(-1.0))
+    assert decayed(count[0], 220.0 - count[1], 60.0) == pytest.approx(sum(math.exp(-(220 - ts) / 60) for ts in times))
+    assert decayed(3.0, -50.0, 60.0) == 3.0, "a count of later is not blown up"
+
+
+def brute_force(groups: list[int], ts: list[float], happened: list[int], window: float) -> list[float]:
+    """By the definition, and the arithmetic that the service has: each row's group is counted event by event."""
+    found = []
+    for group, now in zip(groups, ts, strict=True):
+        count = (0.0, 0.0)
+        for other, at, event in zip(groups, ts, happened, strict=True):
+            if other == group and at < now and event:
+                count = counted(count, at, window)
+        found.append(0.0 if group < 0 else float(decayed(count[0], now - count[1], window)))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_counts_before_rows_are_those_that_the_service_would_have_had(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    groups, happened = random.integers(-1, 4, 200), random.integers(0, 2, 200)
+    ts = np.sort(random.choice([random.integers(0, 40, 200) * 10.0, random.uniform(0, 1e6, 200)]))
+    found = counts_before(groups, ts, happened, 60.0)
+    assert found == pytest.approx(brute_force(groups.tolist(), ts.tolist(), happened.tolist(), 60.0), rel=1e-9, abs=1e-12)
+
+
+def test_prepare_makes_counters_of_what_was_before_each_row(tmp_path: Path) -> None:
+    table = pl.DataFrame(
+        {
+            "time": [0, 0, 600, 600, 1200, 4800, 4800, 9000],
+            "user_id": ["u1", "u1", "u1", "u2", "u1", "", "u2", "u1"],
+            "ad_id": ["a1", "a2", "a1", "a1", "a2", "a1", "a3", "a1"],
+            "topic": ["t|x", "s", "t", "t", "t", "t", None, "t"],
+            "click": [1, 0, 1, 0, 1, 1, 1, 0],
+        }
+    )
+    data = rows(prepare_csv(tmp_path, table, FIELDS + COUNTERS + TABLE))
+    hour, day, week = (lambda *ages, w=w: sum(math.exp(-age / w) for age in ages) for w in (3600, 86_400, 604_800))
+    assert data["ad.clicks"].to_list() == pytest.approx([0, 0, hour(600), hour(600), 0, hour(4800, 4200), 0, hour(9000, 8400, 4200)])
+    rate = [0.2, 0.2, (2 + day(600)) / (10 + day(600)), (2 + day(600)) / (10 + day(600)), 2 / (10 + day(1200))]
+    assert data["ad.rate"].to_list()[:5] == pytest.approx(rate)
+    ten = [math.exp(-age / 600) for age in range(9001)]
+    shown = [0, 0, 2 * ten[600], 0, 2 * ten[1200] + ten[600], 0, ten[4200], 2 * ten[9000] + ten[8400] + ten[7800]]
+    assert data["user.shown"].to_list() == pytest.approx(shown)
+    assert data["ad.liked"].to_list() == pytest.approx([0, 0, week(600), 0, week(1200, 600), 0, 0, week(9000, 8400, 7800)])
+    assert data["ad.seen"].to_list() == pytest.approx([0, 0, day(600), 0, day(1200), 0, 0, day(9000, 8400)])
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        (FIELDS + COUNTERS + TABLE.replace('ts = "time"\n', ""), "tables need times: name ts"),
+        (FIELDS + COUNTERS.replace('"click"', '"conversion"') + TABLE, "does not say when its conversion came"),
+    ],
+)
+def test_what_a_table_cannot_count_is_refused(tmp_path: Path, schema: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        prepare_csv(tmp_path, "time,user_id,ad_id,topic,click\n1,u,a,t,1\n", schema)
