@@ -24,8 +24,10 @@ TELLING = Retry(total=8, allowed_methods=["POST"], status_forcelist=(*BUSY, 502,
 Features = Mapping[str, Any]
 NOTHING: Features = {}
 Event = dict[str, Any]
-Candidates = Sequence[str] | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
-"""Ids, or objects with `ad_id`, or columns, as `POST /rank` takes them."""
+Candidates = Sequence[str] | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]] | Literal["all"]
+"""Ids, or objects with `ad_id`, or columns, or all ads of the catalogue, as `POST /rank` takes them."""
+Filters = Mapping[str, Sequence[Any]]
+"""By category or list of ads, of the candidates `all`: the values of which an ad must have one."""
 
 
 class RankedAd(TypedDict):
@@ -51,6 +53,7 @@ class RankedAds(TypedDict):
     model: dict[str, str]
     ads: list[RankedAd]
     omitted: list[dict[str, str]]
+    omitted_by_reason: NotRequired[dict[str, int]]
     degraded: list[dict[str, str]]
     timings_ms: dict[str, float]
     explain: NotRequired[dict[str, Any]]
@@ -80,9 +83,10 @@ def event(kind: Literal["impression", "click", "conversion", "user", "ad"], **fi
     return {"type": kind, "event_id": uuid.uuid4().hex, "ts": time.time(), **fields}
 
 
-def _ranking(user: str | Mapping[str, Any], candidates: Candidates, context: Features, options: Features, request_id: str | None) -> Any:
+def _ranking(user: str | Mapping[str, Any], candidates: Candidates, context: Features, options: Features, *others: Any) -> Any:
     asked = {"user": {"id": user} if isinstance(user, str) else user, "candidates": candidates, "context": context, "options": options}
-    return {"json": asked | ({"request_id": request_id} if request_id else {}), "extensions": {"retry": RANKING}}
+    named = zip(("filters", "request_id"), others, strict=True)
+    return {"json": asked | {name: value for name, value in named if value}, "extensions": {"retry": RANKING}}
 
 
 def _telling(events: Sequence[Event], retry: Retry) -> Iterator[Any]:
@@ -126,6 +130,7 @@ class Adrank:
         *,
         context: Features = NOTHING,
         options: Features = NOTHING,
+        filters: Filters = NOTHING,
         request_id: str | None = None,
     ) -> RankedAds:
         """Rank candidates for a user: an id, or an object with features and a history.
@@ -134,7 +139,7 @@ class Adrank:
             RefusedError: the request is wrong, or the service is too busy after two more tries.
             httpx.TransportError: no answer.
         """
-        answer: RankedAds = _read(self._http.post("/rank", **_ranking(user, candidates, context, options, request_id)))
+        answer: RankedAds = _read(self._http.post("/rank", **_ranking(user, candidates, context, options, filters, request_id)))
         return answer
 
     def tell(self, events: Sequence[Event]) -> list[EventResult]:
@@ -185,10 +190,11 @@ class AsyncAdrank:
         *,
         context: Features = NOTHING,
         options: Features = NOTHING,
+        filters: Filters = NOTHING,
         request_id: str | None = None,
     ) -> RankedAds:
         """See `Adrank.rank`."""
-        answer: RankedAds = _read(await self._http.post("/rank", **_ranking(user, candidates, context, options, request_id)))
+        answer: RankedAds = _read(await self._http.post("/rank", **_ranking(user, candidates, context, options, filters, request_id)))
         return answer
 
     async def tell(self, events: Sequence[Event]) -> list[EventResult]:

@@ -308,6 +308,7 @@ class AdTable:
         layout, rows = encoder.layouts["ad"], room + 1
         self._block = Block(np.zeros((rows, layout.width), np.int64), np.zeros((rows, layout.number_width), np.float32))
         self._active = np.zeros(rows, np.bool_)
+        self._ids = np.empty(rows, np.object_)
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._active[: len(self._index) + 1]))
@@ -325,14 +326,22 @@ class AdTable:
         """Row of each ad, 0 where the table does not have it."""
         return self._index.rows(ad_ids)
 
-    def active(self, rows: Ids) -> Mask:
+    def ad_ids(self, rows: Ids) -> list[str]:
+        """The ads of rows."""
+        ad_ids: list[str] = self._ids[rows].tolist()
+        return ad_ids
+
+    def active(self, rows: Ids | slice) -> Mask:
         """Which rows are ads that have not left."""
         return self._active[rows]
 
     def put(self, ad_ids: Sequence[str], ads: Block, active: bool | Mask = True) -> None:
         """Add ads, or replace those already there. `active`, of all or `(n,)`: whether they have not left."""
-        rows = self._index.add(ad_ids)
+        before, rows = len(self._index), self._index.add(ad_ids)
         self._grow(len(self._index) + 1)
+        if len(self._index) > before:
+            fresh = np.flatnonzero(rows > before)
+            self._ids[rows[fresh]] = [ad_ids[i] for i in fresh.tolist()]
         self._block.ids[rows], self._block.numbers[rows], self._active[rows] = ads.ids, ads.numbers, active
 
     def remove(self, ad_ids: Sequence[str]) -> None:
@@ -345,7 +354,7 @@ class AdTable:
             return
         more = max(rows, have * 2) - have
         self._block = Block(np.pad(self._block.ids, ((0, more), (0, 0))), np.pad(self._block.numbers, ((0, more), (0, 0))))
-        self._active = np.pad(self._active, (0, more))
+        self._active, self._ids = np.pad(self._active, (0, more)), np.append(self._ids, np.empty(more, np.object_))
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,9 @@ async def test_answers_are_of_the_types_that_they_are_said_to_be(client: Client)
         explained = await ranker.rank(
             {"id": "u1", "features": {"age": "25"}}, columns, context={"slot": "feed"}, options=options, request_id="r1"
         )
-        for answer in (plain, explained):
+        every = await ranker.rank("u1", "all", filters={"genre": ["news"]}, options={"top_k": 1})
+        assert every["omitted_by_reason"] == {"filtered": 20, "top_k": 9}
+        for answer in (plain, explained, every):
             is_of(RankedAds, answer)
             for ad in answer["ads"]:
                 is_of(RankedAd, ad)

@@ -19,6 +19,12 @@ BIDDING = {
     "candidates": {"ad_id": ["a13", "a98", "a56"], "bid": [0.8, 0.9, 200], "bid_type": ["cpc", "cpc", "cpm"], "multiplier": [1, 0.5, 1]},
     "options": {"objective": "ecpm", "reserve": 100, "prices": True},
 }
+OF_ALL: dict[str, Any] = {
+    "user": {"id": "u378"},
+    "candidates": "all",
+    "filters": {"category": ["travel", "food"]},
+    "options": {"top_k": 2},
+}
 SOLD = RANKED | {
     "ads": [
         {"ad_id": "a13", "rank": 1, "p_click": 0.5664624, "ecpm": 453.16992, "price": 0.580327},

@@ -11,11 +11,11 @@ import pydantic_core
 from pydantic import ValidationError
 
 from features.policy import EpsilonGreedy, PlackettLuce, Policy
-from features.values import plain, plain_all
+from features.values import ValueTextError, plain, plain_all, text_of
 
 from ..errors import FieldProblem, InvalidError, NotJsonError
 from ..ranking.bids import BID_TYPES, CPC, HIGHEST, MICRO, Bids, Micros, times, to_micros
-from ..ranking.query import MISTAKES_TOLD, Query, Ranking
+from ..ranking.query import MISTAKES_TOLD, Query, Ranking, Selection
 from ..ranking.rules import Rules
 from ..settings import Settings
 from . import wire
@@ -26,7 +26,7 @@ POINTER_STEP = 128
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 UNIONS = (("candidates",), ("options", "explore"))
 """Where pydantic puts the name of the form into the path that it took a value for."""
-FORMS = "a list of ad ids, a list of objects with ad_id, or an object of columns"
+FORMS = "a list of ad ids, a list of objects with ad_id, an object of columns, or all"
 
 
 def parse_request(body: bytes) -> RankRequest:
@@ -91,6 +91,7 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None, wei
     Raises:
         InvalidError: too many candidates, columns of unequal length, an amount with too many decimals, or a history with only some times.
     """
+    selection = _selection(request, most)
     names, offered, sent = _columns(request.candidates)
     ad_ids = plain_all(names)
     if len(ad_ids) > most:
@@ -106,6 +107,7 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None, wei
         history_ts=times,
         context=request.context,
         ad_ids=ad_ids,
+        selection=selection,
         names=None if ad_ids is names else names,
         bids=None if offered is NOTHING else _bids(request, len(ad_ids), *offered),
         sent=sent,
@@ -123,6 +125,27 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None, wei
         policy=default if options.explore is None else _policy(options.explore),
         deadline=deadline,
     )
+
+
+def _selection(request: RankRequest, most: int) -> Selection | None:
+    """What the candidates `all` are, None where they are listed."""
+    if request.candidates != wire.ALL:
+        if request.filters:
+            raise _wrong(("filters",), "only the candidates all are filtered; leave it out, or send all in place of the list")
+        return None
+    if request.options.top_k is None:
+        raise _wrong(("options", "top_k"), "missing; with the candidates all say how many ads the answer is to have")
+    filters = {}
+    for name, values in request.filters.items():
+        try:
+            filters[name] = [text for each in values if (text := text_of(each)) is not None]
+        except ValueTextError as error:
+            raise _wrong(("filters", name), str(error)) from None
+    return Selection(filters, most)
+
+
+def _wrong(path: tuple[str | int, ...], detail: str) -> InvalidError:
+    return InvalidError(detail, [FieldProblem(path, detail)])
 
 
 def _rules(rules: wire.RankRules) -> Rules:
@@ -156,7 +179,9 @@ OFFER = ("bid", "bid_type", "value", "multiplier")
 KINDS: dict[str | None, int] = {None: CPC, **{name: kind for kind, name in enumerate(BID_TYPES)}}
 
 
-def _columns(candidates: CandidateColumns | list[Candidate] | list[str]) -> tuple[list[str], Offered, Mapping[int, dict[str, Any]]]:
+def _columns(candidates: CandidateColumns | list[Candidate] | list[str] | str) -> tuple[list[str], Offered, Mapping[int, dict[str, Any]]]:
+    if isinstance(candidates, str):  # all: none is listed
+        return [], NOTHING, {}
     if isinstance(candidates, CandidateColumns):
         ad_ids, features = candidates.ad_id, candidates.features
         offered = candidates.bid, candidates.bid_type, candidates.value, candidates.multiplier

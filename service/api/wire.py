@@ -12,10 +12,12 @@ from features.state import HISTORY_LIMIT
 
 from ..ranking.query import Ranking
 from ..telemetry.metrics import RequestTimings
+from .examples import OF_ALL
 
 TEXT_LENGTH, LIST_LENGTH, FEATURES, CANDIDATES, ID_LENGTH = 1_024, 1_000, 256, 100_000, 256
 LOWEST, HIGHEST = -(2**63), 2**64 - 1
 """The whole numbers that msgpack, and so the store, can hold."""
+ALL = "all"
 TIMED = ("parse", "features", "queue", "inference")
 
 
@@ -51,9 +53,18 @@ def _few(features: object) -> object:
 def _form(candidates: object) -> str | None:
     if isinstance(candidates, dict | CandidateColumns):
         return "columns"
+    if candidates == ALL:
+        return ALL
     if isinstance(candidates, list):
         return "rows" if candidates and isinstance(candidates[0], dict | Candidate) else "ids"
     return None
+
+
+def _one_of(values: object) -> object:
+    """A filter's values, as `_value` by hand; null is none: an ad without a value passes no filter."""
+    if not isinstance(values, list) or not 1 <= len(values) <= LIST_LENGTH or not all(_is_scalar(each) for each in values):
+        raise ValueError(f"expected a list of 1 to {LIST_LENGTH} values, each a text, a finite number, true or false")
+    return values
 
 
 _SCALARS: list[dict[str, Any]] = [
@@ -64,6 +75,7 @@ _SCALARS: list[dict[str, Any]] = [
 ]
 _LIST = {"type": "array", "maxItems": LIST_LENGTH, "items": {"anyOf": _SCALARS}}
 Value = Annotated[Any, PlainValidator(_value), WithJsonSchema({"anyOf": [*_SCALARS, _LIST, {"type": "null"}]})]
+_OneOf = Annotated[Any, PlainValidator(_one_of), WithJsonSchema(_LIST | {"minItems": 1})]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 FeatureMap = Annotated[dict[Name, Value], Field(max_length=FEATURES), BeforeValidator(_few)]
 Id = Annotated[str, Field(min_length=1, max_length=ID_LENGTH)]
@@ -213,7 +225,8 @@ class Options(Wire):
     model: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     """The name of the model to rank with; without it the service's default."""
     top_k: Annotated[int, Field(ge=1, le=CANDIDATES)] | None = None
-    """Answer with the first so many; the others are in `omitted`. Without `shown` it says that so many are shown."""
+    """Answer with the first so many; the others are in `omitted`. Without `shown` it says that so many are shown. With the candidates
+    `all` it must be there."""
     shown: Annotated[int, Field(ge=0, le=CANDIDATES)] | None = None
     """How many ads of the answer, from the first, are shown; 0: what is shown will be reported. Only what is said so, or reported by an
     impression event, is trained on."""
@@ -244,11 +257,15 @@ class Options(Wire):
 
 _IDS = Annotated[list[Id], Field(min_length=1, max_length=CANDIDATES, fail_fast=True), Tag("ids")]
 _ROWS = Annotated[list[Candidate], Field(min_length=1, max_length=CANDIDATES, fail_fast=True), Tag("rows")]
-Candidates = Annotated[_IDS | _ROWS | Annotated[CandidateColumns, Tag("columns")], Discriminator(_form)]
+_ALL = Annotated[Literal["all"], Tag(ALL)]
+Candidates = Annotated[_IDS | _ROWS | Annotated[CandidateColumns, Tag("columns")] | _ALL, Discriminator(_form)]
+Filters = Annotated[dict[Name, _OneOf], Field(max_length=FEATURES), BeforeValidator(_few)]
 
 
 class RankRequest(Wire):
     """A user and the ads to rank for them."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [OF_ALL]})
 
     request_id: RequestId | None = None
     """Comes back in the answer and stands in the log, for events to name; made up where it is not sent. Never the same for two rankings."""
@@ -257,7 +274,9 @@ class RankRequest(Wire):
     context: FeatureMap = {}
     """Features of the request, by the schema's names: page, slot, device, time."""
     candidates: Candidates
-    """The ads: a list of ids, a list of objects, or an object of columns."""
+    """The ads: a list of ids, a list of objects, an object of columns, or `all`, the active ads of the catalogue that pass the filters."""
+    filters: Filters = {}
+    """With the candidates `all`: by category or list of ads, values of which an ad must have one: `{"category": ["travel", "food"]}`."""
     options: Options = Options()
     """How to rank."""
 
@@ -311,14 +330,16 @@ class DegradedAnswer(Wire):
 
 
 class RankAnswer(Wire):
-    """The ads, best first. Each candidate is in `ads` or in `omitted`, once. `explain` has what the model was given of `user`, `context`
-    and `history`, and a `notice`, a sentence, where not all ads could be explained.
+    """The ads, best first. Each candidate is in `ads` or in `omitted`, once; with the candidates `all`, `omitted` is empty and
+    `omitted_by_reason` says how many ads of the catalogue are not in `ads`, and why: the reasons of `omitted`, and `filtered`. `explain`
+    has what the model was given of `user`, `context` and `history`, and a `notice`, a sentence, where not all ads could be explained.
     """
 
     request_id: str
     model: ModelFacts
     ads: list[AdAnswer]
     omitted: list[OmittedAnswer]
+    omitted_by_reason: dict[str, int] | None = None
     degraded: list[DegradedAnswer]
     timings_ms: dict[str, float]
     explain: dict[str, Any] | None = None
@@ -356,6 +377,8 @@ def answer(request_id: str, ranking: Ranking, stages: RequestTimings) -> bytes:
         "degraded": [entry._asdict() for entry in ranking.degraded],
         "timings_ms": {name: round(spent * 1000, 3) for name, spent in seconds.items()},
     }
+    if ranking.omitted_by_reason is not None:
+        after["omitted_by_reason"] = ranking.omitted_by_reason
     if ranking.seen is not None:
         after["explain"] = ranking.seen
     return b"".join((orjson.dumps(before)[:-1], b',"ads":[', *_ads(ranking), b"],", orjson.dumps(after)[1:]))

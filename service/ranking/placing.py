@@ -36,10 +36,14 @@ def ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ra
     kept = placed.order
     places, known = kept.tolist(), encoded.known.take(kept)
     omitted = [] if repeated is None else [(ad_id, "duplicate") for ad_id in _others(query.ad_ids, repeated)]
+    by_reason = None if query.selection is None else dict(query.passed_over)
     if len(places) < len(ad_ids):
         without = {"unknown_ad": ~rankable, "not_scored": rankable & ~finite, **low}
         fallen = [*((reason, those.nonzero()[0]) for reason, those in without.items()), *placed.fallen.items()]
-        omitted += [(ad_ids[row], reason) for reason, those in fallen for row in those.tolist()]
+        if by_reason is None:
+            omitted += [(ad_ids[row], reason) for reason, those in fallen for row in those.tolist()]
+        else:
+            by_reason |= {reason: len(those) for reason, those in fallen if len(those)}
     ranking = Ranking(
         encoded,
         rows,
@@ -51,6 +55,7 @@ def ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ra
         propensity=None if query.policy is None or placed.propensity is None else placed.propensity.tolist(),
         bids=bids,
         kept=kept,
+        omitted_by_reason=by_reason,
     )
     if query.objective in ("value", "weighted"):
         ranking.score = from_micros(worth.by.take(kept)) if query.objective == "value" else worth.by.take(kept).tolist()

@@ -21,6 +21,15 @@ from .rules import Rules
 MISTAKES_TOLD = 20
 
 
+class Selection(NamedTuple):
+    """The ads of the catalogue that are candidates, where a request does not list them."""
+
+    filters: Mapping[str, Sequence[str]]
+    """By category or list of ads, the values of which an ad must have one."""
+    most: int
+    """Candidates of a request."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Query:
     """A request to rank. `bids` stand beside `ad_ids`, None where no candidate has one; `sent` holds candidates' features by position;
@@ -34,6 +43,10 @@ class Query:
     """When the behaviours of `history` were; empty: not known."""
     context: Features = field(default_factory=dict)
     ad_ids: Sequence[str]
+    selection: Selection | None = None
+    """Which ads are the candidates; `ad_ids` has them once the user is known. None: the caller listed them."""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """How many ads of the catalogue a selection left out, by reason."""
     names: Sequence[str] | None = None
     """The ads' ids as the caller wrote them, where those are other texts (`features/values.py`)."""
     bids: Bids | None = None
@@ -125,6 +138,8 @@ class Ranking:
     """How likely the policy was to put each ad at its place, given those above it; None where it did not explore."""
     why: Sequence[Mapping[str, Any]] = ()
     """What `explanations` has to say of the first ads."""
+    omitted_by_reason: Mapping[str, int] | None = None
+    """How many ads of the catalogue are not in the answer, in place of `omitted` where the candidates are a selection."""
 
     @property
     def explored(self) -> bool:
@@ -177,14 +192,27 @@ def _check_rules(rules: Rules, query: Query, model: Model) -> None:
             raise _cannot(
                 ("options", "rules", *path), f"{name} is no category of ads of model {model.name}: {', '.join(sorted(categories))}"
             )
-    for place, ad_id in rules.pinned.items():
-        if ad_id not in query.ad_ids or list(rules.pinned.values()).count(ad_id) > 1:
-            raise _cannot(("options", "rules", "pinned", str(place)), "expected one of the candidates, each pinned to one place")
+    if query.selection is None:
+        check_pinned(query)
     if query.prices and rules.alike:
         raise _cannot(("options", "prices"), "an ad that stands where it does for diversity has no price that would just keep it there")
 
 
+def check_pinned(query: Query) -> None:
+    """That the ads that are pinned are candidates.
+
+    Raises:
+        InvalidError: one is not, or is pinned twice.
+    """
+    pinned = {} if query.rules is None else query.rules.pinned
+    for place, ad_id in pinned.items():
+        if ad_id not in query.ad_ids or list(pinned.values()).count(ad_id) > 1:
+            raise _cannot(("options", "rules", "pinned", str(place)), "expected one of the candidates, each pinned to one place")
+
+
 def _check_all(name: Literal["bid", "value"], query: Query, needs: str) -> None:
+    if query.selection is not None:
+        raise _cannot(("candidates",), f"{needs} a {name} for each candidate, and the catalogue has none: list the candidates")
     column = np.full(len(query.ad_ids), ABSENT) if query.bids is None else getattr(query.bids, name)
     missing = np.flatnonzero(column == ABSENT).tolist()
     if missing:

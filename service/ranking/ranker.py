@@ -17,13 +17,14 @@ from features.vocabulary import Numbers
 
 from ..catalogue.ads import View
 from ..catalogue.catalogue import Catalogue
-from ..errors import DeadlineError, FieldProblem, InvalidError, ScoringError, ServiceError
+from ..errors import DeadlineError, FieldProblem, InvalidError, NotReadyError, ScoringError, ServiceError
 from ..models.canary import Challenge
 from ..models.loaded import Model, Models
 from ..telemetry.metrics import Metrics, RequestTimings
 from .executor import Scoring
 from .placing import ranked
-from .query import Degraded, Encoded, Query, Ranking, check_query
+from .query import Degraded, Encoded, Query, Ranking, Selection, check_pinned, check_query
+from .selection import select
 
 
 class Ranker:
@@ -65,6 +66,9 @@ class Ranker:
         views = {each: catalogue.view(each.bundle.fingerprint) for each in (model, canary) if each is not None}
         stages.enter("features")
         asked = Asked(query, stages, catalogue, await self._user(query, stages), self._clock())
+        if query.selection is not None:
+            self._select(asked, query.selection, model, views[model])
+            challenge = challenge if query.ad_ids else None
         if challenge is None:
             return await self._by_live(asked, model, views[model], None)
         failure: ServiceError | None = None
@@ -78,13 +82,23 @@ class Ranker:
             challenge.failed(failure)
         return ranking
 
+    def _select(self, asked: "Asked", selection: Selection, model: Model, view: View) -> None:
+        """Make the ads of the catalogue that the request is for its candidates."""
+        if not asked.catalogue.loaded:
+            raise NotReadyError("the catalogue has not been loaded yet; /readyz says why")
+        asked.query.ad_ids, asked.query.passed_over = select(selection, model, view)
+        check_pinned(asked.query)
+
     async def _by_live(self, asked: "Asked", model: Model, view: View, challenge: Challenge | None) -> Ranking:
         query, stages = asked.query, asked.stages
         stages.enter("features")
         encoded = asked.encoded(model, view)
         asked.note(encoded)
         scorer = model.scorer.whole if query.heads else model.scorer
-        scores = await self._scoring.score(scorer, encoded.feeds, stages, query.deadline)
+        if encoded.request.candidates:
+            scores = await self._scoring.score(scorer, encoded.feeds, stages, query.deadline)
+        else:  # no ad of the catalogue passes the filters
+            scores = scorer.none
         stages.enter("post")
         if challenge is not None:
 

@@ -90,6 +90,11 @@ class Scorer:
         return slices[0] if len(slices) == 1 else np.concatenate(slices, axis=1)
 
     @property
+    def none(self) -> Numbers:
+        """The scores of no candidates, `(0,)` or `(0, H)`."""
+        return np.zeros((0, *self._last_axis), np.float32)
+
+    @property
     def _last_axis(self) -> tuple[int, ...]:
         return (len(self._outputs),) if len(self._outputs) > 1 else ()
 

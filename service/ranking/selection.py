@@ -1,0 +1,82 @@
+"""Which ads of the catalogue are candidates, where a request does not list them. Knows nothing about HTTP, and ranks nothing."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from features.encode import Encoder, Mask
+from features.schema import IDENTITY, Field, Slot
+from features.state import unpack_features
+from features.vocabulary import UNKNOWN, Ids
+
+from ..catalogue.ads import View
+from ..errors import FieldProblem, InvalidError
+from ..models.loaded import Model
+from .query import Selection
+
+
+def select(selection: Selection, model: Model, view: View) -> tuple[list[str], dict[str, int]]:
+    """The active ads that pass the filters, and how many do not, by reason.
+
+    Raises:
+        InvalidError: a filter names no category or list of ads, or the candidates are too many.
+    """
+    view.renew()
+    table = view.table
+    active = table.active(slice(len(table.block)))
+    rows = _passing(selection, model, view, active)
+    if len(rows) > selection.most:
+        raise _cannot(
+            ("candidates",),
+            f"{len(rows)} ads of the catalogue pass the filters; at most {selection.most} are ranked in one request: filter by more",
+        )
+    filtered = int(np.count_nonzero(active)) - len(rows)
+    return table.ad_ids(rows), {"filtered": filtered} if filtered else {}
+
+
+def _passing(selection: Selection, model: Model, view: View, active: Mask) -> Ids:
+    """Rows of the active ads that pass: by the ids of the vocabularies, and where those do not tell values apart by the values."""
+    encoder, fits, unsure = model.bundle.encoder, active, np.zeros(len(active), np.bool_)
+    slots = {slot.field.name: slot for slot in encoder.layouts["ad"].ids if slot.field.name not in IDENTITY.values()}
+    for name, values in selection.filters.items():
+        if name not in slots:
+            known = f"no category or list of ads of model {model.name}: {', '.join(sorted(slots))}"
+            raise _cannot(("filters", name), f"{name} is {known}")
+        sure, shared = _found(encoder, slots[name], values, view.table.block.ids)
+        fits, unsure = fits & (sure | shared), unsure | (shared & ~sure)
+    rows, look = np.flatnonzero(fits), np.flatnonzero(fits & unsure)
+    if len(look) > selection.most:
+        what = f"{len(look)} ads would have to be looked at one by one, as no vocabulary tells some of these values from others"
+        raise _cannot(("filters",), f"{what}; at most {selection.most} are: filter by more")
+    if not len(look):
+        return rows
+    fields = {name: slots[name].field for name in selection.filters}
+    packed = view.features(ad_ids := view.table.ad_ids(look))
+    values_of = [encoder.usable("ad", unpack_features(packed[ad_id]))[0] if ad_id in packed else {} for ad_id in ad_ids]
+    wrong = [not all(_has(fields[name], each.get(name), values) for name, values in selection.filters.items()) for each in values_of]
+    return np.setdiff1d(rows, look[wrong], assume_unique=True)
+
+
+def _found(encoder: Encoder, slot: Slot, values: Sequence[str], ids: Ids) -> tuple[Mask, Mask]:
+    """Which rows have one of the values for sure, and which have an id that it shares with others."""
+    vocabulary = encoder.vocabularies.categories[slot.field.vocabulary]
+    wanted = vocabulary.encode(values)
+    shared = wanted <= UNKNOWN if not slot.field.buckets else np.ones(len(wanted), np.bool_)
+    return _have(ids[:, slot.columns], wanted[~shared], vocabulary.size), _have(ids[:, slot.columns], wanted[shared], vocabulary.size)
+
+
+def _have(ids: Ids, wanted: Ids, size: int) -> Mask:
+    """Which rows of ids `(n, k)` below `size` have one of those that are wanted."""
+    hit: Mask = np.zeros(size, np.bool_)
+    hit[wanted] = True
+    return np.asarray(hit[ids].any(axis=1)) if len(wanted) else np.zeros(len(ids), np.bool_)
+
+
+def _has(field: Field, value: object, wanted: Sequence[str]) -> bool:
+    """Whether an ad's own clean value is one of those, or has one of them among what the model is given of it."""
+    mine = value[: field.length] if isinstance(value, list) else [value]
+    return not set(wanted).isdisjoint(mine)
+
+
+def _cannot(path: tuple[str, ...], detail: str) -> InvalidError:
+    return InvalidError(detail, [FieldProblem(path, detail)])
