@@ -135,8 +135,8 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
     from training.retrain.publish import train_and_publish
 
     check_name(name or model)
-    folder = flags.pop("checkpoint") or Path(f"{models.absolute()}-checkpoints") / (name or model)
-    checkpoint = Checkpoint(folder, flags.pop("minutes"), flags.pop("resume"))
+    chosen, ours = flags.pop("checkpoint"), Path(f"{models.absolute()}-checkpoints") / (name or model)
+    checkpoint = Checkpoint(chosen or ours, flags.pop("minutes"), flags.pop("resume"), ours=not chosen)
     memory, promote = memory_of(flags), flags.pop("promote")
     opened = replace(open_data(data, attribution_of(data, flags)), memory=memory)
     given = settings_of(opened.schema.name, model, file, settings)

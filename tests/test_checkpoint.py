@@ -105,7 +105,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_a_sentence(data: Prepared, 
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = Checkpoint(tmp_path / "new")
+    checkpoint = Checkpoint(tmp_path / "around" / "new", ours=True)
     checkpoint.write({"a": 1}, [torch.zeros(2)])
     before = checkpoint.path.read_bytes()
 
@@ -118,8 +118,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path,
         checkpoint.write({"a": 2}, [])
     assert [path.name for path in checkpoint.path.parent.iterdir()] == [FILE]
     assert checkpoint.path.read_bytes() == before
+    chosen = Checkpoint(checkpoint.path.parent)
+    chosen.remove()
+    assert list(chosen.path.parent.iterdir()) == [], "somebody's own folder stays"
     checkpoint.remove()
-    assert not checkpoint.path.parent.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resuming_where_there_is_no_checkpoint_is_a_sentence(data: Prepared, tmp_path: Path) -> None:
@@ -139,8 +142,8 @@ adrank.main(sys.argv[1:])
 EACH_STEP = ("--checkpoint-minutes", "0")
 
 
-def command(data: Prepared, models: Path, *more: str, program: str = TRAIN) -> "subprocess.Popen[str]":
-    settings = {"epochs": "10", "patience": "10", "batch": "16", "threads": "1", "flat_below": "0", "unknown_rate": "0.1"}
+def command(data: Prepared, models: Path, *more: str, program: str = TRAIN, epochs: str = "10") -> "subprocess.Popen[str]":
+    settings = {"epochs": epochs, "patience": epochs, "batch": "16", "threads": "1", "flat_below": "0", "unknown_rate": "0.1"}
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     words += ["--data", str(data.folder), "--model", "deepfm", "--models", str(models), "--promote", "always", "--no-report"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -155,10 +158,12 @@ def weights(models: Path) -> dict[str, bytes]:
 
 def test_the_command_killed_at_random_moments_ends_with_the_same_weights(data: Prepared, tmp_path: Path) -> None:
     """Once; `RESUMES=10` kills it ten times, and writes when with -s."""
-    chance, moments, more = random.Random(os.environ.get("RESUMES", "1")), list[str](), list[str]()
+    kills = int(os.environ.get("RESUMES", "1"))
+    chance, moments, more, epochs = random.Random(kills), list[str](), list[str](), str(3 + kills)
     checkpoint = tmp_path / "killed-checkpoints" / "deepfm" / FILE
-    while len(moments) < int(os.environ.get("RESUMES", "1")):
-        process, before = command(data, tmp_path / "killed", *EACH_STEP, *more), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    while len(moments) < kills:
+        process = command(data, tmp_path / "killed", *EACH_STEP, *more, epochs=epochs)
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         end, later = time.monotonic() + 120, chance.uniform(0, 0.4)
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
             assert time.monotonic() < end
@@ -169,12 +174,12 @@ def test_the_command_killed_at_random_moments_ends_with_the_same_weights(data: P
         said, more = process.communicate(timeout=60)[0], ["--resume"]
         assert process.returncode == -signal.SIGKILL, said
         moments += re.findall(r"going on from (.*), by", said) or ["the beginning"]
-    last = command(data, tmp_path / "killed", *EACH_STEP, "--resume")
+    last = command(data, tmp_path / "killed", "--resume", epochs=epochs)
     said = last.communicate(timeout=300)[0]
     assert last.returncode == 0, said
     assert re.search(r"going on from epoch \d+, step [\d,]+ of it", said)
     sys.stdout.write("; ".join(moments))
     assert not checkpoint.parent.parent.exists(), "a training that has ended needs none"
-    whole = command(data, tmp_path / "whole")
+    whole = command(data, tmp_path / "whole", epochs=epochs)
     assert (whole.communicate(timeout=300), whole.returncode)[1] == 0
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")

@@ -37,13 +37,15 @@ class Checkpoint:
     training: Mapping[str, Any] = {}
     """What the training is of, by `identity`: a checkpoint of another one is refused."""
 
-    def __init__(self, folder: Path, minutes: float = MINUTES, resume: bool = False) -> None:
+    def __init__(self, folder: Path, minutes: float = MINUTES, resume: bool = False, ours: bool = False) -> None:
         """In a folder that is made when it is needed, of one training at a time; `resume`: go on from what is there.
+
+        `ours`: nobody has chosen the folder, so it goes with the checkpoint, and the one around it, if there is nothing else in them.
 
         Raises:
             CheckpointError: nothing is there to go on from.
         """
-        self.path, self.seconds, self.resume = folder / FILE, 60 * minutes, resume
+        self.path, self.seconds, self.resume, self.ours = folder / FILE, 60 * minutes, resume, ours
         self._written = time.monotonic()
         if resume and not self.path.exists():
             raise CheckpointError(f"there is no checkpoint in {folder}; leave out --resume to begin, or say --checkpoint DIR")
@@ -94,12 +96,12 @@ class Checkpoint:
         return values, tensors
 
     def remove(self) -> None:
-        """Leave nothing of it behind, nor of folders that only it was in."""
+        """Leave nothing of it behind, nor of folders that are ours; one that a user has chosen stays."""
         for path in (self.path, self.path.with_name(f".{FILE}.part")):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # there is something else in it
-            self.path.parent.rmdir()
-            self.path.parent.parent.rmdir()
+            for folder in self.path.parents[:2] if self.ours else ():
+                folder.rmdir()
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ from .networks.pretrained import copy_embeddings
 from .networks.warm_start import warm_start
 from .tenure import Tenure, renewed
 from .train_settings import TrainError, TrainSettings
-from .workers import check_cluster, fit_by_workers
+from .workers import check_workers, fit_by_workers
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def train(
     tenure = Tenure(settings.evict_after, dict(whole.idle) if whole else {})
     settings = replace(settings, device=device_of(settings.device).type)
     if settings.workers > 1:
-        check_cluster()
+        check_workers()
     with deterministic(settings):
         with _step(progress, "learning vocabularies"):
             encoder = Encoder(data.schema, learn_vocabularies(data, whole.vocabularies if whole else None, tenure))

@@ -12,7 +12,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,11 @@ from .device import device_of
 from .distributed import Process
 from .fit import Epoch, check_steps, deterministic, fit_network
 from .networks.contract import Network
+from .ray_cluster import LOCAL, check_cluster, cluster
 from .train_settings import TrainError, TrainSettings
 
 LOST = 3
 """How often workers may be lost before a training is given up."""
-FOUND_SECONDS = 10.0
 SOURCES = Path(__file__).parent.parent
 Weights = dict[str, np.ndarray[Any, Any]]
 ADDRESS = "RAY_ADDRESS"
@@ -55,7 +54,8 @@ def fit_by_workers(  # noqa: PLR0913, PLR0917  # what `fit_network` takes, and w
     Rows in memory are sent, once a machine; of those on disk each machine asks `encoded`, which finds them there or encodes its own data.
 
     Raises:
-        TrainError: there is no such cluster, its machines have another version of adrank, or workers are lost again and again.
+        ClusterError: there is no such cluster.
+        TrainError: its machines have another version of adrank, or workers are lost again and again.
     """
     if checkpoint is None:
         raise TrainError("several workers go on from a checkpoint when one is lost; say where it goes, or train with workers=1")
@@ -64,7 +64,8 @@ def fit_by_workers(  # noqa: PLR0913, PLR0917  # what `fit_network` takes, and w
     if not checkpoint.resume:
         checkpoint.remove()  # what is there is of another training; what will be there is of this one
     where = (checkpoint.path.parent.absolute(), checkpoint.seconds / 60, checkpoint.training)
-    with cluster(settings) as ray, _lines(progress) as queue:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    with cluster(*_where(), settings.workers * (settings.threads or 1)) as ray, _lines(progress) as queue:
         splits = encoded if rows.mapped or valid.mapped else (rows, valid)
         given = {"network": network, "splits": splits, "settings": settings, "warm": warm, "checkpoint": where}
         config = {"given": [ray.put(given)], "lines": queue, "code": code()}
@@ -136,43 +137,17 @@ def code() -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def cluster(settings: TrainSettings) -> Iterator[Any]:
-    """Ray, with a cluster: that of `RAY_ADDRESS`, or one of this machine alone, which ends with the block."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray  # noqa: PLC0415
-
-    address = os.environ.get(ADDRESS)
-    own: dict[str, Any] = {"address": "local", "num_cpus": settings.workers * (settings.threads or 1), "include_dashboard": False}
-    try:
-        ray.init(**({"address": address} if address else own), log_to_driver=False, logging_level="error")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _none_at(address, error) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def check_cluster() -> None:
-    """That there is Ray, and somebody at the address of its cluster, before anything is encoded.
+def check_workers() -> None:
+    """That there is a cluster for them, before anything is encoded.
 
     Raises:
-        TrainError: there is not.
+        ClusterError: there is not.
     """
-    if find_spec("ray") is None:
-        raise TrainError("several workers need ray, which is not installed: pip install 'adrank[ray]'")
-    host, colon, port = os.environ.get(ADDRESS, "").rpartition(":")
-    try:
-        if colon and port.isdecimal():
-            socket.create_connection((host.strip("[]"), int(port)), FOUND_SECONDS).close()
-    except OSError as error:
-        raise _none_at(os.environ[ADDRESS], error) from error
+    check_cluster(*_where())
 
 
-def _none_at(address: str | None, error: Exception) -> TrainError:
-    line = str(error).strip().splitlines()[0].rstrip(".")
-    return TrainError(f"no Ray cluster at {address}: {line}; start one with ray start --head, or leave out --ray")
+def _where() -> tuple[str, str]:
+    return os.environ.get(ADDRESS) or LOCAL, "leave out --ray"
 
 
 @contextmanager
@@ -192,7 +167,7 @@ def _lines(progress: Progress) -> Iterator[Any]:
         yield queue
     finally:
         queue.put(None)
-        reader.join(FOUND_SECONDS)
+        reader.join(10.0)
 
 
 class _Sent(io.StringIO):

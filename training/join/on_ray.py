@@ -1,20 +1,18 @@
 """The parts of a log made on a Ray cluster, by Ray Data: the very same query, on whichever machine is free."""
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import ray
 import ray.data
 from ray.exceptions import RayError
 
 from ..datasets.prepared import DataError
+from ..ray_cluster import cluster
 from .attributed import HourPart, Maker, Run, Unmade
 
 ONE_PROCESSOR = {"env_vars": {"POLARS_MAX_THREADS": "1"}}
 """What Ray gives a task, which polars would not know."""
 
-REACH_SECONDS = 5.0
 OURS = f"{DataError.__name__}: "
 """What a sentence of ours follows in the traces that Ray gives."""
 
@@ -26,23 +24,16 @@ def on_ray(address: str) -> Iterator[Run]:
     Every machine of it sees the log and the output under the same paths, and has this version of adrank.
 
     Raises:
-        DataError: the cluster is not there, or a part could not be made.
+        ClusterError: there is no such cluster.
+        DataError: a part could not be made.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        if host and port.isdecimal():
-            socket.create_connection((host, int(port)), REACH_SECONDS).close()  # Ray would try for eight minutes
-        ray.init(address, runtime_env=ONE_PROCESSOR, include_dashboard=False, log_to_driver=False, logging_level="error")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"no Ray cluster at {address}: {error}; start one with ray start --head, or say --ray local") from error
-    try:
-        yield _run
+        with cluster(address, "say --ray local", runtime_env=ONE_PROCESSOR):
+            yield _run
     except RayError as error:
         lines = str(error).splitlines() or [type(error).__name__]
         why = next((line.partition(OURS)[2] for line in lines if OURS in line), lines[0])
         raise DataError(f"the log cannot be attributed on Ray: {why}") from error
-    finally:
-        ray.shutdown()
 
 
 def _run(make: Maker, parts: list[HourPart]) -> Iterator[Unmade]:
