@@ -144,7 +144,8 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
     with progress_bar() as progress:
         path, outcome = train_and_publish(opened, model, models, name or model, given, progress, promote, checkpoint)
     print_metrics(outcome.trained.metrics)
-    print(outcome.trained.calibration.line())
+    for head, calibration in outcome.trained.calibrations.items():
+        print(calibration.line(head))
     print(f"published {path}")
     if int8 := read_manifest(path).get("int8"):
         moves = ", ".join(f"{name} {move:+.2g}" for name, move in int8["moved"].items())

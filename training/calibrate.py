@@ -37,12 +37,12 @@ class Calibration:
         p: Array = expit(self.scale * logits.astype(np.float64) + self.shift)
         return p
 
-    def line(self) -> str:
+    def line(self, head: str = "click") -> str:
         """For people: how good it can be."""
         sentence = (
-            f"calibrated on {self.clicks:,} clicks in {self.rows:,} rows of valid: slope {self.scale:.4g}, intercept {self.shift:+.4g}"
+            f"calibrated on {self.clicks:,} {head}s in {self.rows:,} rows of valid: slope {self.scale:.4g}, intercept {self.shift:+.4g}"
         )
-        off = f"; so few leave the mean p(click) uncertain by about {1 / math.sqrt(max(self.clicks, 1)):.0%}" if self.clicks < 100 else ""
+        off = f"; so few leave the mean p({head}) uncertain by about {1 / math.sqrt(max(self.clicks, 1)):.0%}" if self.clicks < 100 else ""
         return sentence + off
 
 
@@ -54,7 +54,7 @@ def as_sampled(p_click: Array, negative_sampling: float) -> Array:
     return share
 
 
-def fit(logits: Array, labels: Array, negative_sampling: float = 1.0) -> Calibration:
+def fit(logits: Array, labels: Array, negative_sampling: float = 1.0, maturity: Array | None = None) -> Calibration:
     """Platt (1999) scaling of `logits (N,)` by `labels (N,)`, the slope with a log-normal prior around 1, the mean p(click) exact.
 
     The slope is fitted to Platt's smoothed targets, (N+ + 1) / (N+ + 2) and 1 / (N- + 2): a network that tells two clicks apart by
@@ -62,42 +62,50 @@ def fit(logits: Array, labels: Array, negative_sampling: float = 1.0) -> Calibra
     not. Where all rows are of one class the slope stays 1 and the mean is what his targets say, 1 / (N + 2) or (N + 1) / (N + 2).
 
     Keeping a share w of the non-clicks multiplies the odds of a click by 1 / w, hence log w is added to the logit
-    (He et al. 2014, section 6.3).
+    (He et al. 2014, section 6.3). A row of `maturity (N,)` m is seen as 1 with probability m p, see `networks.contract.cross_entropy`.
     """
     rows, clicks = len(labels), int(labels.sum())
-    x = logits.astype(np.float64)
+    x, seen = logits.astype(np.float64), np.ones(rows) if maturity is None else maturity.astype(np.float64)
     if 0 < clicks < rows:
         targets = np.where(labels > 0, (clicks + 1) / (clicks + 2), 1 / (rows - clicks + 2))
-        scale, rate = _slope(x, targets), clicks / rows
+        scale, rate = _slope(x, targets, seen), clicks / rows
     else:
         scale, rate = 1.0, (1 if clicks == 0 else rows + 1) / (rows + 2)
-    return Calibration(scale, _intercept(scale * x, rate), math.log(negative_sampling), rows, clicks)
+    return Calibration(scale, _intercept(scale * x, rate, seen), math.log(negative_sampling), rows, clicks)
 
 
-def _slope(x: Array, targets: Array) -> float:
+def _slope(x: Array, targets: Array, maturity: Array) -> float:
     """Of all slopes above 0 the likeliest, the intercept being free."""
     middle, spread, rate = x.mean(), x.std(), targets.mean()
     if not spread:
         return 1.0
     centred, expected = x - middle, min(0.0, math.log(SPAN / np.ptp(x)))
+    with np.errstate(divide="ignore"):
+        still_open = np.log1p(-maturity)  # of the share that has not come yet; -inf: none
 
     def loss(at: Array) -> tuple[float, Array]:
         log_scale, shift = at
         scaled = math.exp(log_scale) * centred
         z = scaled + shift
-        gaps = expit(z) - targets
-        likelihood = np.logaddexp(0.0, z).sum() - targets @ z
+        gaps = expit(z) - targets - (1 - targets) * expit(z + still_open)
+        likelihood = np.logaddexp(0.0, z).sum() - targets @ z - (1 - targets) @ np.logaddexp(0.0, z + still_open)
         gradient = np.array([gaps @ scaled + (log_scale - expected) / PRIOR**2, gaps.sum()])
         return (likelihood + 0.5 * ((log_scale - expected) / PRIOR) ** 2) / len(x), gradient / len(x)
 
-    start = np.array([min(0.0, math.log(2 / spread)), logit(rate)])  # where no probability is saturated yet
+    start = np.array([min(0.0, math.log(2 / spread)), logit(_eventual(rate, maturity))])  # where no probability is saturated yet
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(FLATTEST, STEEPEST), (None, None)], tol=1e-14)
     return math.exp(found.x[0])
 
 
-def _intercept(scaled: Array, rate: float) -> float:
-    """What to add to logits `(N,)` so that the mean probability is `rate`."""
-    ends = logit(rate) - scaled.max(), logit(rate) - scaled.min()
-    if ends[0] == ends[1]:
-        return float(ends[0])
-    return float(brentq(lambda shift: expit(scaled + shift).mean() - rate, *ends, xtol=1e-12))
+def _intercept(scaled: Array, rate: float, maturity: Array) -> float:
+    """What to add to logits `(N,)` so that the mean probability of what has come by now is `rate`."""
+    ends = logit(rate) - scaled.max(), logit(_eventual(rate, maturity)) - scaled.min()
+    if ends[0] == ends[1] or (maturity * expit(scaled + ends[1])).mean() < rate:  # of fewer rows than have come, all come
+        return float(ends[1])
+    return float(brentq(lambda shift: (maturity * expit(scaled + shift)).mean() - rate, *ends, xtol=1e-12))
+
+
+def _eventual(rate: float, maturity: Array) -> float:
+    """The rate that will have come in the end, of rows of which `rate` has come by now."""
+    most = float(maturity.mean())
+    return rate if most == 1 else min(rate / most, 1 - 1e-6)

@@ -14,7 +14,7 @@ from features.bundle import Bundle
 
 from .calibrate import as_sampled
 from .datasets.ads import ad_table
-from .datasets.encoded import encode_frames, outcome_of
+from .datasets.encoded import encode_frames, maturity_name, maturity_of, outcome_of
 from .datasets.fields import check_fields
 from .datasets.prepared import DataError, Prepared
 from .export.graph import Graph
@@ -49,9 +49,10 @@ def score_rows(bundle: Bundle, data: Prepared, split: str, progress: Progress) -
     theirs, graph, parts = replace(data, schema=bundle.schema), Graph(bundle), []
     more = [head for head in bundle.manifest.get("heads", ()) if head != CLICK]
     ads, task = ad_table(theirs, bundle.encoder), progress.add_task("scoring", total=None)
-    for frame in theirs.frames(split, ["request_id", *more]):
+    waits = [maturity_name(head) for head in more]
+    for frame in theirs.frames(split, ["request_id", *more, *waits]):
         scores = graph.by_head(encode_frames(theirs, [frame], bundle.encoder, ads)) if len(frame) else {}
-        kept = frame.select(name for name in (*KEYS, "label", *more) if name in frame.columns)
+        kept = frame.select(name for name in (*KEYS, "label", *more, *waits) if name in frame.columns)
         parts.append(kept.with_columns(pl.Series(f"p_{head}", p) for head, p in scores.items()))
         progress.update(task, advance=len(frame))
     if not any(map(len, parts)):
@@ -92,7 +93,7 @@ def compare_bundles(first: Bundle, second: Bundle, data: Prepared, split: str, f
         labels = both[0]["label"].to_numpy().astype(np.float32) if head == CLICK else outcome_of(both[0], head, data)
         known = rows & ~np.isnan(labels)
         if known.any():
-            ours, theirs = (on_log(scored, head, data.negative_sampling)[known] for scored in both)
+            ours, theirs = (on_log(scored, head, data)[known] for scored in both)
             found.append(PartCompared(head, name, compare(labels[known], users[known], theirs, ours)))
     return found
 
@@ -103,8 +104,11 @@ def heads_of(scored: pl.DataFrame) -> Iterator[str]:
     return (head for head in heads if head == CLICK or head in scored.columns)
 
 
-def on_log(scored: pl.DataFrame, head: str, negative_sampling: float) -> Array:
-    """Probabilities `(N,)` to compare with labels; what follows a click is as far from the log as p(click) is."""
+def on_log(scored: pl.DataFrame, head: str, data: Prepared) -> Array:
+    """Probabilities `(N,)` to compare with labels: of what has come by now; what follows a click is as far from the log as p(click) is."""
     click, p = (scored[f"p_{name}"].to_numpy().astype(np.float64) for name in (CLICK, head))
-    sampled = as_sampled(click, negative_sampling)
-    return sampled if head == CLICK else p * np.divide(sampled, click, out=np.ones_like(p), where=click > 0)
+    sampled = as_sampled(click, data.negative_sampling)
+    if head == CLICK:
+        return sampled
+    seen: Array = p * np.divide(sampled, click, out=np.ones_like(p), where=click > 0) * maturity_of(scored, head, data)
+    return seen

@@ -107,10 +107,10 @@ def train(
         with _step(progress, "learning vocabularies"):
             encoder = Encoder(data.schema, learn_vocabularies(data, whole.vocabularies if whole else None, tenure))
         with _step(progress, "encoding"):
-            encoded = partial(_encoded, data, encoder, heads)
+            encoded = partial(_encoded, data, encoder, heads, settings.delayed)
             rows, valid = encoded()
         left, settings = settings.open, settings.for_rows(len(rows))
-        for line in _from_disk(rows, data.memory, settings):
+        for line in (*_from_disk(rows, data.memory, settings), *_waiting(rows)):
             progress.console.print(line, soft_wrap=True)
         few = bool(whole.network.first_weights()) if whole else len(rows) < settings.flat_below
         network_settings = settled(network_settings, few)
@@ -135,7 +135,7 @@ def train(
         calibrations = {head: calibrated(valid, head, logits[head], data.negative_sampling) for head in heads}
         measured = {"valid": measured_heads(valid, logits, calibrations)}
         with _step(progress, "measuring on test"):
-            test = encode_split(data, "test", encoder, heads)
+            test = encode_split(data, "test", encoder, heads, settings.delayed)
             measured["test"] = measured_heads(test, predict_heads(network, test), calibrations)
         metrics = {split: found[CLICK] for split, found in measured.items()}
         network.cpu()
@@ -147,9 +147,16 @@ def train(
     return Trained(family, network, encoder, calibrations, epochs, metrics, facts, test, rows_by_split, clicks_by_split, others, tenure)
 
 
-def _encoded(data: Prepared, encoder: Encoder, heads: tuple[str, ...]) -> tuple[Rows, Rows]:
-    rows, valid = (encode_split(data, split, encoder, heads) for split in ("train", "valid"))
+def _encoded(data: Prepared, encoder: Encoder, heads: tuple[str, ...], delayed: bool) -> tuple[Rows, Rows]:
+    rows, valid = (encode_split(data, split, encoder, heads, delayed) for split in ("train", "valid"))
     return rows, valid
+
+
+def _waiting(rows: Rows) -> Iterator[str]:
+    """Which rows may still convert, for people."""
+    for head, maturity in rows.maturity.items():
+        young = maturity[maturity < 1]
+        yield f"{head}: {len(young):,} of {len(rows):,} rows may still get theirs, {young.mean():.0%} of which would have come by now"
 
 
 def _begin_embeddings(network: Network, vocabularies: Vocabularies, start: Start | None, progress: Progress) -> None:
@@ -190,15 +197,16 @@ def heads_of(family: str, asked: str = "") -> tuple[str, ...]:
 def calibrated(rows: Rows, head: str, logits: Logits, negative_sampling: float) -> Calibration:
     """The calibration of a head's logits `(N,)`, on the rows whose label is known."""
     labels, known = rows.known(head)
-    return fit(logits[known], labels[known], negative_sampling if head == CLICK else 1.0)
+    return fit(logits[known], labels[known], negative_sampling if head == CLICK else 1.0, rows.maturity_of(head, known))
 
 
 def measured_heads(rows: Rows, logits: Mapping[str, Logits], calibrations: Mapping[str, Calibration]) -> dict[str, Measures]:
-    """By head, what its calibrated probabilities come to on the rows whose label is known."""
+    """By head, what its calibrated probabilities of what has come by now come to, on the rows whose label is known."""
     found = {}
     for head, calibration in calibrations.items():
         labels, known = rows.known(head)
-        found[head] = measure(labels[known], calibration.on_log(logits[head][known]), rows.users[known])
+        seen = calibration.on_log(logits[head][known]) * rows.maturity_of(head, known)
+        found[head] = measure(labels[known], seen, rows.users[known])
     return found
 
 

@@ -79,6 +79,9 @@ class TrainSettings:
     heads: str = ""
     """What is predicted, such as `click-conversion`: the click first, then columns of the data set. Default: the network's own, for
     most the click alone."""
+    delayed: bool = True
+    """Whether a conversion that may still come is no negative: its row counts by how likely it would have come by now, by the exponential
+    delay that attribution fits to a log's conversions (`join/delay.py`). False: what has not come is a negative."""
     init_from: str = ""
     """A bundle whose embeddings the network's begin with, those of values that both know; `adrank retrain` goes on from the live version
     instead, or begins without."""

@@ -28,7 +28,7 @@ from .vocabularies import joined
 Outcome = np.ndarray[Any, np.dtype[np.float32]]
 FEW_TIMES = 8
 """See `_distinct`."""
-FORMAT = 1
+FORMAT = 2
 """Raise this whenever encoding gives other columns: those on disk are made anew."""
 
 
@@ -75,6 +75,8 @@ class Rows:
     """How much each row weighs in training `(N,)`; None: 1."""
     ages: Outcome | None = None
     """How old the behaviours of `history` were `(N, T)`, in seconds, 0 where there is padding; None: the schema has no ages."""
+    maturity: Mapping[str, Outcome] = dataclasses.field(default_factory=dict)
+    """How likely an outcome that is to come would have come by now `(N,)`, by head; one that waits for nothing is not there."""
     mapped: Mapped | None = None
     """The files that all that is `(N, ...)` is mapped from; None: it is in memory."""
 
@@ -83,14 +85,14 @@ class Rows:
 
     def take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> "Rows":
         """Some of the rows, in that order, in memory."""
-        outcomes = {head: labels[rows] for head, labels in self.outcomes.items()}
+        outcomes, maturity = ({head: each[rows] for head, each in found.items()} for found in (self.outcomes, self.maturity))
         weight = None if self.weight is None else self.weight[rows]
         user, ad = (Block(block.ids[rows], block.numbers[rows]) for block in (self.user, self.ad))
         own = (self.labels[rows], self.users[rows], user, ad, self.history[rows])
         ages = None if self.ages is None else self.ages[rows]
         if self.mapped:
             self.mapped.release()
-        return Rows(*own, self.behaviours, self.strangers, self.catalogue, outcomes, weight, ages)
+        return Rows(*own, self.behaviours, self.strangers, self.catalogue, outcomes, weight, ages, maturity)
 
     @property
     def ads(self) -> Part:
@@ -109,11 +111,17 @@ class Rows:
             raise DataError(f"no row of the split has a label of {head}; leave it out of heads, or split the data set otherwise")
         return labels, known
 
+    def maturity_of(self, head: str, rows: np.ndarray[Any, Any]) -> Outcome:
+        """The maturity of some rows."""
+        found: Outcome = self.maturity[head][rows] if head in self.maturity else np.ones(len(self), np.float32)[rows]
+        return found
+
     def labels_of(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Labels:
         """What came of some rows."""
         heads = {CLICK: self.labels, **self.outcomes}
         weight = None if self.weight is None else torch.from_numpy(self.weight[rows])
-        return Labels({head: torch.from_numpy(labels[rows]) for head, labels in heads.items()}, weight)
+        known, maturity = ({head: torch.from_numpy(each[rows]) for head, each in found.items()} for found in (heads, self.maturity))
+        return Labels(known, weight, maturity)
 
     def batch(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> RequestTensors:
         """The tensors of some rows: `user (R, W)`, `history (R, T)` cut to the longest there, `ad (R, 1, W)`."""
@@ -140,8 +148,10 @@ def _distinct(values: np.ndarray[Any, np.dtype[np.int32]], below: int) -> tuple[
     return np.flatnonzero(there), (np.cumsum(there) - 1)[values]
 
 
-def encode_split(data: Prepared, split: str, encoder: Encoder, heads: Sequence[str] = (CLICK,)) -> Rows:
+def encode_split(data: Prepared, split: str, encoder: Encoder, heads: Sequence[str] = (CLICK,), delayed: bool = True) -> Rows:
     """Encode a split; `heads` are the outcomes whose labels are wanted, each but the click in a column of its name.
+
+    Unless `delayed`, rows have no maturity: what has not come is a negative.
 
     One that would take much of the memory that a run may use is encoded into files, unless they are there already, and mapped.
 
@@ -152,7 +162,7 @@ def encode_split(data: Prepared, split: str, encoder: Encoder, heads: Sequence[s
     more = [head for head in heads if head != CLICK]
 
     def fill(columns: Columns) -> None:
-        _encode(columns, data, data.frames(split, more), encoder, ad_table(data, encoder), more)
+        _encode(columns, data, data.frames(split, (*more, *map(maturity_name, more))), encoder, ad_table(data, encoder), more)
 
     each = sum(column.dtype.itemsize * int(np.prod(column.shape[1:])) for column in _empty(encoder, more).values())
     if data.memory.holds(each * sum(map(rows_in, files))):
@@ -164,7 +174,7 @@ def encode_split(data: Prepared, split: str, encoder: Encoder, heads: Sequence[s
         rows = _rows(stored, encoder, more, mapped)
     if not len(rows):
         raise DataError(f"the {split} split of {data.folder} has no row")
-    return rows
+    return rows if delayed else dataclasses.replace(rows, maturity={})
 
 
 def _source(data: Prepared, split: str, encoder: Encoder, heads: Sequence[str]) -> str:
@@ -198,7 +208,7 @@ def _empty(encoder: Encoder, heads: Sequence[str]) -> dict[str, Array]:
     columns["history"] = np.zeros((0, max(schema.history_length, 1)), np.int32)
     if schema.history_ages:
         columns["ages"] = np.zeros((0, schema.history_length), np.float32)
-    return columns | {f"outcomes.{head}": np.zeros(0, np.float32) for head in heads}
+    return columns | {f"{what}.{head}": np.zeros(0, np.float32) for head in heads for what in ("outcomes", "maturity")}
 
 
 def _encode(
@@ -222,6 +232,7 @@ def _encode(
         if schema.history_ages:
             found["ages"] = history_ages(frame, data)
         found |= {f"outcomes.{head}": outcome_of(frame, head, data) for head in heads}
+        found |= {f"maturity.{head}": maturity_of(frame, head, data) for head in heads}
         typed = {name: np.asarray(values).astype(empty[name].dtype, copy=False) for name, values in found.items()}
         for name, values in typed.items():
             columns.add(name, values)
@@ -241,7 +252,8 @@ def _rows(columns: Mapping[str, Array], encoder: Encoder, heads: Sequence[str], 
     past, ads = (Block(held(columns[f"{name}.ids"]), held(columns[f"{name}.numbers"])) for name in ("behaviours", "catalogue"))
     own = (columns["labels"], columns["users"], user, ad, columns["history"], past, Strangers.of(encoder), ads)
     outcomes, weight = {head: columns[f"outcomes.{head}"] for head in heads}, None if columns["alike"].all() else columns["weight"]
-    return Rows(*own, outcomes, weight, columns.get("ages"), mapped)
+    maturity = {head: found for head in heads if ((found := columns[f"maturity.{head}"]) < 1).any()}
+    return Rows(*own, outcomes, weight, columns.get("ages"), maturity, mapped)
 
 
 def outcome_of(frame: pl.DataFrame, head: str, data: Prepared) -> Outcome:
@@ -258,6 +270,27 @@ def outcome_of(frame: pl.DataFrame, head: str, data: Prepared) -> Outcome:
     if not column.dtype.is_integer() or not column.drop_nulls().is_in([0, 1]).all():
         raise DataError(f"{data.folder}: the column {head}, the labels of a head, must be of whole numbers, 0, 1 or null")
     return column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+
+
+def maturity_name(head: str) -> str:
+    """The column of how likely an outcome of the head would have come by now, see `Rows.maturity`."""
+    return f"{head}_maturity"
+
+
+def maturity_of(frame: pl.DataFrame, head: str, data: Prepared) -> Outcome:
+    """The maturity `(N,)` of a head, 1 where a row has none.
+
+    Raises:
+        DataError: it is no probability above 0.
+    """
+    name = maturity_name(head)
+    if name not in frame.columns:
+        return np.ones(len(frame), np.float32)
+    column = frame[name].fill_null(1.0)
+    if not column.dtype.is_numeric() or not column.is_between(0, 1, closed="right").all():
+        raise DataError(f"{data.folder}: the column {name} must hold numbers above 0, at most 1: how likely it would have come by now")
+    found: Outcome = np.maximum(column.cast(pl.Float32).to_numpy(), np.float32(1e-6))
+    return found
 
 
 def _user_numbers(names: pl.Series, before: int) -> np.ndarray[Any, np.dtype[np.uint64]]:

@@ -12,6 +12,7 @@ Columns of a split, values raw (encoding happens in `features/` when a model is 
                             in a log List(Float64); needed, as `ts` is, where the schema has `[history] ages`
     weight    Float64       what the row weighs in training, at least 0; optional
     conversion, or another name: Int8  0, 1 or null, the labels of a further head, where one is trained (`--set heads=click-conversion`)
+    conversion_maturity Float64  how likely a conversion that is to come would have come by now, above 0, at most 1; optional
     user.X, context.X, ad.X: String (category), List(String) (list) or Float64 (number); null is missing
 
 A `user.X` or `ad.X` that a split lacks is looked up in `users.parquet` (user_id, user.X …) or `ads.parquet` (ad_id, ad.X …).

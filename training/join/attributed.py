@@ -13,7 +13,21 @@ from typing import NamedTuple
 import polars as pl
 
 from ..datasets.prepared import FACTS, ROWS_PER_FILE, DataError, read_parquet, read_schema, writing
-from .attribution import EVENT, EVENTS, IMPRESSIONS, JOINED, ONCE, Attribution, RawLog, conversions, hour_files, hour_name, labelled, settle
+from .attribution import (
+    EVENT,
+    EVENTS,
+    IMPRESSIONS,
+    JOINED,
+    ONCE,
+    Attribution,
+    Conversions,
+    RawLog,
+    conversions,
+    hour_files,
+    hour_name,
+    labelled,
+    settle,
+)
 from .log import FOLDER_MODE
 from .raw import HOUR
 
@@ -46,7 +60,7 @@ class Maker:
     raw: RawLog
     into: Path
     settings: Attribution
-    bought: pl.DataFrame
+    bought: Conversions
 
     def __call__(self, part: HourPart) -> Unmade:
         """Write the rows of a part; written again, they are the same files.

@@ -18,6 +18,7 @@ import tomli_w
 from features.schema import Schema
 
 from ..datasets.prepared import DataError, columns_of
+from .delay import Delay, fit_delay
 from .raw import AD_TYPES, EVENT_TYPES, HOUR, LATER, LogColumns
 
 RAW, IMPRESSIONS, EVENTS, ASIDE = "raw", "impressions", "events", "aside"
@@ -39,6 +40,7 @@ JOINED, DUPLICATE, LATE, DEFERRED, UNKNOWN, NOT_SHOWN, OTHER_USER, BEFORE, NO_IM
 MONEY = ("bid", "bid_type", "price")
 """Columns of ads, which files of before do not have."""
 OFFERED = ("candidates", "candidate_revisions", "candidate_bids", "candidate_bid_types")
+MATURITY = "conversion_maturity"
 KEY = ("request_id", "entry", "ad_id")
 """Of an ad of a ranking: a request id may be used again, and an entry may be read again."""
 ONCE = ["request_id", "entry"]
@@ -117,6 +119,14 @@ class RawLog:
         # In this order: asked for after the files were listed, the watermark might promise events that are in none of them.
         self.watermark = _watermark(folder / RAW / WATERMARK)
         self.hours = {kind: hour_files(folder / RAW / kind, "date") for kind in (IMPRESSIONS, EVENTS)}
+
+    @property
+    def known(self) -> float:
+        """The watermark; of a log that was drained, when the newest that is in it was received."""
+        if self.watermark < inf:
+            return self.watermark
+        newest = (self.scan(kind, hour * HOUR, inf, ["received"]) for kind, hours in self.hours.items() for hour in list(hours)[-1:])
+        return max((each.select(pl.max("received")).collect().item() or -inf for each in newest), default=-inf)
 
     def scan(self, kind: str, begin: float, end: float, names: Collection[str]) -> pl.LazyFrame:
         """Columns of the files of the hours that meet `begin <= t <= end`.
@@ -199,7 +209,7 @@ def settle(events: pl.LazyFrame, rankings: pl.LazyFrame, settings: Attribution) 
     return whole.with_columns(outcome=outcome)
 
 
-def labelled(raw: RawLog, hour: int, settings: Attribution, closed: float, bought: pl.DataFrame, after: float = -inf) -> pl.DataFrame:
+def labelled(raw: RawLog, hour: int, settings: Attribution, closed: float, bought: "Conversions", after: float = -inf) -> pl.DataFrame:
     """The impressions of the rankings of an hour whose window began after `after`, at `closed` or before, as rows of the log.
 
     `bought` is what `conversions` found. Rows are in the order of rankings, and of ads in them.
@@ -220,9 +230,10 @@ def labelled(raw: RawLog, hour: int, settings: Attribution, closed: float, bough
     count = pl.col("ad_id").list.len()
     whole = (pl.coalesce(name, pl.lit(None, AD_TYPES[name]).repeat_by(count)).alias(name) for name in MONEY)
     ads = served.with_columns(*whole, index=pl.int_ranges(count)).explode(*columns.of_ads, "index")
-    for found in (clicks, reports, bought.lazy()):
+    for found in (clicks, reports, bought.rows.lazy()):
         ads = ads.join(found, on=list(KEY), how="left")
     shown = ads.filter((pl.col("index") < pl.col("counted")) | pl.col("reported"))
+    shown = shown.with_columns(bought.delay.share(bought.known - pl.col("since")).alias(MATURITY))
     return _rows(shown.sort("since", "entry", "index").collect(engine="streaming"), columns)
 
 
@@ -250,17 +261,31 @@ def _rows(shown: pl.DataFrame, columns: LogColumns) -> pl.DataFrame:
     ]
     own += [name for name in ("history", "history_revisions", "history_ts") if name in columns.rankings]
     own += [name for name in columns.impressions if name.startswith(("user.", "context.", "ad.", "tensors."))]
-    return shown.select(label.alias("label"), position, converted.alias("conversion"), ts, *once, *own)
+    return shown.select(label.alias("label"), position, converted.alias("conversion"), MATURITY, ts, *once, *own)
 
 
-def conversions(raw: RawLog, hours: Sequence[int], settings: Attribution) -> pl.DataFrame:
-    """What rankings of these hours came to: `KEY` and `value`, the sum of an ad's conversions."""
+@dataclass(frozen=True)
+class Conversions:
+    """What rankings came to: `rows` of `KEY` and `value`, the sum of an ad's conversions; and how long those took."""
+
+    rows: pl.DataFrame
+    delay: Delay
+    known: float
+    """Up to when all that had come is in the log."""
+
+
+def conversions(raw: RawLog, hours: Sequence[int], settings: Attribution) -> Conversions:
+    """What rankings of these hours came to."""
+    window, known = settings.windows["conversion"], raw.known
     if not hours:
-        return pl.DataFrame(schema={**dict.fromkeys(KEY, pl.String()), "value": pl.Float64()})
+        return Conversions(pl.DataFrame(schema={**dict.fromkeys(KEY, pl.String()), "value": pl.Float64()}), Delay(window), known)
     begin, end = hours[0] * HOUR - SKEW_SECONDS, (hours[-1] + 1) * HOUR
     events = raw.events(begin, inf).filter(pl.col("type") == "conversion")
     joined = settle(events, raw.rankings(begin - HOUR, end + settings.closes, settings), settings).filter(outcome=JOINED)
-    return joined.group_by(KEY).agg(pl.col("value").fill_null(0.0).sum()).collect(engine="streaming")
+    took = (pl.col("at") - pl.col("since")).min().alias("took")
+    found = joined.group_by(KEY).agg(pl.col("value").fill_null(0.0).sum(), took, pl.col("since").first()).collect(engine="streaming")
+    delay = fit_delay(found["took"].to_numpy(), known - found["since"].to_numpy(), window)
+    return Conversions(found.drop("took", "since"), delay, known)
 
 
 def hour_name(hour: int, day: str) -> str:

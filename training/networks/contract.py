@@ -6,6 +6,7 @@ Shapes: R requests, T behaviours, C candidates, W id columns, N number columns. 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -92,6 +93,8 @@ class Labels(NamedTuple):
 
     heads: Mapping[str, Tensor]
     weight: Tensor | None = None
+    maturity: Mapping[str, Tensor] = MappingProxyType({})
+    """By head `(R,)`, how likely what is to come would have come by now: above 0, at most 1. A head that is not there waits for nothing."""
 
 
 class Fields(NamedTuple):
@@ -266,7 +269,9 @@ class Network(nn.Module):
 
     def loss(self, outputs: Outputs, _request: RequestTensors, labels: Labels) -> Tensor:
         """What a step lessens, of rows with one candidate: the sum of the heads' cross-entropies."""
-        losses = [cross_entropy(outputs[head].squeeze(1), labels.heads[head], labels.weight) for head in self.heads]
+        losses = [
+            cross_entropy(outputs[head].squeeze(1), labels.heads[head], labels.weight, labels.maturity.get(head)) for head in self.heads
+        ]
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def begin(self, ads: Part) -> None:
@@ -287,11 +292,18 @@ class Network(nn.Module):
         """Called after each step, with how many there have been."""
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy in nats of `logits (R,)`, over the rows whose `labels (R,)` are known, each by its weight `(R,)`."""
+def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None, maturity: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy in nats of `logits (R,)`, over the rows whose `labels (R,)` are known, each by its weight `(R,)`.
+
+    A row of `maturity (R,)` m below 1 is no negative yet: what is seen of it is 1 with probability m σ(logit), so that a 0 costs
+    -log(1 - m σ(a)) = log(1 + e^a) - log(1 + (1 - m) e^a), and a 1 as ever -log σ(a), but for log m, which no weight changes
+    (Chapelle 2014, https://doi.org/10.1145/2623330.2623634, his likelihood where all rows share one delay).
+    """
     known = ~torch.isnan(labels)
-    if weight is None and known.is_cpu and bool(known.all()):  # another device would have to be waited for
+    if weight is None and maturity is None and known.is_cpu and bool(known.all()):  # another device would have to be waited for
         return F.binary_cross_entropy_with_logits(logits, labels)
     share = known.to(logits.dtype) if weight is None else torch.where(known, weight, 0.0)
     each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
+    if maturity is not None:
+        each = each - (1 - labels.nan_to_num()) * F.softplus(logits + torch.log1p(-maturity))
     return (each * share).sum() / share.sum().clamp(min=1e-12)

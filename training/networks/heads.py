@@ -62,7 +62,8 @@ class SharedEmbeddings(Network):
         for head in self.heads:
             more = {name.removeprefix(f"{head}/"): each for name, each in outputs.items() if name.startswith(f"{head}/")}
             own = {CLICK: outputs[head], **more}
-            losses.append(self.of(head).loss(own, request, Labels({CLICK: labels.heads[head]}, labels.weight)))
+            maturity = {CLICK: labels.maturity[head]} if head in labels.maturity else {}
+            losses.append(self.of(head).loss(own, request, Labels({CLICK: labels.heads[head]}, labels.weight, maturity)))
         return sum(losses[1:], losses[0])
 
     def begin(self, ads: Part) -> None:
