@@ -24,7 +24,7 @@ CASES = [
     ("din", small.SCHEMA, {"attention": (6, 5, 4), "hidden": (8, 7)}),
     ("din", small.SCHEMA, {"attention": (6, 5), "softmax": True}),
     ("din", small.SCHEMA, {"attention": (6, 5), "first_order": 1}),
-    ("din", HISTORY_AND_ADS, {"attention": (3,)}),
+    ("din", HISTORY_AND_ADS, {"attention": (3,), "long": "sdim", "newest": 2}),
 ]
 
 

@@ -39,6 +39,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("deeplight", {"prune_from": 10, "prune_steps": 10}),
     ("din", {"softmax": True}),
     ("din", {"first_order": 1}),
+    ("din", {"long": "sdim", "newest": 2}),
     ("bst", {"layers": 2, "attention_heads": 1}),
     ("two_tower", {"tower": "dcn_v2"}),
     ("vae_cf", {"hidden": (8, 5)}),
@@ -166,6 +167,8 @@ def test_an_exported_network_gives_what_torch_gives(family: str) -> None:
 
 FULL, BST_LEAST = small.SCHEMA, {"layers": 1, "attention_heads": 1, "positions": 2}
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
+    ("din", {"long": "short"}, FULL, "long is 'short'; it must be attention or sdim"),
+    ("din", {"long": "sdim", "newest": 0}, FULL, "newest is 0; it must be at least 1"),
     ("din", {}, ONLY_ADS, "DIN weighs a user's behaviours, and this schema has no [history]; train deepfm instead"),
     ("dien", {}, ONLY_ADS, "dien follows a user's behaviours, and this schema has no [history]; train deepfm instead"),
     ("bst", {}, ONLY_ADS, "bst transforms a user's behaviours, and this schema has no [history]; train deepfm instead"),

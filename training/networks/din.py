@@ -14,6 +14,7 @@ from .embeddings import Embeddings
 from .interactions import first_order
 from .layers import Activation, Dice, Layer, Linear, Tower, merged
 from .lookup import look_up
+from .signatures import Signatures, newest
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class DINSettings(MLPSettings):
     first_order: int = -1
     """1: each value has a weight of its own beside the MLP too, as in a regression; 0: none has, as in the paper. -1: by the rows, 1 on
     fewer than `flat_below`, whose users an MLP alone learns by heart."""
+    long: str = "attention"
+    """How a long history is read: attention weighs every behaviour; sdim weighs the newest, and pools all by hashed signatures, whose
+    cost hardly grows with their number."""
+    newest: int = 50
+    """How many behaviours are weighed where `long` is sdim."""
 
 
 class LocalActivation(nn.Module):
@@ -95,12 +101,18 @@ class DIN(Network):
         fields.require_history("DIN weighs a user's behaviours")
         if settings.first_order not in (-1, 0, 1):
             raise ValueError(f"first_order is {settings.first_order}; it must be 0 or 1, or -1: by the rows")
+        if settings.long not in ("attention", "sdim"):
+            raise ValueError(f"long is {settings.long!r}; it must be attention or sdim")
+        if settings.newest < 1:
+            raise ValueError(f"newest is {settings.newest}; it must be at least 1")
         width = settings.embedding
         self.embed = Embeddings(fields, width)
         self.shared = fields.shared
         interest = len(self.shared) * width
         self.attention = LocalActivation(interest, settings.attention, settings.softmax)
-        candidate = interest + fields.count("ad") * width
+        self.signatures = Signatures(interest) if settings.long == "sdim" else None
+        self.newest = settings.newest
+        candidate = interest * (1 if self.signatures is None else 2) + fields.count("ad") * width
         # The paper is silent on a normalised input of the MLP; the authors' program has it.
         self.tower = Tower(fields.count("user") * width, candidate, settings.hidden, settings.dropout, norm="dice")
         self.first = Embeddings(fields, 1) if settings.first_order == 1 else None
@@ -108,10 +120,24 @@ class DIN(Network):
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""
         ads = self.embed("ad", request.ad)
-        interests = self.attention(*self.compared(ads, request))
+        interests = self.interests(*self.compared(ads, request))
         user = self.embed("user", request.user).flatten(1) if "user" in self.embed else ads.new_zeros((len(ads), 0))
         logits = self.tower(user, torch.cat([interests, ads.flatten(2)], dim=-1))
         return {CLICK: logits if self.first is None else logits + first_order(self.first, request)}
+
+    def interests(self, candidates: Tensor, history: Tensor, mask: Tensor) -> Tensor:
+        """What a user's history says of each of `candidates (R, C, D)`: `(R, C, D)`, and as much again from signatures."""
+        if self.signatures is None:
+            attended: Tensor = self.attention(candidates, history, mask)
+            return attended
+        recent, known = self._newest(history, mask)
+        return torch.cat([self.attention(candidates, recent, known), self.signatures(candidates, history, mask)], dim=-1)
+
+    def _newest(self, history: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The newest behaviours `(R, newest, D)` of a history, and which of them are no padding."""
+        at = newest(mask, self.newest)
+        recent = F.pad(history, (0, 0, 0, self.newest)).gather(1, at.unsqueeze(-1).expand(-1, -1, history.shape[-1]))
+        return recent, F.pad(mask, (0, self.newest)).gather(1, at)
 
     def flatten(self) -> None:
         """See `DeepFM`."""
@@ -128,8 +154,14 @@ class DIN(Network):
         return ads[:, :, self.shared].flatten(2), past, request.history.behaviours()
 
     def explained(self, request: RequestTensors) -> Explained:
-        """The attention unit's weights: those of a sum, of any size and sign, but with `softmax`."""
-        return Explained(attention=self.attention.explained(*self.compared(self.embed("ad", request.ad), request)))
+        """The attention unit's weights: those of a sum, of any size and sign, but with `softmax`. Signatures have none."""
+        candidates, history, mask = self.compared(self.embed("ad", request.ad), request)
+        if self.signatures is None:
+            return Explained(attention=self.attention.explained(candidates, history, mask))
+        recent = self.attention.explained(candidates, *self._newest(history, mask))
+        whole = recent.new_zeros((*recent.shape[:2], mask.shape[1] + self.newest))
+        at = newest(mask, self.newest).unsqueeze(1).expand_as(recent)
+        return Explained(attention=whole.scatter(2, at, recent)[..., : mask.shape[1]])
 
 
 class FusedActivation(nn.Module):
