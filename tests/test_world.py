@@ -90,11 +90,41 @@ def test_clicks_come_as_often_as_the_truth_says(written: tuple[Prepared, pl.Data
 def test_p_click_by_hand() -> None:
     interests = np.zeros((DAYS, 1, len(CATEGORIES)))
     interests[4, 0, 1] = 2.0
-    one = World(interests, np.zeros(1, int), np.array([1, 2]), np.array([5, 6]), np.array([0.3, 0.3]), np.zeros((2, 2)))
+    one = World(
+        interests,
+        np.zeros(1, int),
+        np.array([1, 2]),
+        np.array([5, 6]),
+        np.array([0.3, 0.3]),
+        np.zeros((2, 2)),
+        np.array([0.5, 0.0]),
+        np.ones(2),
+    )
     expected = 1 / (1 + np.exp(-(BASE + 0.3 + SLOT_BIAS[1] + POSITION_BIAS[2])))
     assert float(one.p_click(0, 0, 0, 1, 2)) == pytest.approx(expected)
     assert float(one.p_click(4, 0, 1, 1, 2)) == pytest.approx(expected)  # interested, but in another category
     assert float(one.p_click(4, 0, 0, 1, 2)) > expected + 0.1
+    assert float(one.p_after_click(4, 0, 0)) == pytest.approx(1 / (1 + np.exp(4.2 - 0.5 * 2.0 + 0.8 - 0.5)))
+
+
+def test_conversions_come_as_often_as_the_truth_says_and_late(tmp_path: Path) -> None:
+    made = make_world(users=300, ads=60)
+    write_log(made, tmp_path / "soon", 60_000)
+    write_log(made, tmp_path / "whole", 60_000, after=7 * DAY)
+    soon, whole = (pl.concat([f for split in SPLITS for f in open_prepared(tmp_path / name).frames(split)]) for name in ("soon", "whole"))
+    assert soon["label"].equals(whole["label"])
+    assert (whole["label"] - whole["conversion"]).min() == 0
+    assert whole["conversion_maturity"].unique().to_list() == [1.0]
+    for frame, seen in ((whole, pl.col("true_conversion")), (soon, pl.col("true_conversion") * pl.col("conversion_maturity"))):
+        for some in (
+            frame,
+            frame.filter(pl.col("ts") >= START + 27 * DAY),
+            frame.filter(pl.col("user.age") == "55+") if "user.age" in frame else frame,
+        ):
+            expected = float(some.select(seen.sum()).item())
+            assert abs(some["conversion"].sum() - expected) < 4 * expected**0.5
+    late = soon.filter(pl.col("ts") >= START + 27 * DAY)
+    assert late["conversion_maturity"].mean() < 0.7
 
 
 def test_a_seed_repeats(tmp_path: Path, written: tuple[Prepared, pl.DataFrame]) -> None:

@@ -3,8 +3,10 @@
 A click is a coin with
     p(click) = sigmoid(base + interest[day, user, category of the ad] + quality[ad] + bias[slot] + bias[position])
 where a user's interest is the taste of the age group and, far stronger, two favourite categories that change now and then, so that
-the recent history says what the profile cannot. A world may go on after its log: then categories come into fashion and go out of it, and
-each day some ads leave and others come.
+the recent history says what the profile cannot. A click is followed by a conversion, a coin as well, with
+    p(conversion given click) = sigmoid(buying + interest · want + spending[age] + offer[ad])
+which comes within a week, after an exponential delay. Each ad bids for conversions. A world may go on after
+its log: then categories come into fashion and go out of it, and each day some ads leave and others come.
 """
 
 import sys
@@ -19,6 +21,7 @@ from features.schema import parse_schema
 
 from .datasets.history import Past
 from .datasets.prepared import write_split, write_table, write_tables, writing
+from .join.delay import Delay, fit_delay
 
 CATEGORIES = ("sports", "travel", "fashion", "games", "food", "finance", "music", "cars")
 AGES = ("18-24", "25-34", "35-44", "45-54", "55+")
@@ -35,7 +38,11 @@ TURNOVER = 0.06
 """Share of the ads that others replace in a day, after the log."""
 NEWCOMERS = 2.0
 """How much more than the first ads' the quality of those that come later varies."""
+BUYING, WANT, SPENDING, OFFER = -4.2, 0.5, np.array([-0.8, -0.4, 0.0, 0.4, 0.8]), 0.7
+"""Of conversions; the last is the deviation among ads."""
 DAYS, DAY = 30, 86_400
+DELAY = Delay(7.0 * DAY, 1 / (2.0 * DAY))
+"""Of conversions: two days in the mean, were there no end of a week."""
 START = 1_767_225_600  # 2026-01-01, UTC
 SPLIT_DAYS = {"train": (0, 24), "valid": (24, 27), "test": (27, 30)}
 HISTORY = 20
@@ -66,7 +73,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class World:
     """Users and ads by number; `interests (days, users, categories)`, `quality (ads,)`, `category (ads,)`, `age (users,)`.
 
-    `days (ads, 2)` are the first day of each ad and the first without it.
+    `days (ads, 2)` are the first day of each ad and the first without it; `offer (ads,)` is how likely it is bought, and `bid (ads,)` what
+    it pays for that.
     """
 
     interests: Array
@@ -75,11 +83,19 @@ class World:
     brand: Array
     quality: Array
     days: Array
+    offer: Array
+    bid: Array
 
     def p_click(self, day: Array | int, user: Array | int, ad: Array | int, slot: Array | int, position: Array | int) -> Array:
         """True probabilities of impressions; the arrays broadcast, `position` counts from 0."""
         interest = self.interests[day, user, self.category[ad]]
         logit = BASE + interest + self.quality[ad] + SLOT_BIAS[slot] + POSITION_BIAS[position]
+        p: Array = 1 / (1 + np.exp(-logit))
+        return p
+
+    def p_after_click(self, day: Array | int, user: Array | int, ad: Array | int) -> Array:
+        """True probabilities that clicks are followed by a conversion within its window."""
+        logit = BUYING + WANT * self.interests[day, user, self.category[ad]] + SPENDING[self.age[user]] + self.offer[ad]
         p: Array = 1 / (1 + np.exp(-logit))
         return p
 
@@ -121,7 +137,9 @@ def make_world(users: int = 800, ads: int = 400, seed: int = 7, later: int = 0) 
     quality[ads:] *= NEWCOMERS
     fashion = np.zeros((DAYS + later, 1, len(CATEGORIES)))
     fashion[DAYS:] = np.cumsum(random.normal(0, FASHION, (later, 1, len(CATEGORIES))), axis=0)
-    return World(np.stack(days) + fashion, age, category, brand, quality, _days(ads, coming, later, random))
+    here, money = _days(ads, coming, later, random), np.random.default_rng([seed, 1])  # of its own: what was drawn before stays so
+    offer, bid = money.normal(0, OFFER, count), money.lognormal(2.0, 0.5, count)
+    return World(np.stack(days) + fashion, age, category, brand, quality, here, offer, bid)
 
 
 def _days(ads: int, coming: int, later: int, random: np.random.Generator) -> Array:
@@ -136,15 +154,24 @@ def _days(ads: int, coming: int, later: int, random: np.random.Generator) -> Arr
     return days
 
 
-def write_log(world: World, out: Path, impressions: int = 160_000, seed: int = 7) -> dict[str, int]:
-    """Show ads at random and write the impressions with their clicks as a prepared data set; rows by split."""
+def write_log(world: World, out: Path, impressions: int = 160_000, seed: int = 7, after: float = 0.0) -> dict[str, int]:
+    """Show ads at random and write the impressions with what came of them as a prepared data set; rows by split.
+
+    Conversions are those that came until `after` seconds after the last day. `true_click` and `true_conversion` are the probabilities.
+    """
     random = np.random.default_rng(seed)
     seconds = np.sort(random.integers(0, DAYS * DAY, impressions))
     day = seconds // DAY
     user = random.integers(0, len(world.age), impressions)
     ad = random.choice(world.live(0), impressions)
     slot, position = random.integers(0, len(SLOTS), impressions), random.integers(0, POSITIONS, impressions)
-    click = random.random(impressions) < world.p_click(day, user, ad, slot, position)
+    p_click = world.p_click(day, user, ad, slot, position)
+    p_conversion = p_click * world.p_after_click(day, user, ad)
+    click = (chance := random.random(impressions)) < p_click
+    took = -np.log1p(np.random.default_rng([seed, 1]).random(impressions) * np.expm1(-DELAY.rate * DELAY.window)) / DELAY.rate
+    known = DAYS * DAY + after - seconds
+    came = (chance < p_conversion) & (took <= known)
+    delay = fit_delay(took[came], known[came], DELAY.window)
     log = pl.DataFrame(
         {
             "label": click.astype(np.int8),
@@ -153,10 +180,14 @@ def write_log(world: World, out: Path, impressions: int = 160_000, seed: int = 7
             "ts": seconds + START,
             "context.slot": [SLOTS[s] for s in slot],
             "context.position": [str(p + 1) for p in position],
+            "conversion": came.astype(np.int8),
+            "true_click": p_click,
+            "true_conversion": p_conversion,
         }
     )
     past = Past(log, HISTORY)
-    frame = log.with_columns(history=past.histories(slice(None)))
+    maturity = delay.share(pl.lit(pl.Series(known))).alias("conversion_maturity")
+    frame = log.with_columns(maturity, history=past.histories(slice(None)))
     with writing(out) as folder:
         write_tables(folder, parse_schema(SCHEMA), world.ads(), world.users())
         write_table(folder, "histories", past.after())
