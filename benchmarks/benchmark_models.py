@@ -93,8 +93,8 @@ class Built:
         return path if path.exists() else None
 
 
-def din_100(ads: int = 100_000, history: int = 100) -> BenchmarkModel:
-    """DIN over 100 behaviours of an item and its category."""
+def din_100(ads: int = 100_000, history: int = 100, long: str = "attention") -> BenchmarkModel:
+    """DIN over 100 behaviours of an item and its category, read as its setting `long` says."""
     text = f"""
 name = "din-100"
 history = {{ length = {history}, fields = ["ad_id", "category"] }}
@@ -104,9 +104,9 @@ user_id = {{ kind = "category" }}
 ad_id = {{ kind = "category" }}
 category = {{ kind = "category" }}
 """
-    settings = DINSettings(embedding=16, attention=(80, 40), hidden=(200, 80), dropout=0.0)
+    settings = DINSettings(embedding=16, attention=(80, 40), hidden=(200, 80), dropout=0.0, long=long)
     sizes = {"user_id": 10_000, "ad_id": ads, "category": 1_000}
-    return BenchmarkModel("din-100", "din", settings, Population(parse_schema(text), sizes))
+    return BenchmarkModel("din-100" if long == "attention" else f"din-{long}", "din", settings, Population(parse_schema(text), sizes))
 
 
 def deepfm_20(ads: int = 100_000) -> BenchmarkModel:

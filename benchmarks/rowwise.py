@@ -142,7 +142,7 @@ class RowwiseDIN(nn.Module):
         super().__init__()
         table = FieldTables if textbook else RowwiseTable
         self.user, self.history, self.ad = (table(network.embed, sizes, part) for part in ("user", "history", "ad"))
-        self.shared = network.shared
+        self.shared, self.signatures, self.newest = network.shared, network.signatures, network.newest_behaviours
         attention = network.attention
         layers = [nn.Linear(attention.first.in_features, attention.first.out_features)]
         layers[0].load_state_dict(attention.first.state_dict())
@@ -154,11 +154,14 @@ class RowwiseDIN(nn.Module):
     def forward(self, user_ids: Tensor, history_ids: Tensor, ad_ids: Tensor) -> Tensor:
         """p(click) `(N,)` of `user_ids (N, Wu)`, `history_ids (N, T, Wh)` and `ad_ids (N, Wa)`."""
         ads = self.ad(ad_ids)
-        key = self.history(history_ids).flatten(2)
-        query = ads[:, self.shared].flatten(1).unsqueeze(1).expand(-1, key.shape[1], -1)
+        key, known = self.history(history_ids).flatten(2), history_ids[..., 0] > 0
+        query = ads[:, self.shared].flatten(1).unsqueeze(1)
+        pooled = [] if self.signatures is None else [self.signatures(query, key, known).squeeze(1)]
+        if pooled:
+            key, known = self.newest(key, known)
+        query = query.expand(-1, key.shape[1], -1)
         weights = self.attention(torch.cat([query, key, query - key, query * key], dim=-1))
-        mask = (history_ids[..., :1] > 0).to(weights.dtype)
-        interest = (weights * mask * key).sum(1)
+        interest = torch.cat([(weights * known.unsqueeze(-1) * key).sum(1), *pooled], dim=-1)
         x = torch.cat([self.user(user_ids).flatten(1), interest, ads.flatten(1)], dim=-1)
         p_click: Tensor = self.output(self.mlp(x * self.scale + self.shift).squeeze(-1))
         return p_click

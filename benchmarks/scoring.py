@@ -23,13 +23,14 @@ from service.ranking.scorer import Scorer
 from training.export.export import random_feeds
 from training.progress import progress_bar
 
-from .benchmark_models import BENCHMARK_MODELS, FOLDER, Built, build
+from .benchmark_models import BENCHMARK_MODELS, FOLDER, BenchmarkModel, Built, build, din_100
 from .rowwise import repeated
 
 OURS, INT8, ROWWISE, TEXTBOOK = "exported", "int8", "row-wise", "textbook"
 COMPARED = (50, 200, 500)
 CANDIDATES = (50, 100, 200, 500, 1_000, 2_000, 5_000)
-HISTORIES = (0, 25, 50, 100, 200, 500)
+HISTORIES = (0, 25, 50, 100, 200, 500, 1_000)
+SCORED: Mapping[str, Callable[[], BenchmarkModel]] = {**BENCHMARK_MODELS, "din-sdim": lambda: din_100(long="sdim")}
 REQUESTS = 6
 ROUND_SECONDS = 0.05
 """CPU time of one graph's turn in a round: long enough for the clock, short enough that both see the same machine."""
@@ -156,7 +157,7 @@ def show(timings: Sequence[Timing], console: Console) -> None:
 
 
 @click.command()
-@click.option("--model", "names", type=click.Choice(list(BENCHMARK_MODELS)), multiple=True, help="Default: both.")
+@click.option("--model", "names", type=click.Choice(list(SCORED)), multiple=True, help="Default: all.")
 @click.option("--variant", "given", multiple=True, metavar="NAME=FILE", help="Another graph: a file of the bundle, or a path.")
 @click.option("--rounds", type=click.IntRange(min=3), default=20, show_default=True)
 @click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), default=FOLDER, show_default=True)
@@ -165,8 +166,8 @@ def main(names: Sequence[str], given: Sequence[str], rounds: int, folder: Path, 
     """Cost of scoring, exported against row-wise."""
     timings: list[Timing] = []
     with progress_bar() as progress:
-        for name in names or BENCHMARK_MODELS:
-            built = build(BENCHMARK_MODELS[name](), folder)
+        for name in names or SCORED:
+            built = build(SCORED[name](), folder)
             timings += measure(built, _variants(given, built.bundle), rounds, progress)
     show(timings, Console(width=max(Console().width, 120)))
     write([asdict(timing) for timing in timings], target)

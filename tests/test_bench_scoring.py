@@ -20,12 +20,13 @@ from training.networks.din import DINSettings
 NARROW = {
     "din-100": DINSettings(embedding=4, attention=(10, 6), hidden=(16, 8), dropout=0.0),
     "deepfm-20": DeepFMSettings(embedding=4, hidden=(16, 16, 16), dropout=0.0),
+    "din-sdim": DINSettings(embedding=4, attention=(10, 6), hidden=(16, 8), dropout=0.0, long="sdim"),
 }
 
 
 def small(name: str) -> BenchmarkModel:
     """A benchmark model in all but its widths and numbers."""
-    whole = benchmark_models.BENCHMARK_MODELS[name](ads=300)
+    whole = scoring.SCORED[name]()
     sizes = {vocabulary: min(size, 300) for vocabulary, size in whole.population.sizes.items()}
     return replace(whole, settings=NARROW[name], population=replace(whole.population, sizes=sizes))
 

@@ -111,7 +111,7 @@ class DIN(Network):
         interest = len(self.shared) * width
         self.attention = LocalActivation(interest, settings.attention, settings.softmax)
         self.signatures = Signatures(interest) if settings.long == "sdim" else None
-        self.newest = settings.newest
+        self.most = settings.newest
         candidate = interest * (1 if self.signatures is None else 2) + fields.count("ad") * width
         # The paper is silent on a normalised input of the MLP; the authors' program has it.
         self.tower = Tower(fields.count("user") * width, candidate, settings.hidden, settings.dropout, norm="dice")
@@ -130,14 +130,14 @@ class DIN(Network):
         if self.signatures is None:
             attended: Tensor = self.attention(candidates, history, mask)
             return attended
-        recent, known = self._newest(history, mask)
+        recent, known = self.newest_behaviours(history, mask)
         return torch.cat([self.attention(candidates, recent, known), self.signatures(candidates, history, mask)], dim=-1)
 
-    def _newest(self, history: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The newest behaviours `(R, newest, D)` of a history, and which of them are no padding."""
-        at = newest(mask, self.newest)
-        recent = F.pad(history, (0, 0, 0, self.newest)).gather(1, at.unsqueeze(-1).expand(-1, -1, history.shape[-1]))
-        return recent, F.pad(mask, (0, self.newest)).gather(1, at)
+    def newest_behaviours(self, history: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The newest behaviours `(R, most, D)` of `history (R, T, D)`, and which of them are no padding."""
+        at = newest(mask, self.most)
+        recent = F.pad(history, (0, 0, 0, self.most)).gather(1, at.unsqueeze(-1).expand(-1, -1, history.shape[-1]))
+        return recent, F.pad(mask, (0, self.most)).gather(1, at)
 
     def flatten(self) -> None:
         """See `DeepFM`."""
@@ -158,9 +158,9 @@ class DIN(Network):
         candidates, history, mask = self.compared(self.embed("ad", request.ad), request)
         if self.signatures is None:
             return Explained(attention=self.attention.explained(candidates, history, mask))
-        recent = self.attention.explained(candidates, *self._newest(history, mask))
-        whole = recent.new_zeros((*recent.shape[:2], mask.shape[1] + self.newest))
-        at = newest(mask, self.newest).unsqueeze(1).expand_as(recent)
+        recent = self.attention.explained(candidates, *self.newest_behaviours(history, mask))
+        whole = recent.new_zeros((*recent.shape[:2], mask.shape[1] + self.most))
+        at = newest(mask, self.most).unsqueeze(1).expand_as(recent)
         return Explained(attention=whole.scatter(2, at, recent)[..., : mask.shape[1]])
 
 
