@@ -46,7 +46,8 @@ COMMANDS: tuple[click.Command, ...] = (
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="adrank")
-def cli() -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress and no warnings: adrank -q train ...")
+def cli(quiet: bool) -> None:
     """Rank ads: train CTR models on an impression log, and serve them."""
 
 

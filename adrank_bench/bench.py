@@ -34,8 +34,8 @@ class Load:
     seed: int = 0
 
 
-def run(settings: Settings, load: Load) -> list[Measured]:
-    """Draw requests from the store, and measure.
+def run(settings: Settings, load: Load, quiet: bool = False) -> list[Measured]:
+    """Draw requests from the store, and measure; `quiet` shows no progress.
 
     Raises:
         StoreError: the store does not answer.
@@ -45,7 +45,7 @@ def run(settings: Settings, load: Load) -> list[Measured]:
     check(load.target, requests[0])
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     # Drawn from the generator's own loop, once a second: a thread that draws would delay requests at any time.
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
+    with Progress(*columns, console=Console(stderr=True, quiet=quiet), auto_refresh=False) as progress:
         return loops(load, requests, progress)
 
 

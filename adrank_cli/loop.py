@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -19,14 +18,18 @@ from .options import (
     attribution_of,
     bounded,
     console,
+    in_json,
     kafka_settings,
     memory_of,
     moment,
     needs,
     on_device,
     pair,
+    progress_bar,
     sentences_of_kafka,
+    tell,
     to_kafka,
+    working,
 )
 
 
@@ -130,7 +133,6 @@ def attribute(folder: Path, out: Path, address: str | None, **options: Any) -> N
     from training.datasets.log import is_log
     from training.join.attributed import here, write_attributed
     from training.join.attribution import settings_of
-    from training.progress import progress_bar
 
     if not is_log(folder):
         raise Refusal(f"{folder} is not a log; adrank join writes one")
@@ -159,7 +161,7 @@ def attribute(folder: Path, out: Path, address: str | None, **options: Any) -> N
 @click.option("--until", callback=moment, help="Rows before that time.")
 @click.option("--sample", type=click.IntRange(min=1), help="Compare the scores of about so many rows; default: of all.")
 @click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True, help="Of the graph that served.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@in_json
 @attributing
 @needs("train")
 def skew(folder: Path, models: Path, name: str | None, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
@@ -168,11 +170,9 @@ def skew(folder: Path, models: Path, name: str | None, since: int | None, until:
     from training.skew import find_skew, show
 
     settings = attribution_of(folder, options)
-    found = find_skew(open_log(folder, since, until, settings=settings), models, name, **options)
-    if as_json:
-        print(json.dumps(found.as_dict()))
-    else:
-        show(found, console())
+    with working("encoding and scoring again"):
+        found = find_skew(open_log(folder, since, until, settings=settings), models, name, **options)
+    tell(found.as_dict(), lambda: show(found, console()), as_json)
     sys.exit(3 if found.found else 0)
 
 
@@ -186,7 +186,7 @@ def skew(folder: Path, models: Path, name: str | None, since: int | None, until:
 @click.option("--until", callback=moment, help="Rows of a log before that time.")
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True, help="Of a prepared data set.")
 @click.option("--clip", type=click.FloatRange(min=0, min_open=True), help="The largest weight; it makes estimates biased.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@in_json
 @attributing
 @needs("train")
 def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
@@ -202,11 +202,9 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
         raise Refusal(f"--since and --until are for a log; {folder} is none")
     settings = attribution_of(folder, options)
     data = open_log(folder, since, until, settings=settings) if is_log(folder) else open_prepared(folder)
-    found = replay(data, load_bundle(bundle), target, **options)
-    if as_json:
-        print(json.dumps(found.as_dict()))
-    else:
-        show(found, console())
+    with working("weighing what was shown"):
+        found = replay(data, load_bundle(bundle), target, **options)
+    tell(found.as_dict(), lambda: show(found, console()), as_json)
 
 
 @click.command(epilog="Example: adrank retrain --log log --models models --name din --days 14 --gate not-worse")
@@ -235,7 +233,6 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 @needs("train")
 def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Train on a window of the log, and publish if the new version stands up to the live one; exit code 3 if not."""
-    from training.progress import progress_bar
     from training.retrain.pipeline import RetrainRequest
     from training.retrain.pipeline import retrain as run
 
@@ -245,9 +242,5 @@ def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     given |= {name: str(value) for name in ("seed", "epochs", "device", "gate") if (value := flags.pop(name)) is not None}
     with progress_bar() as progress:
         report = run(RetrainRequest(settings=given, **flags), progress)
-    if as_json:
-        print(json.dumps(report.as_dict()))
-    else:
-        console().print(report.tables())
-        print(report.verdict)
+    tell(report.as_dict(), lambda: console().print(report.tables(), report.verdict, sep="\n", markup=False, highlight=False), as_json)
     sys.exit(0 if report.published else 3)

@@ -1,13 +1,12 @@
 """How good bundles are on a data set: `evaluate`, `score`, `compare`."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import FILE, FOLDER, bounded, console, memory_of, needs, print_metrics
+from .options import FILE, FOLDER, bounded, console, in_json, memory_of, needs, print_metrics, progress_bar, tell
 
 SPLIT = click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
 DATA = click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
@@ -19,7 +18,7 @@ BUNDLE = click.option("--bundle", type=FOLDER, required=True, help="A version in
 @DATA
 @SPLIT
 @click.option("--importance", is_flag=True, help="Say what each field is worth: how far AUC falls when its values are dealt anew.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@in_json
 @bounded
 @needs("train")
 def evaluate(bundle: Path, data: Path, split: str, importance: bool, as_json: bool, **flags: Any) -> None:
@@ -27,7 +26,6 @@ def evaluate(bundle: Path, data: Path, split: str, importance: bool, as_json: bo
     from features.bundle import load_bundle
     from training.datasets.log import open_data
     from training.export.export import evaluate_bundle
-    from training.progress import progress_bar
 
     loaded, opened = load_bundle(bundle), replace(open_data(data), memory=memory_of(flags))
     if importance:
@@ -35,10 +33,7 @@ def evaluate(bundle: Path, data: Path, split: str, importance: bool, as_json: bo
         return
     with progress_bar() as progress:
         metrics = evaluate_bundle(loaded, opened, split, progress)
-    if as_json:
-        print(json.dumps(metrics.as_dict()))
-    else:
-        print_metrics({split: metrics})
+    tell(metrics.as_dict(), lambda: print_metrics({split: metrics}), as_json)
 
 
 def _print_importance(bundle: Any, data: Any, split: str, as_json: bool) -> None:
@@ -47,18 +42,15 @@ def _print_importance(bundle: Any, data: Any, split: str, as_json: bool) -> None
     from rich.table import Table
 
     from training.importance import importances
-    from training.progress import progress_bar
 
     with progress_bar() as progress:
         auc, rows, found = importances(bundle, data, split, progress)
-    if as_json:
-        print(json.dumps({"auc": auc, "rows": rows, "fields": [asdict(each) for each in found]}))
-        return
     table = Table("field", "AUC falls by", "95 % interval")
     for each in found:
         table.add_row(each.field, f"{each.drop:+.5f}", f"{each.low:+.5f} to {each.high:+.5f}")
-    console().print(f"AUC {auc:.5f} on {rows:,} rows of {split}; the fall is the mean of 5 deals of the field's values")
-    console().print(table)
+    head = f"AUC {auc:.5f} on {rows:,} rows of {split}; the fall is the mean of 5 deals of the field's values"
+    told = {"auc": auc, "rows": rows, "fields": [asdict(each) for each in found]}
+    tell(told, lambda: console().print(head, table, sep="\n"), as_json)
 
 
 @click.command(epilog="Example: adrank score --bundle models/din/20261122101500 --data data/ml-1m --out scores.parquet")
@@ -71,7 +63,6 @@ def score(bundle: Path, data: Path, split: str, out: Path) -> None:
     """Write what a bundle gives for each row of a split, as it serves it, beside the row's ids and labels."""
     from features.bundle import load_bundle
     from training.datasets.log import open_data
-    from training.progress import progress_bar
     from training.scoring import score_rows, write_scores
 
     with progress_bar() as progress:
@@ -88,22 +79,19 @@ def score(bundle: Path, data: Path, split: str, out: Path) -> None:
 @DATA
 @SPLIT
 @click.option("--segment", metavar="FIELD", help="Compare by the values of a field as well, such as context.slot.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@in_json
 @needs("train")
 def compare(first: Path, second: Path, data: Path, split: str, segment: str | None, as_json: bool) -> None:
     """Measure two bundles on the same rows: the second less the first, with 95 % intervals by the bootstrap over users."""
     from features.bundle import load_bundle
     from training.datasets.log import open_data
-    from training.progress import progress_bar
     from training.scoring import compare_bundles
 
     with progress_bar() as progress:
         found = compare_bundles(load_bundle(first), load_bundle(second), open_data(data), split, segment, progress)
-    if as_json:
-        parts = [{"head": part.head, "segment": part.segment, **part.found.as_dict()} for part in found]
-        print(json.dumps({"champion": str(first), "challenger": str(second), "split": split, "field": segment, "parts": parts}))
-    else:
-        _print_parts(found, [f"{path.parent.name} {path.name}" for path in (first, second)], segment)
+    parts = [{"head": part.head, "segment": part.segment, **part.found.as_dict()} for part in found]
+    told = {"champion": str(first), "challenger": str(second), "split": split, "field": segment, "parts": parts}
+    tell(told, lambda: _print_parts(found, [f"{path.parent.name} {path.name}" for path in (first, second)], segment), as_json)
 
 
 def _print_parts(parts: Any, bundles: list[str], field: str | None) -> None:

@@ -17,12 +17,16 @@ from .options import (
     bounded,
     by_workers,
     console,
+    in_json,
     memory_of,
     needs,
     on_device,
     pair,
     print_metrics,
+    progress_bar,
     settings_of,
+    tell,
+    warn,
 )
 
 DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
@@ -58,12 +62,15 @@ def init(source: Path, out: Path, **named: str | None) -> None:
 )
 @click.option("--out", type=FOLDER, required=True, help="The prepared data set; must not exist yet.")
 @click.option("--schema", type=click.Path(dir_okay=False, path_type=Path), help="For csv: the schema file, see docs/data.md.")
+@in_json
 @needs("train")
-def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None:
-    """Turn a data set as published into a prepared one."""
+def prepare(data_set: str, source: Path, out: Path, schema: Path | None, as_json: bool) -> None:
+    """Turn a data set as published into a prepared one, and say what is in it and what there is to doubt."""
+    from dataclasses import asdict
     from importlib import import_module
 
-    from training.progress import progress_bar
+    from training.datasets.prepared import open_prepared
+    from training.datasets.profile import profile
 
     if (data_set == "csv") != (schema is not None):
         raise Refusal("csv needs --schema FILE (see docs/data.md)" if schema is None else f"--schema is for csv; {data_set} has its own")
@@ -76,25 +83,29 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None) -> None
             progress.update(task, description=f"{'preparing' if total else 'reading'} {data_set}", completed=done, total=total or None)
 
         rows = module.prepare(source, out, schema, advance, doubts.append) if schema else module.prepare(source, out, advance)
+    found = profile(open_prepared(out))
+    doubts += [warning for column in found.columns for warning in column.warnings]
     for doubt in doubts:
-        click.echo(f"warning: {doubt}", err=True)
-    _print_profile(out)
-    print(f"{out}: " + ", ".join(f"{split} {count:,}" for split, count in rows.items()) + " rows")
+        warn(f"warning: {doubt}")
+    tell({**asdict(found), "warnings": doubts}, lambda: _print_profile(found), as_json)
+    if not as_json:
+        print(f"{out}: " + ", ".join(f"{split} {count:,}" for split, count in rows.items()) + " rows")
 
 
-def _print_profile(folder: Path) -> None:
+def _print_profile(found: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from training.datasets.prepared import open_prepared
-    from training.datasets.profile import RULE, profile
+    from training.datasets.profile import RULE
 
     table = Table("field", "kind", "missing", "values", "most frequent, or the mean")
-    for column in profile(open_prepared(folder)):
-        table.add_row(column.field.path, column.field.kind, f"{column.missing:.1%}", f"{column.distinct:,}", escape(column.usual[:40]))
-    out = console()
-    out.print(f"The train split. {RULE}")
-    out.print(table)
+    for column in found.columns:
+        usual = (
+            f"{share:g}" if column.kind in ("number", "vector") else f"{value[:20]} {share:.1%}" for value, share in column.usual.items()
+        )
+        table.add_row(column.name, column.kind, f"{column.missing:.1%}", f"{column.distinct:,}", escape(", ".join(usual)))
+    rates = ", ".join(f"{split} {rate:.2%}" for split, rate in found.click_rate.items())
+    console().print(f"Click rate: {rates}\nThe train split. {RULE}", table, sep="\n", highlight=False)
 
 
 @click.command(cls=WithNetworks, epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")
@@ -125,24 +136,31 @@ def _print_profile(folder: Path) -> None:
 @click.option("--checkpoint-minutes", "minutes", type=click.FloatRange(0), default=5, show_default=True, help="From one to the next.")
 @bounded
 @attributing
+@in_json
 @needs("train")
 def train(data: Path, model: str, models: Path, name: str | None, settings: tuple[str, ...], file: Path | None, **flags: Any) -> None:
     """Train a network and publish it as a bundle, the new live version if it is fit to be; exit code 3 if not."""
-    from features.bundle import check_name, read_manifest
+    from features.bundle import check_name
     from training.checkpoint import Checkpoint
     from training.datasets.log import open_data
-    from training.progress import progress_bar
     from training.retrain.publish import train_and_publish
 
     check_name(name or model)
     chosen, ours = flags.pop("checkpoint"), Path(f"{models.absolute()}-checkpoints") / (name or model)
     checkpoint = Checkpoint(chosen or ours, flags.pop("minutes"), flags.pop("resume"), ours=not chosen)
-    memory, promote = memory_of(flags), flags.pop("promote")
+    memory, promote, as_json = memory_of(flags), flags.pop("promote"), flags.pop("as_json")
     opened = replace(open_data(data, attribution_of(data, flags)), memory=memory)
     given = settings_of(opened.schema.name, model, file, settings)
     given |= {key: str(value) for key, value in flags.items() if value is not None}
     with progress_bar() as progress:
         path, outcome = train_and_publish(opened, model, models, name or model, given, progress, promote, checkpoint)
+    tell(outcome.as_dict(path), lambda: _print_outcome(outcome, path), as_json)
+    sys.exit(3 if outcome.refused else 0)
+
+
+def _print_outcome(outcome: Any, path: Path) -> None:
+    from features.bundle import read_manifest
+
     print_metrics(outcome.trained.metrics)
     for head, calibration in outcome.trained.calibrations.items():
         print(calibration.line(head))
@@ -153,9 +171,8 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
     for reason in outcome.reasons:
         print(f"{'live all the same' if outcome.live else 'not live'}: {reason}")
     if not outcome.live:
-        fix = f"adrank promote --models {models} --name {name or model} --version {path.name}"
+        fix = f"adrank promote --models {path.parent.parent} --name {path.parent.name} --version {path.name}"
         print(f"{path.name} is published and not live; {fix} makes it so")
-    sys.exit(3 if outcome.refused else 0)
 
 
 @click.command(cls=WithNetworks, epilog="Example: adrank tune --data data/ml-1m --model din --minutes 60 --set epochs=5")
@@ -172,7 +189,6 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
 def tune(data: Path, family: str, minutes: float, path: Path | None, most: int | None, **given: Any) -> None:
     """Search settings of a network that are good on the valid split. Goes on where it was stopped; Ctrl-C keeps what is done."""
     from training.datasets.log import open_data
-    from training.progress import progress_bar
     from training.tune import Tuning
 
     settings = (*given["settings"], *([f"device={given['device']}"] if given["device"] else []))

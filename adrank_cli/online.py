@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .options import FOLDER, PLACE, Refusal, needs
+from .options import FOLDER, PLACE, Refusal, in_json, needs, progress_bar
 
 
 @click.command(epilog="Example: adrank load --data data/ml-1m --redis redis://127.0.0.1:6379/0")
@@ -30,7 +30,6 @@ def load(data: Path, redis: str | None, overwrite: bool, replace: bool, yes: boo
     from service.settings import load_settings
     from training.datasets.prepared import open_prepared
     from training.loading import Loaded, Loading, refusal
-    from training.progress import progress_bar
 
     settings, prepared = load_settings({"redis": redis}), open_prepared(data)
     if settings.redis.startswith("memory:"):
@@ -91,7 +90,7 @@ def serve(**flags: Any) -> None:
 @click.option("--tokens", type=PLACE, help="A file of bearer tokens and their scopes.")
 @click.option("--device", help="Where to score: cpu or cuda; default cpu.")
 @click.option("--precision", help="float32 or int8; default float32.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+@in_json
 def doctor(as_json: bool, **flags: Any) -> None:
     """Say what is wrong with an installation and how to mend it; takes the flags of adrank serve. Changes nothing.
 

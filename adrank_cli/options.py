@@ -1,6 +1,7 @@
 """What subcommands share: types of options, settings given as texts, what is printed."""
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -177,7 +178,7 @@ def settings_of(data_set: str, family: str, file: Path | None, given: Sequence[s
     found = file or known(data_set)
     kept = settings_in(found, family) if found and family in NETWORKS else {}
     if kept and not file:
-        click.echo(f"settings known for {data_set}: " + ", ".join(f"{key}={value}" for key, value in kept.items()), err=True)
+        warn(f"settings known for {data_set}: " + ", ".join(f"{key}={value}" for key, value in kept.items()))
     return {**kept, **dict(pair(text) for text in given)}
 
 
@@ -187,6 +188,42 @@ def pair(text: str) -> tuple[str, str]:
     if not equals or not key:
         raise Refusal(f"--set {text}: expected KEY=VALUE")
     return key, value
+
+
+in_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+
+
+def tell(document: Any, tables: Callable[[], None], as_json: bool) -> None:
+    """Print what a command found: as one JSON document, or as the tables and lines for people that `tables` prints."""
+    if as_json:
+        print(json.dumps(document))
+    else:
+        tables()
+
+
+def is_quiet() -> bool:
+    """Whether `adrank --quiet` was said: no progress and no warnings, errors alone are on standard error."""
+    return bool(click.get_current_context().find_root().params.get("quiet"))
+
+
+def warn(text: str) -> None:
+    """Say on standard error what the command does all the same."""
+    if not is_quiet():
+        click.echo(text, err=True)
+
+
+def progress_bar() -> Any:
+    """The progress bar of long work, on standard error."""
+    from training.progress import progress_bar
+
+    return progress_bar(is_quiet())
+
+
+def working(what: str) -> Any:
+    """Show that work goes on whose end nobody knows."""
+    progress = progress_bar()
+    progress.add_task(what, total=None)
+    return progress
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 import click
 
-from .options import FILE, FOLDER, Refusal, WithNetworks, console, needs, settings_of
+from .options import FILE, FOLDER, Refusal, WithNetworks, console, is_quiet, needs, progress_bar, settings_of
 
 
 @click.command(epilog="Example: adrank demo --once")
@@ -38,7 +38,6 @@ def _visit(port: int, count: int) -> None:
     from http.client import HTTPException
 
     from adrank_demo.visits import send_visits
-    from training.progress import progress_bar
 
     try:
         with progress_bar() as progress:
@@ -68,7 +67,7 @@ def bench(url: str, redis: str | None, rate: str | None, token_file: TextIO | No
     from service.settings import load_settings
 
     load = bench.Load(target=Target.of(url, token_file.read(1024).strip() if token_file else ""), rate=_rate(rate), **rest)
-    measured = bench.run(load_settings({"redis": redis}), load)
+    measured = bench.run(load_settings({"redis": redis}), load, is_quiet())
     bench.write(bench.as_dict(load, measured), target)
     if str(target) != "-":
         bench.show(load, measured, console())
@@ -109,7 +108,6 @@ def benchmark_models(data: Path, families: tuple[str, ...], seeds: int, target: 
     from adrank_bench import models
     from training.datasets.prepared import open_prepared
     from training.networks import NETWORKS
-    from training.progress import progress_bar
     from training.tuned import names_of
 
     opened = open_prepared(data)

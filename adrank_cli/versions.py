@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from .options import FOLDER, SHARE, Refusal
+from .options import FOLDER, SHARE, Refusal, in_json
 
 
 @click.command("models", epilog="Example: adrank models --models models")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@in_json
 def models_command(models: Path, as_json: bool) -> None:
     """List the models: versions, which is live, shadow or canary, when it was made, and how it did on its test split."""
     from features import listing

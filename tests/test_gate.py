@@ -1,5 +1,6 @@
 """What a version that `adrank train` makes must come up to before it is live."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -112,8 +113,12 @@ def test_what_measures_badly_is_not_live(data: Prepared, made: Made, train: Call
     code, printed = train(changed=replace(made[0], metrics={**made[0].metrics, "valid": flat}))
     assert code == 3
     assert "not live: on valid it is no better than the click rate alone: normalised entropy is 1.0100" in printed
-    code, printed = train("--set", "first_calibration=0")
+    code, printed = train("--set", "first_calibration=0", "--json")
     assert code == 0  # what is off is within noise
+    told = json.loads(printed.splitlines()[0])
+    assert (told["live"], told["refused"], told["reasons"]) == (True, False, [])
+    assert told["bundle"] == str(current_path(tmp_path / "models", "deepfm"))
+    assert told["metrics"]["test"]["rows"] == 300
 
 
 @pytest.mark.parametrize(

@@ -507,7 +507,7 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, bundle: Bundle, logg
     rankings = explored(40)
     rankings[0] = changed(rankings[0], policy="greedy", candidates=[])
     folder = logged(rankings).folder
-    code, out, complaint = run("replay", "--log", folder, "--bundle", bundle.path, "--clip", 10)
+    code, out, complaint = run("-q", "replay", "--log", folder, "--bundle", bundle.path, "--clip", 10)
     assert (code, complaint) == (0, "")
     for words in (
         "doubly robust",

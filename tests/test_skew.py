@@ -192,7 +192,7 @@ def test_int8_is_compared_with_its_own_graph_and_tolerance(
 
 def test_the_command_says_so_by_its_exit_code(tmp_path: Path, rankings: list[ServedRecord], models: Path) -> None:
     folder = logs.write_log(tmp_path / "log", rankings, bundles.encoder().schema)
-    code, out, complaint = run("skew", "--log", folder, "--models", models)
+    code, out, complaint = run("-q", "skew", "--log", folder, "--models", models)
     assert (code, complaint) == (0, "")
     assert "no skew" in out
     assert "history.genre" in out

@@ -15,7 +15,7 @@ class DoneColumn(MofNCompleteColumn):
         return Text(f"{int(task.completed):,}" if task.completed else "", style="progress.download")
 
 
-def progress_bar() -> Progress:
-    """A bar a task, with how much is done and the time it took."""
+def progress_bar(quiet: bool = False) -> Progress:
+    """A bar a task, with how much is done and the time it took; nothing at all where `quiet`."""
     columns = (TextColumn("{task.description}"), BarColumn(), DoneColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True, quiet=quiet))

@@ -39,6 +39,12 @@ class GateVerdict:
         """Whether it was to be live, and is not."""
         return bool(self.reasons) and not self.live
 
+    def as_dict(self, path: Path) -> dict[str, Any]:
+        """For JSON; `path` is the version's bundle."""
+        metrics = {split: measures.as_dict() for split, measures in self.trained.metrics.items()}
+        verdict = {"bundle": str(path), "live": self.live, "refused": self.refused, "reasons": self.reasons}
+        return {**verdict, "metrics": metrics, "calibration": [each.line(head) for head, each in self.trained.calibrations.items()]}
+
 
 def train_and_publish(  # noqa: PLR0913, PLR0917  # the whole road, from data to a live version
     data: Prepared,
