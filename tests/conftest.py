@@ -39,7 +39,7 @@ hypothesis.settings.load_profile("adrank")
 LONGEST = (
     *("test_networks", "test_workers", "test_export", "test_challenger", "test_retrain", "test_watching", "test_bad_configuration"),
     *("test_cluster", "test_parity", "test_explain", "test_fuse", "test_rollout", "test_service_process", "test_swap", "test_demo_loop"),
-    *("test_sentinel", "test_rules", "test_demo", "test_sampling"),
+    *("test_sentinel", "test_rules", "test_demo", "test_tutorial", "test_sampling"),
 )
 """Files that take longest, the longest first."""
 
