@@ -37,6 +37,8 @@ EXPLAIN_MODEL = "explain.onnx"
 CONTRIBUTIONS, ATTENTION, REST = "contributions", "attention", "rest"
 """The same weights for requests that ask why, where the network can say, its outputs `(R, C, K)` and `(R, C, T)`, and what is last of K.
 The graph says the names of the K itself. The manifest's `explains` says which outputs it has; older bundles do not."""
+REQUEST_VECTOR, AD_VECTOR = "request_vector.onnx", "ad_vector.onnx"
+"""Of networks with vectors: the graph of a request's, `vector (R, K)` of its tensors but the ads', and of ads', `(R, C, K)` of theirs."""
 GOLDEN_TOLERANCE = 1e-5
 """float32 sums in another order, on another CPU, move a probability by about 1e-7 a layer; a wrong input moves it far more."""
 INT8_TOLERANCE = 5e-3

@@ -3,10 +3,10 @@
 The only code that does so. Training replays its log through it and the service calls it, so they cannot differ.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -295,6 +295,16 @@ class Encoder:
         return known
 
 
+class Tower(Protocol):
+    """What gives ads their vectors."""
+
+    width: int
+    """K."""
+
+    def vectors(self, ads: Block) -> Numbers:
+        """The vectors `(n, K)` of encoded ads."""
+
+
 class AdTable:
     """Encoded ads by id, as columns that grow. Row 0 is the padding ad, so a padded history is a plain `take`.
 
@@ -309,6 +319,8 @@ class AdTable:
         self._block = Block(np.zeros((rows, layout.width), np.int64), np.zeros((rows, layout.number_width), np.float32))
         self._active = np.zeros(rows, np.bool_)
         self._ids = np.empty(rows, np.object_)
+        self.vectors: dict[Tower, Numbers] = {}
+        """Of all rows `(rows or more, K)`, by each tower that was asked to give them."""
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._active[: len(self._index) + 1]))
@@ -337,12 +349,26 @@ class AdTable:
 
     def put(self, ad_ids: Sequence[str], ads: Block, active: bool | Mask = True) -> None:
         """Add ads, or replace those already there. `active`, of all or `(n,)`: whether they have not left."""
+        if not len(ad_ids):
+            return
         before, rows = len(self._index), self._index.add(ad_ids)
         self._grow(len(self._index) + 1)
         if len(self._index) > before:
             fresh = np.flatnonzero(rows > before)
             self._ids[rows[fresh]] = [ad_ids[i] for i in fresh.tolist()]
         self._block.ids[rows], self._block.numbers[rows], self._active[rows] = ads.ids, ads.numbers, active
+        for tower, vectors in self.vectors.items():
+            vectors[rows] = tower.vectors(ads)
+
+    def keep_vectors(self, tower: Tower, size: int) -> Iterator[None]:
+        """Have the vectors of all ads by a tower from now on, after as many steps as it takes to give `size` ads theirs at each."""
+        self.vectors[tower] = np.zeros((len(self._active), tower.width), np.float32)
+        start = 1
+        while start <= len(self._index) and tower in self.vectors:
+            rows = np.arange(start, min(start + size, len(self._index) + 1))
+            self.vectors[tower][rows] = tower.vectors(self.take(rows))
+            start += size
+            yield
 
     def remove(self, ad_ids: Sequence[str]) -> None:
         """Mark ads as gone; their rows stay for histories."""
@@ -355,6 +381,7 @@ class AdTable:
         more = max(rows, have * 2) - have
         self._block = Block(np.pad(self._block.ids, ((0, more), (0, 0))), np.pad(self._block.numbers, ((0, more), (0, 0))))
         self._active, self._ids = np.pad(self._active, (0, more)), np.append(self._ids, np.empty(more, np.object_))
+        self.vectors = {tower: np.pad(vectors, ((0, more), (0, 0))) for tower, vectors in self.vectors.items()}
 
 
 @dataclass(frozen=True, slots=True)

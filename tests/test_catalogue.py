@@ -371,3 +371,45 @@ class TestWhatIsFreed:
         catalogue = one(store)
         await catalogue.load()
         assert (catalogue.loaded, catalogue.ads) == (True, 1)
+
+
+class Sums:
+    """A tower that adds up an ad's ids."""
+
+    width = 1
+
+    def vectors(self, ads):
+        return ads.ids.sum(1, keepdims=True).astype(np.float32)
+
+
+async def test_vectors_are_in_step_with_the_ads_whenever_a_tower_comes_and_go_with_it(monkeypatch):
+    monkeypatch.setattr(module, "AT_ONCE", 7)
+    store, first, later, early = MemoryStore(), Sums(), Sums(), Sums()
+    await store.put_ads(Ad(ad_id, features) for ad_id, features in bundles.ADS.items())
+    catalogue = one(store)
+    loading = asyncio.create_task(catalogue.load())
+    await asyncio.sleep(0)
+    await catalogue.add("f", bundles.encoder(), early)
+    await loading
+
+    def in_step(*towers):
+        table = catalogue.table("f")
+        rows = len(table.block)
+        return set(table.vectors) == set(towers) and all(
+            np.array_equal(table.vectors[tower][1:rows, 0], table.block.ids[1:].sum(1)) for tower in towers
+        )
+
+    assert in_step(early)
+    await catalogue.add("f", bundles.encoder(), first)
+    async with following(catalogue):
+        adding = asyncio.create_task(catalogue.add("f", bundles.encoder(), later))
+        await store.put_ads(
+            [*(Ad(f"n{i}", {"genre": "news"}) for i in range(40)), Ad("a29", {"genre": "drama"}), Ad("a1", {}, active=False)]
+        )
+        await adding
+        await until(lambda: catalogue.table("f").rows(["n39"])[0] > 0)
+        assert in_step(early, first, later)
+        catalogue.keep(["f"], {first})
+        assert in_step(first)
+        await catalogue.load()
+        assert in_step(first)

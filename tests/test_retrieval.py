@@ -7,9 +7,10 @@ import pytest
 import small
 import torch
 
+from features.bundle import AD_VECTOR, REQUEST_VECTOR
 from features.encode import AdTable, Request, encode_request
 from training.export.export import export
-from training.export.retrieval import AD_VECTORS, REQUEST_VECTOR, ad_vectors
+from training.export.retrieval import AD_VECTORS, ad_vectors
 from training.networks import build
 from training.networks.contract import Fields, Part, RequestTensors
 
@@ -36,6 +37,9 @@ def test_a_bundle_of_two_towers_finds_the_ads_that_it_ranks_first(tmp_path: Path
         p_click = onnxruntime.InferenceSession(bundle / "model.onnx").run(["p_click"], feeds)[0][0]
         asked = {name: values for name, values in feeds.items() if not name.startswith("ad_")}
         (vector,) = onnxruntime.InferenceSession(bundle / REQUEST_VECTOR).run(["vector"], asked)[0]
+        tower = onnxruntime.InferenceSession(bundle / AD_VECTOR)
+        (given,) = tower.run(["vector"], {each.name: feeds[each.name] for each in tower.get_inputs()})[0]
+        assert np.allclose(given, vectors, atol=1e-5)
         found = vectors @ vector
         assert np.ptp(found) > 1e-3
         order = np.argsort(-p_click)

@@ -3,10 +3,14 @@
 import asyncio
 
 import bundles
+import numpy as np
+import onnx
 import pytest
 from conftest import until_ready
 from test_api import check
 
+from features.bundle import AD_VECTOR, REQUEST_VECTOR
+from features.encode import Request, encode_request
 from features.served import unpack_served
 from features.state import Ad, MemoryStore, StoreError
 from service.api.examples import OF_ALL
@@ -100,6 +104,8 @@ BAD = {
     "no top_k": ({"options": {}}, "/options/top_k"),
     "a word that is not all": ({"candidates": "al"}, "/candidates"),
     "filters of listed candidates": ({"candidates": ["a1"], "filters": {"genre": ["news"]}}, "/filters"),
+    "listed candidates to retrieve": ({"candidates": ["a1"], "options": {"retrieve": 3}}, "/options/retrieve"),
+    "more than are ranked": ({"options": {"top_k": 1, "retrieve": 10_001}}, "/options/retrieve"),
     "an unknown feature": ({"filters": {"colour": ["red"]}}, "/filters/colour"),
     "a number": ({"filters": {"price": [3]}}, "/filters/price"),
     "the id": ({"filters": {"ad_id": ["a1"]}}, "/filters/ad_id"),
@@ -160,3 +166,80 @@ class Silent(MemoryStore):
 async def test_a_catalogue_that_has_not_been_read_ranks_nothing(run):
     async with run(Silent(), ready=False) as client:
         check(await client.post("/rank", json=ALL), 503, "not_ready")
+
+
+def waves(part, factors):
+    """A tower: of the ids of a part the sums of sines and of cosines."""
+    axes = "R, W" if part == "user" else "R, C, W"
+    sums = "".join(
+        f"x{i} = Mul(x, f{i}) s{i} = {wave}(x{i}) v{i} = ReduceSum<keepdims=1>(s{i}, last) " for i, wave in enumerate(("Sin", "Cos"))
+    )
+    constants = ", ".join(f"float f{i} = {{{factor}}}" for i, factor in enumerate(factors))
+    return onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 18]> tower (int64[{axes}] {part}_ids) => (float[{axes[:-1]} 2] vector)
+        <int64[1] last = {{-1}}, {constants}> {{ x = Cast<to=1>({part}_ids) {sums} vector = Concat<axis=-1>(v0, v1) }}"""
+    ).SerializeToString()
+
+
+TOWERS = {REQUEST_VECTOR: waves("user", (0.7, 0.4)), AD_VECTOR: waves("ad", (0.9, 0.3))}
+
+
+def nearest(table, user_id, ad_ids, count):
+    """So many of the ads, by inner products in numpy."""
+    feeds, _ = encode_request(table, Request(user_id, {}, {}, [], ad_ids))
+    user, ads = feeds["user_ids"][0].astype(np.float32), feeds["ad_ids"][0].astype(np.float32)
+    products = [np.sin(np.float32(0.7) * user).sum() * np.sin(np.float32(0.9) * ads).sum(-1)]
+    products += [np.cos(np.float32(0.4) * user).sum() * np.cos(np.float32(0.3) * ads).sum(-1)]
+    return [ad_ids[i] for i in np.argsort(-sum(products))[:count]]
+
+
+@pytest.fixture(scope="module")
+def with_towers(tmp_path_factory):
+    """A repository with `din`, and `towers`, which has vectors."""
+    models = tmp_path_factory.mktemp("towers")
+    bundles.publish(models, "din")
+    bundles.publish(models, "towers", files=TOWERS)
+    return models
+
+
+@pytest.mark.parametrize("model", ["din", "towers"])
+@pytest.mark.parametrize("genres", [["drama"], ["drama", "news"], ["drama", "news", "opera", "ballet", "comedy"]])
+async def test_the_nearest_are_ranked_as_if_they_were_listed_however_the_catalogue_changes(run, ads, with_towers, model, genres):
+    async with run(ads, models=with_towers) as client:
+        client.store = ads
+        await told(client, NEW, gone=["a3", "a4"])
+        await ads.put_ads([Ad("a5", {"genre": "drama", "tags": ["y"]})])
+        catalogue = client.app.state.service.ranker.catalogue
+        async with asyncio.timeout(10):
+            while catalogue.features(["a5"])["a5"]["tags"] != ["y"]:
+                await asyncio.sleep(0.01)
+        features = {**bundles.ADS, **NEW, "a5": {"genre": "drama"}}
+        fit = [ad_id for ad_id, each in features.items() if each["genre"] in genres and ad_id not in ("a3", "a4")]
+        table = catalogue.table(client.app.state.service.ranker.models.loaded["towers"].bundle.fingerprint)
+        for user_id in ("u1", "u2"):
+            for count in (1, 4, len(fit) - 1, len(fit), 50):
+                options = {"top_k": 3, "retrieve": count, "model": model}
+                answer = await rank(client, user={"id": user_id}, filters={"genre": genres}, options=options)
+                expected = nearest(table, user_id, fit, count)
+                assert answer["ads"] == (await client.rank(user_id, expected, options={"top_k": 3, "model": model}))["ads"]
+                omitted = {"filtered": 34 - len(fit), "not_retrieved": len(fit) - len(expected), "top_k": len(expected) - 3}
+                assert answer["omitted_by_reason"] == {reason: number for reason, number in omitted.items() if number > 0}
+        far = nearest(table, "u1", fit, len(fit))[-1]
+        answer = await rank(client, options={"top_k": 2, "retrieve": 2, "rules": {"pinned": {"2": far}}})
+        assert answer["ads"][1]["ad_id"] == far
+
+
+async def test_a_version_that_comes_is_searched_by_its_own_vectors(run, ads, tmp_path):
+    bundles.publish(tmp_path, "towers", files=TOWERS)
+    async with run(ads, models=tmp_path) as client:
+        first = await rank(client, options={"top_k": 5, "retrieve": 5})
+        bundles.publish(tmp_path, "towers", files=TOWERS | {AD_VECTOR: waves("ad", (-0.9, 0.3 + np.pi))})
+        async with asyncio.timeout(30):
+            while (second := await rank(client, options={"top_k": 5, "retrieve": 5}))["model"]["version"] == first["model"]["version"]:
+                await asyncio.sleep(0.02)
+        assert {ad["ad_id"] for ad in first["ads"]} != {ad["ad_id"] for ad in second["ads"]}
+        assert len(client.app.state.service.ranker.catalogue.table(first["model"]["schema"]).vectors) == 1
+
+
+async def test_without_vectors_nothing_is_retrieved(client):
+    check(await client.post("/rank", json={**ALL, "options": {"top_k": 1, "retrieve": 10}}), 422, "invalid", "/options/retrieve")

@@ -130,9 +130,12 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None, wei
 def _selection(request: RankRequest, most: int) -> Selection | None:
     """What the candidates `all` are, None where they are listed."""
     if request.candidates != wire.ALL:
-        if request.filters:
-            raise _wrong(("filters",), "only the candidates all are filtered; leave it out, or send all in place of the list")
+        for path, said in ((("filters",), request.filters), (("options", "retrieve"), request.options.retrieve)):
+            if said:
+                raise _wrong(path, "is for the candidates all; leave it out, or send all in place of the list")
         return None
+    if (request.options.retrieve or 0) > most:
+        raise _wrong(("options", "retrieve"), f"at most {most} candidates are ranked in one request")
     if request.options.top_k is None:
         raise _wrong(("options", "top_k"), "missing; with the candidates all say how many ads the answer is to have")
     filters = {}
@@ -141,7 +144,7 @@ def _selection(request: RankRequest, most: int) -> Selection | None:
             filters[name] = [text for each in values if (text := text_of(each)) is not None]
         except ValueTextError as error:
             raise _wrong(("filters", name), str(error)) from None
-    return Selection(filters, most)
+    return Selection(filters, most, request.options.retrieve)
 
 
 def _wrong(path: tuple[str | int, ...], detail: str) -> InvalidError:

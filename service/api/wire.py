@@ -227,6 +227,9 @@ class Options(Wire):
     top_k: Annotated[int, Field(ge=1, le=CANDIDATES)] | None = None
     """Answer with the first so many; the others are in `omitted`. Without `shown` it says that so many are shown. With the candidates
     `all` it must be there."""
+    retrieve: Annotated[int, Field(ge=1, le=CANDIDATES)] | None = None
+    """With the candidates `all`: of those that pass the filters so many are ranked, the nearest to the request's vector by a model that has
+    vectors (docs/retrieval.md); the others are counted as `not_retrieved`. Without it all are ranked."""
     shown: Annotated[int, Field(ge=0, le=CANDIDATES)] | None = None
     """How many ads of the answer, from the first, are shown; 0: what is shown will be reported. Only what is said so, or reported by an
     impression event, is trained on."""
@@ -331,8 +334,9 @@ class DegradedAnswer(Wire):
 
 class RankAnswer(Wire):
     """The ads, best first. Each candidate is in `ads` or in `omitted`, once; with the candidates `all`, `omitted` is empty and
-    `omitted_by_reason` says how many ads of the catalogue are not in `ads`, and why: the reasons of `omitted`, and `filtered`. `explain`
-    has what the model was given of `user`, `context` and `history`, and a `notice`, a sentence, where not all ads could be explained.
+    `omitted_by_reason` says how many ads of the catalogue are not in `ads`, and why: the reasons of `omitted`, `filtered` and
+    `not_retrieved`. `explain` has what the model was given of `user`, `context` and `history`, and a `notice`, a sentence, where not all
+    ads could be explained.
     """
 
     request_id: str

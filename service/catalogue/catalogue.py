@@ -7,12 +7,13 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from features.encode import AdTable, Encoder, Features, FieldError, clean
+from features.encode import AdTable, Encoder, Features, FieldError, Tower, clean
 from features.merging import ForgetAd, left_before
 from features.schema import IDENTITY, Field
 from features.state import Ad, ChangesLostError, Store, StoreError, unpack_features
@@ -40,6 +41,8 @@ class Catalogue:
 
     def __init__(self, store: Store, encoders: Mapping[str, Encoder], metrics: Metrics) -> None:
         self._store, self._encoders, self._metrics = store, dict(encoders), metrics
+        self._towers: dict[Tower, str] = {}
+        """Those whose vectors are kept, and the fingerprints of what they take."""
         self._ads = self._empty()
         self._in_step = self._looked = time.monotonic()
         self.gone_seconds = GONE_SECONDS
@@ -53,7 +56,10 @@ class Catalogue:
         """The same as a sentence, where the store has one."""
 
     def _empty(self) -> Ads:
-        return Ads({fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()})
+        ads = Ads({fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()})
+        for tower, fingerprint in self._towers.items():
+            deque(ads.tables[fingerprint].keep_vectors(tower, AT_ONCE), 0)  # of no ads yet
+        return ads
 
     def table(self, fingerprint: str) -> AdTable:
         """The ads as the encoder of that fingerprint encodes them. Ask anew for each request: a re-read replaces it."""
@@ -63,22 +69,40 @@ class Catalogue:
         """That table and the features that its rows are encoded from now. It stays good when the catalogue is read anew or drops it."""
         return View(self._ads, fingerprint)
 
-    async def add(self, fingerprint: str, encoder: Encoder) -> None:
-        """Encode all ads for one more fingerprint while ranking goes on; when it returns, that table is in step with the others."""
-        if fingerprint in self._encoders:
-            return
-        self._encoders[fingerprint] = encoder
-        ads = self._ads
-        # Changes reach it from now on: an ad may be encoded twice, each time as it is then.
-        ads.tables[fingerprint] = AdTable(encoder, len(ads.packed))
+    async def add(self, fingerprint: str, encoder: Encoder, tower: Tower | None = None) -> None:
+        """Encode all ads for one more fingerprint while ranking goes on; when it returns, that table is in step with the others.
+
+        It has the ads' vectors by a tower too.
+        """
+        before, ads = set(self._encoders), self._ads
         try:
-            await self._fill(ads, fingerprint)
+            if fingerprint not in before:
+                self._encoders[fingerprint] = encoder
+                # Changes reach it from now on: an ad may be encoded twice, each time as it is then.
+                ads.tables[fingerprint] = AdTable(encoder, len(ads.packed))
+                await self._fill(ads, fingerprint)
+            if tower is not None:
+                self._towers[tower] = fingerprint
+                await self._vectorise(ads)
         except BaseException:  # else whoever asks for it again would be given a table that is half full
-            self.keep(self._encoders.keys() - {fingerprint})
+            self.keep(before, self._towers.keys() - {tower})
             raise
 
-    def keep(self, fingerprints: Collection[str]) -> None:
-        """Let go of the tables of all other fingerprints."""
+    async def _vectorise(self, ads: Ads) -> None:
+        """Have the tables keep the vectors that they lack."""
+        for tower, fingerprint in [*self._towers.items()]:
+            table = ads.tables.get(fingerprint)
+            if table is not None and tower not in table.vectors:
+                for _ in table.keep_vectors(tower, AT_ONCE):
+                    await asyncio.sleep(0)
+
+    def keep(self, fingerprints: Collection[str], towers: Collection[Tower | None] | None = None) -> None:
+        """Let go of the tables of all other fingerprints, and of vectors by others than these towers; None: by none."""
+        for tower, fingerprint in [*self._towers.items()]:
+            if fingerprint not in fingerprints or (towers is not None and tower not in towers):
+                del self._towers[tower]
+                if fingerprint in self._ads.tables:
+                    self._ads.tables[fingerprint].vectors.pop(tower, None)
         for fingerprint in self._encoders.keys() - set(fingerprints):
             del self._encoders[fingerprint]
             self._ads.drop(fingerprint)
@@ -151,6 +175,10 @@ class Catalogue:
             fingerprint = added.pop()
             fresh.tables[fingerprint] = AdTable(self._encoders[fingerprint])
             await self._fill(fresh, fingerprint)
+        while any(
+            fingerprint in fresh.tables and tower not in fresh.tables[fingerprint].vectors for tower, fingerprint in self._towers.items()
+        ):
+            await self._vectorise(fresh)
         for dropped in fresh.tables.keys() - self._encoders.keys():  # meanwhile, too
             fresh.drop(dropped)
         # No turn of the event loop from here to the swap.

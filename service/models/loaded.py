@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from features.bundle import CUDA_MODEL, INT8_MODEL, MODEL, Bundle, check_files, read_bundle
+from features.bundle import AD_VECTOR, CUDA_MODEL, INT8_MODEL, MODEL, REQUEST_VECTOR, Bundle, check_files, read_bundle
 from features.encode import Feeds
 from features.schema import Schema
 
 from ..errors import NotReadyError, UnknownModelError
-from ..ranking.scorer import Scorer, TiledScorer
+from ..ranking.scorer import Scorer, TiledScorer, Towers
 from ..settings import Settings
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ class Model:
     scorer: Scorer
     loaded: float
     precision: str = "float32"
+    towers: Towers | None = None
+    """What ads can be searched by, where the network has vectors."""
 
     @property
     def name(self) -> str:
@@ -89,7 +91,14 @@ def load_model(path: Path, settings: Settings, beside: Executor, others: Collect
     bundle.check_goldens(scorer.score, graph)
     for behaviours, candidates in scorer.warm_up(schema.history_length):
         scorer.score(_blank(schema, behaviours, candidates))
-    return Model(bundle, scorer, time.time(), "int8" if graph == INT8_MODEL else "float32")
+    towers = beside.submit(_towers, bundle).result()
+    return Model(bundle, scorer, time.time(), "int8" if graph == INT8_MODEL else "float32", towers)
+
+
+def _towers(bundle: Bundle) -> Towers | None:
+    if not {REQUEST_VECTOR, AD_VECTOR} <= bundle.files:
+        return None
+    return Towers(bundle.path / REQUEST_VECTOR, bundle.path / AD_VECTOR, bundle.schema)
 
 
 def _open(bundle: Bundle, graph: str, settings: Settings) -> Scorer:

@@ -217,7 +217,7 @@ class ModelWatcher:
                 log.exception("version %s of model %s failed in a way nobody foresaw", path.name, what)
                 tried = Tried(path, mark, Refused("unforeseen", f"it failed to load: {error!r}"))
             else:
-                await self._ranker.catalogue.add(model.bundle.fingerprint, model.bundle.encoder)
+                await self._ranker.catalogue.add(model.bundle.fingerprint, model.bundle.encoder, model.towers)
                 return model
         self._tried[what] = tried
         refused[what] = tried.reason
@@ -244,7 +244,7 @@ class ModelWatcher:
         if now == before:
             return
         self._held = now
-        self._ranker.catalogue.keep({model.bundle.fingerprint for model in now})
+        self._ranker.catalogue.keep({model.bundle.fingerprint for model in now}, {model.towers for model in now})
         for model in before - now:
             self._metrics.reload("dropped")
             self._metrics.no_model(*_labels(model))

@@ -28,6 +28,8 @@ class Selection(NamedTuple):
     """By category or list of ads, the values of which an ad must have one."""
     most: int
     """Candidates of a request."""
+    retrieve: int | None = None
+    """Of those that pass so many, the nearest to the request's vector; None: all."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from ..telemetry.metrics import Metrics, RequestTimings
 from .executor import Scoring
 from .placing import ranked
 from .query import Degraded, Encoded, Query, Ranking, Selection, check_pinned, check_query
-from .selection import select
+from .selection import searcher, select
 
 
 class Ranker:
@@ -84,10 +84,18 @@ class Ranker:
 
     def _select(self, asked: "Asked", selection: Selection, model: Model, view: View) -> None:
         """Make the ads of the catalogue that the request is for its candidates."""
-        if not asked.catalogue.loaded:
+        query, by = asked.query, searcher(self.models.loaded, model) if selection.retrieve else model
+        if not self.catalogue.loaded:
             raise NotReadyError("the catalogue has not been loaded yet; /readyz says why")
-        asked.query.ad_ids, asked.query.passed_over = select(selection, model, view)
-        check_pinned(asked.query)
+        view = view if by is model else self.catalogue.view(by.bundle.fingerprint)
+
+        def vector() -> Numbers:
+            assert by.towers is not None  # noqa: S101  # as `searcher` has it
+            return by.towers.request(asked.encoded(by, view).feeds)
+
+        pinned = [] if query.rules is None else list(query.rules.pinned.values())
+        query.ad_ids, query.passed_over = select(selection, by, view, vector, pinned)
+        check_pinned(query)
 
     async def _by_live(self, asked: "Asked", model: Model, view: View, challenge: Challenge | None) -> Ranking:
         query, stages = asked.query, asked.stages

@@ -15,9 +15,10 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from features.bundle import ATTENTION, CONTRIBUTIONS, MOST_GRAPH_BYTES
-from features.encode import Feeds
+from features.encode import Block, Feeds
 from features.files import read
 from features.graph_file import GraphFileError, graph_facts
+from features.schema import Schema
 from features.vocabulary import Numbers
 
 from ..errors import DeviceError, RuntimeTooOldError, ScoringError
@@ -158,6 +159,41 @@ class ExplainGraph:
             raise ScoringError(f"the model takes {error.args[0]}, which its schema does not make") from error
         except FAILURES as error:
             raise ScoringError(f"the model failed: {error}") from error
+
+
+class Towers:
+    """The graphs of a request's and of ads' vectors, of a network that has such, on the CPU in one thread."""
+
+    def __init__(self, request: Path, ad: Path, schema: Schema) -> None:
+        """Load them.
+
+        Raises:
+            ScoringError: they are no such graphs.
+        """
+        self._request, self._ad = (_open(graph, PROVIDERS["cpu"], _options(1)) for graph in (request, ad))
+        self._inputs = [entry.name for entry in self._request.get_inputs()]
+        self._of_ads = {entry.name: entry.name.endswith("_ids") for entry in self._ad.get_inputs()}
+        layout = schema.layouts["ad"]
+        self.width = self.vectors(Block(np.zeros((1, layout.width), np.int64), np.zeros((1, layout.number_width), np.float32))).shape[-1]
+
+    def request(self, feeds: Feeds) -> Numbers:
+        """The vector `(K,)` of one request.
+
+        Raises:
+            ScoringError: the model failed.
+        """
+        return self._run(self._request, {name: feeds[name] for name in self._inputs})
+
+    def vectors(self, ads: Block) -> Numbers:
+        """The vectors `(n, K)` of encoded ads; raises as `request` does."""
+        return self._run(self._ad, {name: (ads.ids if ids else ads.numbers)[None] for name, ids in self._of_ads.items()})
+
+    def _run(self, session: ort.InferenceSession, feeds: Feeds) -> Numbers:
+        try:
+            vectors: Numbers = session.run(["vector"], feeds)[0][0]
+        except MISFITS as error:
+            raise ScoringError(f"the model's tower failed: {error}") from error
+        return vectors
 
 
 class TiledScorer(Scorer):

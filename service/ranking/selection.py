@@ -1,22 +1,40 @@
 """Which ads of the catalogue are candidates, where a request does not list them. Knows nothing about HTTP, and ranks nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from features.encode import Encoder, Mask
 from features.schema import IDENTITY, Field, Slot
 from features.state import unpack_features
-from features.vocabulary import UNKNOWN, Ids
+from features.vocabulary import UNKNOWN, Ids, Numbers
 
 from ..catalogue.ads import View
 from ..errors import FieldProblem, InvalidError
 from ..models.loaded import Model
 from .query import Selection
 
+DENSE = 4
+"""Where one in so many ads pass the filters, or more, it is quicker to multiply all vectors than to copy theirs together first."""
 
-def select(selection: Selection, model: Model, view: View) -> tuple[list[str], dict[str, int]]:
-    """The active ads that pass the filters, and how many do not, by reason.
+
+def searcher(models: Mapping[str, Model], ranks: Model) -> Model:
+    """The model whose vectors are searched: the one that ranks, or the first by name of those that have vectors.
+
+    Raises:
+        InvalidError: none has.
+    """
+    for model in (models.get(ranks.name), *(models[name] for name in sorted(models))):
+        if model is not None and model.towers is not None:
+            return model
+    raise _cannot(("options", "retrieve"), "no model is live that has vectors: train --model two_tower and promote it; docs/retrieval.md")
+
+
+def select(
+    selection: Selection, model: Model, view: View, vector: Callable[[], Numbers], pinned: Sequence[str]
+) -> tuple[list[str], dict[str, int]]:
+    """The active ads that pass the filters, or those of them that are nearest to the request's vector and those pinned; and how many
+    are not, by reason.
 
     Raises:
         InvalidError: a filter names no category or list of ads, or the candidates are too many.
@@ -25,13 +43,27 @@ def select(selection: Selection, model: Model, view: View) -> tuple[list[str], d
     table = view.table
     active = table.active(slice(len(table.block)))
     rows = _passing(selection, model, view, active)
+    left = {"filtered": int(np.count_nonzero(active)) - len(rows)}
+    if selection.retrieve and model.towers and len(rows) > selection.retrieve:
+        left["not_retrieved"] = len(rows) - selection.retrieve
+        rows = _nearest(table.vectors[model.towers], rows, vector(), selection.retrieve, table.rows(pinned))
     if len(rows) > selection.most:
         raise _cannot(
             ("candidates",),
-            f"{len(rows)} ads of the catalogue pass the filters; at most {selection.most} are ranked in one request: filter by more",
+            f"{len(rows)} ads of the catalogue pass the filters; at most {selection.most} are ranked in one request: filter by more, "
+            "or retrieve",
         )
-    filtered = int(np.count_nonzero(active)) - len(rows)
-    return table.ad_ids(rows), {"filtered": filtered} if filtered else {}
+    return table.ad_ids(rows), {reason: count for reason, count in left.items() if count}
+
+
+def _nearest(vectors: Numbers, rows: Ids, vector: Numbers, count: int, pinned: Ids) -> Ids:
+    """So many of the rows, which are more, in their order: those that are pinned, and the ones with the largest inner products.
+
+    All are looked at: docs/decisions/2026-11-30-retrieval.md has what an index would save.
+    """
+    near = (vectors @ vector)[rows] if len(rows) * DENSE > len(vectors) else vectors[rows] @ vector
+    near[np.isin(rows, pinned)] = np.inf
+    return rows[np.sort(np.argpartition(near, -count)[-count:])]
 
 
 def _passing(selection: Selection, model: Model, view: View, active: Mask) -> Ids:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from features.ages import UNKNOWN_TIME
 from features.bundle import (
+    AD_VECTOR,
     CUDA_MODEL,
     GOLDENS,
     INT8_MODEL,
     MODEL,
+    REQUEST_VECTOR,
     SCHEMA,
     VOCABULARIES,
     Bundle,
@@ -54,7 +56,7 @@ from .explain import explain_graph, tensors_of
 from .graph import chunks, feeds_of, open_graph
 from .int8 import moved, quantised, refusal
 from .onnx import OnnxFile, request_graph, table_files
-from .retrieval import AD_VECTORS, REQUEST_VECTOR, RequestVectors, ad_vectors
+from .retrieval import AD_VECTORS, AdVectors, RequestVectors, ad_vectors
 
 Scores = tuple[np.ndarray[Any, np.dtype[np.float32]], ...]
 TOLERANCE = 1e-5
@@ -300,22 +302,26 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
 
 
 def _retrieval(data: Prepared, trained: Trained, sizes: dict[str, int]) -> dict[str, bytes]:
-    """The vectors of the data set's ads and the graph that gives a request's, where the network has such."""
+    """The vectors of the data set's ads, and the graphs that give a request's and an ad's, where the network has such."""
     ads = catalogue(data, trained.encoder) if trained.network.retrieves else None  # encoded anew: not for networks without vectors
     if ads is None:
         return {}
     table = ad_vectors(trained.network, *ads)
     if table is None:  # of no ads
         return {}
-    schema, module = trained.encoder.schema, RequestVectors(fused(trained.network)).eval()
-    cases = [random_feeds(schema, sizes, *shape) for shape in FEW]
-    cases = [{name: values for name, values in case.items() if schema.tensors[name][0] != "ad"} for case in cases]
-    graph = request_graph(module, schema, cases[0], ("vector",))
-    session = open_graph(graph)
-    for feeds in cases:
-        if not np.abs(session.run(None, feeds)[0] - module(tensors_of(feeds)).detach().numpy()).max() <= TOLERANCE:
-            raise BundleError("ONNX Runtime and torch give a request different vectors; nothing was published")
-    return {AD_VECTORS: table, REQUEST_VECTOR: graph}
+    network, schema = fused(trained.network), trained.encoder.schema
+    graphs = {}
+    for file, module in ((REQUEST_VECTOR, RequestVectors(network).eval()), (AD_VECTOR, AdVectors(network).eval())):
+        cases = [random_feeds(schema, sizes, *shape) for shape in FEW]
+        cases = [
+            {each: values for each, values in case.items() if (schema.tensors[each][0] == "ad") == (file == AD_VECTOR)} for case in cases
+        ]
+        graphs[file] = request_graph(module, schema, cases[0], ("vector",))
+        session = open_graph(graphs[file])
+        for feeds in cases:
+            if not np.abs(session.run(None, feeds)[0] - module(tensors_of(feeds)).detach().numpy()).max() <= TOLERANCE:
+                raise BundleError(f"ONNX Runtime and torch give different vectors by {file}; nothing was published")
+    return {AD_VECTORS: table, **graphs}
 
 
 def _int8(data: Prepared, trained: Trained, graph: bytes, progress: Progress) -> tuple[bytes, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a bundle has for the search of ads, where its network has vectors: those of the ads, and of a request by a graph of its own."""
+"""What a bundle has for the search of ads, where its network has vectors: those of the ads, and a graph of each tower."""
 
 import io
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..networks.contract import Network, Part, RequestTensors
 
-AD_VECTORS, REQUEST_VECTOR = "ad_vectors.parquet", "request_vector.onnx"
+AD_VECTORS = "ad_vectors.parquet"
 AT_ONCE = 8192
 
 
@@ -28,6 +28,19 @@ def ad_vectors(network: Network, ad_ids: Sequence[str], ads: Part) -> bytes | No
     vectors_of_all, file = np.concatenate(found), io.BytesIO()
     pl.DataFrame({"ad_id": list(ad_ids), "vector": vectors_of_all}, schema_overrides={"ad_id": pl.String}).write_parquet(file)
     return file.getvalue()
+
+
+class AdVectors(nn.Module):
+    """The vectors `(R, C, K)` of ads, of their tensors of `Schema.tensors`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tensors: dict[str, Tensor]) -> Tensor:
+        """See above."""
+        vectors: Tensor = self.network.ad_vectors(RequestTensors.of(tensors).ad)  # type: ignore[operator]  # a `Network`, fused
+        return vectors
 
 
 class RequestVectors(nn.Module):
