@@ -102,7 +102,7 @@ def _print_parts(parts: Any, bundles: list[str], field: str | None) -> None:
 
     for part in (part for part in parts if part.segment is None):
         table = Table("", *map(escape, bundles), "second less first", "95 % interval", title=f"p({part.head})", title_justify="left")
-        for cells in metric_rows(part.found):
+        for cells in metric_rows(part.found, part.head):
             table.add_row(*cells)
         console().print(table)
     names = {"auc": "AUC", "gauc": "GAUC", "log_loss": "log loss"}

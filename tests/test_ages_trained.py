@@ -147,13 +147,13 @@ def score_of(ranking: Ranking, ad_id: str) -> float:
 def test_a_row_is_ranked_as_it_is_evaluated(trained: tuple[Prepared, Path], sent: bool) -> None:
     data, repository = trained
     bundle = bundles.loaded(Settings(models=repository)).loaded["bst"].bundle
-    rows, expected = scores_of(bundle, data, "test", small.quiet())
+    rows, scored = scores_of(bundle, data, "test", small.quiet())
     made = asyncio.run(ranked(data, repository, sent))
-    off = [abs(score_of(each, row) - p) for each, row, p in zip(made, next(data.frames("test"))["ad_id"], expected, strict=True)]
+    off = [abs(score_of(each, row) - p) for each, row, p in zip(made, next(data.frames("test"))["ad_id"], scored["click"], strict=True)]
     assert max(off) < 1e-5
     assert rows.ages is not None
     older = replace(rows, ages=rows.ages * 64)  # the ages matter
-    assert not np.allclose(session_scores(bundle, older), expected, atol=1e-3)
+    assert not np.allclose(session_scores(bundle, older), scored["click"], atol=1e-3)
 
 
 def session_scores(bundle: Any, rows: Any) -> np.ndarray[Any, Any]:

@@ -22,6 +22,7 @@ from training.join import attribution
 from training.join.attribution import Attribution
 from training.join.delay import Delay, fit_delay
 from training.networks.contract import cross_entropy
+from training.offpolicy.revenue import PAID
 from training.scoring import score_rows
 from training.train import train
 from training.train_settings import TrainSettings
@@ -145,3 +146,9 @@ def test_a_maturity_that_is_none_is_a_sentence(tmp_path) -> None:
         frame.with_columns(conversion_maturity=wrong).write_parquet(path)
         with pytest.raises(DataError, match="conversion_maturity must hold numbers above 0, at most 1"):
             encode_split(data, "train", small.encoder(), HEADS)
+
+
+def test_a_conversion_of_a_young_row_is_paid_for_as_many_as_it_stands_for() -> None:
+    rows = {"bid_type": ["cpa", "cpa", "cpa", "cpc"], "bid": [2_000_000] * 4, "price": [None, None, 1_000_000, None], "label": [1] * 4}
+    rows |= {"conversion": [1, 0, 1, 1], "conversion_maturity": [0.5, 0.5, None, 0.5], "bidding": [True] * 4}
+    assert pl.DataFrame(rows).select(PAID)["paid"].to_list() == [4.0, 0.0, 1.0, 2.0]

@@ -104,9 +104,9 @@ def test_a_better_challenger_is_published(poor: Path, better: tuple[Path, Report
     models, report = better
     assert report.reasons == []
     assert report.comparison
-    assert report.comparison.champion
-    assert report.comparison.differences["log_loss"].high < 0
-    assert report.comparison.challenger.rows == 540
+    assert report.comparison["click"].champion
+    assert report.comparison["click"].differences["log_loss"].high < 0
+    assert report.comparison["click"].challenger.rows == 540
     bundle, champion = load_bundle(current_path(models, "shop")), load_bundle(current_path(poor, "shop"))
     assert (report.published, report.champion) == (bundle.version, champion.version)
     bundle.check_goldens(Scorer(bundle.path / "model.onnx", "cpu", 1).score)

@@ -122,9 +122,9 @@ def test_what_is_served_before_and_after_a_retraining_is_the_click_rate(
     report = retrain(RetrainRequest(folder, models, "shop", holdout=0.2, valid=0.4, settings=LENIENT), small.quiet())
     assert report.published, report.reasons
     assert report.comparison
-    assert report.comparison.champion
+    assert report.comparison["click"].champion
     assert report.past.click_rate == pytest.approx(len(clicks) / len(rankings), rel=0.1)
-    for metrics in (report.comparison.champion, report.comparison.challenger):
+    for metrics in (report.comparison["click"].champion, report.comparison["click"].challenger):
         assert metrics.calibration_ratio == pytest.approx(1, rel=0.15)  # of 1,000 rows
     assert over_clicks(*served(current_path(models, "shop"), 5_000, seed=6)) == pytest.approx(1, rel=0.05)
 
@@ -133,13 +133,13 @@ def test_the_gate_sees_a_challenger_that_is_off_by_the_sampling(
     first: Path, log: tuple[Path, list[ServedRecord], set[tuple[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = shutil.copytree(first, tmp_path / "models")
-    monkeypatch.setattr(training, "fit", lambda logits, labels, _sampling: fit(logits, labels, KEPT))
+    monkeypatch.setattr(training, "fit", lambda logits, labels, _sampling, _maturity: fit(logits, labels, KEPT))
     order = RetrainRequest(log[0], models, "shop", holdout=0.2, valid=0.4, settings=LENIENT)
     report = retrain(order, small.quiet())
     assert report.published is None
     assert "calibration is worse" in report.reasons[0]
     assert report.comparison
-    assert report.comparison.challenger.calibration_ratio < 0.3
+    assert report.comparison["click"].challenger.calibration_ratio < 0.3
 
 
 def test_a_bundle_is_measured_by_how_the_rows_were_sampled_not_by_how_it_was_trained(

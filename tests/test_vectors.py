@@ -117,7 +117,8 @@ def test_a_vector_is_ranked_as_it_is_evaluated(traced_export: None, tmp_path: Pa
     data = open_prepared(tmp_path / "data")
     path = export(data, small.quick(data, "din"), tmp_path / "models", "din", small.quiet())
     bundle = load_bundle(path)
-    encoded, expected = scores_of(bundle, data, "test", small.quiet())
+    encoded, scored = scores_of(bundle, data, "test", small.quiet())
+    expected = scored["click"]
     session = onnxruntime.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
     catalogue = AdTable(bundle.encoder)
     for ad in ads(data):

@@ -5,6 +5,7 @@ the order is the network's. The intercept is then what makes the mean p(click) t
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,14 @@ def as_sampled(p_click: Array, negative_sampling: float) -> Array:
     odds = p / (1.0 - p) / negative_sampling
     share: Array = odds / (1.0 + odds)
     return share
+
+
+def sampled_heads(served: Mapping[str, Array], negative_sampling: float) -> dict[str, Array]:
+    """The same by head: what follows a click is as far from such rows as p(click) is."""
+    click = served["click"].astype(np.float64)
+    sampled = as_sampled(click, negative_sampling)
+    moved = np.divide(sampled, click, out=np.ones_like(click), where=click > 0)
+    return {head: sampled if head == "click" else p * moved for head, p in served.items()}
 
 
 def fit(logits: Array, labels: Array, negative_sampling: float = 1.0, maturity: Array | None = None) -> Calibration:

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from features.bundle import Bundle
 
-from .calibrate import as_sampled
+from .calibrate import sampled_heads
 from .datasets.ads import ad_table
 from .datasets.encoded import encode_frames, maturity_name, maturity_of, outcome_of
 from .datasets.fields import check_fields
@@ -105,10 +105,7 @@ def heads_of(scored: pl.DataFrame) -> Iterator[str]:
 
 
 def on_log(scored: pl.DataFrame, head: str, data: Prepared) -> Array:
-    """Probabilities `(N,)` to compare with labels: of what has come by now; what follows a click is as far from the log as p(click) is."""
-    click, p = (scored[f"p_{name}"].to_numpy().astype(np.float64) for name in (CLICK, head))
-    sampled = as_sampled(click, data.negative_sampling)
-    if head == CLICK:
-        return sampled
-    seen: Array = p * np.divide(sampled, click, out=np.ones_like(p), where=click > 0) * maturity_of(scored, head, data)
-    return seen
+    """Probabilities `(N,)` to compare with labels: of what has come by now, on rows as they were sampled."""
+    served = {name: scored[f"p_{name}"].to_numpy() for name in (CLICK, head)}
+    p = sampled_heads(served, data.negative_sampling)[head]
+    return p if head == CLICK else p * maturity_of(scored, head, data)

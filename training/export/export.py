@@ -36,7 +36,7 @@ from features.bundle import (
 from features.encode import Encoder, Features, Feeds
 from features.schema import AGES, Schema, Side
 
-from ..calibrate import Calibration, as_sampled
+from ..calibrate import Calibration, sampled_heads
 from ..datasets.ads import catalogue
 from ..datasets.encoded import Rows, encode_split
 from ..datasets.fields import check_fields
@@ -330,9 +330,8 @@ def _int8(data: Prepared, trained: Trained, graph: bytes, progress: Progress) ->
     some = np.random.default_rng(1).permutation(len(shown))[:SHOWN_ROWS]
     schema = trained.encoder.schema
     coarse = quantised(graph, (feeds_of(schema, shown, chunk) for chunk in chunks(np.sort(some))))
-    measured = [
-        measure(judged.labels, scores(each, schema, data.negative_sampling, judged, progress), judged.users) for each in (graph, coarse)
-    ]
+    found = (scores(each, schema, data.negative_sampling, judged, progress)[CLICK] for each in (graph, coarse))
+    measured = [measure(judged.labels, p, judged.users) for p in found]
     moves = moved(*measured)
     return coarse, {"moved": moves, "refused": refusal(moves)}
 
@@ -343,14 +342,14 @@ def evaluate_bundle(bundle: Bundle, data: Prepared, split: str, progress: Progre
     Raises:
         DataError: the split is absent or does not fit the bundle's schema.
     """
-    rows, p_click = scores_of(bundle, data, split, progress, graph)
-    return measure(rows.labels, p_click, rows.users)
+    rows, scored = scores_of(bundle, data, split, progress, graph)
+    return measure(rows.labels, scored[CLICK], rows.users)
 
 
 def scores_of(
     bundle: Bundle, data: Prepared, split: str, progress: Progress, graph: str = MODEL
-) -> tuple[Rows, np.ndarray[Any, np.dtype[np.float64]]]:
-    """The rows of a split as a bundle encodes them, and what one of its graphs gives for them `(N,)`, to compare with their labels.
+) -> tuple[Rows, dict[str, np.ndarray[Any, np.dtype[np.float64]]]]:
+    """The rows of a split as a bundle encodes them, and what one of its graphs gives for them `(N,)`, by head, to compare with labels.
 
     Raises:
         DataError: the split is absent, or does not fit the bundle's schema or lacks a field of it.
@@ -362,13 +361,14 @@ def scores_of(
 
 def scores(
     graph: Contents | Path, schema: Schema, negative_sampling: float, rows: Rows, progress: Progress
-) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """What a graph gives for encoded rows `(N,)` as it serves them, and as they are when a share of non-clicks was kept of them.
+) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    """What a graph gives for encoded rows `(N,)` by head as it serves them, and as they are when a share of non-clicks was kept of them.
 
     It is the rows that say how they were sampled: what the graph was trained on plays no part.
     """
     session = open_graph(graph)
+    names = [output.name for output in session.get_outputs() if output.name.startswith("p_")]
     some = progress.track(chunks(np.arange(len(rows))), description="scoring")
-    return as_sampled(
-        np.concatenate([session.run(["p_click"], feeds_of(schema, rows, chunk))[0][:, 0] for chunk in some]), negative_sampling
-    )
+    found = [session.run(names, feeds_of(schema, rows, chunk)) for chunk in some]
+    served = {name.removeprefix("p_"): np.concatenate([each[i][:, 0] for each in found]) for i, name in enumerate(names)}
+    return sampled_heads(served, negative_sampling)

@@ -10,6 +10,7 @@ from ..datasets.prepared import DataError
 Array = np.ndarray[Any, np.dtype[Any]]
 BIDS: dict[str, pl.DataType] = {
     "conversion": pl.Int8(),
+    "conversion_maturity": pl.Float64(),
     "bid": pl.Int64(),
     "bid_type": pl.String(),
     "price": pl.Int64(),
@@ -17,7 +18,9 @@ BIDS: dict[str, pl.DataType] = {
     "candidate_bid_types": pl.List(pl.String()),
 }
 """Columns of logs whose ads bid, in millionths of the currency."""
-EVENTS = pl.when(bid_type="cpm").then(1e-3).when(bid_type="cpa").then(pl.col("conversion")).otherwise(pl.col("label"))
+CONVERSIONS = pl.col("conversion") / pl.col("conversion_maturity").fill_null(1.0)
+"""Those that will have come in the end, without bias: each that has stands for as many as it was unlikely to be there yet."""
+EVENTS = pl.when(bid_type="cpm").then(1e-3).when(bid_type="cpa").then(CONVERSIONS).otherwise(pl.col("label"))
 PAID = pl.when("bidding").then((pl.coalesce("price", "bid") / 1e6 * EVENTS).fill_null(0.0)).alias("paid")
 """What an impression came to, in the currency: the price that was told, or else the bid, for what it is paid for."""
 CONVERSION = "p_conversion"

@@ -184,9 +184,13 @@ def points(labels: Array, p_click: Array) -> list[tuple[float, float]]:
     return list(zip(means.tolist(), rates.tolist(), strict=True))
 
 
-def violations(found: Comparison, gate: Gate, rests_on: int = 0) -> list[str]:
-    """Why a challenger should not go live, a sentence each; none where it may. Its calibration `rests_on` so many clicks, 0: not told."""
-    return [reason for reason in (_calibration(found, gate, rests_on), _loss(found, gate)) if reason]
+def violations(found: Comparison, gate: Gate, rests_on: int = 0, main: bool = True) -> list[str]:
+    """Why a challenger should not go live, a sentence each; none where it may. Its calibration `rests_on` so many clicks, 0: not told.
+
+    A head that is not the `main` one need not be better, for which it may have too few labels; it must not be worse beyond doubt.
+    """
+    loss = _loss(found, gate) if main else _surely_worse(found, gate)
+    return [reason for reason in (_calibration(found, gate, rests_on), loss) if reason]
 
 
 def no_better(metrics: Measures) -> str | None:
@@ -212,6 +216,16 @@ def _calibration(found: Comparison, gate: Gate, rests_on: int) -> str | None:
     ratios = f"p(click) over clicks is {ratio:.4f}, the champion's {found.champion.calibration_ratio:.4f}"
     interval = f"{difference.value:+.4f} further from 0 (95 % interval {difference.low:+.4f} to {difference.high:+.4f})"
     return f"calibration is worse: {ratios}; its logarithm is {interval}, {gate.calibration_tolerance:.4f} is allowed"
+
+
+def _surely_worse(found: Comparison, gate: Gate) -> str | None:
+    if found.champion is None:
+        return None
+    difference, limit = found.differences["log_loss"], gate.log_loss_tolerance * found.champion.log_loss
+    if not difference.low > limit:
+        return None
+    interval = f"{difference.value:+.5f} (95 % interval {difference.low:+.5f} to {difference.high:+.5f})"
+    return f"log loss {found.challenger.log_loss:.5f} is worse than the champion's {found.champion.log_loss:.5f}: {interval}"
 
 
 def _loss(found: Comparison, gate: Gate) -> str | None:

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,22 +16,46 @@ from features.bundle import Bundle, Contents
 from ..datasets.prepared import DataError, Prepared
 from ..export.export import scores, scores_of
 from ..fit import Epoch
+from ..networks.contract import CLICK
 from ..train import Trained
 from . import compare, data_checks
+from .report import brief
 
 COIN, WORSE = math.log(2), 1.5
 """The log loss of who says one half to everything, and how many times the loss at the start is no noise of a batch."""
 
 
-def compared(champion: Bundle | None, data: Prepared, trained: Trained, graph: Contents, progress: Progress) -> compare.Comparison:
-    """What was trained beside the live version, if there is one, on the rows held out: the test split.
+def compared(
+    champion: Bundle | None, data: Prepared, trained: Trained, graph: Contents, progress: Progress
+) -> dict[str, compare.Comparison]:
+    """By head, what was trained beside the live version, if there is one that has it, on the rows held out: the test split.
+
+    A head other than the click is compared on the rows whose label is known, if there are any of each class.
 
     Raises:
         DataError: the rows do not fit the live version's schema.
     """
-    ours = scores(graph, data.schema, data.negative_sampling, trained.held_out, progress)
-    theirs = scores_of(champion, data, "test", progress)[1] if champion else None
-    return compare.compare(trained.held_out.labels, users_of(data), ours, theirs)
+    rows = trained.held_out
+    ours = scores(graph, data.schema, data.negative_sampling, rows, progress)
+    theirs = scores_of(champion, data, "test", progress)[1] if champion else {}
+    users, found = users_of(data), {}
+    for head, p in ours.items():
+        labels = rows.labels if head == CLICK else rows.outcomes[head]
+        known = np.flatnonzero(~np.isnan(labels))
+        if head == CLICK or len(np.unique(labels[known])) > 1:
+            seen = rows.maturity_of(head, known)
+            before = theirs[head][known] * seen if head in theirs else None
+            found[head] = compare.compare(labels[known], users[known], p[known] * seen, before)
+    return found
+
+
+def against(found: Mapping[str, compare.Comparison], trained: Trained, gate: compare.Gate) -> list[str]:
+    """Why what was trained should not go live by what its heads come to, a sentence each."""
+    return [
+        reason if head == CLICK else f"p({head}): {reason.replace('click', head)}"
+        for head, each in found.items()
+        for reason in compare.violations(each, gate, trained.calibrations[head].clicks, main=head == CLICK)
+    ]
 
 
 def users_of(data: Prepared, split: str = "test") -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -77,7 +101,6 @@ def violations(
         found = compared(champion, data, trained, graph, progress)
     except DataError as error:
         return [*reasons, f"it cannot be compared with the live version {champion.path.name if champion else ''}: {error}"], {}
-    if champion and (alone := compare.no_better(found.challenger)):
+    if champion and (alone := compare.no_better(found[CLICK].challenger)):
         reasons.append(alone)
-    measured = {name: value for name, value in found.as_dict().items() if name != "reliability"}
-    return [*reasons, *compare.violations(found, gate, trained.calibration.clicks)], measured
+    return [*reasons, *against(found, trained, gate)], brief(found)

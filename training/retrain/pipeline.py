@@ -26,7 +26,7 @@ from features.vocabulary import Vocabulary
 
 from ..datasets.log import ImpressionLog, end_of, is_log, open_log
 from ..datasets.memory import Memory
-from ..datasets.prepared import Prepared, open_prepared
+from ..datasets.prepared import SPLITS, Prepared, open_prepared
 from ..export.export import METRICS, check_asked, contents
 from ..join.attribution import Attribution
 from ..networks import NETWORKS
@@ -132,9 +132,9 @@ def _challenge(order: RetrainRequest, plan: RetrainPlan, data: Prepared, report:
     trained = train(data, plan.family, plan.network, plan.loop, progress, plan.start)
     files, facts = contents(data, trained, progress)
     found = gate.compared(plan.champion, data, trained, files[MODEL], progress)
-    reasons = [*gate.diverged(trained.epochs), *compare.violations(found, plan.gate, trained.calibration.clicks)]
+    reasons = [*gate.diverged(trained.epochs), *gate.against(found, trained, plan.gate)]
     training = {**report.training, "settings": trained.settings, "epochs": [epoch.line() for epoch in trained.epochs]}
-    training["calibration"] = trained.calibration.line()
+    training["calibration"] = "; ".join(each.line(head) for head, each in trained.calibrations.items())
     training |= {f"ids of {name}": line for name, line in trained.tenure.counts.items()}
     report = replace(report, reasons=reasons, training=training, comparison=found, warnings=_warnings(order, plan, data))
     if reasons:
@@ -202,8 +202,8 @@ def _past(data: Prepared, before: Iterable[pl.DataFrame], champion: Bundle | Non
     if champion is not None:
         seen_before = champion.manifest.get(FACTS, {}).get("window", {}).get("fields")
         varied |= {path: bool(seen["varied"]) for path, seen in seen_before.items()} if seen_before else _varied(champion)
-        measured = json.loads((champion.path / METRICS).read_text("utf-8")).values()
-        clicks, rows = (sum(each[what] for each in measured) for what in ("clicks", "rows"))
+        measured = json.loads((champion.path / METRICS).read_text("utf-8"))
+        clicks, rows = (sum(measured[split][what] for split in SPLITS if split in measured) for what in ("clicks", "rows"))
         rate = data_checks.click_rate(clicks, rows, sampling_of(champion))
     return data_checks.PastLog(earlier.total or None, rate, varied)
 

@@ -48,7 +48,8 @@ class Report:
     past: PastLog
     limits: Limits
     gate: Gate
-    comparison: Comparison | None = None
+    comparison: Mapping[str, Comparison] = field(default_factory=dict)
+    """By head."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -56,15 +57,16 @@ class Report:
         """In a line."""
         if self.published is None:
             return f"Refused {self.name}: {self.reasons[0]}" + (f" (and {len(self.reasons) - 1} more)" if self.reasons[1:] else "")
-        if self.comparison is None or self.comparison.champion is None:
+        click = self.comparison.get("click")
+        if click is None or click.champion is None:
             return f"Published {self.name} {self.published}, its first version"
-        loss, before = self.comparison.differences["log_loss"], self.comparison.champion.log_loss
+        loss, before = click.differences["log_loss"], click.champion.log_loss
         change = f"log loss {loss.value / before:+.2%} (95 % interval {loss.low / before:+.2%} to {loss.high / before:+.2%})"
         return f"Published {self.name} {self.published}: {change} against {self.champion}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        comparison = {} if self.comparison is None else self.comparison.as_dict()
+        comparison = told(self.comparison)
         decision = {"verdict": self.verdict, "accepted": self.published is not None, "reasons": self.reasons, "warnings": self.warnings}
         model = {"name": self.name, "version": self.published, "champion": self.champion, "started": self.started}
         seen = {**self.window.as_dict(), "limits": asdict(self.limits)}
@@ -76,8 +78,9 @@ class Report:
         lines = [f"**{self.verdict}**", ""]
         lines += [f"- {reason}" for reason in self.reasons] + [""] * bool(self.reasons)
         lines += [f"> {warning}\n" for warning in self.warnings]
-        if self.comparison is not None:
-            lines += ["## On the newest slice", "", *_markdown(METRIC_HEAD, metric_rows(self.comparison)), "", "![](report.svg)", ""]
+        for head, found in self.comparison.items():
+            title, picture = ("## On the newest slice", ["![](report.svg)", ""]) if head == "click" else (f"### p({head})", [])
+            lines += [title, "", *_markdown(METRIC_HEAD, metric_rows(found, head)), "", *picture]
         lines += ["## The window", "", *_markdown(("", "rows", "clicks", "click rate"), window_rows(self.window, self.past)), ""]
         lines += ["## The training", "", *_markdown(("", ""), [(k, str(v)) for k, v in self._training_rows()]), ""]
         return "\n".join(lines)
@@ -93,8 +96,7 @@ class Report:
     def tables(self) -> Group:
         """For a terminal."""
         parts: list[Any] = [_table(("", "rows", "clicks", "click rate"), window_rows(self.window, self.past))]
-        if self.comparison is not None:
-            parts.append(_table(METRIC_HEAD, metric_rows(self.comparison)))
+        parts += [_table(METRIC_HEAD, metric_rows(found, head)) for head, found in self.comparison.items()]
         parts += [*(f"note: {warning}" for warning in self.warnings), *(f"refused: {reason}" for reason in self.reasons)]
         return Group(*parts)
 
@@ -105,8 +107,8 @@ class Report:
             ReportError: the folder cannot be written.
         """
         texts = {PAGE: self.markdown(), DONE: json.dumps(self.as_dict(), indent=1)}
-        if self.comparison is not None:
-            texts = {PICTURE: drawn(self.comparison), **texts}
+        if self.comparison:
+            texts = {PICTURE: drawn(self.comparison["click"]), **texts}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in (PAGE, PICTURE, DONE):
@@ -120,15 +122,15 @@ class Report:
 METRIC_HEAD = ("", "champion", "challenger", "difference", "95 % interval")
 
 
-def metric_rows(found: Comparison) -> list[tuple[str, ...]]:
-    """A row a metric: champion, challenger, difference and interval."""
+def metric_rows(found: Comparison, head: str = "click") -> list[tuple[str, ...]]:
+    """A row a metric of a head: champion, challenger, difference and interval."""
     rows: list[tuple[str, ...]] = []
     for name, title in TITLES.items():
         before, after = (_value(m, name) for m in (found.champion, found.challenger))
-        rows.append((title, before, after, *_interval(found.differences.get(name))))
+        rows.append((title.replace("click", head), before, after, *_interval(found.differences.get(name))))
     ratios = (_value(m, "calibration_ratio") for m in (found.champion, found.challenger))
-    rows.append(("p(click) / clicks", *ratios, "", f"{exp(found.calibration.low):.5f} to {exp(found.calibration.high):.5f}"))
-    return [*rows, ("rows", "", f"{found.challenger.rows:,}", "", ""), ("clicks", "", f"{found.challenger.clicks:,}", "", "")]
+    rows.append((f"p({head}) / {head}s", *ratios, "", f"{exp(found.calibration.low):.5f} to {exp(found.calibration.high):.5f}"))
+    return [*rows, ("rows", "", f"{found.challenger.rows:,}", "", ""), (f"{head}s", "", f"{found.challenger.clicks:,}", "", "")]
 
 
 def _value(metrics: Measures | None, name: str) -> str:
@@ -186,6 +188,15 @@ def _write(path: Path, text: str) -> None:
     staged.replace(path)
 
 
-def brief(found: Comparison) -> Mapping[str, Any]:
+def told(found: Mapping[str, Comparison]) -> dict[str, Any]:
+    """For JSON: the click's, and under `heads` those of other heads."""
+    others = {head: each.as_dict() for head, each in found.items() if head != "click"}
+    return ({**found["click"].as_dict(), **({"heads": others} if others else {})}) if found else {}
+
+
+def brief(found: Mapping[str, Comparison]) -> dict[str, Any]:
     """What a bundle's manifest keeps of a comparison."""
-    return {name: value for name, value in found.as_dict().items() if name != "reliability"}
+    kept = told(found)
+    for each in (kept, *kept.get("heads", {}).values()):
+        each.pop("reliability", None)
+    return kept
