@@ -33,6 +33,8 @@ from .vocabulary import Numbers, Vocabularies, fingerprint, parse_vocabularies
 MODEL, SCHEMA, VOCABULARIES, GOLDENS, MANIFEST = "model.onnx", "schema.toml", "vocabularies.json", "goldens.json", "manifest.json"
 CUDA_MODEL, INT8_MODEL = "model.cuda.onnx", "model.int8.onnx"
 """The same weights for an accelerator, where that takes another graph, and in int8, where that was asked for and passed its gate."""
+AD_DEVIATIONS = "ad_deviations.npy"
+"""How far the logit of each ad may be off for want of impressions, float32 by its id: what `Thompson` explores by."""
 EXPLAIN_MODEL = "explain.onnx"
 CONTRIBUTIONS, ATTENTION, REST = "contributions", "attention", "rest"
 """The same weights for requests that ask why, where the network can say, its outputs `(R, C, K)` and `(R, C, T)`, and what is last of K.
@@ -131,6 +133,24 @@ class Bundle:
     def encoder(self) -> Encoder:
         """The encoder of this bundle's schema and vocabularies."""
         return Encoder(self.schema, self.vocabularies)
+
+    @cached_property
+    def ad_deviations(self) -> Numbers | None:
+        """By the id of an ad, how far its logit may be off; None where that is not told.
+
+        Raises:
+            BundleError: it cannot be read, or has not a number for each id.
+        """
+        if AD_DEVIATIONS not in self.files:
+            return None
+        size = next(self.vocabularies.categories[each.vocabulary].size for each in self.schema.side("ad") if each.name == "ad_id")
+        try:
+            found: Numbers = np.load(self.path / AD_DEVIATIONS, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"bundle {self.path}: {AD_DEVIATIONS} cannot be read: {error}") from error
+        if found.dtype != np.float32 or found.shape != (size,) or not np.isfinite(found).all() or found.min() < 0:
+            raise BundleError(f"bundle {self.path}: {AD_DEVIATIONS} has not a number of at least 0 for each of {size} ids; publish it again")
+        return found
 
     @property
     def goldens(self) -> list[Golden]:

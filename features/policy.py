@@ -6,6 +6,7 @@ Minimization"). Knows nothing about where values come from. Of equal values the 
 stand in the order of ad ids, ties are broken as the service breaks them.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +19,10 @@ from .vocabulary import Ids
 Array = np.ndarray[Any, np.dtype[Any]]
 COLDEST, HOTTEST = 0.01, 100.0
 """Bounds of a temperature: colder than this hardly ever explores, hotter is uniform."""
+PLACES = 20
+"""That Thompson sampling draws at most: each costs an integral over all ads. Those below follow best first."""
+NODES, REACH, NARROWEST = 128, 6.0, 0.1
+"""Of that integral: points, deviations on either side, and the least deviation as a share of the largest, which the points can tell."""
 FLOOR = 1e-12
 """What a value of 0 counts as where weights are made of values: every ad then has a chance, if a small one."""
 EXAMPLES = "greedy, epsilon_greedy:0.1 or plackett_luce:0.5"
@@ -129,6 +134,55 @@ class PlackettLuce:
         # log(sum(exp)) of what is left at each place, from the end: sums of small terms first, and no exponential overflows.
         left = np.logaddexp.accumulate(weights.take(ranks)[::-1])[::-1]
         return Drawn(ranks, np.exp(weights.take(drawn) - left[:places]))
+
+
+@dataclass(frozen=True, slots=True)
+class Thompson:
+    """At each place the best ad left by values drawn from what training could not tell apart (Thompson 1933; Chapelle and Li 2011).
+
+    The logarithm of an ad's value is normal around what the model says, with deviations `spread`: so the probability of a place is an
+    integral, and is computed rather than sampled. Each place has draws of its own.
+    """
+
+    spread: Array | None = None
+    """`(n,)`, those of the ads in the order in which they are drawn from; None until a model has said them."""
+
+    def __str__(self) -> str:
+        return "thompson"
+
+    def chances(self, values: Array, left: Array) -> Array:
+        """See `Policy`; P(i) is the integral of density i times the distributions of all others left."""
+        assert self.spread is not None  # noqa: S101  # `ordering` sees to that
+        chances = np.zeros(values.shape)
+        for ranking, (value, mask) in enumerate(zip(values, left, strict=True)):
+            some = np.flatnonzero(mask)
+            deviation = np.maximum(self.spread[some], max(NARROWEST * self.spread[some].max(), FLOOR))
+            mean = np.log(np.maximum(value[some], FLOOR))
+            lowest = (mean - REACH * deviation).max()
+            may = mean + REACH * deviation > lowest  # the others are below that ad but for one time in 10 ** 9
+            mean, deviation = mean[may, None], deviation[may, None]
+            x = np.linspace(lowest, (mean + REACH * deviation).max(), NODES)
+            z = (x - mean) / deviation
+            below = np.interp(z, *_LOG_NORMAL)
+            weights = np.exp(below.sum(0) - below - z * z / 2) / deviation
+            chances[ranking, some[may]] = weights.sum(1) / weights.sum()
+        return chances
+
+    def draw(self, falling: Array, places: int, random: np.random.Generator) -> Drawn:
+        """See `Policy`; after `PLACES` the ads are no longer drawn."""
+        left, drawn = np.ones(len(falling), np.bool_), list[int]()
+        propensity: Array = np.ones(places)
+        for place in range(min(places, PLACES)):
+            chances = self.chances(falling[None], left[None])[0]
+            drawn.append(int(random.choice(len(chances), p=chances)))
+            propensity[place] = chances[drawn[-1]]
+            left[drawn[-1]] = False
+        return Drawn(_then_the_rest(np.array(drawn, np.int64), ~left), propensity)
+
+
+_Z = np.linspace(-40.0, 8.0, 4801)
+_LOG_NORMAL = _Z, np.log([max(math.erfc(-z / math.sqrt(2)) / 2, np.finfo(np.float64).tiny) for z in _Z])
+"""The logarithm of the normal distribution's function, and where."""
 
 
 def _then_the_rest(drawn: Ids, taken: np.ndarray[Any, np.dtype[np.bool_]]) -> Ids:

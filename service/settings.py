@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     """How long Redis keeps a user whom no event and no load has touched."""
     ad_gone_seconds: Annotated[int, Field(ge=1)] = 90 * 24 * 3600
     """How long an ad that left the catalogue is kept, in the store and in memory, for the histories that hold it."""
-    explore: Literal["greedy", "epsilon_greedy", "plackett_luce"] = "greedy"
+    explore: Literal["greedy", "epsilon_greedy", "plackett_luce", "thompson"] = "greedy"
     """How requests are ranked that do not say it themselves; `epsilon` and `temperature` are those of their policies."""
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Of `epsilon_greedy`: the share of places that are drawn."""

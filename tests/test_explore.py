@@ -1,16 +1,19 @@
 """Policies: the propensities are the probabilities, by the definition and by counting what is drawn."""
 
+import io
 import itertools
 import math
 from collections import Counter
 
+import bundles
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from features.policy import FLOOR, EpsilonGreedy, PlackettLuce
+from features import bundle
+from features.policy import FLOOR, EpsilonGreedy, PlackettLuce, Thompson, propensities
 from service.api.wire import RankAnswer
 from service.ranking.ordering import arrange as arrange_rows
 from service.ranking.ordering import best_first
@@ -208,12 +211,37 @@ class TestRequests:
             assert [ad["p_click"] for ad in greedy] == sorted(values.values(), reverse=True)
             assert "propensity" not in greedy[0]
 
+    async def test_ads_that_were_seldom_shown_are_tried(self, run, ads, tmp_path):
+        deviations = np.full(5_002, 0.05, np.float32)
+        encoder = bundles.encoder()
+        new = encoder.vocabularies.categories["ad_id"].id("a7")
+        deviations[new] = 3.0
+        file = io.BytesIO()
+        np.save(file, deviations)
+        bundles.publish(tmp_path, files={bundle.AD_DEVIATIONS: file.getvalue()})
+        async with run(ads, models=tmp_path, explore="thompson") as client:
+            greedy = (await client.rank(candidates=ALL, options={"explore": {"policy": "greedy"}}))["ads"]
+            values = {ad["ad_id"]: ad["p_click"] for ad in greedy}
+            answers = [(await client.rank(candidates=ALL, options={"top_k": 3}))["ads"] for _ in range(40)]
+        p = np.array(list(values.values()))
+        spread = (1 - p) * np.where([ad_id == "a7" for ad_id in values], 3.0, 0.05)
+        policy = Thompson(spread)
+        rows = {ad_id: row for row, ad_id in enumerate(values)}
+        for answer in answers:
+            order = np.array([[rows[ad["ad_id"]] for ad in answer]])
+            expected = propensities(policy, p[None], np.ones((1, 30), np.bool_), order)[0]
+            assert [ad["propensity"] for ad in answer] == pytest.approx(expected, rel=1e-4)
+        assert list(values).index("a7") > 3
+        assert any(ad["ad_id"] == "a7" for answer in answers for ad in answer)
+
     @pytest.mark.parametrize(
         ("explore", "pointers"),
         [
             ("epsilon_greedy", ["/options/explore"]),
             ({}, ["/options/explore"]),
-            ({"policy": "thompson"}, ["/options/explore"]),
+            ({"policy": "ucb"}, ["/options/explore"]),
+            ({"policy": "thompson"}, ["/options/explore/policy"]),  # the bundle does not say how sure it is
+            ({"policy": "thompson", "scale": 2}, ["/options/explore/scale"]),
             ({"policy": ["greedy"]}, ["/options/explore"]),
             ({"policy": "greedy", "epsilon": 0.1}, ["/options/explore/epsilon"]),
             ({"policy": "epsilon_greedy"}, ["/options/explore/epsilon"]),

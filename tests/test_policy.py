@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import norm
 
-from features.policy import EpsilonGreedy, PlackettLuce, Policy, PolicyError, parse_policy, propensities
+from features.policy import PLACES, EpsilonGreedy, PlackettLuce, Policy, PolicyError, Thompson, parse_policy, propensities
 
 POLICIES: list[Policy] = [EpsilonGreedy(0.0), EpsilonGreedy(0.25), EpsilonGreedy(1.0), PlackettLuce(0.5), PlackettLuce(2.0)]
 VALUES = np.array([[0.2, 0.5, 0.1]])
@@ -95,3 +96,33 @@ def test_a_policy_is_named_by_a_text(text: str, policy: Policy) -> None:
 def test_another_text_is_refused(text: str) -> None:
     with pytest.raises(PolicyError, match=r"is not a policy; expected one such as greedy, epsilon_greedy:0\.1"):
         parse_policy(text)
+
+
+def test_of_two_ads_the_chance_is_that_of_a_difference_of_normals() -> None:
+    for values, spread in (([0.3, 0.1], [0.5, 1.0]), ([0.1, 0.1], [0.2, 0.1]), ([0.02, 0.9], [3.0, 0.3])):
+        chances = Thompson(np.array(spread)).chances(np.array([values]), np.ones((1, 2), np.bool_))[0]
+        expected = norm.cdf(np.log(values[0] / values[1]) / np.hypot(*spread))
+        assert chances == pytest.approx([expected, 1 - expected], abs=1e-6)
+
+
+def test_of_many_ads_it_is_how_often_a_draw_is_the_largest() -> None:
+    random = np.random.default_rng(0)
+    values, spread = random.uniform(0.01, 0.3, 12), random.uniform(0.1, 1, 12)
+    left = random.random(12) < 0.8
+    chances = Thompson(spread).chances(values[None], left[None])[0]
+    drawn = np.log(values) + spread * random.standard_normal((200_000, 12))
+    best = np.where(left, drawn, -np.inf).argmax(1)
+    assert chances == pytest.approx(np.bincount(best, minlength=12) / 200_000, abs=0.005)
+    assert chances.sum() == pytest.approx(1)
+
+
+def test_thompson_draws_so_many_places_and_the_rest_follows_best_first() -> None:
+    falling = np.linspace(0.5, 0.1, PLACES + 30)
+    policy = Thompson(np.ones(PLACES + 30))
+    drawn = policy.draw(falling, PLACES + 10, np.random.default_rng(3))
+    assert sorted(drawn.ranks) == list(range(PLACES + 30))
+    assert (drawn.ranks[PLACES:] == np.sort(drawn.ranks[PLACES:])).all()
+    logged = propensities(policy, falling[None], np.ones((1, PLACES + 30), np.bool_), drawn.ranks[None, :PLACES])[0]
+    assert drawn.propensity == pytest.approx([*logged, *[1.0] * 10])
+    none = policy.draw(np.zeros(0), 0, np.random.default_rng(3))
+    assert (none.ranks.tolist(), none.propensity.tolist()) == ([], [])

@@ -10,7 +10,7 @@ import numpy as np
 import pydantic_core
 from pydantic import ValidationError
 
-from features.policy import EpsilonGreedy, PlackettLuce, Policy
+from features.policy import EpsilonGreedy, PlackettLuce, Policy, Thompson
 from features.values import ValueTextError, plain, plain_all, text_of
 
 from ..errors import FieldProblem, InvalidError, NotJsonError
@@ -166,12 +166,16 @@ def default_policy(settings: Settings) -> Policy | None:
     """The policy of requests that name none; None is greedy."""
     if settings.explore == "epsilon_greedy":
         return EpsilonGreedy(settings.epsilon)
+    if settings.explore == "thompson":
+        return Thompson()
     return PlackettLuce(settings.temperature) if settings.explore == "plackett_luce" else None
 
 
 def _policy(explore: wire.Explore) -> Policy | None:
     if isinstance(explore, wire.ExploreEpsilonGreedy):
         return EpsilonGreedy(explore.epsilon)
+    if isinstance(explore, wire.ExploreThompson):
+        return Thompson()
     return PlackettLuce(explore.temperature) if isinstance(explore, wire.ExplorePlackettLuce) else None
 
 

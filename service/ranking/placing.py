@@ -7,6 +7,8 @@ import numpy as np
 import orjson
 
 from features.encode import Mask
+from features.policy import EpsilonGreedy, Policy, Thompson
+from features.schema import IDENTITY
 from features.state import unpack_features
 from features.vocabulary import UNKNOWN, Ids, Numbers
 
@@ -32,7 +34,8 @@ def ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ra
     bids = query.bids if query.bids is None or repeated is None else query.bids.take(repeated)
     worth, rankable = worth_of(query.objective, bids, p, query.weights, heads[0]), _rankable(encoded)
     rows, low = _fit(encoded, finite & rankable, p[CLICK], worth)
-    placed = _placed(encoded, best_first(rows, worth.by, ad_ids), worth, random)
+    best = best_first(rows, worth.by, ad_ids)
+    placed = _placed(encoded, best, worth, _policy(encoded, p[CLICK], best), random)
     kept = placed.order
     places, known = kept.tolist(), encoded.known.take(kept)
     omitted = [] if repeated is None else [(ad_id, "duplicate") for ad_id in _others(query.ad_ids, repeated)]
@@ -86,11 +89,23 @@ def _fit(encoded: Encoded, fit: Mask, clicks: Floats, worth: Worth) -> tuple[Ids
     return fit.nonzero()[0], low
 
 
-def _placed(encoded: Encoded, best: Ids, worth: Worth, random: np.random.Generator) -> Placed:
+def _policy(encoded: Encoded, clicks: Floats, best: Ids) -> Policy | None:
+    """The query's policy for rows that stand best first; of p(click) `(C,)` a logit's deviation makes one of its logarithm."""
+    policy = encoded.query.policy
+    if not isinstance(policy, Thompson):
+        return policy
+    bundle = encoded.model.bundle
+    if bundle.ad_deviations is None:  # of a canary: those that rank by default are asked before
+        return EpsilonGreedy(0.0)
+    column = next(slot.start for slot in bundle.encoder.layouts["ad"].ids if slot.field.name == IDENTITY["ad"])
+    return Thompson((1 - clicks.take(best)) * bundle.ad_deviations[encoded.feeds["ad_ids"][0, best, column]])
+
+
+def _placed(encoded: Encoded, best: Ids, worth: Worth, policy: Policy | None, random: np.random.Generator) -> Placed:
     """Rows that stand best first, at places."""
     query = encoded.query
     if query.rules is None:
-        order, propensity = arrange(best, worth.by, query.policy, query.top_k, random)
+        order, propensity = arrange(best, worth.by, policy, query.top_k, random)
         below = best_below(worth, order)[: query.top_k] if query.prices else []
         return Placed(order[: query.top_k], propensity, below, {"top_k": order[query.top_k :]} if query.top_k else {})
     codes = {name: _codes(encoded, name).take(best) for name in query.rules.features}
@@ -98,7 +113,7 @@ def _placed(encoded: Encoded, best: Ids, worth: Worth, random: np.random.Generat
     pins = {place: at[row] for place, row in _pinned(encoded).items() if row in at}
     ecpm = np.zeros(len(best), np.int64) if worth.ecpm is None else worth.ecpm.take(best)
     filling = Filling(query.rules, worth.by.take(best).astype(np.float64), ecpm, codes, pins)
-    placed = filling.fill(min(query.top_k or len(best), len(best)), query.policy, random)
+    placed = filling.fill(min(query.top_k or len(best), len(best)), policy, random)
     return placed._replace(order=best.take(placed.order), fallen={reason: best.take(those) for reason, those in placed.fallen.items()})
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from features.encode import Features, Feeds, Mask, Request
-from features.policy import Policy
+from features.policy import Policy, Thompson
 from features.schema import IDENTITY
 from features.vocabulary import Ids
 
@@ -179,6 +179,9 @@ def check_query(query: Query, model: Model) -> None:
         raise _cannot(("candidates", int(np.flatnonzero(query.bids.kind == CPA)[0]), "bid_type"), what)
     if query.objective == "weighted" and not query.weights:
         raise _cannot(("options", "objective"), "needs the service's setting weights, such as ADRANK_WEIGHTS=click=1,conversion=20")
+    if isinstance(query.policy, Thompson) and model.bundle.ad_deviations is None:
+        why = f"model {model.name} version {model.bundle.version} does not say how sure it is of each ad; train it again"
+        raise _cannot(("options", "explore", "policy"), why)
     if query.rules is not None:
         _check_rules(query.rules, query, model)
     if query.objective == "ecpm" or query.reserve is not None or (query.rules and query.rules.reserves):

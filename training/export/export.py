@@ -52,6 +52,7 @@ from ..tenure import IDLE
 from ..train import Trained
 from ..train_settings import TrainError, TrainSettings
 from ..weights import CALIBRATION, WEIGHTS, packed
+from .deviations import deviations_file
 from .explain import explain_graph, tensors_of
 from .graph import chunks, feeds_of, open_graph
 from .int8 import moved, quantised, refusal
@@ -293,6 +294,7 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
         METRICS: json.dumps(metrics, indent=1).encode(),
         **({IDLE: trained.tenure.to_json()} if trained.settings["evict_after"] else {}),
         REFERENCE: (reference := make_reference(data, encoder.vocabularies)),
+        **deviations_file(data, encoder),
         **retrieval,
         **tables,
         **report_files(data, trained, json.loads(reference), progress),
