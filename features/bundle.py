@@ -149,7 +149,7 @@ class Bundle:
         except (OSError, ValueError) as error:
             raise BundleError(f"bundle {self.path}: {AD_DEVIATIONS} cannot be read: {error}") from error
         if found.dtype != np.float32 or found.shape != (size,) or not np.isfinite(found).all() or found.min() < 0:
-            raise BundleError(f"bundle {self.path}: {AD_DEVIATIONS} has not a number of at least 0 for each of {size} ids; publish it again")
+            raise BundleError(f"bundle {self.path}: {AD_DEVIATIONS} lacks a number of at least 0 for each of {size} ids; publish it again")
         return found
 
     @property

@@ -176,7 +176,8 @@ class ExplorePlackettLuce(Wire):
 
 class ExploreThompson(Wire):
     """At each of the first 20 places one of the ads left, each as likely as it is the best for all that training could tell: ads that were
-    seldom shown are tried. Their propensities are integrals, which take about half a millisecond a place with 200 candidates."""
+    seldom shown are tried. Their propensities are integrals, which take about half a millisecond a place with 200 candidates.
+    """
 
     policy: Literal["thompson"]
     """This one."""
