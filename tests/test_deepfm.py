@@ -30,6 +30,7 @@ def vectors(embed: Embeddings, parts: tuple[Part, Part, Part], row: int, candida
 def test_logits_are_first_order_pairs_and_tower(text: str, settings: dict[str, str]) -> None:
     network = small.network("deepfm", text, **settings)
     parts = small.parts(text)
+    assert "history" not in network.first  # its weights would be the ads'
     with torch.no_grad():
         logits = small.click(network, *parts)
         assert logits.shape == (3, 5)

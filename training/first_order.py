@@ -4,7 +4,7 @@ It is a logistic regression: some thousand rows are enough for it, while an MLP 
 users of a small log, and keeps it from learning more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 
 from .networks.contract import Network
 
-FASTER = 3
-"""How much faster it learns while it is alone: a value that few rows have moves in few steps only."""
+RATE = 0.01
+"""Its learning rate while it is alone: a value that few rows have moves in few steps only."""
 SHARE = 2
 """The part of `least_steps` and of `epochs` that it has for that: one in so many."""
 
@@ -24,16 +24,18 @@ class FirstOrder:
     def __init__(self, network: Network, optimisers: Sequence[torch.optim.Optimizer]) -> None:
         own = {id(weight) for weight in network.first_weights()}
         self.held = [weight for weight in network.parameters() if id(weight) not in own]
-        self.optimisers = optimisers
+        self.optimisers, self.rates = optimisers, [group["lr"] for group in _groups(optimisers)]
         for weight in self.held:
             weight.requires_grad_(False)
-        times(optimisers, FASTER)
+        for group in _groups(optimisers):
+            group["lr"] = RATE
 
     def release(self) -> None:
         """Let all learn, at the rate of the optimisers."""
         for weight in self.held:
             weight.requires_grad_(True)
-        times(self.optimisers, 1 / FASTER)
+        for group, rate in zip(_groups(self.optimisers), self.rates, strict=True):
+            group["lr"] = rate
 
 
 def settled(network_settings: Any, few: bool) -> Any:
@@ -44,6 +46,9 @@ def settled(network_settings: Any, few: bool) -> Any:
 
 def times(optimisers: Sequence[torch.optim.Optimizer], factor: float) -> None:
     """Multiply the learning rates."""
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            group["lr"] *= factor
+    for group in _groups(optimisers):
+        group["lr"] *= factor
+
+
+def _groups(optimisers: Sequence[torch.optim.Optimizer]) -> Iterator[dict[str, Any]]:
+    return (group for optimiser in optimisers for group in optimiser.param_groups)

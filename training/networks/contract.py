@@ -131,6 +131,11 @@ class Fields(NamedTuple):
         return self._replace(layouts={part: Layout(layout.ids, ()) for part, layout in self.layouts.items()})
 
     @property
+    def without_history(self) -> "Fields":
+        """These without those of the history, which share their weights with the ads."""
+        return self._replace(layouts={**self.layouts, "history": Layout((), ())})
+
+    @property
     def numbers(self) -> int:
         """Columns of all numbers beside a candidate, where a vector has several: see `numbers_of`."""
         return sum(slot.stop - slot.start for layout in self.layouts.values() for slot in layout.numbers)

@@ -1,6 +1,7 @@
 """DeepFM: first order + factorisation machine + MLP over shared embeddings (Guo et al. 2017, https://arxiv.org/abs/1703.04247).
 
-The history, where there is one, joins as one more field for each of its own: the mean over the behaviours. Beside the paper's network
+The history, where there is one, joins as one more field for each of its own, the mean over the behaviours, in FM and MLP but not in the
+first order: there an ad would have one weight for being clicked and for having been (`Fields.without_history`). Beside the paper's network
 there are the norms of Wang et al. 2020 (https://arxiv.org/abs/2006.12753), NormDNN of the MLP's layers, before ReLU, and NormEmb of
 the vectors, for FM and MLP alike; `batch` stays the default.
 """
@@ -35,7 +36,7 @@ class DeepFM(Network):
     def __init__(self, fields: Fields, settings: DeepFMSettings) -> None:
         super().__init__(fields, settings)
         width = settings.embedding
-        self.first, self.second = Embeddings(fields, 1), Embeddings(fields, width)
+        self.first, self.second = Embeddings(fields.without_history, 1), Embeddings(fields, width)
         self.tower = Tower(fields.request * width, fields.count("ad") * width, settings.hidden, settings.dropout, settings.norm)
         self.norm = nn.Sequential(*norms_named(settings.norm_embedding)(width))
         self.bias = nn.Parameter(torch.zeros(1))
@@ -54,7 +55,7 @@ class DeepFM(Network):
 
     def explained(self, request: RequestTensors) -> Explained:
         """Each field's weight and each pair's product; the MLP is the rest."""
-        return Explained.of(each_field(self.first, request), each_pair(self.first.names, beside(*self.vectors(request))))
+        return Explained.of(each_field(self.first, request), each_pair(self.second.names, beside(*self.vectors(request))))
 
     def flatten(self) -> None:
         """Let the MLP say the same of all, so that the first order learns first.

@@ -115,7 +115,7 @@ class DIN(Network):
         candidate = interest * (1 if self.signatures is None else 2) + fields.count("ad") * width
         # The paper is silent on a normalised input of the MLP; the authors' program has it.
         self.tower = Tower(fields.count("user") * width, candidate, settings.hidden, settings.dropout, norm="dice")
-        self.first = Embeddings(fields, 1) if settings.first_order == 1 else None
+        self.first = Embeddings(fields.without_history, 1) if settings.first_order == 1 else None
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
         """Logits `(R, C)`."""
