@@ -272,6 +272,9 @@ class Store(Protocol):
     async def served_room(self) -> StoreRoom:
         """What the log of what was served takes of the store's memory."""
 
+    async def figures(self) -> bytes:
+        """What the joiner told last (`training/join/figures.py`); nothing where none did."""
+
     async def ping(self) -> None:
         """Return if the store answers."""
 
@@ -378,6 +381,10 @@ class MemoryStore:
     async def served_room(self) -> StoreRoom:
         """See `Store`."""
         return StoreRoom(sum(map(len, self.served)))
+
+    async def figures(self) -> bytes:
+        """See `Store`: a joiner has no memory of this process."""
+        return b""
 
     async def ping(self) -> None:
         """See `Store`."""

@@ -14,6 +14,8 @@ FIELD = b"v"
 """The one field of an entry, whose value is a packed record."""
 BATCH_BYTES = 8 * 2**20
 """A batch ends with the entry that takes it to so many bytes: rankings that explored are megabytes each."""
+FIGURES, FIGURES_BYTES = "adrank:join:figures", 2**19
+"""What the joiner tells the console, and at most how large that is."""
 TOO_OLD, WRONG_TYPE = "store_too_old", "store_wrong_type"
 """Reasons of a StoreError that waiting does not mend: a server that lacks what is needed, and a key that is no stream."""
 
@@ -111,6 +113,12 @@ class Streams(Protocol):
         Raises:
             StreamLostError: there is no such stream.
         """
+
+    async def figures(self) -> bytes:
+        """What a joiner told the console last; nothing where none did."""
+
+    async def tell(self, figures: bytes) -> None:
+        """Tell the console."""
 
     async def close(self) -> None:
         """Let go of connections."""

@@ -1,12 +1,14 @@
 """The console's routes: who may read them, what they tell, and that they tell no path."""
 
+import json
+
 import bundles
 import httpx
 import pytest
 from test_tokens import RANK, READ, bearer
 
 from features.state import Ad, MemoryStore, StoreError, UserState
-from service.api.console import ADS, OPEN, PAGES, STATIC, USER, VERSION, VERSIONS
+from service.api.console import ADS, FIGURES, OPEN, PAGES, REPORTS, STATIC, USER, VERSION, VERSIONS
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +32,7 @@ async def test_behind_a_prefix_the_root_leads_to_the_console_there(run):
 
 async def test_it_can_be_switched_off(run):
     async with run(console=False, ready=False) as client:
-        for path in (*OPEN, ADS, USER, VERSIONS, VERSION):
+        for path in (*OPEN, ADS, USER, VERSIONS, VERSION, FIGURES, REPORTS):
             assert (await client.get(path)).status_code == 404, path
 
 
@@ -38,7 +40,7 @@ async def test_pages_are_open_and_what_they_read_is_not(run, ads, tmp_path):
     (tmp_path / "tokens").write_text(f"rank {RANK}\nread {READ}\n")
     async with run(ads, tokens=tmp_path / "tokens") as client:
         assert {(await client.get(path)).status_code for path in OPEN} == {200, 307}
-        for path in (ADS, USER, VERSIONS, VERSION):
+        for path in (ADS, USER, VERSIONS, VERSION, FIGURES, REPORTS):
             assert (await client.get(path)).status_code == 401
             answers = {token: (await client.get(path, headers=bearer(token))).status_code for token in (RANK, READ)}
             assert (answers[RANK] == 403, answers[READ] == 403) == ((False, True) if path == USER else (True, False)), path
@@ -79,13 +81,17 @@ class Broken(MemoryStore):
     async def get_user(self, user_id: str) -> UserState | None:
         raise StoreError("store_timeout", "10.0.0.1 did not answer")
 
+    async def figures(self) -> bytes:
+        raise StoreError("store_timeout", "10.0.0.1 did not answer")
+
 
 async def test_a_store_that_is_down_is_told_without_its_address(run):
     async with run(Broken()) as client:
-        answer = await client.get(USER, params={"id": "u1"})
-        assert answer.status_code == 503
-        assert "the store did not answer in time" in answer.json()["detail"]
-        assert "10.0.0.1" not in answer.text
+        for path in (USER, FIGURES):
+            answer = await client.get(path, params={"id": "u1"})
+            assert answer.status_code == 503
+            assert "the store did not answer in time" in answer.json()["detail"]
+            assert "10.0.0.1" not in answer.text
 
 
 async def test_every_version_is_told_with_its_manifest_and_what_is_wrong_without_a_path(run, tmp_path):
@@ -117,3 +123,16 @@ async def test_a_repository_that_is_not_there_is_said_so(run, tmp_path):
         told = (await client.get(VERSIONS)).json()
         assert told["versions"] == []
         assert told["notice"].startswith("the model repository cannot be read")
+
+
+async def test_retrainings_are_told_the_newest_first_and_what_is_no_report_is_not(run, tmp_path):
+    whole = {"verdict": "Refused din: few rows", "accepted": False, "reasons": ["few rows"], "version": None, "window": {"rows": 3}}
+    published = {"verdict": "Published din 20261130101112", "accepted": True, "version": 20261130101112}
+    texts = {"20261129": json.dumps(whole), "20261130": json.dumps(published), "20261128": "[]", "20261127": "{", "20261126": "{}"}
+    for folder, text in texts.items():
+        (tmp_path / "din" / "reports" / folder).mkdir(parents=True)
+        (tmp_path / "din" / "reports" / folder / "report.json").write_text(text)
+    async with run(models=tmp_path, ready=False) as client:
+        told = (await client.get(REPORTS)).json()["reports"]
+        assert told == [{**published, "version": "20261130101112"}, {name: whole[name] for name in whole if name != "window"}]
+        assert (await client.get(FIGURES)).json()["figures"] == []

@@ -18,6 +18,7 @@ from test_tokens import ALL
 from features.bundle import EXPLAIN_MODEL
 from features.state import Ad, UserState
 from service.store.redis import RedisStore
+from service.store.streams import RedisStreams
 from tests.test_explain import explaining
 
 pytestmark = pytest.mark.anyio
@@ -30,10 +31,51 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-PAGES = {"rank": "Take a sample", "live": "Models that rank", "models": "Measured in training"}
+PAGES = {
+    "rank": "Take a sample",
+    "live": "Models that rank",
+    "models": "Measured in training",
+    "quality": "by position",
+    "events": "What became of events",
+    "retrainings": "On the newest slice",
+}
 """What is there once a page is."""
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
 EPOCHS = [{"number": n, "train_loss": loss, "valid_loss": 0.5 - n / 10} for n, loss in ((1, 0.6), (2, 0.4), (3, None))]
+FIGURES = [
+    {
+        "ts": 1_764_500_000 + 3600 * i,
+        "since": 1_764_496_400,
+        "models": {"din": {"calibration": 1.1 + i / 10, "normalised_entropy": 0.8, "places": {"1": 1.25, "more": None}, "drift": drift}},
+        "event click": {"joined": 1200, "unknown_request": 30},
+        f"event {HOSTILE}": {HOSTILE: 1},
+        "stream adrank:served": {"backlog": 7, "lag": 2},
+        "shown": {"said": 90, "unknown": 10},
+        "incidents": {},
+    }
+    for i, drift in enumerate(({"user.age": 0.1}, {"user.age": 0.3, HOSTILE: 0.05}))
+]
+REPORTS = [
+    {
+        "verdict": "Published din 20261130101112: log loss -2.00%",
+        "accepted": True,
+        "reasons": [],
+        "warnings": [HOSTILE],
+        "name": "din",
+        "version": 20261130101112,
+        "started": 1_764_500_000,
+        "metrics": {"champion": {"auc": 0.7, "log_loss": 0.5}, "challenger": {"auc": 0.72, "log_loss": 0.49}},
+        "differences": {"log_loss": {"value": -0.01, "low": -0.015, "high": -0.005}},
+    },
+    {
+        "verdict": "Refused din: few rows",
+        "accepted": False,
+        "reasons": ["few rows"],
+        "name": "din",
+        "version": None,
+        "started": 1_764_400_000,
+    },
+]
 BINS = [{"p": p, "rate": p, "low": p / 2, "high": 0.8 * p + 0.2} for p in (0.0, 0.25, 0.5)]
 
 
@@ -72,6 +114,13 @@ async def client(servers, tmp_path_factory) -> AsyncIterator[Client]:
     )
     await store.put_ads([Ad(HOSTILE, {"genre": HOSTILE, "price": 1.0})])
     await store.close()
+    streams = RedisStreams(server.url)
+    await streams.tell(json.dumps(FIGURES).encode())
+    await streams.close()
+    for report in REPORTS:
+        folder = models / "din" / "reports" / str(report["started"])
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(report))
     async with serving(models, server.url) as client:
         yield client
 
@@ -230,6 +279,43 @@ async def test_models_are_those_of_the_repository(browser, client):
         command = f"adrank promote --models MODELS --name din --version {older['version']}"
         await expect(page.get_by_text(command, exact=True)).to_be_visible()
         await expect(page.locator("svg.chart")).to_have_count(0)  # it was published before there were reports
+
+
+async def test_quality_is_what_the_joiner_told_last_and_before(browser, client):
+    async with watched(browser, address(client) + "/console#quality") as page:
+        await expect(page.get_by_text("p(click) over clicks: 1.200. Normalised entropy: 0.800.")).to_be_visible()
+        await expect(page.get_by_text("It has counted since 30 Nov 09:53 (UTC).")).to_be_visible()
+        assert [row[:2] for row in await cells(page, "p(click) over clicks by position")] == [["1", "1.250"], ["more", "–"]]
+        assert [row[:2] for row in await cells(page, "Drift by field")] == [["user.age", "0.300"], [HOSTILE, "0.050"]]
+        charts = await page.locator("svg.chart").all()
+        lines = [[await line.get_attribute("points") for line in await each.locator("polyline").all()] for each in charts]
+        # 264 wide from 44, for an hour before and now; 140 high from 150 up: 0.8 to 1.2, and 0.05 to 0.3, where a field was told once.
+        assert lines == [["44.0,45.0 308.0,10.0", "44.0,150.0 308.0,150.0"], ["44.0,122.0 308.0,10.0", "308.0,150.0"]]
+
+
+async def test_events_are_told_by_outcome_and_how_fresh_they_are(browser, client):
+    async with watched(browser, address(client) + "/console#events") as page:
+        await page.get_by_text("What waits for the joiner").wait_for()
+        told = [row[:3] for row in await cells(page, "What became of events")]
+        assert told == [["click", "joined", "1,200"], ["click", "unknown request", "30"], [HOSTILE, HOSTILE.replace("_", " "), "1"]]
+        assert await cells(page, "What waits for the joiner") == [["adrank:served", "7", "2"]]
+        await expect(page.get_by_text("known what was shown: 90 said, 10 unknown.")).to_be_visible()
+        await expect(page.get_by_text("What should not happen: none.")).to_be_visible()
+
+
+async def test_retrainings_are_told_with_verdict_and_reasons(browser, client):
+    async with watched(browser, address(client) + "/console#retrainings") as page:
+        assert [row[1:] for row in await cells(page, "Retrainings")] == [
+            ["din", "published", REPORTS[0]["verdict"]],
+            ["din", "refused", "Refused din: few rows"],
+        ]
+        assert await cells(page, "On the newest slice") == [
+            ["auc", "0.7000", "0.7200", "–"],
+            ["log loss", "0.5000", "0.4900", "-0.0150 to -0.0050"],
+        ]
+        await expect(page.get_by_role("listitem")).to_have_text([HOSTILE])
+        await page.get_by_role("region", name="Retrainings").get_by_role("button").nth(1).click()
+        await expect(page.get_by_role("listitem")).to_have_text(["few rows"])
 
 
 async def test_a_token_is_asked_for_once_and_again_where_it_is_wrong(browser, client, tmp_path):

@@ -12,10 +12,13 @@ from conftest import free_port
 from joining import T0, Joining, Writer, click, ranking
 
 from features.bundle import load_bundle
+from features.streams import FIGURES_BYTES
+from service.store.redis import RedisStore
 from service.telemetry.metrics import JoinMetrics
 from training.datasets.vocabularies import learn_vocabularies
 from training.evaluate import measure
 from training.join import quality as join_quality
+from training.join.figures import figures_in, thinned
 from training.join.quality import OTHER, Window, Windows
 from training.retrain.drift import LEAST_ROWS, REFERENCE, make_reference
 
@@ -159,6 +162,33 @@ async def test_the_live_page_tells_what_was_joined(server, tmp_path, repository)
     assert page['adrank_join_backlog{stream="adrank:events"}'] == 0
     assert page['adrank_join_lag_seconds{stream="adrank:served"}'] == 0
     assert not [name for name in page if "drift" in name]
+
+    await joining.once(everything=True)  # another joiner, which has counted nothing, goes on with what this one told
+    store = RedisStore(server.url, timeout=5, ttl=100, on_damaged=lambda: None)
+    first, second = figures_in(await store.figures())
+    await store.close()
+    assert first["models"]["din"]["calibration"] == pytest.approx(total / 2, abs=1e-5)
+    assert (first["models"]["din"]["places"]["1"], first["models"]["din"]["places"]["2"]) == (1.0, None)
+    assert (first["event click"], first["shown"]) == ({"joined": 3, "unknown_request": 1}, {"said": 3})
+    assert first["stream adrank:events"] == {"backlog": 0, "lag": 0}
+    assert (second["models"], second["shown"]) == ({}, {})
+
+
+@pytest.mark.parametrize(("width", "kept"), [(1, 240), (20_000, 26)])
+def test_what_is_told_is_bounded_and_the_newest_and_the_oldest_stay(width, kept):
+    told = list[dict[str, object]]()
+    for ts in range(1_000):
+        told.append({"ts": ts, "text": "x" * width})
+        text = thinned(told)
+        assert len(text) <= FIGURES_BYTES
+    times = [each["ts"] for each in figures_in(text)]
+    assert kept / 3 < len(times) <= kept
+    assert (times[0], times[-5:], times) == (0, [995, 996, 997, 998, 999], sorted(times))
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"[1, null]", b"[{", b"[" * 100_000])
+def test_what_is_no_figures_is_told_anew(text):
+    assert figures_in(text) == []
 
 
 def test_fields_that_are_told_no_more_leave_the_page():

@@ -48,6 +48,8 @@ async def everything(url):
         await store.rewrite("ad", [MergeAd(Ad("a3", {}, False, {ACTIVE: 1}), 1)])
         await store.rewrite("ad", [ForgetAd("a3", 5)])
         await store.append_served([b"x"])
+        await streams.tell(b"[]")
+        assert await streams.figures() == await store.figures() == b"[]"
         room = await store.served_room()
         assert room.stream
         assert room.used

@@ -6,10 +6,11 @@ The pages are files, the same for everybody, and hold nothing of the service; wh
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic_core
 from fastapi import APIRouter, Request, Response
@@ -30,23 +31,31 @@ STATIC = Path(__file__).with_name("static")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 PAGES = {
     "/console": "console.html",
-    **{f"/console/{name}": name for name in ("console.css", "console.js", "page.js", "rank.js", "live.js", "models.js", "icon.svg")},
+    **{
+        f"/console/{name}": name
+        for name in ("console.css", "console.js", "page.js", "rank.js", "live.js", "models.js", "loop.js", "icon.svg")
+    },
 }
-ADS, USER, VERSIONS, VERSION = (f"/console/api/{name}" for name in ("ads", "user", "versions", "version"))
+ROUTES = ("ads", "user", "versions", "version", "figures", "reports")
+ADS, USER, VERSIONS, VERSION, FIGURES, REPORTS = (f"/console/api/{name}" for name in ROUTES)
 OPEN = frozenset({"/", *PAGES})
 """What needs no token."""
-CONSOLE = ("/", *PAGES, ADS, USER, VERSIONS, VERSION)
+CONSOLE = ("/", *PAGES, ADS, USER, VERSIONS, VERSION, FIGURES, REPORTS)
 HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-MOST_ADS, MOST_BEHAVIOURS = 1_000, 200
+MOST_ADS, MOST_BEHAVIOURS, MOST_REPORTS = 1_000, 200, 50
 PRIVATE = ("name", "version", "files")
 """Of a manifest, what a page does not show: its folder says the first two, and digests are of no use to people."""
 REPORT, DRAWN = "report.json", ("epochs", "reliability")
-"""What `training/report` writes into a bundle, and what of it a page draws."""
+"""What `training/report` writes into a bundle, and `training/retrain` into a folder of its own; and what of the former a page draws."""
+RETRAINED = ("verdict", "accepted", "reasons", "warnings", "name", "version", "champion", "started", "metrics", "differences")
+"""What a page shows of a retraining."""
+
+Json = TypeVar("Json", dict[str, Any], list[Any])
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +104,27 @@ def console_routes(ranker: Ranker, store: Store, settings: Settings) -> APIRoute
         if not NAME.fullmatch(name) or not (number.isascii() and number.isdigit() and len(number) < 20):
             raise InvalidError("give model, a name of the repository, and version, a number")
         return _json(await asyncio.to_thread(_version, settings.models / name / number))
+
+    router.include_router(_of_the_loop(store, settings))
+    return router
+
+
+def _of_the_loop(store: Store, settings: Settings) -> APIRouter:
+    """What is known of the loop: what the joiner told, and what retrainings came to."""
+    router = APIRouter()
+
+    @router.get(FIGURES)
+    async def figures() -> Response:
+        """What the joiner has told of quality and events, the oldest first; nothing where there is no joiner."""
+        try:
+            return _json({"figures": _parsed(await store.figures(), list), "now": time.time()})
+        except StoreError as error:
+            raise StoreDownError(of_store(error.reason)) from None
+
+    @router.get(REPORTS)
+    async def reports() -> Response:
+        """The reports of retrainings that are in the repository, the newest first."""
+        return _json({"reports": await asyncio.to_thread(_reports, settings.models)})
 
     return router
 
@@ -148,13 +178,26 @@ def _version(path: Path) -> dict[str, Any]:
     return {"manifest": manifest, "metrics": _object(path / METRICS), "report": {name: report[name] for name in DRAWN if name in report}}
 
 
+def _reports(models: Path) -> list[dict[str, Any]]:
+    paths = sorted(models.glob(f"*/reports/*/{REPORT}"), key=lambda path: path.parent.name, reverse=True)[:MOST_REPORTS]
+    found = [{name: value for name, value in _object(path).items() if name in RETRAINED} for path in paths]
+    return [{**each, "version": each["version"] and str(each["version"])} for each in found if {"verdict", "version"} <= each.keys()]
+
+
 def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a bundle; an empty one where there is none."""
+    """The JSON object in a file of the repository; an empty one where there is none."""
     try:
-        found = json.loads(files.read(path))
-    except (OSError, ValueError, RecursionError):
+        return _parsed(files.read(path), dict)
+    except OSError:
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def _parsed(text: bytes, kind: type[Json]) -> Json:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return kind()
+    return found if isinstance(found, kind) else kind()
 
 
 def _json(document: Mapping[str, Any]) -> Response:

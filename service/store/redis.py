@@ -33,7 +33,7 @@ from features.state import (
     unpack_ad,
     unpack_user,
 )
-from features.streams import FIELD, SERVED
+from features.streams import FIELD, FIGURES, FIGURES_BYTES, SERVED
 
 from .bulk import BATCH, BulkStore, batches
 from .client import Client, Reads, open_servers
@@ -282,6 +282,11 @@ class RedisStore:
         async with answering(APPEND_SECONDS):
             return await room_of(self._served, SERVED)
 
+    async def figures(self) -> bytes:
+        """See `Store`."""
+        async with answering(EVENT_SECONDS):
+            return await figures_of(self._eventful)
+
     async def ping(self) -> None:
         """See `Store`."""
         try:
@@ -313,6 +318,11 @@ class RedisStore:
         """See `Store`."""
         await self._users.close()
         await self._servers.close()
+
+
+async def figures_of(client: Client) -> bytes:
+    """What the joiner told, as far as it may be large. Raises as `Client.ask` does."""
+    return bytes(await client.ask(b"GETRANGE", FIGURES, b"0", str(FIGURES_BYTES)))
 
 
 def fields_of(words: Sequence[Any]) -> dict[Any, Any]:

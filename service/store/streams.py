@@ -10,10 +10,10 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from features.state import StoreError
-from features.streams import BATCH_BYTES, FIELD, TOO_OLD, WRONG_TYPE, Batch, Entry, Extent, Owner, Stream, StreamLostError
+from features.streams import BATCH_BYTES, FIELD, FIGURES, TOO_OLD, WRONG_TYPE, Batch, Entry, Extent, Owner, Stream, StreamLostError
 
 from .client import Client, open_servers
-from .redis import answering, fields_of
+from .redis import answering, fields_of, figures_of
 
 GROUP = "join"
 SECONDS = 30.0
@@ -150,6 +150,16 @@ class RedisStreams:
             raise StoreError(TOO_OLD, f"Redis 7 or later is needed, or Valkey: this server's XINFO STREAM {stream} tells no entries-added")
         length, first, trimmed, now = found
         return Extent(length, Entry(first.decode(), b"").ts if first else None, trimmed, now / 1000)
+
+    async def figures(self) -> bytes:
+        """See `Streams`."""
+        async with answering(SECONDS):
+            return await figures_of(self._client)
+
+    async def tell(self, figures: bytes) -> None:
+        """See `Streams`."""
+        async with answering(SECONDS):
+            await self._client.ask(b"SET", FIGURES, figures)
 
     async def close(self) -> None:
         """See `Streams`."""

@@ -30,7 +30,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Profile:
+class DataProfile:
     """Rows and click rate by split, and every field that the train split has a column for, in the schema's order."""
 
     rows: dict[str, int]
@@ -38,7 +38,7 @@ class Profile:
     columns: list[Column]
 
 
-def profile(data: Prepared) -> Profile:
+def profile(data: Prepared) -> DataProfile:
     """Look through a data set.
 
     Raises:
@@ -55,7 +55,7 @@ def profile(data: Prepared) -> Profile:
                     parts.setdefault((field.path, field.kind), []).append(part)
             if split == "train" and data.schema.history_length:
                 parts.setdefault(("history", "list"), []).append(frame["history"])
-    return Profile(
+    return DataProfile(
         rows,
         {split: clicks[split] / rows[split] if rows[split] else float("nan") for split in SPLITS},
         [_column(name, kind, pl.concat(series)) for (name, kind), series in parts.items()],

@@ -42,14 +42,19 @@ class Live:
         self._log, self._settings, self._summary = into, settings, report
         self._lock: IO[bytes] | None = None
 
-    def measure(self) -> None:
-        """Tell of the impressions whose windows are over by now, and of the events that were received until then, each once."""
+    def measure(self) -> bool:
+        """Tell of the impressions whose windows are over by now, and of the events that were received until then, each once.
+
+        Whether that was for this sink to do.
+        """
         try:
             with room(self._log.folder):
-                if self._is_mine():
-                    self._measure()
+                if not self._is_mine():
+                    return False
+                self._measure()
         except (DataError, NoRoomError, OSError, pl.exceptions.PolarsError) as error:
             log.warning("live figures cannot be told: %s", error)
+        return True
 
     def close(self) -> None:
         """Let another sink measure."""

@@ -20,6 +20,7 @@ from features.streams import SERVED, STREAMS, TOO_OLD, WRONG_TYPE, Entry, Owner,
 
 from .attribution import ASIDE, IMPRESSIONS, RAW, SETTINGS, WATERMARK, Attribution, hour_name, settings_text
 from .attribution import EVENTS as RAW_EVENTS
+from .figures import Figures
 from .live import Live
 from .log import OWN, JoinError, LogFolder, NoRoomError, room, write_file, write_parquet
 from .raw import ASIDE_TYPES, HOUR, LogColumns, RawBatch, events_of, impressions_of, revision
@@ -104,7 +105,7 @@ class Sink:
         self._streams, self._log, self._settings = streams, into, settings
         self._columns = LogColumns(into.schema)
         self._summary = JoinSummary(watch, into.models)
-        self._live = Live(into, settings.attribution, self._summary)
+        self._live, self._figures = Live(into, settings.attribution, self._summary), Figures(streams, self._summary)
         self.take_over = False
         """Whether to take the streams from another log whose sink is at work."""
         self.forward: Forward | None = None
@@ -153,7 +154,7 @@ class Sink:
                 break
             await self._rest(0 if took else IDLE_SECONDS)
         await self._look(math.inf if everything else None)
-        self._live.measure()
+        await self._measure()
         await self._let_go()
 
     def close(self) -> None:
@@ -173,7 +174,7 @@ class Sink:
         if now - self._looked >= min(LOOK_SECONDS, self._settings.hold):
             await self._look()
         if now - self._measured >= min(LIVE_SECONDS, self._settings.attribution.closes):
-            self._live.measure()
+            await self._measure()
             self._measured = time.monotonic()
         self._tell()
         return busy
@@ -329,13 +330,17 @@ class Sink:
             except StreamLostError:
                 return  # the next read finds out
             kept.append(extent.kept)
-            self._summary.watch.stream(stream, extent.length, 0.0 if extent.oldest is None else max(0.0, extent.now - extent.oldest))
+            self._summary.stream(stream, extent.length, 0.0 if extent.oldest is None else max(0.0, extent.now - extent.oldest))
             if extent.trimmed:
                 self._summary.incident(TRIMMED, extent.trimmed)
                 log.warning("%d entries of %s were trimmed before they were read; they are lost", extent.trimmed, stream)
         with room(self._log.folder):
             whole = min(kept) if watermark is None else watermark
             write_file(self._log.folder / RAW / WATERMARK, str(whole).encode(), self._log.folder / OWN)
+
+    async def _measure(self) -> None:
+        if self._live.measure():
+            await self._figures.tell()
 
     def _tell(self) -> None:
         now = time.monotonic()

@@ -1,5 +1,6 @@
 """What is told of a sink's work: to whoever watches it, and to people in a line of its log."""
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Protocol
 
 import polars as pl
 
-from .quality import PLACES, Windows
+from .quality import PLACES, Quality, Windows
 from .raw import RawBatch
 
 
@@ -47,16 +48,29 @@ class JoinSummary:
         self._windows = Windows(models)
         self._counts: Counter[str] = Counter()
         self._shown: Counter[str] = Counter()
+        self.since = round(time.time())
+        """Since when `counts` count, in seconds since 1970."""
+        self.counts: dict[str, Counter[str]] = {"shown": self._shown, "incidents": Counter()}
+        """Beside what was shown and what should not happen, what became of events: by type and outcome, `event click`."""
+        self.quality: dict[str, Quality] = {}
+        """Of each model, the one that was measured last at the end."""
 
     def event(self, type_: str, outcome: str, count: int = 1) -> None:
         """Events ended so."""
         self.watch.events(type_, outcome, count)
         self._counts[f"{type_} {outcome}"] += count
+        self.counts.setdefault(f"event {type_}", Counter())[outcome] += count
 
     def incident(self, kind: str, count: int = 1) -> None:
         """Something happened that should not."""
         self.watch.incident(kind, count)
         self._counts[kind] += count
+        self.counts["incidents"][kind] += count
+
+    def stream(self, stream: str, backlog: int, lag: float) -> None:
+        """So many entries stand in a stream, the oldest of them for so many seconds."""
+        self.watch.stream(stream, backlog, lag)
+        self.counts[f"stream {stream}"] = Counter(backlog=backlog, lag=round(lag))
 
     def written(self, batch: RawBatch) -> None:
         """A batch of entries was written."""
@@ -79,6 +93,8 @@ class JoinSummary:
             for place, count, clicks, p_click in zip(PLACES, sums.rows, sums.clicks, sums.p_click, strict=True):
                 if count:
                     self.watch.rows(name, place, int(count), int(clicks), float(p_click))
+            self.quality.pop(name, None)
+            self.quality[name] = quality
             self.watch.quality(name, quality.calibration, quality.by_place, quality.normalised_entropy)
             self.watch.drift(name, quality.drift)
 

@@ -1,10 +1,11 @@
 // Which page is shown, and whether the service is well. A page is a function that fills an element, and may give back how to stop it.
 import { api, el } from "./page.js";
 import { live } from "./live.js";
+import { events, quality, retrainings } from "./loop.js";
 import { models } from "./models.js";
 import { rank } from "./rank.js";
 
-const PAGES = { rank, live, models };
+const PAGES = { rank, live, models, quality, events, retrainings };
 const main = document.getElementById("main");
 let stop = null;
 
@@ -12,8 +13,10 @@ async function show() {
   if (location.hash === "#main") return;
   const name = location.hash.slice(1) in PAGES ? location.hash.slice(1) : "rank";
   for (const link of document.querySelectorAll("nav a")) {
-    if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
+    if (link.hash === `#${name}`) {
+      link.setAttribute("aria-current", "page");
+      link.scrollIntoView({ block: "nearest", inline: "nearest" });
+    } else link.removeAttribute("aria-current");
   }
   stop?.();
   stop = null;
