@@ -33,11 +33,11 @@ def deviations(shown: Array, clicks: Array) -> Array:
     return found
 
 
-def deviations_file(data: Prepared, encoder: Encoder) -> dict[str, bytes]:
-    """The bundle's file of deviations by the id of an ad, from the train split; none where the schema does not tell ads by their ids."""
+def ad_deviations(data: Prepared, encoder: Encoder) -> Array | None:
+    """Deviations by the id of an ad `(V,)`, from the train split; None where the schema does not tell ads by their ids."""
     field = next((field for field in encoder.schema.side("ad") if field.name == "ad_id"), None)
     if field is None:
-        return {}
+        return None
     vocabulary = encoder.vocabularies.categories[field.vocabulary]
     shown, clicks = np.zeros(vocabulary.size), np.zeros(vocabulary.size)
     for frame in data.frames("train"):
@@ -46,6 +46,13 @@ def deviations_file(data: Prepared, encoder: Encoder) -> dict[str, bytes]:
         np.add.at(shown, ids, of_ad["len"].to_numpy())
         np.add.at(clicks, ids, of_ad["label"].to_numpy())
     shown[:2] = clicks[:2] = 0  # an ad without an id of its own is a new one, however many of those there were
-    file = io.BytesIO()
-    np.save(file, deviations(shown, clicks), allow_pickle=False)
+    return deviations(shown, clicks)
+
+
+def deviations_file(data: Prepared, encoder: Encoder) -> dict[str, bytes]:
+    """The bundle's file of `ad_deviations`, where it has such."""
+    found, file = ad_deviations(data, encoder), io.BytesIO()
+    if found is None:
+        return {}
+    np.save(file, found, allow_pickle=False)
     return {AD_DEVIATIONS: file.getvalue()}
