@@ -316,6 +316,19 @@ async def test_a_server_that_is_emptied_and_one_that_restarts(server, monkeypatc
     await store.close()
 
 
+async def test_the_change_stream_is_bounded_in_bytes(arrangements, monkeypatch):
+    monkeypatch.setattr("service.store.redis.CHANGES_BYTES", 2**16)
+    url = arrangements("valkey")
+    store, raw = RedisStore(url, timeout=5, ttl=100, on_damaged=lambda: None), redis.asyncio.Redis.from_url(url)
+    await store.put_ads(Ad(f"{n:040}", {}) for n in range(5_000))  # an entry has 500 ids of 42 bytes
+    assert await raw.xlen(CHANGES) == 3
+    for n in range(5):
+        await store.put_ads([Ad(f"{n}", {})])
+    assert await raw.xlen(CHANGES) == 8
+    await raw.aclose()
+    await store.close()
+
+
 class TestWhatIsFreed:
     """Ads that left stay for the histories that hold them, and not for ever."""
 

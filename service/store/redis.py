@@ -44,7 +44,8 @@ from .server import Command, unrefused
 
 CHANGES = "adrank:ads:changes"
 HASHES = 64
-CHANGES_KEPT = 10_000
+CHANGES_KEPT, CHANGES_BYTES = 10_000, 16 * 2**20
+"""Entries of the change stream that are kept, and about how many bytes: an entry may be 500 ids or one."""
 PROBE = "adrank:user:probe"
 """A key that no user has, since those have braces."""
 ENTRIES_READ = 8
@@ -331,7 +332,8 @@ def fields_of(words: Sequence[Any]) -> dict[Any, Any]:
 
 
 def _announcement(ad_ids: Sequence[str]) -> Command:
-    return (b"XADD", CHANGES, b"MAXLEN", b"~", str(CHANGES_KEPT), b"*", b"ads", msgpack.packb(ad_ids))
+    packed: bytes = msgpack.packb(ad_ids)
+    return (b"XADD", CHANGES, b"MAXLEN", b"~", str(min(CHANGES_KEPT, CHANGES_BYTES // len(packed))), b"*", b"ads", packed)
 
 
 @asynccontextmanager
