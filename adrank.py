@@ -34,6 +34,7 @@ COMMANDS: tuple[click.Command, ...] = (
     loop.attribute,
     loop.skew,
     loop.replay_command,
+    loop.compare_arms,
     loop.retrain,
     versions.models_command,
     versions.promote,

@@ -244,3 +244,37 @@ def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
         report = run(RetrainRequest(settings=given, **flags), progress)
     tell(report.as_dict(), lambda: console().print(report.tables(), report.verdict, sep="\n", markup=False, highlight=False), as_json)
     sys.exit(0 if report.published else 3)
+
+
+@click.command("compare-arms", epilog="Example: adrank compare-arms --log log --experiment button --arms control,green")
+@click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes.")
+@click.option("--experiment", required=True, help="The name that requests sent.")
+@click.option("--arms", default="", metavar="ARM,ARM", help="Compare these with the first. Default: all, by name.")
+@click.option("--shares", default="", metavar="SHARE,SHARE", help="Of the users that each arm was to have. Default: equal ones.")
+@click.option(
+    "--planned", type=click.IntRange(min=1), default=10_000, show_default=True, help="Users of both arms by when it is to be told."
+)
+@click.option("--since", callback=moment, help="Rows from that time on, as for skew.")
+@click.option("--until", callback=moment, help="Rows before that time.")
+@in_json
+@attributing
+@needs("train")
+def compare_arms(folder: Path, experiment: str, since: int | None, until: int | None, as_json: bool, **options: Any) -> None:
+    """Compare the arms of an experiment, with intervals that hold however often you look; exit code 3 where the arms' users do not fit."""
+    from dataclasses import asdict
+
+    from training.datasets.log import open_log
+    from training.offpolicy import arms
+
+    settings = attribution_of(folder, options)
+    names = [each for each in options["arms"].split(",") if each]
+    try:
+        shares = [float(each) for each in options["shares"].split(",") if each]
+    except ValueError:
+        raise Refusal(f"--shares {options['shares']}: expected numbers apart by commas, such as 0.9,0.1") from None
+    by_user, crossed = arms.users_by_arm(open_log(folder, since, until, settings=settings), experiment, names)
+    if shares and (len(shares) != len(by_user) or min(shares) <= 0):
+        raise Refusal(f"--shares {options['shares']}: expected a share above 0 for each of the arms {', '.join(by_user)}")
+    found = arms.compare_arms(by_user, options["planned"], shares, crossed)
+    tell({**asdict(found), "warnings": found.warnings}, lambda: arms.show(found, console()), as_json)
+    sys.exit(3 if found.p_sample_ratio < arms.MISMATCH else 0)

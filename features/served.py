@@ -13,10 +13,14 @@ from .encode import AdTable, Encoder, Features, Feeds, Request, encode_request
 from .state import StateError, unpack_features
 
 FORMAT = 2
-WITH_TIMES, WITH_BIDS = 3, 4
-"""The formats of rankings whose behaviours have times, and of those whose ads bid; older readers put aside what they do not know."""
+WITH_TIMES, WITH_BIDS, WITH_EXPERIMENT = 3, 4, 5
+"""The formats of rankings whose behaviours have times, of those whose ads bid, and of those of an experiment; older readers put aside
+what they do not know."""
 _SHAPES = (str, float, str, int, str, dict, dict, list, list, list, list, list, list, dict, dict, list, str, dict, int, list)
 _MONEY_SHAPES = (str, list, list, list)
+_EXPERIMENT_SHAPES = (dict,)
+_ADDED: Mapping[int, tuple[object, ...]] = {1: (0,), FORMAT: ([],), WITH_TIMES: ("pctr", [], [], []), WITH_BIDS: ({},)}
+"""By format what the next one has more, as it is where nobody said; the first could not say what is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ class ServedRecord:
     """`cpm`, `cpc` or `cpa`, beside `bids`."""
     prices: Sequence[int] = ()
     """In millionths, beside `ad_ids`: what each would have had to pay for what it bids for; empty where nobody asked."""
+    experiment: Mapping[str, str] = field(default_factory=dict)
+    """The arm that the caller had put the user into, by experiment."""
 
     def feeds(self, encoder: Encoder, ad_ids: Sequence[str] | None = None) -> Feeds:
         """The tensors `(1, ...)` of the ads shown, or of those of the candidates that are named, encoded anew.
@@ -91,8 +97,10 @@ _values = attrgetter(*(entry.name for entry in fields(ServedRecord)))
 def pack_served(served: ServedRecord) -> bytes:
     """A served ranking as one value of a stream."""
     values = _values(served)
-    document = [WITH_BIDS, *values]
-    if not served.bids and served.objective == "pctr":
+    document = [WITH_EXPERIMENT, *values]
+    if not served.experiment:
+        document = [WITH_BIDS, *values[: len(_SHAPES) + len(_MONEY_SHAPES)]]
+    if not served.experiment and not served.bids and served.objective == "pctr":
         document = [WITH_TIMES, *values[: len(_SHAPES)]] if served.history_ts else [FORMAT, *values[: len(_SHAPES) - 1]]
     packed: bytes = msgpack.packb(document)
     return packed
@@ -108,14 +116,12 @@ def unpack_served(value: bytes) -> ServedRecord:
         document = msgpack.unpackb(value)
     except ValueError as error:
         raise StateError(f"not a packed value: {error}") from error
-    if isinstance(document, list) and document[:1] == [1]:  # which could not say what is shown
-        document = [FORMAT, *document[1:], 0]
-    if isinstance(document, list) and document[:1] == [FORMAT]:
-        document = [WITH_TIMES, *document[1:], []]
-    if isinstance(document, list) and document[:1] == [WITH_TIMES]:
-        document = [WITH_BIDS, *document[1:], "pctr", [], [], []]
-    if not isinstance(document, list) or document[:1] != [WITH_BIDS] or [*map(type, document[1:])] != [*_SHAPES, *_MONEY_SHAPES]:
-        raise StateError(f"the value is not a served ranking of format {FORMAT}, {WITH_TIMES} or {WITH_BIDS}")
+    for before, added in _ADDED.items():
+        if isinstance(document, list) and document[:1] == [before]:
+            document = [max(before + 1, FORMAT), *document[1:], *added]
+    shapes = [*_SHAPES, *_MONEY_SHAPES, *_EXPERIMENT_SHAPES]
+    if not isinstance(document, list) or document[:1] != [WITH_EXPERIMENT] or [*map(type, document[1:])] != shapes:
+        raise StateError(f"the value is not a served ranking of format {FORMAT} to {WITH_EXPERIMENT}")
     served = ServedRecord(*document[1:])
     bidding = len(served.candidates or served.ad_ids) if served.bids else 0
     paying = len(served.ad_ids) if served.prices else 0
@@ -124,6 +130,8 @@ def unpack_served(value: bytes) -> ServedRecord:
         raise StateError("a served ranking is damaged: its columns differ in length")
     if len(served.history_ts) not in (0, len(served.history)):
         raise StateError("a served ranking is damaged: its behaviours and their times differ in length")
+    if not all(isinstance(text, str) for pair in served.experiment.items() for text in pair):
+        raise StateError("a served ranking is damaged: its experiment has something else than texts")
     if not 0 <= served.shown <= len(served.ad_ids):
         raise StateError("a served ranking is damaged: it says that more ads are shown than it has")
     return served

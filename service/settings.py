@@ -18,6 +18,8 @@ from .store.url import parse_store_url, store_name
 
 PREFIX = "ADRANK_"
 ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
+ARM = r"[a-z0-9][a-z0-9_-]{0,31}"
+EXPERIMENTS = rf"^$|^{ARM}={ARM}(\|{ARM}){{1,15}}(,{ARM}={ARM}(\|{ARM}){{1,15}}){{0,15}}$"
 SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
 
 
@@ -108,6 +110,9 @@ class Settings(BaseSettings):
     ] = ""
     """Of heads, for requests of the objective `weighted`, such as click=1,conversion=20: ads are then ordered by the weighted sum of their
     probabilities."""
+    experiments: Annotated[str, Field(pattern=EXPERIMENTS)] = ""
+    """The experiments that requests may name, and their arms, such as button=control|green,floor=none|low: others are refused, so that
+    metrics have no label that a caller can choose."""
     log_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The share of rankings that are logged, drawn at random: a caller chooses its request ids, so they are no fair sample."""
     log_tensors_share: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -182,6 +187,11 @@ class Settings(BaseSettings):
         """The weights by head."""
         pairs = (each.partition("=") for each in filter(None, self.weights.split(",")))
         return {head: float(weight) for head, _, weight in pairs}
+
+    @property
+    def arms(self) -> dict[str, list[str]]:
+        """The arms by experiment."""
+        return {name: arms.split("|") for name, _, arms in (each.partition("=") for each in filter(None, self.experiments.split(",")))}
 
     @property
     def store_name(self) -> str:

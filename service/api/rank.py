@@ -21,7 +21,7 @@ from .wire import RankRequest, answer
 
 def rank_routes(ranker: Ranker, explanations: Explanations, served: ServedLog, metrics: Metrics, settings: Settings) -> APIRouter:
     """The routes that rank. They take a raw request: pydantic reads its bytes at once, rather than what a framework made of them."""
-    router, policy, weights = APIRouter(), default_policy(settings), settings.head_weights
+    router, policy, weights, arms = APIRouter(), default_policy(settings), settings.head_weights, settings.arms
     bodies, places = Reader(settings), Shares(settings.max_inflight, settings.peer_inflight_share)
     metrics.under_way = lambda: places.held
     busy = f"{settings.max_inflight} requests are being ranked already, or too many of yours; try again"
@@ -33,7 +33,7 @@ def rank_routes(ranker: Ranker, explanations: Explanations, served: ServedLog, m
             stages: RequestTimings = request.state.observed
             stages.enter("parse")
             wire, query = read(request, body.text(settings.max_body_bytes))
-            stages.model = ranker.models.label(query.model)
+            stages.model, stages.experiment = ranker.models.label(query.model), query.experiment
             try:
                 ranking = await ranker.rank(query, stages)
             except errors.InvalidError as error:
@@ -49,7 +49,7 @@ def rank_routes(ranker: Ranker, explanations: Explanations, served: ServedLog, m
         try:
             wire = parse_request(body)
             request.state.request_id = wire.request_id or request.state.request_id
-            query = to_query(wire, settings.max_candidates, policy, weights)
+            query = to_query(wire, settings.max_candidates, policy, weights, arms)
             query.request_id = request.state.request_id
         except errors.InvalidError:
             request.state.request_id = sent_request_id(body) or request.state.request_id

@@ -83,15 +83,24 @@ def short(step: str | int) -> str | int:
     return step if isinstance(step, int) or len(step) <= POINTER_STEP else step[:POINTER_STEP] + "…"
 
 
-def to_query(request: RankRequest, most: int, default: Policy | None = None, weights: Mapping[str, float] | None = None) -> Query:
+def to_query(
+    request: RankRequest,
+    most: int,
+    default: Policy | None = None,
+    weights: Mapping[str, float] | None = None,
+    arms: Mapping[str, Sequence[str]] | None = None,
+) -> Query:
     """The request as the ranker takes it, the same for rows and columns; `most` candidates are allowed.
 
-    `default` is the policy of a request that names none, `weights` are those of heads, for the objective that weighs them.
+    `default` is the policy of a request that names none, `weights` are those of heads, for the objective that weighs them,
+    `arms` are what there is by experiment.
 
     Raises:
-        InvalidError: too many candidates, columns of unequal length, an amount with too many decimals, or a history with only some times.
+        InvalidError: too many candidates, an experiment or arm that there is not, columns of unequal length,
+            an amount with too many decimals, or a history with only some times.
     """
     selection = _selection(request, most)
+    _check_arms(request.experiment, arms or {})
     names, offered, sent = _columns(request.candidates)
     ad_ids = plain_all(names)
     if len(ad_ids) > most:
@@ -124,7 +133,16 @@ def to_query(request: RankRequest, most: int, default: Policy | None = None, wei
         unknown_ads=options.unknown_ads,
         policy=default if options.explore is None else _policy(options.explore),
         deadline=deadline,
+        experiment=request.experiment,
     )
+
+
+def _check_arms(experiment: Mapping[str, str], arms: Mapping[str, Sequence[str]]) -> None:
+    for name, arm in experiment.items():
+        if name not in arms:
+            raise _wrong(("experiment", name), f"no such experiment; the service's setting experiments has {', '.join(arms) or 'none'}")
+        if arm not in arms[name]:
+            raise _wrong(("experiment", name), f"no such arm; the experiment has {', '.join(arms[name])}")
 
 
 def _selection(request: RankRequest, most: int) -> Selection | None:

@@ -229,6 +229,9 @@ class RankRules(Wire):
     `below_reserve`. Beside `reserve`, which holds for all places."""
 
 
+Arm = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
+
+
 class Options(Wire):
     """How to rank."""
 
@@ -292,6 +295,9 @@ class RankRequest(Wire):
     """With the candidates `all`: by category or list of ads, values of which an ad must have one: `{"category": ["travel", "food"]}`."""
     options: Options = Options()
     """How to rank."""
+    experiment: Annotated[dict[Arm, Arm], Field(max_length=8)] = {}
+    """The arm of each experiment that the user is in: `{"button": "green"}`, of those in the service's setting `experiments`. It changes
+    nothing here: it stands in the log and in the metrics (docs/experiments.md)."""
 
 
 class ModelFacts(Wire):

@@ -76,6 +76,7 @@ def served(ranking: Ranking, ts: float, most: int, with_tensors: bool) -> Served
         shown=min(len(shown), _said_shown(ranking)),
         history_ts=encoder.newest_times(request.history, request.history_ts) if encoder.schema.history_ages else (),
         objective=query.objective,
+        experiment=query.experiment,
         **_money(ranking, most),
     )
 

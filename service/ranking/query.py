@@ -74,6 +74,8 @@ class Query:
     deadline: float | None = None
     """Seconds from the request's beginning."""
     request_id: str = ""
+    experiment: Mapping[str, str] = field(default_factory=dict)
+    """The user's arm by experiment, for the log."""
 
     @property
     def heads(self) -> set[str]:

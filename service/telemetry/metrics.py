@@ -82,6 +82,8 @@ class RequestTimings:
         self.degraded: Sequence[tuple[str, str]] = ()
         self.scores: Numbers | None = None
         self.version = 0
+        self.experiment: Mapping[str, str] = {}
+        """Of the setting's names and arms alone."""
         self.stretches: list[tuple[str, float, float]] | None = None
         """Where the request is traced: each stretch of a stage, when it began and when it ended."""
 
@@ -128,6 +130,7 @@ class Metrics:
         self.served_waiting = 0
         """Records that wait to be written now."""
         self._requests = Counter("adrank_requests", "Requests answered", ["route", "model", "outcome"], registry=r)
+        self._arms = Counter("adrank_experiment_requests", "Rankings answered well, by arm", ["experiment", "arm"], registry=r)
         labels = ["route", "outcome"]
         self._durations = Histogram("adrank_request_duration_seconds", "From a request to its answer", labels, buckets=SECONDS, registry=r)
         self._stages = Histogram("adrank_stage_duration_seconds", "Stages of a ranking", ["stage"], buckets=SECONDS, registry=r)
@@ -203,6 +206,9 @@ class Metrics:
         self.served.clear()
         for counted, count in collections.Counter((row.route, row.model, row.outcome) for row in rows).items():
             self._requests.labels(*counted).inc(count)
+        arms = (arm for row in rows if row.experiment and row.outcome == "ok" for arm in row.experiment.items())
+        for labels_of, count in collections.Counter(arms).items():
+            self._arms.labels(*labels_of).inc(count)
         durations, clicks = collections.defaultdict(list), collections.defaultdict(list)
         for row in rows:
             durations[row.route, row.outcome].append(row.ended - row.began)

@@ -257,6 +257,7 @@ def _rows(shown: pl.DataFrame, columns: LogColumns) -> pl.DataFrame:
         "user_id",
         "policy",
         "objective",
+        "experiment",
         *MONEY,
     ]
     own += [name for name in ("history", "history_revisions", "history_ts") if name in columns.rankings]

@@ -48,9 +48,10 @@ RANKING_TYPES: Mapping[str, pl.DataType] = {
     "candidate_bids": pl.List(pl.Int64()),
     "candidate_bid_types": pl.List(pl.String()),
     "objective": pl.String(),
+    "experiment": pl.List(pl.String()),
 }
 """`since` is when windows begin: when it was ranked, or received if that clock was ahead."""
-LATER = {"candidate_bids", "candidate_bid_types", "objective", "bid", "bid_type", "price"}
+LATER = {"candidate_bids", "candidate_bid_types", "objective", "experiment", "bid", "bid_type", "price"}
 """Columns of rankings and ads that files of before do not have."""
 TIMES_TYPE: pl.DataType = pl.List(pl.Float64())
 """Of `history_ts`, which stands beside `history` in a log whose schema has ages."""
@@ -238,8 +239,9 @@ class _Builder:
         times = [float(ts) for ts in served.history_ts] if served.history_ts or not served.history else None
         if served.tensors:
             self._add_tensors(served)
+        arms = sorted(f"{name}={arm}" for name, arm in served.experiment.items()) or None
         offered = (served.bids, served.bid_types) if served.bids and served.candidates else (None, None)
-        row = *values, *more, served.candidates or None, explored, *offered, served.objective, times
+        row = *values, *more, served.candidates or None, explored, *offered, served.objective, arms, times
         self._rankings.append(row[: len(self._columns.rankings)])
         self._sides["user"].append(self._columns.values("user", served.user, self._troubles))
         self._sides["context"].append(self._columns.values("context", served.context, self._troubles))
