@@ -295,7 +295,7 @@ class Encoder:
         return known
 
 
-class Tower(Protocol):
+class AdTower(Protocol):
     """What gives ads their vectors."""
 
     width: int
@@ -319,7 +319,7 @@ class AdTable:
         self._block = Block(np.zeros((rows, layout.width), np.int64), np.zeros((rows, layout.number_width), np.float32))
         self._active = np.zeros(rows, np.bool_)
         self._ids = np.empty(rows, np.object_)
-        self.vectors: dict[Tower, Numbers] = {}
+        self.vectors: dict[AdTower, Numbers] = {}
         """Of all rows `(rows or more, K)`, by each tower that was asked to give them."""
 
     def __len__(self) -> int:
@@ -360,7 +360,7 @@ class AdTable:
         for tower, vectors in self.vectors.items():
             vectors[rows] = tower.vectors(ads)
 
-    def keep_vectors(self, tower: Tower, size: int) -> Iterator[None]:
+    def keep_vectors(self, tower: AdTower, size: int) -> Iterator[None]:
         """Have the vectors of all ads by a tower from now on, after as many steps as it takes to give `size` ads theirs at each."""
         self.vectors[tower] = np.zeros((len(self._active), tower.width), np.float32)
         start = 1

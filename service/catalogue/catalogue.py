@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from features.encode import AdTable, Encoder, Features, FieldError, Tower, clean
+from features.encode import AdTable, AdTower, Encoder, Features, FieldError, clean
 from features.merging import ForgetAd, left_before
 from features.schema import IDENTITY, Field
 from features.state import Ad, ChangesLostError, Store, StoreError, unpack_features
@@ -41,7 +41,7 @@ class Catalogue:
 
     def __init__(self, store: Store, encoders: Mapping[str, Encoder], metrics: Metrics) -> None:
         self._store, self._encoders, self._metrics = store, dict(encoders), metrics
-        self._towers: dict[Tower, str] = {}
+        self._towers: dict[AdTower, str] = {}
         """Those whose vectors are kept, and the fingerprints of what they take."""
         self._ads = self._empty()
         self._in_step = self._looked = time.monotonic()
@@ -69,7 +69,7 @@ class Catalogue:
         """That table and the features that its rows are encoded from now. It stays good when the catalogue is read anew or drops it."""
         return View(self._ads, fingerprint)
 
-    async def add(self, fingerprint: str, encoder: Encoder, tower: Tower | None = None) -> None:
+    async def add(self, fingerprint: str, encoder: Encoder, tower: AdTower | None = None) -> None:
         """Encode all ads for one more fingerprint while ranking goes on; when it returns, that table is in step with the others.
 
         It has the ads' vectors by a tower too.
@@ -96,7 +96,7 @@ class Catalogue:
                 for _ in table.keep_vectors(tower, AT_ONCE):
                     await asyncio.sleep(0)
 
-    def keep(self, fingerprints: Collection[str], towers: Collection[Tower | None] | None = None) -> None:
+    def keep(self, fingerprints: Collection[str], towers: Collection[AdTower | None] | None = None) -> None:
         """Let go of the tables of all other fingerprints, and of vectors by others than these towers; None: by none."""
         for tower, fingerprint in [*self._towers.items()]:
             if fingerprint not in fingerprints or (towers is not None and tower not in towers):
