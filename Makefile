@@ -5,7 +5,7 @@ PROGRAMS := $(patsubst %,tests/test_bench_%.py,fleet gpu scoring service streami
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 K8S := build/k8s-tools/installed
 
-.PHONY: demo test bench-test console-test lint bench k8s-test rollout-test redis-test peers-test parity-test scale-test reference lock images compose-test site dist clean
+.PHONY: demo test bench-test console-test lint bench k8s-test rollout-test redis-test types peers-test parity-test scale-test reference lock images compose-test site dist clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -38,6 +38,12 @@ rollout-test: $(INSTALLED) $(K8S)  ## rolls rankers behind a proxy, under load; 
 
 reference: $(INSTALLED)  ## renews docs/reference.md from the code
 	$(BIN)/python docs/reference.py
+
+types: $(INSTALLED)  ## TypeScript types of the HTTP API, build/types/adrank.ts, compiled with docs/client.ts; needs npm
+	mkdir -p build/types && cp docs/client.ts build/types
+	$(BIN)/python -c 'import json, service.app as app; from service.settings import Settings; print(json.dumps(app.create_app(Settings(redis="memory://")).openapi()))' > build/types/openapi.json
+	cd build/types && npm install --silent --no-audit --no-fund openapi-typescript@7.13.0 typescript@5.9.3
+	cd build/types && npx openapi-typescript openapi.json --default-non-nullable=false --output adrank.ts && npx tsc --strict --noEmit --target es2022 --module esnext --moduleResolution bundler client.ts
 
 lock: $(INSTALLED)  ## renews docker/*.txt, what the images install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
