@@ -153,13 +153,14 @@ EVERY = os.environ.get("NETWORKS") == "all"
 # test_export exports two, and the tracer takes no scan: that of DKT is in DIEN too
 @pytest.mark.parametrize("family", sorted(set(NETWORKS) - {"deepfm", "din"} - (set() if EVERY else {"dkt"})))
 def test_an_exported_network_gives_what_torch_gives(family: str) -> None:
-    network = small.network(family)
+    text = HISTORY_AND_ADS if family == "dien" and not EVERY else small.SCHEMA  # a history, and a user without columns
+    network = small.network(family, text)
     others = {head: Calibration(0.5, 0.1) for head in network.heads if head != CLICK}
-    served = ServedNetwork(network, Calibration(0.3, -0.2, -0.7), small.schema(), others).eval()
+    served = ServedNetwork(network, Calibration(0.3, -0.2, -0.7), small.schema(text), others).eval()
     graph = to_onnx(served) if EVERY or family in EXPORTED else small.traced(served)
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     for requests, behaviours, candidates in SHAPES:
-        feeds = random_feeds(small.schema(), {}, requests, behaviours, candidates, seed=behaviours)
+        feeds = random_feeds(small.schema(text), {}, requests, behaviours, candidates, seed=behaviours)
         scores = session.run(served.names, {entry.name: feeds[entry.name] for entry in session.get_inputs()})  # some need no history
         for ours, theirs in zip(scores, all_scores(served, feeds), strict=True):
             assert np.abs(ours - theirs).max() < 1e-5
