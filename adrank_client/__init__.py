@@ -85,7 +85,7 @@ def event(kind: Literal["impression", "click", "conversion", "user", "ad"], **fi
 
 def _ranking(user: str | Mapping[str, Any], candidates: Candidates, context: Features, options: Features, *others: Any) -> Any:
     asked = {"user": {"id": user} if isinstance(user, str) else user, "candidates": candidates, "context": context, "options": options}
-    named = zip(("filters", "request_id"), others, strict=True)
+    named = zip(("filters", "experiment", "request_id"), others, strict=True)
     return {"json": asked | {name: value for name, value in named if value}, "extensions": {"retry": RANKING}}
 
 
@@ -131,6 +131,7 @@ class Adrank:
         context: Features = NOTHING,
         options: Features = NOTHING,
         filters: Filters = NOTHING,
+        experiment: Mapping[str, str] = NOTHING,
         request_id: str | None = None,
     ) -> RankedAds:
         """Rank candidates for a user: an id, or an object with features and a history.
@@ -139,7 +140,8 @@ class Adrank:
             RefusedError: the request is wrong, or the service is too busy after two more tries.
             httpx.TransportError: no answer.
         """
-        answer: RankedAds = _read(self._http.post("/rank", **_ranking(user, candidates, context, options, filters, request_id)))
+        asked = _ranking(user, candidates, context, options, filters, experiment, request_id)
+        answer: RankedAds = _read(self._http.post("/rank", **asked))
         return answer
 
     def tell(self, events: Sequence[Event]) -> list[EventResult]:
@@ -191,10 +193,12 @@ class AsyncAdrank:
         context: Features = NOTHING,
         options: Features = NOTHING,
         filters: Filters = NOTHING,
+        experiment: Mapping[str, str] = NOTHING,
         request_id: str | None = None,
     ) -> RankedAds:
         """See `Adrank.rank`."""
-        answer: RankedAds = _read(await self._http.post("/rank", **_ranking(user, candidates, context, options, filters, request_id)))
+        asked = _ranking(user, candidates, context, options, filters, experiment, request_id)
+        answer: RankedAds = _read(await self._http.post("/rank", **asked))
         return answer
 
     async def tell(self, events: Sequence[Event]) -> list[EventResult]:
