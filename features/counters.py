@@ -4,6 +4,7 @@ An event that is `s` seconds old counts exp(-s / window): at a steady rate that 
 numbers, what it was and when, and events may come in any order. Knows nothing about schemas' other fields or where counts are kept.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,21 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 COUNTED = ("click", "impression", "conversion")
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 ENTRIES = ("of", "by", "window", "prior", "transform")
+
+
+Counts = Mapping[str, Mapping[str, Sequence[float]]]
+"""Of a user or an ad: by key of a tally and by value ("" where counts do not differ by one) how much, and when that was."""
+TINY = 1e-300
+KEYS_KEPT, VALUES_KEPT = 64, 256
+"""The most tallies kept of a user or an ad, those that were changed last; and of each the most values, those of the largest counts."""
+
+
+class Part(NamedTuple):
+    """Where an event counts."""
+
+    key: str
+    value: str
+    window: float
 
 
 class Tally(NamedTuple):
@@ -139,6 +155,28 @@ def counts_before(groups: Any, ts: Any, happened: Any, window: float) -> Array:
     counts = np.empty(len(group))
     counts[order] = np.where(group < 0, 0.0, before)
     return counts
+
+
+def with_event(counts: Counts, parts: Sequence[Part], ts: float) -> Counts:
+    """Counts with one more event, at `ts`; they stay bounded."""
+    after = dict(counts)
+    for key, value, window in parts:
+        kept = dict(after.pop(key, {}))
+        kept[value] = counted(kept.get(value, (0.0, ts)), ts, window)
+        if len(kept) > VALUES_KEPT:
+            del kept[min(kept, key=lambda each: math.log(max(kept[each][0], TINY)) + kept[each][1] / window)]
+        after[key] = kept
+    for key in list(after)[: max(0, len(after) - KEYS_KEPT)]:
+        del after[key]
+    return after
+
+
+def are_counts(document: Any) -> bool:
+    """Whether something that was stored is counts."""
+    if type(document) is not dict or not set(map(type, document.values())) <= {dict}:
+        return False
+    pairs = [pair for each in document.values() for pair in each.values()]
+    return all(type(pair) is list and len(pair) == 2 and {*map(type, pair)} <= {int, float} for pair in pairs)
 
 
 def tallies_of(counters: Sequence[Counter]) -> Iterator[Tally]:

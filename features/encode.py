@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 
 from .ages import UNKNOWN_TIME, ages_of
+from .counters import Array, Counts, Tally, decayed, tallies_of
 from .index import RowIndex
 from .schema import AGES, FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, lay_out
 from .values import ValueTextError, text_of
@@ -121,6 +122,8 @@ class Encoder:
         self._blocks = {name: part for name, (part, width) in self.tensors.items() if width}
         self.sides: dict[Side, Layout] = {side: lay_out(schema.side(side)) for side in SIDES}
         self._fields = {(field.side, field.name): field for field in schema.fields}
+        self.tallies = list(tallies_of(list(schema.counters.values())))
+        """What is counted for this schema."""
         self._nobody = frozenset(("", *schema.nobody))
         self._padding = frozenset(schema.history_padding)
         ad = self.layouts["ad"]
@@ -170,7 +173,7 @@ class Encoder:
         none = (0.0,) * field.length
         return np.array([none if value is None else value for value in values or (None,) * rows], np.float32).reshape(rows, field.length)
 
-    def _numbers(self, field: Field, values: Sequence[float | None] | None, rows: int) -> Numbers:
+    def _numbers(self, field: Field, values: Any, rows: int) -> Numbers:
         raw = np.full(rows, np.nan) if values is None else np.array(values, np.float64)
         raw = np.where(np.isnan(raw), float(field.missing), raw)
         if field.transform == "log":
@@ -281,6 +284,12 @@ class Encoder:
             rows, values = columns[slot.field.name]
             block.numbers[rows, slot.columns] = self._dense(slot.field, values, len(rows))
 
+    def set_numbers(self, block: Block, columns: Mapping[str, Array]) -> None:
+        """Write columns of numbers `(n,)`, by field, into an ad block."""
+        for slot in self.layouts["ad"].numbers:
+            if slot.field.name in columns:
+                block.numbers[:, slot.start] = self._numbers(slot.field, columns[slot.field.name], len(block))
+
     def feeds(self, blocks: Mapping[str, Block]) -> Feeds:
         """The tensors that a network takes, by name, from the blocks of one request; blocks without columns are left out."""
         return {
@@ -321,6 +330,10 @@ class AdTable:
         self._ids = np.empty(rows, np.object_)
         self.vectors: dict[AdTower, Numbers] = {}
         """Of all rows `(rows or more, K)`, by each tower that was asked to give them."""
+        self.tallies = [tally for tally in encoder.tallies if tally.by == "ad"]
+        self._counts = np.zeros((rows, len(self.tallies), 2))
+        """By row and tally how much was counted, and when."""
+        self._windows = np.array([tally.window for tally in self.tallies])
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._active[: len(self._index) + 1]))
@@ -370,6 +383,17 @@ class AdTable:
             start += size
             yield
 
+    def count(self, ad_ids: Sequence[str], counts: Sequence[Counts]) -> None:
+        """Take over what is counted with ads; those that the table does not have are left out."""
+        for row, counted in zip(self.rows(ad_ids).tolist() if self.tallies else (), counts, strict=False):
+            if row:
+                self._counts[row] = [counted.get(tally.key, {}).get("", (0.0, 0.0)) for tally in self.tallies]
+
+    def counts(self, rows: Ids, ts: float) -> dict[Tally, Array]:
+        """What was counted with the ads of some rows, as it is at a time: `(n,)` each."""
+        much, last = np.moveaxis(self._counts.take(rows, 0), -1, 0)
+        return dict(zip(self.tallies, decayed(much, ts - last, self._windows).T, strict=True))
+
     def remove(self, ad_ids: Sequence[str]) -> None:
         """Mark ads as gone; their rows stay for histories."""
         self._active[self.rows(ad_ids)] = False
@@ -382,6 +406,7 @@ class AdTable:
         self._block = Block(np.pad(self._block.ids, ((0, more), (0, 0))), np.pad(self._block.numbers, ((0, more), (0, 0))))
         self._active, self._ids = np.pad(self._active, (0, more)), np.append(self._ids, np.empty(more, np.object_))
         self.vectors = {tower: np.pad(vectors, ((0, more), (0, 0))) for tower, vectors in self.vectors.items()}
+        self._counts = np.pad(self._counts, ((0, more), (0, 0), (0, 0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +428,8 @@ class Request:
     """When the behaviours were, beside `history`; empty: not known."""
     ts: float = 0.0
     """When the request is made, in seconds since 1970: what ages are counted from."""
+    counted: Mapping[str, Array] = field(default_factory=dict)
+    """Counters beside `candidates`, by field; what was sent goes before."""
 
 
 def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
@@ -417,6 +444,8 @@ def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
     ads, known = table.take(rows), table.active(rows)
     if np.count_nonzero(known) < len(known):  # several times faster than all(), which numpy has in Python
         _fill_unknown(encoder, ads, request.candidates, ~known)
+    if request.counted:
+        encoder.set_numbers(ads, request.counted)
     if request.sent:
         encoder.overlay(ads, {row: features if known[row] else _without_missing(features) for row, features in request.sent.items()})
     blocks = {"user": user, "ad": ads}

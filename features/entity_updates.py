@@ -3,15 +3,19 @@
 Knows nothing about where that is kept. A store reads, asks `EntityUpdates.change`, and writes if nobody else has written meanwhile.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from .counters import Part
 from .events import Event, EventType
 from .state import NEVER, Ad, StateError, UserState, pack_ad, pack_features, pack_user, unpack_ad, unpack_user
 
-Kind = Literal["user", "ad", "request"]
+Kind = Literal["user", "ad", "request", "ad_counts"]
+"""`ad_counts`: an ad as events are counted with it, whose ids are remembered apart from those of the ad's own updates."""
 KINDS: Mapping[EventType, Kind] = {"click": "user", "user": "user", "ad": "ad", "impression": "request", "conversion": "request"}
+Counting = Callable[[Event], tuple[Sequence[Part], Sequence[Part]]]
+"""Where an event counts: of its user and of its ad."""
 AT_ONCE = 50
 """Events that are looked at before other work gets a turn: a millisecond or two."""
 FEATURES_BYTES = 2**18
@@ -46,6 +50,12 @@ class EntityUpdates:
     kind: Kind
     id: str
     events: Sequence[Event]
+    parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
+    """By event id where it counts here."""
+
+    def leads(self, event: Event) -> bool:
+        """Whether this is what an event is about, which decides what becomes of it, and not only where it is counted too."""
+        return self.kind in (KINDS[event.type], "request")
 
     def change(self, packed: bytes | None, seen: Iterable[object], floor: float = NEVER) -> Change:
         """What the events lead to, given what is stored, which of them were seen before, and up to which time ids were forgotten."""
@@ -53,6 +63,8 @@ class EntityUpdates:
         if all(known):
             return Change(b"", [], [DUPLICATE] * len(known))
         state, readable = self._unpacked(packed)
+        if self.kind == "ad_counts" and not (packed and readable):  # made-up ids are not to fill the store
+            return Change(b"", [], [ACCEPTED] * len(known))
         fresh, outcomes = list[Event](), list[Outcome]()
         for event, before in zip(self.events, known, strict=True):
             if before:
@@ -61,7 +73,7 @@ class EntityUpdates:
                 outcomes.append(FORGOTTEN)
             else:
                 try:
-                    state = _after(state, event)
+                    state = _after(state, event, self.parts.get(event.event_id, ()))
                 except StateError as error:
                     outcomes.append(Outcome("rejected", "too_many_features", str(error)))
                     continue
@@ -87,9 +99,12 @@ class EntityUpdates:
         return pack_ad(state) if isinstance(state, Ad) else pack_user(self.id, state)
 
 
-def _after(state: UserState | Ad | None, event: Event) -> UserState | Ad | None:
+def _after(state: UserState | Ad | None, event: Event, parts: Sequence[Part]) -> UserState | Ad | None:
     if state is None:
         return None
+    state = state.counted(parts, event.ts)
+    if event.type in ("impression", "conversion") or (isinstance(state, Ad) and event.type == "click"):
+        return state
     if isinstance(state, UserState) and event.type == "click":
         return state.clicked(event.ad_id, event.ts)
     after = state.updated(event.features, event.active, event.ts) if isinstance(state, Ad) else state.updated(event.features, event.ts)
@@ -98,17 +113,33 @@ def _after(state: UserState | Ad | None, event: Event) -> UserState | Ad | None:
     return after
 
 
-def by_entity(events: Iterable[Event], nobody: Collection[str] = ()) -> list[EntityUpdates]:
-    """The events by what they are about, in their order; an entity of very many comes several times.
+def nowhere(_event: Event) -> tuple[Sequence[Part], Sequence[Part]]:
+    """Where events count while no model has counters."""
+    return (), ()
+
+
+def by_entity(events: Iterable[Event], nobody: Collection[str] = (), counting: Counting = nowhere) -> list[EntityUpdates]:
+    """The events by what they are about, in their order, and by whom and what they are counted with too; an entity of very many comes
+    several times.
 
     A click of one who is `nobody` is about its ranking alone: nothing is kept of such a user.
     """
-    groups: dict[tuple[Kind, str], list[Event]] = {}
+    groups: dict[tuple[Kind, str], list[tuple[Event, Sequence[Part]]]] = {}
     for event in events:
         whom: tuple[Kind, str] = ("request", event.request_id) if event.user_id in nobody else (KINDS[event.type], event.entity_id)
-        groups.setdefault(whom, []).append(event)
-    parts = ((whom, about[start : start + AT_ONCE]) for whom, about in groups.items() for start in range(0, len(about), AT_ONCE))
-    return [EntityUpdates(*whom, about) for whom, about in parts]
+        of_user, of_ad = counting(event)
+        counted: dict[tuple[Kind, str], Sequence[Part]] = {whom: ()}
+        if of_user and event.user_id and event.user_id not in nobody:
+            counted["user", event.user_id] = of_user
+        if of_ad:
+            counted["ad_counts", event.ad_id] = of_ad
+        for where, parts in counted.items():
+            groups.setdefault(where, []).append((event, parts))
+    return [
+        EntityUpdates(*whom, [event for event, _ in some], {event.event_id: parts for event, parts in some if parts})
+        for whom, about in groups.items()
+        for some in (about[start : start + AT_ONCE] for start in range(0, len(about), AT_ONCE))
+    ]
 
 
 def together(entities: Iterable[EntityUpdates]) -> Iterator[list[EntityUpdates]]:

@@ -151,7 +151,7 @@ def merged_user(stored: UserState, loaded: UserState, until: float | None, field
     features, changed, kept = _features(stored.features, stored.changed, loaded.features, until, fields)
     own, rest, extra = _behaviours(stored, loaded, until)
     together = sorted([*rest, *own], key=lambda behaviour: behaviour[1])[-HISTORY_LIMIT:]  # sorted keeps the order of the same time
-    state = UserState(features, [ad_id for ad_id, _ in together], [ts for _, ts in together], changed)
+    state = UserState(features, [ad_id for ad_id, _ in together], [ts for _, ts in together], changed, stored.counts)
     return state, News(behaviours=extra, features=kept)
 
 
@@ -164,9 +164,11 @@ def merged_ad(stored: Ad, loaded: Ad, until: float | None, whole: bool, fields: 
     features, changed, kept = _features(stored.features, stored.changed, loaded.features, until, fields)
     active = stored.changed.get(ACTIVE)
     if type(active) is float and not (whole and not _is_newer(active, until)):
-        return Ad(loaded.ad_id, features, stored.active, changed), News(features=kept, activity=int(stored.active != loaded.active))
+        return Ad(loaded.ad_id, features, stored.active, changed, stored.counts), News(
+            features=kept, activity=int(stored.active != loaded.active)
+        )
     changed = {name: ts for name, ts in changed.items() if name != ACTIVE}
-    return Ad(loaded.ad_id, features, loaded.active, changed), News(features=kept)
+    return Ad(loaded.ad_id, features, loaded.active, changed, stored.counts), News(features=kept)
 
 
 def _is_newer(ts: float, until: float | None) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgpack
 
+from .counters import Counts, Part, are_counts, with_event
 from .encode import Features
 from .errors import AdrankError
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:  # it is made of what stands here
     from .entity_updates import EntityUpdates, Outcome
     from .merging import Rewrite
 
-FORMAT = 2
+FORMAT, WITH_COUNTS = 2, 3
+"""Formats of what is stored without counts and with them; a service of before cannot read the second."""
 HISTORY_LIMIT = 1_000
 """The most behaviours kept a user, whatever a schema asks for."""
 FEATURES_LIMIT = 256
@@ -30,6 +32,8 @@ STATE_BYTES = 2 * 2**20
 """The most bytes that are read of a user or an ad. No state that adrank writes is as large; one that is counts as damaged."""
 SERVED_KEPT = 1_000
 """The most rankings that a store in memory logs."""
+OF_ADS = ("ad", "ad_counts")
+"""What events are about that is kept with an ad."""
 ACTIVE = ""
 """The name under which `Ad.changed` keeps when the ad's being active was last told; no feature has it."""
 NEVER = float("-inf")
@@ -77,6 +81,7 @@ class UserState:
     ad_ids: Sequence[str] = ()
     ts: Sequence[float] = ()
     changed: Mapping[str, float] = field(default_factory=dict)
+    counts: Counts = field(default_factory=dict)
 
     def clicked(self, ad_id: str, ts: float) -> "UserState":
         """The state with one more behaviour, in its place by time: after those of the same time, and gone if too old for the limit.
@@ -90,6 +95,10 @@ class UserState:
         # A float: what comes with a data set has whole seconds, see `merging.py`.
         ad_ids, times = [*self.ad_ids[:at], ad_id, *self.ad_ids[at:]], [*self.ts[:at], float(ts), *self.ts[at:]]
         return replace(self, ad_ids=ad_ids[-HISTORY_LIMIT:], ts=times[-HISTORY_LIMIT:])
+
+    def counted(self, parts: Sequence[Part], ts: float) -> "UserState":
+        """The state with one more event counted."""
+        return replace(self, counts=with_event(self.counts, parts, ts)) if parts else self
 
     def updated(self, features: Features, ts: float) -> "UserState":
         """The state with features as they were told at a time; None takes one away, and what was told later stays.
@@ -112,6 +121,11 @@ class Ad:
     features: Features
     active: bool = True
     changed: Mapping[str, float] = field(default_factory=dict)
+    counts: Counts = field(default_factory=dict)
+
+    def counted(self, parts: Sequence[Part], ts: float) -> "Ad":
+        """The ad with one more event counted."""
+        return replace(self, counts=with_event(self.counts, parts, ts)) if parts else self
 
     def updated(self, features: Features, active: bool | None, ts: float) -> "Ad":
         """The ad with features, and whether it is active where that is not None, as they were told at a time.
@@ -142,7 +156,7 @@ def pack_user(user_id: str, state: UserState) -> bytes:
     """A user's state as one value of the store; the newest `HISTORY_LIMIT` behaviours are kept."""
     features = dict(state.features)
     changed = dict(state.changed)
-    return _pack([FORMAT, user_id, features, list(state.ad_ids[-HISTORY_LIMIT:]), list(state.ts[-HISTORY_LIMIT:]), changed])
+    return _packed([user_id, features, list(state.ad_ids[-HISTORY_LIMIT:]), list(state.ts[-HISTORY_LIMIT:]), changed], state.counts)
 
 
 def unpack_user(user_id: str, value: bytes) -> UserState:
@@ -152,20 +166,20 @@ def unpack_user(user_id: str, value: bytes) -> UserState:
         StateError: the value is not a packed state, or is that of another user, which must never be ranked with.
     """
     document = _unpack(value)
-    if not _is(document, [int, str, dict, list, list, dict]):
+    if not _is(document, [int, str, dict, list, list, dict, dict]):
         raise StateError(f"the value stored for user {user_id!r} is not a user state of format {FORMAT}")
-    _, owner, features, ad_ids, ts, changed = document
+    _, owner, features, ad_ids, ts, changed, counts = document
     if owner != user_id:
         raise StateError("the value stored for a user names another user")
     if len(ad_ids) != len(ts) or not set(map(type, ad_ids)) <= {str}:
         raise StateError(f"the history stored for user {user_id!r} is damaged")
     _check_times(changed)
-    return UserState(features, ad_ids, ts, changed)
+    return UserState(features, ad_ids, ts, changed, counts)
 
 
 def pack_ad(ad: Ad) -> bytes:
     """An ad as one value of the store."""
-    return _pack([FORMAT, ad.active, dict(ad.features), dict(ad.changed)])
+    return _packed([ad.active, dict(ad.features), dict(ad.changed)], ad.counts)
 
 
 def unpack_ad(ad_id: str, value: bytes) -> Ad:
@@ -175,10 +189,10 @@ def unpack_ad(ad_id: str, value: bytes) -> Ad:
         StateError: the value is not a packed ad.
     """
     document = _unpack(value)
-    if not _is(document, [int, bool, dict, dict]):
+    if not _is(document, [int, bool, dict, dict, dict]):
         raise StateError(f"the value stored for ad {ad_id!r} is not an ad of format {FORMAT}")
     _check_times(document[3])
-    return Ad(ad_id, document[2], document[1], document[3])
+    return Ad(ad_id, document[2], document[1], *document[3:])
 
 
 def pack_features(features: Features) -> bytes:
@@ -204,10 +218,17 @@ def _check_times(changed: Mapping[str, object]) -> None:
 
 
 def _is(document: object, shapes: list[type]) -> bool:
-    """Whether it has these parts. One of format 1, which had no times of changes at its end, is brought up to date."""
-    if isinstance(document, list) and len(document) == len(shapes) - 1 and type(document[0]) is int and document[0] == 1:
-        document[:] = [FORMAT, *document[1:], {}]
-    return isinstance(document, list) and [type(part) for part in document] == shapes and document[0] == FORMAT
+    """Whether it has these parts, counts the last. One of format 1, which had no times of changes, or 2 is brought up to date."""
+    if not isinstance(document, list) or not document or type(document[0]) is not int:
+        return False
+    lacking = WITH_COUNTS - document[0]
+    if 0 < lacking == len(shapes) - len(document):
+        document[:] = [WITH_COUNTS, *document[1:], *({} for _ in range(lacking))]
+    return [type(part) for part in document] == shapes and document[0] == WITH_COUNTS and are_counts(document[-1])
+
+
+def _packed(parts: list[Any], counts: Counts) -> bytes:
+    return _pack([WITH_COUNTS, *parts, counts] if counts else [FORMAT, *parts])
 
 
 def _pack(document: object) -> bytes:
@@ -335,7 +356,7 @@ class MemoryStore:
         while self._seen and max(next(iter(self._seen.values())).values()) <= floor:
             del self._seen[next(iter(self._seen))]
         outcomes = [self._applied(entity, floor) for entity in entities]
-        if changed := [entity.id for entity in entities if entity.kind == "ad" and entity.id in self._ads]:
+        if changed := [entity.id for entity in entities if entity.kind in OF_ADS and entity.id in self._ads]:
             self._changes.extend(changed)
             self._news.set()
         return outcomes
@@ -344,7 +365,7 @@ class MemoryStore:
         seen = {event_id: ts for event_id, ts in self._seen.pop((entity.kind, entity.id), {}).items() if ts > floor}
         if len(seen) >= SEEN_LIMIT:
             floor = max(floor, min(seen.values()))
-        kept = {"user": self._users, "ad": self._ads}.get(entity.kind, {})
+        kept = self._users if entity.kind == "user" else self._ads if entity.kind in OF_ADS else {}
         change = entity.change(kept.get(entity.id), [event.event_id in seen for event in entity.events], floor)
         seen |= {event.event_id: event.ts for event in change.fresh}
         if change.fresh:

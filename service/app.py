@@ -5,13 +5,13 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
-from features.encode import Encoder
+from features.encode import Encoder, Features
 from features.state import MemoryStore, Store, StoreError
 
 from .api.console import OPEN, console_routes
@@ -214,8 +214,13 @@ def _intake(service: Service) -> Intake:
     def encoders() -> list[Encoder]:
         return [model.bundle.encoder for model in service.ranker.models.loaded.values()]
 
+    def features(ad_ids: Sequence[str]) -> dict[str, Features]:
+        return service.ranker.catalogue.features(ad_ids)
+
     ages = Ages(service.settings.event_age_seconds, service.settings.event_ahead_seconds)
-    return Intake(service.store, service.metrics, encoders, ages)
+    intake = Intake(service.store, service.metrics, encoders, ages)
+    intake.features = features
+    return intake
 
 
 def _guard(settings: Settings) -> Guard | None:

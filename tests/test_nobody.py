@@ -102,7 +102,7 @@ def test_what_is_stored_of_nobody_is_not_used(tmp_path: Path) -> None:
 
 @pytest.mark.anyio
 async def test_events_of_nobody_are_joined_and_nothing_is_kept_of_them() -> None:
-    store, encoder = MemoryStore(), SimpleNamespace(schema=with_nobody())
+    store, encoder = MemoryStore(), SimpleNamespace(schema=with_nobody(), tallies=[])
     intake = Intake(store, Metrics(), lambda: [encoder], Ages(1e6, 1e6))
     events = [
         Event("click", "1", time.time(), user_id=ZEROS, ad_id="a1", request_id="r"),

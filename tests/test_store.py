@@ -8,6 +8,7 @@ import msgpack
 import pytest
 from conftest import redis_store
 
+from features.counters import Part
 from features.entity_updates import by_entity
 from features.events import Event
 from features.state import HISTORY_LIMIT, SEEN_LIMIT, Ad, ChangesLostError, StoreError, UserState, pack_ad, pack_user
@@ -29,8 +30,8 @@ def click(event_id, ts=0.0, ad_id="a1", user_id="u1"):
     return Event("click", event_id, NOW + ts, user_id=user_id, ad_id=ad_id, request_id="r1")
 
 
-def shown(event_id, request_id="r1", ts=0.0, kind="impression"):
-    return Event(kind, event_id, NOW + ts, request_id=request_id, ad_id="a1")
+def shown(event_id, request_id="r1", ts=0.0, kind="impression", user_id=""):
+    return Event(kind, event_id, NOW + ts, user_id=user_id, request_id=request_id, ad_id="a1")
 
 
 def user(event_id, features, ts=0.0, user_id="u1"):
@@ -51,6 +52,20 @@ async def applied(store, *events):
 
 class TestEvents:
     """The contract of `apply`."""
+
+    async def test_events_are_counted_once_with_their_user_and_with_an_ad_that_is_there(self, store):
+        def counting(event):
+            return [Part(f"{event.type}@60", event.ad_id, 60.0)], [Part(f"{event.type}@60", "", 60.0)]
+
+        await store.put_ads([Ad("a1", {"genre": "news"})])
+        events = [click("c"), shown("i", user_id="u1"), click("n", ad_id="none"), shown("v", kind="conversion", user_id="u1")]
+        for _ in range(2):
+            entities = by_entity(events, counting=counting)
+            await asyncio.gather(*(store.apply(entities[i:]) for i in range(3)))
+        once = [1.0, NOW]
+        known = {"impression@60": {"a1": once}, "conversion@60": {"a1": once}, "click@60": {"a1": once, "none": once}}
+        assert (await store.get_user("u1")).counts == known
+        assert await everything(store) == {"a1": Ad("a1", {"genre": "news"}, counts={f"{e.type}@60": {"": once} for e in events})}
 
     async def test_each_kind_does_its_own_and_once(self, store):
         events = [click("c"), shown("i"), shown("v", kind="conversion"), user("u", {"age": "25"}), ad("a", {"genre": "news"})]

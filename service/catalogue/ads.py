@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 
+from features.counters import Counts
 from features.encode import AdTable
 from features.id_remap import IdRemap
 from features.state import ACTIVE, NEVER, Ad, pack_features, unpack_features
@@ -50,6 +51,8 @@ class Ads:
     """Those that have left, and when: `ALWAYS` where it is not known, `NEVER` where they are not in the store any more."""
     misfits: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
     """By fingerprint, of the ads whose features do not fit its schema: what their rows were encoded from, None: there is no row."""
+    counts: dict[str, Counts] = field(default_factory=dict)
+    """Of those ads with which something is counted."""
     latest: _Change = field(default_factory=_Change)
 
     def misfits_of(self, fingerprint: str) -> dict[str, bytes | None]:
@@ -59,8 +62,20 @@ class Ads:
     def change(self, ads: Sequence[Ad], encode: Encode) -> None:
         """Take over ads that were read: keep their features, and encode them into each table.
 
-        One that was deleted outright has no features, and keeps those it had.
+        One that was deleted outright has no features, and keeps those it had. Most changes are counts alone.
         """
+        counted = [ad for ad in ads if ad.counts]
+        self.counts.update((ad.ad_id, ad.counts) for ad in counted)
+        self._change([ad for ad in ads if not (ad.counts and self._is_known(ad))], encode)
+        for table in self.tables.values():
+            table.count([ad.ad_id for ad in counted], [ad.counts for ad in counted])
+
+    def _is_known(self, ad: Ad) -> bool:
+        return ad.active and ad.ad_id not in self.gone and self.packed.get(ad.ad_id) == pack_features(ad.features)
+
+    def _change(self, ads: Sequence[Ad], encode: Encode) -> None:
+        if not ads:
+            return
         change, self.latest = self.latest, _Change()
         change.packed = {ad.ad_id: self.packed.get(ad.ad_id) for ad in ads}
         change.misfits = {fingerprint: self._misfits_among(fingerprint, change.packed) for fingerprint in self.tables}
@@ -93,6 +108,8 @@ class Ads:
             for at in range(0, len(rest), size):
                 self._fill(fingerprint, rest[at : at + size], encode)
                 yield
+            if fingerprint in self.tables:
+                self.tables[fingerprint].count(some, [self.counts.get(ad_id, {}) for ad_id in some])
 
     def _like(self, fingerprint: str) -> Generator[None, None, tuple[str, IdRemap] | None]:
         """A table whose rows can be taken over, by its fingerprint, and how."""

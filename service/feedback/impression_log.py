@@ -69,7 +69,7 @@ def served(ranking: Ranking, ts: float, most: int, with_tensors: bool) -> Served
         propensity=[1.0] * len(shown) if ranking.propensity is None else ranking.propensity[:most],
         candidates=candidates,
         ads=encoded.view.features([*known, *history]),
-        sent=_sent(ranking, named) if request.sent else {},
+        sent=_sent(ranking, named) if request.sent or request.counted else {},
         unknown=list(unknown),
         policy=str(query.policy or "greedy"),
         tensors=_tensors(ranking, shown) if with_tensors else {},
@@ -113,9 +113,15 @@ def _unknown(ranking: Ranking, shown: Sequence[str]) -> dict[str, None]:
 
 
 def _sent(ranking: Ranking, ad_ids: Sequence[str]) -> Mapping[str, Features]:
+    """What came with candidates, and what adrank counted for them."""
     request, encoder, wanted = ranking.encoded.request, ranking.model.bundle.encoder, set(ad_ids)
     sent = ((request.candidates[row], features) for row, features in request.sent.items())
-    return {ad_id: encoder.usable("ad", features)[0] for ad_id, features in sent if ad_id in wanted}
+    told = {ad_id: encoder.usable("ad", features)[0] for ad_id, features in sent if ad_id in wanted}
+    if not request.counted:
+        return told
+    numbers = zip(*(column.tolist() for column in request.counted.values()), strict=True)
+    rows = zip(request.candidates, numbers, strict=True)
+    return {ad_id: {**dict(zip(request.counted, row, strict=True)), **told.get(ad_id, {})} for ad_id, row in rows if ad_id in wanted}
 
 
 def _tensors(ranking: Ranking, shown: Sequence[str]) -> Mapping[str, bytes]:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from features.encode import Encoder, FieldError, clean
+from features.counting import parts_of
+from features.encode import Encoder, Features, FieldError, clean
 from features.entity_updates import AT_ONCE, DUPLICATE, REPLACED, Outcome, by_entity
 from features.events import Event
 from features.schema import IDENTITY, Field, Side
@@ -52,6 +53,8 @@ class Intake:
     ) -> None:
         """The store, the encoders of the models that are loaded at the time, and seconds since 1970."""
         self._store, self._metrics, self._encoders, self._ages, self._clock = store, metrics, encoders, ages, clock
+        self.features: Callable[[Sequence[str]], Mapping[str, Features]] = lambda _ads: {}
+        """What is known of ads: by their values a user's events are counted."""
 
     async def take(self, sent: Sequence[Event | Malformed]) -> list[Outcome]:
         """What became of each.
@@ -68,7 +71,7 @@ class Intake:
             if isinstance(item, Event) and outcome is None:
                 new.setdefault(item.event_id, item)
         try:
-            done = await self._applied(list(new.values()), nobody)
+            done = await self._applied(list(new.values()), nobody, encoders)
         except StoreError as error:
             self._count(sent, [outcome or Outcome("rejected", error.reason) for outcome in outcomes])
             kind = BacklogError if error.reason == "backlog" else StoreDownError
@@ -97,11 +100,13 @@ class Intake:
             return Outcome("rejected", "too_old", f"{now - item.ts:.0f} s old; {self._ages.before:g} s are taken")
         return _mistyped(item, fields) if item.features else None
 
-    async def _applied(self, events: Sequence[Event], nobody: Collection[str]) -> dict[str, Outcome]:
-        entities = by_entity(events, nobody)
+    async def _applied(self, events: Sequence[Event], nobody: Collection[str], encoders: Iterable[Encoder]) -> dict[str, Outcome]:
+        tallies = list(dict.fromkeys(tally for encoder in encoders for tally in encoder.tallies))
+        ads = self.features([event.ad_id for event in events]) if any(tally.value for tally in tallies) else {}
+        entities = by_entity(events, nobody, lambda event: parts_of(event, tallies, ads.get(event.ad_id, {})))
         outcomes = await self._store.apply(entities) if entities else []
-        pairs = (pair for entity, each in zip(entities, outcomes, strict=True) for pair in zip(entity.events, each, strict=True))
-        return {event.event_id: outcome for event, outcome in pairs}
+        pairs = [(entity, pair) for entity, each in zip(entities, outcomes, strict=True) for pair in zip(entity.events, each, strict=True)]
+        return {event.event_id: outcome for entity, (event, outcome) in pairs if entity.leads(event)}
 
     def _answer(self, sent: Sequence[Event | Malformed], checked: Sequence[Outcome | None], done: Mapping[str, Outcome]) -> list[Outcome]:
         """Every event's outcome. Of those with the same id the first was done; the others repeat it, as they would in a later batch."""

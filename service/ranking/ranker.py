@@ -6,10 +6,11 @@ Candidates are columns from the request to the answer: nothing here makes an obj
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from features.counting import numbers_of
 from features.encode import Feeds, FieldError, Request, encode_request
 from features.schema import IDENTITY
 from features.state import Store, StoreError, UserState
@@ -183,6 +184,9 @@ class Asked:
         usable = _usable(model, self.query, stored, degraded)
         repeated = _first_of_each(self.query)
         request = _request(self.query, usable, repeated, self.ts)
+        if model.bundle.schema.counters:
+            of_user, of_ads = numbers_of(view.table, request.candidates, usable.counts, self.ts)
+            request = replace(request, stored={**request.stored, **of_user}, counted=of_ads)
         try:
             feeds, known = encode_request(view.table, request)
         except FieldError as error:
@@ -201,7 +205,8 @@ class Asked:
         without = []
         if self.query.history is None and schema.history_fields:
             without.append(Degraded("history", reason, "empty_history"))
-        if any(known.name not in IDENTITY.values() for known in schema.side("user")):
+        counted = any(tally.by == "user" for tally in model.bundle.encoder.tallies)
+        if counted or any(known.name not in IDENTITY.values() for known in schema.side("user")):
             without.append(Degraded("user", reason, "sent_features"))
         return without
 
@@ -217,7 +222,7 @@ def _usable(model: Model, query: Query, stored: UserState, degraded: list[Degrad
     if model.bundle.encoder.schema.history_ages and query.history is None and not set(map(type, times)) <= {int, float}:
         degraded.append(Degraded("history", "stored_times_mistyped", "unknown_ages"))
         times = ()
-    return UserState(features, stored.ad_ids, times)
+    return UserState(features, stored.ad_ids, times, counts=stored.counts)
 
 
 def _first_of_each(query: Query) -> list[int] | None:

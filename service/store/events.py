@@ -189,7 +189,7 @@ class EventStore:
 
     async def _append(self, turns: Iterable[_Turn]) -> None:
         """Put what the joiner reads into its stream, unless that is full: entries that it has not taken are never dropped."""
-        events = [event for turn in turns for event in turn.change.fresh if event.type in JOINED]
+        events = [event for turn in turns for event in turn.change.fresh if event.type in JOINED and turn.entity.leads(event)]
         if not events:
             return
         (length,) = unrefused((await self._damage.ask_all(self._client, [(b"XLEN", EVENTS)]))[0])

@@ -21,6 +21,7 @@ from redis.exceptions import RedisError, ResponseError
 from features.entity_updates import EntityUpdates, Kind, Outcome
 from features.merging import Rewrite
 from features.state import (
+    OF_ADS,
     STATE_BYTES,
     Ad,
     ChangesLostError,
@@ -82,8 +83,8 @@ def place_of(kind: Kind, name: str) -> Place:
     """The keys of a user, an ad or a ranking."""
     if kind == "user":
         return Place(f"adrank:seen:user:{_tag(name)}", user_key(name))
-    if kind == "ad":
-        return Place(f"adrank:seen:ad:{{{_hash(name)}}}:{name}", ads_key(name), name)
+    if kind in OF_ADS:
+        return Place(f"adrank:seen:{kind}:{{{_hash(name)}}}:{name}", ads_key(name), name)
     return Place(f"adrank:seen:request:{_tag(name)}")
 
 
@@ -156,7 +157,7 @@ class RedisStore:
         except (OSError, RedisError) as error:
             raise as_store_error(error, EVENT_SECONDS) from error
         # Those of duplicates too: who did such an event first may not have lived to announce it.
-        for batch in batches(dict.fromkeys(entity.id for entity in entities if entity.kind == "ad")):
+        for batch in batches(dict.fromkeys(entity.id for entity in entities if entity.kind in OF_ADS)):
             async with answering(EVENT_SECONDS):
                 await self._announce(self._eventful, batch)
         return outcomes
