@@ -14,12 +14,13 @@ from .state import StateError, unpack_features
 
 FORMAT = 2
 WITH_TIMES, WITH_BIDS, WITH_EXPERIMENT = 3, 4, 5
-"""The formats of rankings whose behaviours have times, of those whose ads bid, and of those of an experiment; older readers put aside
+"""The formats of rankings whose behaviours have times, of those whose ads bid, and of those of an experiment or with
+p(conversion); older readers put aside
 what they do not know."""
 _SHAPES = (str, float, str, int, str, dict, dict, list, list, list, list, list, list, dict, dict, list, str, dict, int, list)
 _MONEY_SHAPES = (str, list, list, list)
-_EXPERIMENT_SHAPES = (dict,)
-_ADDED: Mapping[int, tuple[object, ...]] = {1: (0,), FORMAT: ([],), WITH_TIMES: ("pctr", [], [], []), WITH_BIDS: ({},)}
+_EXPERIMENT_SHAPES = (dict, list)
+_ADDED: Mapping[int, tuple[object, ...]] = {1: (0,), FORMAT: ([],), WITH_TIMES: ("pctr", [], [], []), WITH_BIDS: ({}, [])}
 """By format what the next one has more, as it is where nobody said; the first could not say what is shown."""
 
 
@@ -72,6 +73,8 @@ class ServedRecord:
     """In millionths, beside `ad_ids`: what each would have had to pay for what it bids for; empty where nobody asked."""
     experiment: Mapping[str, str] = field(default_factory=dict)
     """The arm that the caller had put the user into, by experiment."""
+    p_conversion: Sequence[float] = ()
+    """Of an impression, beside `ad_ids`, where the head was asked for."""
 
     def feeds(self, encoder: Encoder, ad_ids: Sequence[str] | None = None) -> Feeds:
         """The tensors `(1, ...)` of the ads shown, or of those of the candidates that are named, encoded anew.
@@ -98,9 +101,9 @@ def pack_served(served: ServedRecord) -> bytes:
     """A served ranking as one value of a stream."""
     values = _values(served)
     document = [WITH_EXPERIMENT, *values]
-    if not served.experiment:
+    if not served.experiment and not served.p_conversion:
         document = [WITH_BIDS, *values[: len(_SHAPES) + len(_MONEY_SHAPES)]]
-    if not served.experiment and not served.bids and served.objective == "pctr":
+    if document[0] == WITH_BIDS and not served.bids and served.objective == "pctr":
         document = [WITH_TIMES, *values[: len(_SHAPES)]] if served.history_ts else [FORMAT, *values[: len(_SHAPES) - 1]]
     packed: bytes = msgpack.packb(document)
     return packed
@@ -126,7 +129,8 @@ def unpack_served(value: bytes) -> ServedRecord:
     bidding = len(served.candidates or served.ad_ids) if served.bids else 0
     paying = len(served.ad_ids) if served.prices else 0
     money = (len(served.bids), len(served.bid_types), len(served.prices)) == (bidding, bidding, paying)
-    if not money or not len(served.ad_ids) == len(served.p_click) == len(served.propensity):
+    p_conversion = served.p_conversion or served.p_click
+    if not money or not len(served.ad_ids) == len(served.p_click) == len(served.propensity) == len(p_conversion):
         raise StateError("a served ranking is damaged: its columns differ in length")
     if len(served.history_ts) not in (0, len(served.history)):
         raise StateError("a served ranking is damaged: its behaviours and their times differ in length")

@@ -133,6 +133,11 @@ class Watch:
         self.clicks += clicks
         self.p_click += p_click
 
+    def converted(self, model: str, count: int, conversions: int, p_conversion: float) -> None:
+        self.counts["converted", model] += count
+        self.counts["conversions", model] += conversions
+        self.counts["p_conversion", model] += round(p_conversion, 6)  # type: ignore[assignment]  # a sum all the same
+
     def quality(self, model: str, calibration: float, by_position: Mapping[str, float], entropy: float) -> None:
         self.qualities[model] = calibration, by_position, entropy
 

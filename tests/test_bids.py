@@ -195,7 +195,9 @@ def test_the_log_says_what_was_bid_and_would_have_been_paid(converting, explore)
     assert record.candidates == (list(offered) if explore else [])
     assert list(zip(record.bids, record.bid_types, strict=True)) == [offered[ad_id] for ad_id in record.candidates or record.ad_ids]
     assert (record.objective, [price / 10**6 for price in record.prices]) == ("ecpm", list(ranking.price))
-    assert unpack_served(pack_served(record)).prices == record.prices
+    again = unpack_served(pack_served(record))
+    assert (again.prices, again.p_conversion) == (record.prices, record.p_conversion)
+    assert record.p_conversion == pytest.approx([p**2 for p in record.p_click], abs=1e-6)
 
 
 def test_all_heads_come_in_slices_and_in_tiles_as_at_once(converting):

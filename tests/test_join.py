@@ -13,7 +13,7 @@ from features.streams import EVENTS, SERVED
 from training.datasets.log import open_log
 from training.datasets.prepared import DataError
 from training.join.attribution import Attribution
-from training.join.raw import revision
+from training.join.raw import LATER, revision
 
 pytestmark = pytest.mark.anyio
 
@@ -150,7 +150,7 @@ async def test_files_from_before_there_were_bids_are_read_beside_others(streams,
     await joining.once()
     (older,) = joining.folder.glob("raw/impressions/*/*/*.parquet")
     frame = pl.read_parquet(older)
-    frame.drop("bid", "bid_type", "price", "objective", "candidate_bids", "candidate_bid_types").write_parquet(older)
+    frame.drop(*LATER).write_parquet(older)
     streams.add(ranking("r2", T0 + 1, bids=[5, -1, 7], bid_types=["cpa", "cpc", "cpc"], prices=[4, 0, 0], objective="ecpm"))
     await joining.once()
     rows = joining.rows().sort("request_id", "position").select("bid", "bid_type", "price", "objective").rows()

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import small
 from conftest import free_port
-from joining import T0, Joining, Writer, click, ranking
+from joining import T0, Joining, Writer, click, conversion, ranking
 
 from features.bundle import load_bundle
 from features.streams import FIGURES_BYTES
@@ -197,3 +197,19 @@ def test_fields_that_are_told_no_more_leave_the_page():
     metrics.drift("din", {"user.age": 0.2})
     found = {tuple(s.labels.values()): s.value for m in metrics.registry.collect() if m.name == "adrank_field_drift_psi" for s in m.samples}
     assert found == {("din", "user.age"): 0.2}
+
+
+async def test_conversions_are_told_beside_what_was_expected_once_all_are_known(server, tmp_path, repository):
+    streams, joining = Writer(server.url), Joining(server.url, tmp_path / "log", repository, conversion_window=4000.0)
+    streams.add(ranking(ad_ids=("a1", "a2"), p_conversion=[0.25, 0.125]), ranking("r2", ad_ids=("a3",)), conversion(ts=T0 + 3000))
+    joining.at = T0 + 1860 + 10
+    await joining.once()
+    assert "converted din" not in joining.counts
+    for joining.at in (T0 + 4060 + 20, T0 + 4060 + 40):  # the second has nothing new
+        await joining.once()
+    counts = joining.counts
+    assert [counts[f"{what} din"] for what in ("converted", "conversions", "p_conversion")] == [2, 1, 0.375]
+    assert joining.rows()["p_conversion"].to_list() == [0.25, 0.125, None]
+    metrics = JoinMetrics()
+    metrics.converted("din", 2, 1, 0.375)
+    assert metrics.registry.get_sample_value("adrank_p_conversion_sum_total", {"model": "din"}) == 0.375

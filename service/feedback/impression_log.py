@@ -77,6 +77,7 @@ def served(ranking: Ranking, ts: float, most: int, with_tensors: bool) -> Served
         history_ts=encoder.newest_times(request.history, request.history_ts) if encoder.schema.history_ages else (),
         objective=query.objective,
         experiment=query.experiment,
+        p_conversion=(ranking.p_conversion or ())[:most],
         **_money(ranking, most),
     )
 

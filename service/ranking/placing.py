@@ -12,7 +12,7 @@ from features.schema import IDENTITY
 from features.state import unpack_features
 from features.vocabulary import UNKNOWN, Ids, Numbers
 
-from .bids import ABSENT, CLICK, Floats, Worth, best_below, from_micros, second_prices, worth_of
+from .bids import ABSENT, CLICK, CONVERSION, Floats, Worth, best_below, from_micros, second_prices, worth_of
 from .explain import explain_ad, explain_request
 from .ordering import arrange, best_first
 from .query import Degraded, Encoded, Ranking
@@ -58,6 +58,7 @@ def ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ra
         propensity=None if query.policy is None or placed.propensity is None else placed.propensity.tolist(),
         bids=bids,
         kept=kept,
+        p_conversion=p[CONVERSION].take(kept).tolist() if CONVERSION in p else None,
         omitted_by_reason=by_reason,
     )
     if query.objective in ("value", "weighted"):

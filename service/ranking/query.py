@@ -132,6 +132,8 @@ class Ranking:
     ads_seen: Sequence[Seen] | None = None
     score: Sequence[float | None] | None = None
     """What ads were ordered by, where that is neither p(click) nor eCPM."""
+    p_conversion: Sequence[float] | None = None
+    """Where the head was asked for."""
     price: Sequence[float | None] | None = None
     """What each ad would have to pay, in the unit of its bid; None where nobody asked."""
     bids: Bids | None = None

@@ -411,6 +411,10 @@ class JoinMetrics(Scraped):
         placed = ["model", "position"]
         self._p_click = Counter("adrank_p_click_sum", "Sum of p(click) of the rows written", placed, registry=r)
         self._clicks = Counter("adrank_clicks", "Clicks of the rows written", placed, registry=r)
+        over = "of the rows with a p(conversion) whose window for it is over"
+        self._conversions = Counter("adrank_conversions", f"Conversions {over}", ["model"], registry=r)
+        self._p_conversion = Counter("adrank_p_conversion_sum", f"Sum of p(conversion) {over}", ["model"], registry=r)
+        self._converted = Counter("adrank_conversion_impressions", f"Number {over}", ["model"], registry=r)
         about = "of the last 100,000 impressions, in whole files"
         self._calibration = Gauge("adrank_calibration_ratio", f"Sum of p(click) over clicks {about}", ["model"], registry=r)
         by_place = f"Sum of p(click) over clicks by position {about}"
@@ -448,6 +452,12 @@ class JoinMetrics(Scraped):
         self._impressions.labels(model).inc(count)
         self._clicks.labels(model, position).inc(clicks)
         self._p_click.labels(model, position).inc(p_click)
+
+    def converted(self, model: str, count: int, conversions: int, p_conversion: float) -> None:
+        """Count rows whose conversions are all known, these, and the sum of their p(conversion)."""
+        self._converted.labels(model).inc(count)
+        self._conversions.labels(model).inc(conversions)
+        self._p_conversion.labels(model).inc(p_conversion)
 
     def quality(self, model: str, calibration: float, by_position: Mapping[str, float], entropy: float) -> None:
         """Set what a model's newest rows come to."""

@@ -37,7 +37,7 @@ JOINED, DUPLICATE, LATE, DEFERRED, UNKNOWN, NOT_SHOWN, OTHER_USER, BEFORE, NO_IM
     "before_ranking",
     "no_impression",
 )
-MONEY = ("bid", "bid_type", "price")
+MONEY = ("bid", "bid_type", "price", "p_conversion")
 """Columns of ads, which files of before do not have."""
 OFFERED = ("candidates", "candidate_revisions", "candidate_bids", "candidate_bid_types")
 MATURITY = "conversion_maturity"

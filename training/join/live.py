@@ -80,6 +80,8 @@ class Live:
             newest = max(newest, self._rankings(raw, hour, after, closed))
         for hour in (each for each in list(raw.hours[EVENTS])[-HOURS:] if (each + 1) * HOUR > after and each * HOUR <= closed):
             newest = max(newest, self._events(raw, hour, after, closed))
+        for hour in self._settled(raw, after, closed):
+            self._converted(raw, hour, after, closed)
         if newest > after or after < closed < inf:
             write_file(path, str(closed if closed < inf else newest).encode())
 
@@ -93,6 +95,25 @@ class Live:
         made = pl.col("request_id").is_in(rows["request_id"].unique().implode() if len(rows) else [])
         self._summary.closed(rows, Counter(listed.select(pl.when(made).then(how).otherwise(pl.lit("unknown"))).to_series()))
         return float(listed["since"].max() or -inf)  # type: ignore[arg-type]  # of floats
+
+    @property
+    def _ago(self) -> float:
+        """How much earlier than those whose clicks are known were rankings made whose conversions are all known."""
+        return max(0.0, self._settings.windows["conversion"] + self._settings.lateness - self._settings.closes)
+
+    def _settled(self, raw: RawLog, after: float, closed: float) -> list[int]:
+        """The hours, the newest, whose conversions came to be known since it was measured."""
+        if not -inf < after < closed < inf:
+            return []
+        begin, end = after - self._ago, closed - self._ago
+        return [hour for hour in raw.hours[IMPRESSIONS] if (hour + 1) * HOUR > begin and hour * HOUR <= end][-HOURS:]
+
+    def _converted(self, raw: RawLog, hour: int, after: float, closed: float) -> None:
+        """Tell what p(conversion) and the conversions of an hour's rankings came to."""
+        bought = conversions(raw, [hour], self._settings)
+        rows = labelled(raw, hour, self._settings, closed - self._ago, bought, after - self._ago)
+        if len(rows):
+            self._summary.converted(rows.filter(pl.col("p_conversion").is_not_null()))
 
     def _events(self, raw: RawLog, hour: int, after: float, closed: float) -> float:
         """Tell what became of the events that were received in an hour; when the newest was."""

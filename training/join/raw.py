@@ -51,7 +51,7 @@ RANKING_TYPES: Mapping[str, pl.DataType] = {
     "experiment": pl.List(pl.String()),
 }
 """`since` is when windows begin: when it was ranked, or received if that clock was ahead."""
-LATER = {"candidate_bids", "candidate_bid_types", "objective", "experiment", "bid", "bid_type", "price"}
+LATER = {"candidate_bids", "candidate_bid_types", "objective", "experiment", "bid", "bid_type", "price", "p_conversion"}
 """Columns of rankings and ads that files of before do not have."""
 TIMES_TYPE: pl.DataType = pl.List(pl.Float64())
 """Of `history_ts`, which stands beside `history` in a log whose schema has ages."""
@@ -65,6 +65,7 @@ AD_TYPES: Mapping[str, pl.DataType] = {
     "bid": pl.Int64(),
     "bid_type": pl.String(),
     "price": pl.Int64(),
+    "p_conversion": pl.Float64(),
 }
 EVENT_TYPES: Mapping[str, pl.DataType] = {
     "entry": pl.String(),
@@ -257,8 +258,9 @@ class _Builder:
         if ad_id in served.sent:
             row = self._sent(row, served.sent[ad_id])
         position = served.positions[i] if served.positions else i + 1
+        converts = float(served.p_conversion[i]) if served.p_conversion else None
         shares = float(served.p_click[i]), float(served.propensity[i])
-        self._ads.append((len(self._rankings) - 1, ad_id, position, *shares, packed is not None, revised, *money))
+        self._ads.append((len(self._rankings) - 1, ad_id, position, *shares, packed is not None, revised, *money, converts))
         self._ad_of.append(row)
 
     def _revision(self, served: ServedRecord, ad_id: str) -> int:

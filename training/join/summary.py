@@ -30,6 +30,9 @@ class JoinWatch(Protocol):
     def rows(self, model: str, position: str, count: int, clicks: int, p_click: float) -> None:
         """Rows of a position were written, with so many clicks, and p(click) that sum to so much."""
 
+    def converted(self, model: str, count: int, conversions: int, p_conversion: float) -> None:
+        """The conversions of so many rows are all known, with p(conversion) that sum to so much."""
+
     def quality(self, model: str, calibration: float, by_position: Mapping[str, float], entropy: float) -> None:
         """What a model's newest rows come to."""
 
@@ -97,6 +100,12 @@ class JoinSummary:
             self.quality[name] = quality
             self.watch.quality(name, quality.calibration, quality.by_place, quality.normalised_entropy)
             self.watch.drift(name, quality.drift)
+
+    def converted(self, rows: pl.DataFrame) -> None:
+        """The windows of conversions of these rows, which have a p(conversion), are over."""
+        for (model,), frame in rows.group_by("model"):
+            sums = frame.select(pl.col("conversion").cast(pl.Int64).sum(), pl.col("p_conversion").sum()).row(0)
+            self.watch.converted(self._windows.name(str(model)), len(frame), *sums)
 
     def summary(self) -> str:
         """What has happened since the start, in a line."""
