@@ -80,12 +80,14 @@ def stopped(status):
 
 
 @contextlib.asynccontextmanager
-async def challenged(models, store, version, mode, share, bounds=FEW, **settings):
-    """A service whose live version is challenged."""
-    async with running(Settings(models=models, redis="memory://", **settings), store) as client:
-        challenge(models, "din", Challenger(int(version), mode, share, bounds))
+async def challenged(models, store, mode="canary", share=1.0, bounds=FEW, **other):
+    """A service, its live version, and that by which it is challenged, which is as `two` is told, for a `share` or for some."""
+    live, version, expected = two(models, **other)
+    async with running(Settings(models=models, redis="memory://"), store) as client:
+        client.expected = expected
+        challenge(models, "din", Challenger(int(version), mode, share or some_share(version), bounds))
         await until_status(client, there)
-        yield client
+        yield client, live, version
 
 
 def some_share(version):
@@ -218,8 +220,11 @@ class TestFile:
 class TestCanary:
     async def test_its_users_get_it_and_the_others_the_live_version(self, tmp_path, ads):
         await filled(ads)
-        live, other, expected = two(tmp_path / "models", words=2)
-        async with challenged(tmp_path / "models", ads, other, "canary", some_share(other), CanaryBounds(p_click_ratio=(0, 100))) as client:
+        async with challenged(tmp_path / "models", ads, "canary", None, CanaryBounds(p_click_ratio=(0, 100)), words=2) as (
+            client,
+            live,
+            other,
+        ):
             facts = read_challenger(tmp_path / "models" / "din")
             users = [f"u{i}" for i in USERS]
             assert 0 < sum(facts.takes("din", user) for user in users) < len(users)
@@ -228,7 +233,7 @@ class TestCanary:
                     ranking = await client.rank(user, CANDIDATES)
                     version = ranking["model"]["version"]
                     assert version == (other if facts.takes("din", user) else live)
-                    assert {ad["ad_id"]: ad["p_click"] for ad in ranking["ads"]} == pytest.approx(expected[version][user], abs=2e-6)
+                    assert {ad["ad_id"]: ad["p_click"] for ad in ranking["ads"]} == pytest.approx(client.expected[version][user], abs=2e-6)
             (version,) = {
                 (await client.rank(user, options={"model": "din"}))["model"]["version"] for user in users if facts.takes("din", user)
             }
@@ -246,8 +251,7 @@ class TestCanary:
 
     async def test_it_never_holds_up_the_live_version_and_stops_within_seconds(self, tmp_path, ads):
         """Each of its runs takes 0.6 s, and at 10 % of the users 200 of them would take minutes."""
-        live, other, _ = two(tmp_path / "models", bias=0.0)
-        async with challenged(tmp_path / "models", ads, other, "canary", 0.5, CanaryBounds(max_seconds=0.1)) as client:
+        async with challenged(tmp_path / "models", ads, "canary", 0.5, CanaryBounds(max_seconds=0.1), bias=0.0) as (client, live, _):
             facts = read_challenger(tmp_path / "models" / "din")
             slow_down(client, 0.6)
             theirs, others = (next(f"u{i}" for i in range(99) if facts.takes("din", f"u{i}") is takes) for takes in (True, False))
@@ -279,16 +283,18 @@ class TestCanary:
 
     async def test_a_run_that_hangs_stops_it_by_itself(self, tmp_path, ads, monkeypatch):
         monkeypatch.setattr(at_work, "HANGS_SECONDS", 0.3)
-        _, other, _ = two(tmp_path / "models", bias=0.0)
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, CanaryBounds(max_seconds=0.1)) as client:
+        async with challenged(tmp_path / "models", ads, "canary", 1.0, CanaryBounds(max_seconds=0.1), bias=0.0) as (client, _, _):
             slow_down(client, 1.5)
             await client.rank("u1", CANDIDATES)
             status = await until_status(client, stopped, 5)
             assert re.search(r"a run has taken 0\.\d s, 0\.1 s are allowed", status["verdict"]["detail"])
 
     async def test_a_caller_s_deadline_is_kept_and_no_fault_of_it(self, tmp_path, ads):
-        live, other, _ = two(tmp_path / "models", bias=0.0)
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, CanaryBounds(max_seconds=10, p99_ratio=1e6)) as client:
+        async with challenged(tmp_path / "models", ads, "canary", 1.0, CanaryBounds(max_seconds=10, p99_ratio=1e6), bias=0.0) as (
+            client,
+            live,
+            _,
+        ):
             slow_down(client, 0.4)
             began = time.monotonic()
             answer = await client.rank("u1", CANDIDATES, options={"deadline_ms": 300})
@@ -305,8 +311,7 @@ class TestCanary:
             return await get_user(user_id)
 
         monkeypatch.setattr(ads, "get_user", counting)
-        live, other, _ = two(tmp_path / "models")
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, CanaryBounds(min_requests=1000)) as client:
+        async with challenged(tmp_path / "models", ads, "canary", 1.0, CanaryBounds(min_requests=1000)) as (client, live, _):
 
             def failing(_):
                 time.sleep(0.05)
@@ -318,8 +323,7 @@ class TestCanary:
             assert answer["timings_ms"]["inference"] < 45 < answer["timings_ms"]["queue"]
 
     async def test_one_that_is_stopped_while_the_store_is_asked_does_not_rank(self, tmp_path, ads, monkeypatch):
-        live, other, _ = two(tmp_path / "models")
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
+        async with challenged(tmp_path / "models", ads) as (client, live, _):
             arrived, go_on, get_user = asyncio.Event(), asyncio.Event(), ads.get_user
 
             async def waiting(user_id):
@@ -335,8 +339,7 @@ class TestCanary:
             assert (await asking)["model"]["version"] == live
 
     async def test_its_failures_are_ranked_by_the_live_version(self, tmp_path, ads, caplog):
-        live, other, _ = two(tmp_path / "models")
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
+        async with challenged(tmp_path / "models", ads) as (client, live, _):
             spoil(client)
             answers = [await client.rank(f"u{i}", CANDIDATES) for i in range(4)]
             assert {answer["model"]["version"] for answer in answers} == {live}
@@ -346,16 +349,14 @@ class TestCanary:
             assert caplog.text.count("failed on a request, and may on more") == 1
 
     async def test_a_caller_whose_request_is_wrong_is_told_so_and_it_is_not_counted(self, tmp_path, ads):
-        _, other, _ = two(tmp_path / "models")
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
+        async with challenged(tmp_path / "models", ads) as (client, _, _):
             for _ in range(5):
                 answer = await client.post("/rank", json={"user": {"id": "u", "features": {"agee": "25"}}, "candidates": ["a1"]})
                 assert answer.status_code == 422, answer.text
             assert (await until_status(client, there))["last_10_minutes"]["requests"] == 0
 
     async def test_where_it_gives_no_number_the_live_version_ranks(self, tmp_path, ads):
-        live, other, _ = two(tmp_path / "models")
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
+        async with challenged(tmp_path / "models", ads) as (client, live, _):
             spoil(client, lambda scores: scores * np.float32("nan"))
             assert (await client.rank("u1", CANDIDATES))["model"]["version"] == live
             assert (await until_status(client, there))["last_10_minutes"]["errors"] == 1
@@ -376,14 +377,7 @@ def spoil(client, act=None):
 
 def slow_down(client, seconds):
     """Let each run of the challenger's scorer take so long."""
-    scorer = client.app.state.service.ranker.challenges["din"].model.scorer
-    run = scorer.run
-
-    def slow(feeds):
-        time.sleep(seconds)
-        return run(feeds)
-
-    scorer.run = slow
+    spoil(client, lambda scores: time.sleep(seconds) or scores)
 
 
 async def ask(client, count, **more):
@@ -395,15 +389,18 @@ class TestShadow:
     @pytest.mark.parametrize("words", [0, 2])
     async def test_its_differences_are_exact_and_nobody_sees_it(self, tmp_path, ads, words):
         await filled(ads)
-        live, other, expected = two(tmp_path / "models", words=words)
-        async with challenged(tmp_path / "models", ads, other, "shadow", some_share(other), CanaryBounds(p_click_ratio=(0, 100))) as client:
+        async with challenged(tmp_path / "models", ads, "shadow", None, CanaryBounds(p_click_ratio=(0, 100)), words=words) as (
+            client,
+            live,
+            other,
+        ):
             facts = read_challenger(tmp_path / "models" / "din")
             differences = []
             for i in USERS:
                 user = f"u{i}"
                 assert (await client.rank(user, CANDIDATES))["model"]["version"] == live
                 if facts.takes("din", user):
-                    differences += [abs(expected[other][user][ad] - expected[live][user][ad]) for ad in CANDIDATES]
+                    differences += [abs(client.expected[other][user][ad] - client.expected[live][user][ad]) for ad in CANDIDATES]
                     scored = len(differences) / len(CANDIDATES)
                     await client.until_metric('adrank_challenger_requests_total{mode="shadow",model="din",outcome="ok"}', scored)
             assert 0 < len(differences) < len(CANDIDATES) * len(USERS)
@@ -416,22 +413,12 @@ class TestShadow:
                 assert await client.metric(f'adrank_shadow_difference_bucket{{le="{bound}",model="din"}}') == below
 
     async def test_one_at_a_time_and_the_rest_is_dropped(self, tmp_path, ads):
-        _, other, _ = two(tmp_path / "models")
-        async with challenged(tmp_path / "models", ads, other, "shadow", 1.0) as client:
+        async with challenged(tmp_path / "models", ads, "shadow") as (client, _, _):
             await asyncio.gather(*(client.rank(f"u{i}", CANDIDATES) for i in range(8)))
             count = 'adrank_challenger_requests_total{{mode="shadow",model="din",outcome="{}"}}'.format
             await client.until_metric(count("ok"), 1)
             assert await client.metric(count("ok")) + await client.metric(count("dropped")) == 8
             assert await client.metric(count("dropped")) >= 5
-
-    async def test_its_failures_are_counted_and_stop_it(self, tmp_path, ads):
-        live, other, _ = two(tmp_path / "models")
-        async with challenged(tmp_path / "models", ads, other, "shadow", 1.0, FEW) as client:
-            spoil(client)
-            async with asyncio.timeout(90):
-                while not (await until_status(client, there))["verdict"]:
-                    assert (await client.rank("u1", CANDIDATES))["model"]["version"] == live
-            assert (await until_status(client, stopped))["verdict"]["reason"] == "errors"
 
 
 class TestStop:
@@ -448,9 +435,9 @@ class TestStop:
         await until_one_is_loaded(client)
         return status["verdict"]["detail"]
 
-    async def test_a_model_that_fails(self, tmp_path, ads, caplog):
-        live, other, _ = two(tmp_path / "models")
-        async with challenged(tmp_path / "models", ads, other, "canary", 0.5) as client:
+    @pytest.mark.parametrize(("mode", "share"), [("canary", 0.5), ("shadow", 1.0)])
+    async def test_a_model_that_fails(self, tmp_path, ads, caplog, mode, share):
+        async with challenged(tmp_path / "models", ads, mode, share) as (client, live, other):
             spoil(client)
             detail = await self.stops(client, "errors", tmp_path / "models", live)
             assert re.search(r"^of its first \d+ requests \d+ failed, 0 took over 0\.25 s", detail)
@@ -458,21 +445,22 @@ class TestStop:
 
     @pytest.mark.parametrize(("mode", "bias"), [("canary", 4.0), ("shadow", -3.0)])
     async def test_a_model_whose_p_click_is_off(self, tmp_path, ads, mode, bias):
-        live, other, _ = two(tmp_path / "models", bias=bias)
         bounds = CanaryBounds(min_requests=20, p99_ratio=1000.0, p_click_ratio=(0.5, 1.25))
-        async with challenged(tmp_path / "models", ads, other, mode, 0.5 if mode == "canary" else 1.0, bounds) as client:
+        async with challenged(tmp_path / "models", ads, mode, 0.5 if mode == "canary" else 1.0, bounds, bias=bias) as (client, live, _):
             detail = await self.stops(client, "p_click", tmp_path / "models", live)
             assert re.search(r"^mean p\(click\) 0\.\d+ against 0\.\d+, 0\.5 to 1\.25 times is allowed, over \d+ requests", detail)
 
     async def test_a_shadow_that_is_slow(self, tmp_path, ads):
-        live, other, _ = two(tmp_path / "models", bias=0.0)
-        async with challenged(tmp_path / "models", ads, other, "shadow", 1.0, CanaryBounds(max_seconds=0.05)) as client:
+        async with challenged(tmp_path / "models", ads, "shadow", 1.0, CanaryBounds(max_seconds=0.05), bias=0.0) as (client, live, _):
             slow_down(client, 0.2)
             await self.stops(client, "late", tmp_path / "models", live)
 
     async def test_the_same_version_goes_on(self, tmp_path, ads):
-        _, other, _ = two(tmp_path / "models", bias=0.0)
-        async with challenged(tmp_path / "models", ads, other, "canary", 0.5, CanaryBounds(min_requests=20, p99_ratio=50.0)) as client:
+        async with challenged(tmp_path / "models", ads, "canary", 0.5, CanaryBounds(min_requests=20, p99_ratio=50.0), bias=0.0) as (
+            client,
+            _,
+            _,
+        ):
             await ask(client, 200)
             await asyncio.sleep(0.1)
             assert (await until_status(client, there))["state"] == "running"
@@ -493,9 +481,8 @@ class TestStop:
             await until_version(client, other)
 
     async def test_who_waits_for_a_canary_that_is_stopped_is_ranked_by_the_live_version(self, tmp_path, ads):
-        live, other, _ = two(tmp_path / "models")
         bounds = CanaryBounds(min_requests=1_000, max_seconds=30.0)
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0, bounds) as client:
+        async with challenged(tmp_path / "models", ads, "canary", 1.0, bounds) as (client, live, _):
             challenge, go = client.app.state.service.ranker.challenges["din"], threading.Event()
             spoil(client, lambda scores: go.wait(90) and scores)
             asked = [asyncio.create_task(client.rank(f"u{i}", CANDIDATES)) for i in range(3)]
@@ -510,8 +497,7 @@ class TestStop:
             raise OSError("read-only")
 
         monkeypatch.setattr(reload, "write_decision", full)
-        live, other, _ = two(tmp_path / "models")
-        async with challenged(tmp_path / "models", ads, other, "canary", 1.0) as client:
+        async with challenged(tmp_path / "models", ads) as (client, live, _):
             spoil(client)
             await ask(client, 30)
             await until_status(client, stopped)
@@ -537,8 +523,7 @@ async def test_a_challenger_that_is_bad_is_refused(tmp_path, ads):
 
 async def test_a_challenger_that_is_promoted_is_not_loaded_again(tmp_path, ads):
     models = tmp_path / "models"
-    _, other, _ = two(models, words=2)
-    async with challenged(models, ads, other, "shadow", 1.0) as client:
+    async with challenged(models, ads, "shadow", words=2) as (client, _, other):
         ranker = client.app.state.service.ranker
         model = ranker.challenges["din"].model
         promote(models, "din")

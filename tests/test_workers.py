@@ -19,7 +19,7 @@ from processes import PATIENCE, SERVE, environment, serving, workers_of
 from prometheus_client.mmap_dict import MmapedDict
 
 from service.serving.listen import ListenError, listen
-from service.serving.workers import SILENT_SECONDS
+from service.serving.workers import SILENT_SECONDS, _tell_threads
 from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -121,7 +121,7 @@ async def until_both_are_ready(client):
             await asyncio.sleep(0.05)
 
 
-async def test_connections_are_shared_evenly_however_they_are_opened(repository):
+async def test_connections_are_shared_evenly_however_they_are_opened_and_whoever_leaves(repository):
     async with two_workers(repository) as client:
         callers = client.callers
         assert await asyncio.gather(*(caller.ask() for caller in callers)) == [200] * 8
@@ -141,19 +141,13 @@ async def test_connections_are_shared_evenly_however_they_are_opened(repository)
                 await caller.ask()
             # Some closed and opened again: within one of each other is as good as even, and what is not is evened out.
             await until_spread(client, callers, [4, 4])
-
-
-async def test_a_worker_whose_callers_left_gets_some_of_the_others(repository):
-    async with two_workers(repository) as client:
-        # Opened one by one, one that was too many may have been told to come again: it would be missing, or with the other worker.
-        await until_spread(client, client.callers, [4, 4])
         having = owners(client)
-        left = having[client.callers[0].port]
-        staying = [caller for caller in client.callers if having[caller.port] != left]
-        for caller in set(client.callers) - set(staying):
+        left = having[callers[0].port]
+        staying = [caller for caller in callers if having[caller.port] != left]
+        for caller in set(callers) - set(staying):
             await caller.close()
         assert spread(client, staying) == [0, 4]
-        await until_spread(client, staying, [2, 2])
+        await until_spread(client, staying, [2, 2])  # a worker whose callers left gets some of the others
 
 
 async def test_connections_of_one_request_each_are_shared_too(repository):
@@ -184,23 +178,6 @@ async def test_connections_of_one_request_each_are_shared_too(repository):
             new = answered() - before
             assert len(new) == 2
             assert min(new.values()) >= 10  # even, but that a worker whom the machine holds up rightly gets fewer
-
-
-async def test_a_worker_that_is_killed_is_replaced_and_gets_its_share(repository):
-    async with two_workers(repository) as client:
-        for caller in client.callers:
-            await caller.ask()
-        victim = workers_of(client)[0]
-        os.kill(victim, signal.SIGKILL)
-        async with asyncio.timeout(PATIENCE):
-            while len(workers_of(client)) < 3 or spread(client, client.callers) != [4, 4]:
-                for caller in client.callers:
-                    try:
-                        assert await caller.ask() == 200
-                    except (OSError, asyncio.IncompleteReadError):
-                        await caller.close()
-                await asyncio.sleep(0.02)
-        assert f"worker {victim} ended with exit code -9; another takes its place" in client.log.read_text()
 
 
 async def ask_until_refused(client, caller, keep, asked):
@@ -280,13 +257,16 @@ async def test_a_worker_that_cannot_rank_gets_no_connections_while_another_can(r
         (tmp_path / "away").rename(models)
         callers = client.callers
         await until_spread(client, callers, [4, 4])  # it can rank now, and gets its share
+        assert f"worker {victim} ended with exit code -9; another takes its place" in client.log.read_text()
 
 
-async def test_a_worker_that_stands_still_gets_no_new_connections(repository):
+async def test_a_worker_that_stands_still_gets_no_new_connections_and_answers_its_own_later(repository):
     async with two_workers(repository) as client:
         standing = workers_of(client)[0]
         os.kill(standing, signal.SIGSTOP)
         try:
+            asking = [asyncio.create_task(caller.ask()) for caller in client.callers]
+            await until(lambda: sum(task.done() for task in asking) >= 4)
             await asyncio.sleep(SILENT_SECONDS + 0.5)
             for _ in range(10):
                 caller = Caller(client)
@@ -295,6 +275,9 @@ async def test_a_worker_that_stands_still_gets_no_new_connections(repository):
                 await caller.close()
         finally:
             os.kill(standing, signal.SIGCONT)
+        assert await asyncio.gather(*asking) == [200] * 8
+        for caller in client.callers:
+            await caller.close()
         await until_both_are_ready(client)
 
 
@@ -328,9 +311,9 @@ def counted(text):
 
 async def test_workers_that_die_leave_no_files_and_what_they_counted_stays(repository):
     async with two_workers(repository) as client:
-        folder = Path(re.search("PROMETHEUS_MULTIPROC_DIR=([^\0]+)", Path(f"/proc/{workers_of(client)[0]}/environ").read_text())[1])
+        folder = counts_of(client)
         files = {path.name for path in folder.iterdir()}
-        for deaths in range(1, 4):
+        for deaths in (1, 2):
             await asyncio.sleep(1.5)  # until what came before is written
             before = counted((await client.get("/metrics")).text)
             assert before > 0
@@ -344,7 +327,7 @@ async def test_workers_that_die_leave_no_files_and_what_they_counted_stays(repos
 
 async def test_metrics_whose_files_were_removed_are_told_as_lost(repository):
     async with two_workers(repository) as client:
-        folder = Path(re.search("PROMETHEUS_MULTIPROC_DIR=([^\0]+)", Path(f"/proc/{workers_of(client)[0]}/environ").read_text())[1])
+        folder = counts_of(client)
         for gone in (lambda: [path.unlink() for path in folder.glob("*.db")], lambda: shutil.rmtree(folder)):
             gone()
             answer = await client.get("/metrics")
@@ -395,18 +378,6 @@ async def test_workers_end_when_their_parent_is_killed(repository):
         assert "Traceback" not in client.log.read_text()
 
 
-async def test_while_a_worker_stands_still_the_other_answers_and_then_it_does(repository):
-    async with two_workers(repository) as client:
-        standing = workers_of(client)[0]
-        os.kill(standing, signal.SIGSTOP)
-        try:
-            asking = [asyncio.create_task(caller.ask()) for caller in client.callers]
-            await until(lambda: sum(task.done() for task in asking) >= 4)
-        finally:
-            os.kill(standing, signal.SIGCONT)
-        assert await asyncio.gather(*asking) == [200] * 8
-
-
 async def test_a_worker_that_cannot_start_ends_the_service_and_says_why(tmp_path):
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('this one is broken')")
     settings = environment(models=tmp_path, redis="memory://", port=free_port(), workers=2)
@@ -427,15 +398,16 @@ async def test_a_process_has_no_threads_but_its_own_and_says_what_it_was_sized_t
         assert "more is scored at once" not in client.log.read_text()
 
 
-async def test_more_workers_than_processors_are_warned_of(repository):
+def test_more_workers_than_processors_are_warned_of(caplog):
     mine = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(mine)})
     try:
-        async with serving(repository, "memory://", workers=2) as client:
-            assert "1 processor(s) by affinity; 2 x 1 requests" in client.log.read_text()
-            assert "answers wait for each other; lower --workers to 1" in client.log.read_text()
+        with caplog.at_level("INFO"):
+            _tell_threads(Settings(workers=2))
     finally:
         os.sched_setaffinity(0, mine)
+    assert "1 processor(s) by affinity; 2 x 1 requests" in caplog.text
+    assert "answers wait for each other; lower --workers to 1" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [1, 2])
