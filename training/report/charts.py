@@ -94,16 +94,16 @@ def curve(axes: Axes, points: Points, level: float | None, labels: tuple[str, st
     axes.set(xlabel=labels[0], ylabel=labels[1], xlim=(0, 1), ylim=(0, 1.01))
 
 
-def calibrated(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
-    """The reliability diagram, with the intervals of the click rates."""
+def calibrated(axes: Axes, bins: Sequence[Mapping[str, float]], head: str = "click") -> None:
+    """The reliability diagram of a head, with the intervals of its rates."""
     p, rate, low, high = (np.array([each[name] for each in bins]) for name in ("p", "rate", "low", "high"))
     axes.errorbar(p, rate, [rate - low, high - rate], fmt="o-", elinewidth=1)
-    _diagonal(axes, SOFT)
+    _diagonal(axes, SOFT, head)
 
 
-def _diagonal(axes: Axes, colour: str) -> None:
+def _diagonal(axes: Axes, colour: str, head: str = "click") -> None:
     axes.axline((0, 0), slope=1, color=colour, linestyle="--", linewidth=1)
-    axes.set(xlabel="mean p(click) of about a twentieth of the rows", ylabel="click rate", xlim=(0, None), ylim=(0, None))
+    axes.set(xlabel=f"mean p({head}) of about a twentieth of the rows", ylabel=f"{head} rate", xlim=(0, None), ylim=(0, None))
 
 
 def scores(axes: Axes, shares: Mapping[str, Sequence[float]]) -> None:

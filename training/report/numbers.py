@@ -19,8 +19,9 @@ from ..datasets.log import ImpressionLog
 from ..datasets.prepared import SPLITS, Prepared, column_of, columns_of
 from ..datasets.vocabularies import joined
 from ..evaluate import auc, reliability
-from ..fit import Epoch, predict, score_of
+from ..fit import Epoch, predict, predict_heads, score_of
 from ..importance import importances_of
+from ..networks.contract import CLICK
 from ..segments import segments
 from ..train import Trained
 
@@ -50,6 +51,7 @@ def findings(data: Prepared, trained: Trained, reference: Mapping[str, Any], pro
         "roc": thinned(false, true),
         "precision_recall": thinned(recall[::-1], precision[::-1]),
         "reliability": reliability_told(rows.labels, p),
+        "heads": heads_told(trained),
         "segments": segments_told(data, trained.settings.get("segment"), rows.labels, p),
         "users": by_user(rows.labels, p, rows.users),
         "importance": {"rows": some, "fields": [vars(each) for each in falls]},
@@ -84,6 +86,17 @@ def reliability_told(labels: Array, p: Array) -> list[Told]:
     """The bins of the reliability diagram: mean p(click), click rate, its interval, and rows."""
     means, rate, rows = reliability(labels, p)
     return pl.DataFrame({"p": means, "rows": rows, **with_interval(np.rint(rate * rows), rows)}).to_dicts()
+
+
+def heads_told(trained: Trained) -> Told:
+    """The bins of the reliability diagrams of heads other than the click, on the rows whose label is known, of what has come by now."""
+    rows, told, others = trained.held_out, {}, [head for head in trained.calibrations if head != CLICK]
+    for head, logits in predict_heads(trained.network, rows).items() if others else ():
+        if head != CLICK:
+            labels, known = rows.known(head)
+            p = trained.calibrations[head].on_log(logits[known]) * rows.maturity_of(head, known)
+            told[head] = reliability_told(labels[known], p)
+    return told
 
 
 def thinned(x: Array, y: Array) -> list[tuple[float, float]]:

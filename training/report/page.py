@@ -35,6 +35,7 @@ def drawn(found: Mapping[str, Any]) -> dict[str, Markup]:
         "scores": partial(charts.scores, shares=found["scores"]),
         "moments": partial(charts.rates, moments=found["moments"]),
     }
+    draw |= {f"p({head})": partial(charts.calibrated, bins=bins, head=head) for head, bins in found["heads"].items()}
     return {name: Markup(charts.themed(each)) for name, each in draw.items() if found.get(name, True)}  # noqa: S704  # of numbers alone
 
 
