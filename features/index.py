@@ -8,8 +8,9 @@ memory for each id, one after the other, which after a model has run costs more 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from .vocabulary import Ids
+Ids = npt.NDArray[np.int64]
 
 SLOTS = 1_024
 

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from .index import Ids as Ids  # noqa: PLC0414  # it is imported from here
+from .index import RowIndex
 from .schema import Schema
 from .values import SPELLINGS, plain
 
@@ -24,25 +26,35 @@ CANCELLED = 1e-7
 """A deviation that is a smaller share of the mean was left over from rounding, in bundles that took E[x²] - E[x]² for the variance."""
 AT_ONCE = 5_000
 """Values written at once: about half a millisecond."""
+MANY = 50_000
+"""Values of a vocabulary."""
 BEGINNING = '{"categories":{'
 VALUES = re.compile(r'(?:"[^"\\]*+(?:\\.[^"\\]*+)*+",?+){1,1000}+')
 """As many strings of a list: read at once, a tenth of a millisecond."""
 
-Ids = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float32]
 
 
 class Vocabulary:
-    """The values that training saw, in the order of their ids."""
+    """The values that training saw, in the order of their ids.
 
-    def __init__(self, values: Sequence[str]) -> None:
+    Many are found by an index of arrays, which takes a third of a dict's memory; few by a dict, which is quicker.
+    """
+
+    def __init__(self, values: Sequence[str], many: int = MANY) -> None:
         self.values = tuple(values)
-        self._ids: dict[str | None, int] = {value: i for i, value in enumerate(self.values, FIRST)}
-        if len(self._ids) != len(self.values):
+        self._index = RowIndex(len(self.values)) if len(self.values) >= many else None
+        if self._index is None:
+            self._ids: dict[str | None, int] = {value: i for i, value in enumerate(self.values, FIRST)}
+        else:
+            self._ids = {}
+            for start in range(0, len(self.values), AT_ONCE):
+                self._index.add(self.values[start : start + AT_ONCE])
+        if (len(self._ids) if self._index is None else len(self._index)) != len(self.values):
             raise ValueError("a vocabulary names a value twice")
         for value in self.values:  # of bundles made before every text was brought to its plain form
-            if ".0" in value or value in SPELLINGS:
-                self._ids.setdefault(plain(value), self._ids[value])
+            if (".0" in value or value in SPELLINGS) and self.id(plain(value)) == UNKNOWN:
+                self._ids[plain(value)] = self.id(value)
         self._ids[None] = PADDING
 
     @property
@@ -52,11 +64,27 @@ class Vocabulary:
 
     def id(self, value: str | None) -> int:
         """The id of one value; None is padding."""
-        return self._ids.get(value, UNKNOWN)
+        found = self._ids.get(value)
+        if found is None:
+            return UNKNOWN if self._index is None else int(self._indexed(self._index, [value])[0])
+        return found
 
     def encode(self, values: Sequence[str | None]) -> Ids:
         """Ids `(n,)` of the values, each as `id` gives it."""
-        return np.fromiter(map(self._ids.get, values, repeat(UNKNOWN)), np.int64, len(values))
+        ids = np.fromiter(map(self._ids.get, values, repeat(UNKNOWN)), np.int64, len(values))
+        return ids if self._index is None else np.where(ids == UNKNOWN, self._indexed(self._index, values), ids)
+
+    def _indexed(self, index: RowIndex, values: Sequence[str | None]) -> Ids:
+        """By the index: its rows are the ids but one, and a value that has none is unknown."""
+        ids = index.rows(values) + (FIRST - 1)  # type: ignore[arg-type]  # None has a hash too
+        own = self.values
+        same = [i == UNKNOWN or own[i - FIRST] == value for i, value in zip(ids.tolist(), values, strict=True)]
+        return ids if all(same) else np.where(same, ids, UNKNOWN)
+
+    def own(self, values: Sequence[str]) -> list[str]:
+        """The values as the objects that it has of them, so that no text is in memory twice."""
+        found = [value if i < FIRST else self.values[i - FIRST] for i, value in zip(self.encode(values).tolist(), values, strict=True)]
+        return found if found == list(values) else [own if own == value else value for own, value in zip(found, values, strict=True)]
 
 
 class HashBuckets:
@@ -173,7 +201,7 @@ def _as_known(values: list[str], start: int, known: Iterable[Vocabulary]) -> Seq
         same = each.values[start : start + len(values)]
         if same == tuple(values):  # a model that is trained again mostly keeps its values and their ids
             return same
-        values = [value if (i := each.id(value)) == UNKNOWN else each.values[i - FIRST] for value in values]
+        values = each.own(values)
     return values
 
 

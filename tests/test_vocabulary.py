@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from features import vocabulary
 from features.schema import parse_schema
+from features.values import plain
 from features.vocabulary import HashBuckets, Moments, Vocabularies, Vocabulary, fingerprint, parse_vocabularies
 from tests.test_datasets import patient
 
@@ -159,3 +160,20 @@ def test_what_was_cut_short_is_an_error(cut: int) -> None:
     text = Vocabularies({"genre": Vocabulary(["drama", "comedy"])}, {}).to_json()
     with pytest.raises(ValueError, match=r"."):
         parse_vocabularies(text[:cut], schema)
+
+
+@given(st.lists(st.text(alphabet="ab.01T", max_size=4), unique=True), st.lists(st.none() | st.text(alphabet="ab.01T", max_size=4)))
+def test_many_values_are_found_as_few_are(values, asked):
+    few, many = Vocabulary(values), Vocabulary(values, many=0)
+    asked = [*asked, *values, *map(plain, values), None]
+    assert (
+        many.encode(asked).tolist() == few.encode(asked).tolist() == [many.id(each) for each in asked] == [few.id(each) for each in asked]
+    )
+    texts = ["".join(each) for each in values]
+    assert many.own([*texts, "elsewhere"]) == [*values, "elsewhere"]
+    assert all(mine is own for mine, own in zip(many.own(texts), values, strict=True))
+
+
+def test_many_values_are_named_once_too():
+    with pytest.raises(ValueError, match="twice"):
+        Vocabulary(["a", "b", "a"], many=0)
