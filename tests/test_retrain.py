@@ -266,7 +266,7 @@ def test_a_first_version_that_knows_nothing_is_refused(log: Path, poor: Path, tm
 
     monkeypatch.setattr(retraining, "train", off)
     monkeypatch.setattr(retraining, "contents", lambda *_: (files, {}))
-    monkeypatch.setattr(gate, "scores", lambda *_: np.full(540, 0.05))
+    monkeypatch.setattr(gate, "scores", lambda *_: {"click": np.full(540, 0.05)})
     report = retrain(RetrainRequest(log, tmp_path, "shop", network="deepfm", holdout=0.3), small.quiet())
     assert report.published is None
     assert [reason.split(":")[0] for reason in report.reasons] == ["calibration is off", "it is no better than the click rate alone"]
