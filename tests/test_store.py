@@ -291,17 +291,11 @@ class TestLostChanges:
         for n in numbers:
             await store.put_ads([Ad(f"a{n}", {})])
 
-    async def test_trimmed_past_the_cursor(self, redis_only, raw):
-        await self.put(redis_only, 1)
+    @pytest.mark.parametrize("before", [(1,), ()])
+    async def test_trimmed_past_the_cursor(self, redis_only, raw, before):
+        await self.put(redis_only, *before)
         cursor = await redis_only.cursor()
         await self.put(redis_only, 2, 3)
-        await raw.xtrim(CHANGES, maxlen=1, approximate=False)
-        with pytest.raises(ChangesLostError):
-            await redis_only.changed_ads(cursor, 0.01)
-
-    async def test_trimmed_past_a_cursor_of_an_empty_stream(self, redis_only, raw):
-        cursor = await redis_only.cursor()
-        await self.put(redis_only, 1, 2)
         await raw.xtrim(CHANGES, maxlen=1, approximate=False)
         with pytest.raises(ChangesLostError):
             await redis_only.changed_ads(cursor, 0.01)
@@ -328,15 +322,7 @@ class TestLostChanges:
             await raw.xtrim(CHANGES, maxlen=keep, approximate=False)
         assert seen == [f"a{n}" for n in range(20)]
 
-    async def test_emptied(self, redis_only, raw):
-        await self.put(redis_only, 1)
-        cursor = await redis_only.cursor()
-        await asyncio.sleep(0.002)  # ids are milliseconds: an emptying within the same one could go unnoticed
-        await raw.flushall()
-        with pytest.raises(ChangesLostError):
-            await redis_only.changed_ads(cursor, 0.01)
-
-    @pytest.mark.parametrize("more", [1, 2, 3, 5])
+    @pytest.mark.parametrize("more", [0, 1, 2, 3, 5])
     async def test_emptied_and_filled_again(self, redis_only, raw, more):
         await self.put(redis_only, 1, 2)
         cursor = await redis_only.cursor()

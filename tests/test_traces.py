@@ -257,18 +257,15 @@ def test_two_headers_are_as_none():
     assert caller([*header(SAMPLED), *header(SAMPLED)]) is None
 
 
-@pytest.mark.parametrize("value", [SAMPLED, f"01-{TRACE}-{SPAN}-01-more", f"00-{TRACE}-{SPAN}-03"])
-def test_a_caller_that_is_traced_is_followed_whatever_the_share(tracer, value):
+@pytest.mark.parametrize(
+    ("value", "share", "recorded"),
+    [(SAMPLED, 1e-9, True), (f"01-{TRACE}-{SPAN}-01-more", 1e-9, True), (f"00-{TRACE}-{SPAN}-03", 1e-9, True), (UNSAMPLED, 1.0, False)],
+)
+def test_a_caller_is_followed_whatever_the_share(tracer, value, share, recorded):
     stages = RequestTimings("/rank")
-    trace = tracer(1e-9).begin(header(value), stages)
-    assert (trace.id, trace.recorded, stages.stretches) == (TRACE, True, [])
-    assert f"{trace.parent.span_id:016x}" == SPAN
-
-
-def test_a_caller_that_is_not_traced_is_followed_too(tracer):
-    stages = RequestTimings("/rank")
-    trace = tracer(1.0).begin(header(UNSAMPLED), stages)
-    assert (trace.id, trace.recorded, stages.stretches) == (UNSAMPLED[3:35], False, None)
+    trace = tracer(share).begin(header(value), stages)
+    assert (trace.id, trace.recorded, stages.stretches) == (value[3:35], recorded, [] if recorded else None)
+    assert not recorded or f"{trace.parent.span_id:016x}" == SPAN
 
 
 def test_of_the_others_the_share_is_traced(tracer):
