@@ -20,7 +20,7 @@ from features.bundle import CUDA_MODEL, GOLDENS, INT8_MODEL, MODEL, SCHEMA, VOCA
 from features.encode import Encoder, Feeds
 from features.schema import Schema, parse_schema
 from training.calibrate import Calibration
-from training.export.export import ServedNetwork, random_feeds, score, to_onnx
+from training.export.export import FEW, ServedNetwork, ad_sides, random_feeds, score, to_onnx
 from training.export.int8 import quantised
 from training.networks import NETWORKS
 from training.networks.contract import Fields
@@ -37,6 +37,7 @@ SOURCES = (
     "training/networks",
     "training/export/export.py",
     "training/export/onnx.py",
+    "training/export/ad_side.py",
     "training/export/int8.py",
     "features",
     *(f"benchmarks/{name}.py" for name in ("population", "rowwise", "benchmark_models")),
@@ -153,10 +154,11 @@ def _write(benchmark_model: BenchmarkModel, home: Path) -> None:
     graph = to_onnx(served)
     pays = NETWORKS[benchmark_model.family].int8_pays
     rough = quantised(graph, _requests(served.schema, benchmark_model.population.heights, 8)) if pays else None
+    graphs = {MODEL: graph, **({INT8_MODEL: rough} if rough else {})}
     files = {
-        MODEL: graph,
+        **graphs,
+        **ad_sides(graphs, [random_feeds(served.schema, benchmark_model.population.heights, *shape) for shape in FEW]),
         CUDA_MODEL: to_onnx(served, tile=None),
-        **({INT8_MODEL: rough} if rough else {}),
         SCHEMA: encoder.schema.to_toml().encode(),
         VOCABULARIES: encoder.vocabularies.to_json().encode(),
         GOLDENS: goldens_json(random_goldens(benchmark_model.population, served, encoder, rough)),

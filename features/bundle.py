@@ -35,6 +35,10 @@ CUDA_MODEL, INT8_MODEL = "model.cuda.onnx", "model.int8.onnx"
 """The same weights for an accelerator, where that takes another graph, and in int8, where that was asked for and passed its gate."""
 AD_DEVIATIONS = "ad_deviations.npy"
 """How far the logit of each ad may be off for want of impressions, float32 by its id: what `Thompson` explores by."""
+AD_SIDES = {MODEL: ("model.ads.onnx", "model.rest.onnx"), INT8_MODEL: ("model.int8.ads.onnx", "model.int8.rest.onnx")}
+AD_ROWS = "ad_rows"
+"""By graph the same in two, where that pays: what it makes of ads alone, and the rest, which is given that of any ads, and by this name
+which of them the candidates are (`training/export/ad_side.py`)."""
 EXPLAIN_MODEL = "explain.onnx"
 CONTRIBUTIONS, ATTENTION, REST = "contributions", "attention", "rest"
 """The same weights for requests that ask why, where the network can say, its outputs `(R, C, K)` and `(R, C, T)`, and what is last of K.

@@ -291,10 +291,11 @@ class Encoder:
                 block.numbers[:, slot.start] = self._numbers(slot.field, columns[slot.field.name], len(block))
 
     def feeds(self, blocks: Mapping[str, Block]) -> Feeds:
-        """The tensors that a network takes, by name, from the blocks of one request; blocks without columns are left out."""
+        """The tensors that a network takes, by name, from blocks of one request; blocks without columns are left out."""
         return {
             name: np.ascontiguousarray(blocks[part].ids if name.endswith("_ids") else blocks[part].numbers)[None if part != "user" else ...]
             for name, part in self._blocks.items()
+            if part in blocks
         }
 
     def _sendable(self, side: Side, name: str) -> Field:
@@ -334,6 +335,7 @@ class AdTable:
         self._counts = np.zeros((rows, len(self.tallies), 2))
         """By row and tally how much was counted, and when."""
         self._windows = np.array([tally.window for tally in self.tallies])
+        self._revisions, self._revision = np.zeros(rows, np.int64), 0
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._active[: len(self._index) + 1]))
@@ -350,6 +352,19 @@ class AdTable:
     def rows(self, ad_ids: Sequence[str]) -> Ids:
         """Row of each ad, 0 where the table does not have it."""
         return self._index.rows(ad_ids)
+
+    @property
+    def room(self) -> int:
+        """Rows that there is memory for."""
+        return len(self._active)
+
+    def revisions(self, rows: Ids) -> Ids:
+        """A number for each row that is another one, and above 0, after each time that it was put."""
+        return self._revisions.take(rows)
+
+    def feeds(self, rows: Ids) -> Feeds:
+        """The tensors of ads `(1, n, W)`."""
+        return self.encoder.feeds({"ad": self.take(rows)})
 
     def ad_ids(self, rows: Ids) -> list[str]:
         """The ads of rows."""
@@ -369,6 +384,8 @@ class AdTable:
         if len(self._index) > before:
             fresh = np.flatnonzero(rows > before)
             self._ids[rows[fresh]] = [ad_ids[i] for i in fresh.tolist()]
+        self._revision += 1
+        self._revisions[rows] = self._revision
         self._block.ids[rows], self._block.numbers[rows], self._active[rows] = ads.ids, ads.numbers, active
         for tower, vectors in self.vectors.items():
             vectors[rows] = tower.vectors(ads)
@@ -404,7 +421,8 @@ class AdTable:
             return
         more = max(rows, have * 2) - have
         self._block = Block(np.pad(self._block.ids, ((0, more), (0, 0))), np.pad(self._block.numbers, ((0, more), (0, 0))))
-        self._active, self._ids = np.pad(self._active, (0, more)), np.append(self._ids, np.empty(more, np.object_))
+        self._active, self._revisions = np.pad(self._active, (0, more)), np.pad(self._revisions, (0, more))
+        self._ids = np.append(self._ids, np.empty(more, np.object_))
         self.vectors = {tower: np.pad(vectors, ((0, more), (0, 0))) for tower, vectors in self.vectors.items()}
         self._counts = np.pad(self._counts, ((0, more), (0, 0), (0, 0)))
 
@@ -433,7 +451,13 @@ class Request:
 
 
 def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
-    """Tensors of one request `(1, ...)`, and which candidates `(C,)` the table knows.
+    """Tensors of one request `(1, ...)`, and which candidates `(C,)` the table knows. Raises as `encode_rows` does."""
+    return encode_rows(table, request)[:2]
+
+
+def encode_rows(table: AdTable, request: Request) -> tuple[Feeds, Mask, Ids | None]:
+    """The same, and the rows `(C,)` of the table that the candidates are; None where one of them is unknown, or has more
+    than its row: features that were sent, counts.
 
     Raises:
         FieldError: a feature that the schema does not have, or a value that does not fit its field.
@@ -442,7 +466,8 @@ def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
     user = encoder.encode_user(request)
     rows = table.rows(request.candidates)
     ads, known = table.take(rows), table.active(rows)
-    if np.count_nonzero(known) < len(known):  # several times faster than all(), which numpy has in Python
+    plain = np.count_nonzero(known) == len(known)  # several times faster than all(), which numpy has in Python
+    if not plain:
         _fill_unknown(encoder, ads, request.candidates, ~known)
     if request.counted:
         encoder.set_numbers(ads, request.counted)
@@ -455,7 +480,7 @@ def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
     if encoder.schema.history_ages:
         times = encoder.newest_times(request.history, request.history_ts)
         feeds[AGES] = ages_of(request.ts, times)[None] if times else np.zeros((1, 1), np.float32)
-    return feeds, known
+    return feeds, known, rows if plain and not request.sent and not request.counted else None
 
 
 def _without_missing(features: Features) -> Features:

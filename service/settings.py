@@ -62,6 +62,10 @@ class Settings(BaseSettings):
     """Requests that a worker scores at once; 0 is the processors this service may use, divided by its workers."""
     intra_op_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """Threads that share the scoring of one request."""
+    ad_side_mib: Annotated[int, Field(ge=0, le=2**20)] = 256
+    """The most memory that a worker takes for what one version of a model makes of each ad whoever asks, so as not to compute it in each
+    request; nothing is kept where the catalogue needs more. 0: it is computed in each. DeepFM with a first layer of 400 units needs 1.7 KB
+    an ad."""
     store_timeout_ms: Annotated[float, Field(gt=0, le=60_000)] = 50
     """How long a ranking waits for Redis; then it goes on without the user's state, and says so in `degraded`."""
     body_timeout_ms: Annotated[float, Field(gt=0, le=600_000)] = 5_000

@@ -11,7 +11,7 @@ import small
 import torch
 from torch import Tensor, nn
 
-from features.bundle import BundleError, load_bundle
+from features.bundle import AD_ROWS, MODEL, BundleError, load_bundle
 from features.encode import Feeds
 from features.graph_file import graph_facts
 from service.ranking.scorer import Scorer
@@ -19,7 +19,7 @@ from tests.test_networks import ONLY_AD_NUMBER
 from training.calibrate import Calibration
 from training.datasets.prepared import Prepared, open_prepared
 from training.export import export
-from training.export.export import ServedNetwork, evaluate_bundle, random_feeds, score, to_onnx, verify
+from training.export.export import FEW, ServedNetwork, ad_sides, evaluate_bundle, random_feeds, score, to_onnx, verify
 from training.export.onnx import IR, OPSET
 from training.networks.contract import CLICK, Part, RequestTensors
 from training.retrain.drift import REFERENCE, make_reference, read_reference
@@ -56,6 +56,16 @@ def test_a_graph_is_what_the_oldest_onnxruntime_takes(graphs: dict[str, bytes]) 
 @pytest.mark.parametrize("family", ["deepfm", "din"])
 def test_onnx_runtime_agrees_with_torch(graphs: dict[str, bytes], family: str) -> None:
     assert 0 < verify(graphs[family], served(family), SIZES) < 5e-6
+
+
+def test_a_graph_in_two_is_the_whole(graphs: dict[str, bytes]) -> None:
+    """Of fields of every kind. What DIN makes of an ad alone is a look-up, so that it stays whole."""
+    cases = [random_feeds(small.schema(), SIZES, *shape) for shape in FEW]
+    halves = ad_sides({MODEL: graphs["deepfm"]}, cases)
+    inputs = {entry.name for entry in session(halves["model.rest.onnx"]).get_inputs()}
+    assert inputs >= {"user_ids", "history_ids", AD_ROWS, "side_0"}
+    assert not inputs & {"ad_ids", "ad_numbers"}
+    assert not ad_sides({MODEL: graphs["din"]}, cases)
 
 
 def test_onnx_runtime_agrees_where_parts_have_no_columns() -> None:

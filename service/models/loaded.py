@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from features.bundle import AD_VECTOR, CUDA_MODEL, INT8_MODEL, MODEL, REQUEST_VECTOR, Bundle, check_files, read_bundle
+from features.bundle import AD_SIDES, AD_VECTOR, CUDA_MODEL, INT8_MODEL, MODEL, REQUEST_VECTOR, Bundle, check_files, read_bundle
 from features.encode import Feeds
 from features.schema import Schema
 
 from ..errors import NotReadyError, UnknownModelError
+from ..ranking.ad_side import AdSide
 from ..ranking.scorer import Scorer, TiledScorer, Towers
 from ..settings import Settings
 
@@ -30,6 +31,8 @@ class Model:
     precision: str = "float32"
     towers: Towers | None = None
     """What ads can be searched by, where the network has vectors."""
+    ads: AdSide | None = None
+    """Where it keeps what it makes of ads alone."""
 
     @property
     def name(self) -> str:
@@ -91,8 +94,9 @@ def load_model(path: Path, settings: Settings, beside: Executor, others: Collect
     bundle.check_goldens(scorer.score, graph)
     for behaviours, candidates in scorer.warm_up(schema.history_length):
         scorer.score(_blank(schema, behaviours, candidates))
+    ads = AdSide(scorer.ad_side, settings.ad_side_mib * 2**20) if _halves(bundle, graph, settings) else None
     towers = beside.submit(_towers, bundle).result()
-    return Model(bundle, scorer, time.time(), "int8" if graph == INT8_MODEL else "float32", towers)
+    return Model(bundle, scorer, time.time(), "int8" if graph == INT8_MODEL else "float32", towers, ads)
 
 
 def _towers(bundle: Bundle) -> Towers | None:
@@ -104,7 +108,14 @@ def _towers(bundle: Bundle) -> Towers | None:
 def _open(bundle: Bundle, graph: str, settings: Settings) -> Scorer:
     if settings.device == "cuda":
         return TiledScorer(bundle.path / graph, settings.device, bundle.schema.history_length)
-    return Scorer(bundle.path / graph, settings.device, settings.intra_op_threads)
+    ads, rest = _halves(bundle, graph, settings) or (None, graph)
+    return Scorer(bundle.path / rest, settings.device, settings.intra_op_threads, bundle.path / ads if ads else None)
+
+
+def _halves(bundle: Bundle, graph: str, settings: Settings) -> tuple[str, str] | None:
+    """The files of a graph in two, of ads and of the rest, where it is served so."""
+    halves = AD_SIDES.get(graph) if settings.device == "cpu" and settings.ad_side_mib else None
+    return halves if halves and bundle.files.issuperset(halves) else None
 
 
 def graph_of(bundle: Bundle, settings: Settings) -> str:

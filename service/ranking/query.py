@@ -109,6 +109,14 @@ class Encoded(NamedTuple):
     behaviours: int
     degraded: list[Degraded]
     """What the model does without."""
+    rows: Ids | None = None
+    """Those of the catalogue's table that the candidates are, where they are no more than that."""
+
+    @property
+    def scored(self) -> Feeds:
+        """What the model is given: in place of its candidates' tensors what it has made of them before, where it keeps that."""
+        ads = self.model.ads
+        return self.feeds if ads is None or self.rows is None else {**self.feeds, **ads.of(self.view.table, self.rows)}
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from features.counting import numbers_of
-from features.encode import Feeds, FieldError, Request, encode_request
+from features.encode import Feeds, FieldError, Request, encode_rows
 from features.schema import IDENTITY
 from features.state import Store, StoreError, UserState
 from features.vocabulary import Numbers
@@ -105,7 +105,7 @@ class Ranker:
         asked.note(encoded)
         scorer = model.scorer.whole if query.heads else model.scorer
         if encoded.request.candidates:
-            scores = await self._scoring.score(scorer, encoded.feeds, stages, query.deadline)
+            scores = await self._scoring.score(scorer, encoded.scored, stages, query.deadline)
         else:  # no ad of the catalogue passes the filters
             scores = scorer.none
         stages.enter("post")
@@ -128,7 +128,7 @@ class Ranker:
         stages.enter(None)
         began, stage = time.perf_counter(), "queue"
         try:
-            scores = await challenge.score(canary, encoded.feeds, patience)
+            scores = await challenge.score(canary, encoded.scored, patience)
             stage = "inference"
         finally:
             stages.add(stage, began, time.perf_counter())
@@ -188,12 +188,12 @@ class Asked:
             of_user, of_ads = numbers_of(view.table, request.candidates, usable.counts, self.ts)
             request = replace(request, stored={**request.stored, **of_user}, counted=of_ads)
         try:
-            feeds, known = encode_request(view.table, request)
+            feeds, known, rows = encode_rows(view.table, request)
         except FieldError as error:
             raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
         view.renew()
         behaviours = min(len(request.history), model.bundle.schema.history_length)
-        return Encoded(self.query, model, request, feeds, known, view, repeated, behaviours, degraded)
+        return Encoded(self.query, model, request, feeds, known, view, repeated, behaviours, degraded, rows)
 
     def note(self, encoded: Encoded) -> None:
         """Tell the metrics what is about to be scored, and by which version."""

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-from features.bundle import ATTENTION, CONTRIBUTIONS, MOST_GRAPH_BYTES
+from features.bundle import AD_ROWS, ATTENTION, CONTRIBUTIONS, MOST_GRAPH_BYTES
 from features.encode import Block, Feeds
 from features.files import read
 from features.graph_file import GraphFileError, graph_facts
@@ -54,8 +54,9 @@ log = logging.getLogger(__name__)
 class Scorer:
     """Scores requests with one model. Safe to use from several threads at once."""
 
-    def __init__(self, model: Path, device: str, threads: int) -> None:
-        """Load a model onto `cpu` or `cuda`, `threads` threads to one request.
+    def __init__(self, model: Path, device: str, threads: int, ads: Path | None = None) -> None:
+        """Load a model onto `cpu` or `cuda`, `threads` threads to one request. `ads` is the graph that makes of ads what the model takes
+        instead, if it does.
 
         Raises:
             ScoringError: the device is not available, or the file is not a model with the output `p_click`.
@@ -63,6 +64,7 @@ class Scorer:
         self.provider, self.threads = PROVIDERS[device], threads
         _check_there(device)
         self._session = _open(model, self.provider, _options(threads))
+        self._ads = None if ads is None else _open(ads, self.provider, _options(threads))
         if self.provider not in self._session.get_providers():  # it falls back to the CPU by itself, many times slower
             raise DeviceError(f"device {device} is not available: {self.provider} did not start, the log says what it misses; {INSTALL}")
         self.inputs = tuple(entry.name for entry in self._session.get_inputs())
@@ -112,15 +114,19 @@ class Scorer:
         """Behaviours and candidates of requests to score before the first real one: first runs of a size allocate."""
         return [(max(1, min(behaviours, history_length)), candidates) for behaviours, candidates in WARM_SHAPES]
 
+    def ad_side(self, feeds: Feeds) -> Feeds:
+        """What the model makes of the ads `(R, C)` of some tensors alone: `(R * C, ...)`. Raises as `score` does."""
+        assert self._ads is not None  # noqa: S101  # it has such a graph, or nobody asks
+        outputs = [entry.name for entry in self._ads.get_outputs()]
+        made = _run(self._ads, outputs, [entry.name for entry in self._ads.get_inputs()], feeds)
+        return {name: values.reshape(-1, *values.shape[2:]) for name, values in zip(outputs, made, strict=True)}
+
     def run(self, feeds: Feeds) -> Numbers:
-        """The probabilities of one slice; raises as `score` does."""
-        try:
-            wanted = {name: feeds[name] for name in self.inputs}
-            scores = together(self._session.run(self._outputs, wanted))
-        except KeyError as error:
-            raise ScoringError(f"the model takes {error.args[0]}, which its schema does not make") from error
-        except MISFITS as error:
-            raise ScoringError(f"the model failed: {error}") from error
+        """The probabilities of one slice, which may have what `ad_side` gives, and the rows `AD_ROWS`; raises as `score` does."""
+        if self._ads is not None and AD_ROWS not in feeds:
+            requests, candidates = feeds["ad_ids"].shape[:2]
+            feeds = {**feeds, **self.ad_side(feeds), AD_ROWS: np.arange(requests * candidates).reshape(requests, candidates)}
+        scores = together(_run(self._session, self._outputs, self.inputs, feeds))
         shape = *next(tensor.shape[:2] for name, tensor in feeds.items() if name.startswith("ad_")), *self._last_axis
         if scores.dtype != np.float32 or scores.shape != shape:
             raise ScoringError(f"the model gave {scores.dtype} {scores.shape}, expected float32 {shape}")
@@ -281,6 +287,16 @@ class Bound:
             value.update_inplace(self.inputs[name])
         self._session.run_with_iobinding(self._binding, self._options)
         return together([output.numpy() for output in self._outputs])
+
+
+def _run(session: ort.InferenceSession, outputs: Sequence[str], inputs: Sequence[str], feeds: Feeds) -> list[Numbers]:
+    try:
+        found: list[Numbers] = session.run(outputs, {name: feeds[name] for name in inputs})
+    except KeyError as error:
+        raise ScoringError(f"the model takes {error.args[0]}, which its schema does not make") from error
+    except MISFITS as error:
+        raise ScoringError(f"the model failed: {error}") from error
+    return found
 
 
 def together(heads: Sequence[Numbers]) -> Numbers:

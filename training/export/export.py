@@ -4,7 +4,7 @@ The graph takes the tensors of `Schema.tensors` and gives `p_click (R, C)`, cali
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from features.ages import UNKNOWN_TIME
 from features.bundle import (
+    AD_SIDES,
     AD_VECTOR,
     CUDA_MODEL,
     GOLDENS,
@@ -52,6 +53,7 @@ from ..tenure import IDLE
 from ..train import Trained
 from ..train_settings import TrainError, TrainSettings
 from ..weights import CALIBRATION, WEIGHTS, packed
+from .ad_side import ad_side, check_ad_side
 from .deviations import deviations_file
 from .explain import explain_graph, tensors_of
 from .graph import chunks, feeds_of, open_graph
@@ -276,6 +278,7 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
             graphs[INT8_MODEL] = coarse
             session = open_graph(coarse)
             goldens = [replace(golden, p_click_int8=session.run(["p_click"], golden.feeds(encoder))[0][0].tolist()) for golden in goldens]
+    graphs |= ad_sides(graphs, [random_feeds(encoder.schema, sizes, *shape) for shape in FEW])
     metrics: dict[str, Any] = {split: m.as_dict() for split, m in trained.metrics.items()}
     if others:
         metrics["heads"] = {head: {split: m.as_dict() for split, m in found.items()} for head, found in trained.head_metrics.items()}
@@ -301,6 +304,20 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
     }
     facts["libraries"] = {library: version(library) for library in ("numpy", "torch", "onnx", "onnxruntime")}
     return files, facts
+
+
+def ad_sides(graphs: Mapping[str, bytes], cases: Sequence[Feeds]) -> dict[str, bytes]:
+    """The graphs in two, by file, where that pays, verified on some requests.
+
+    Raises:
+        BundleError: ONNX Runtime does not make the same of them.
+    """
+    halves: dict[str, bytes] = {}
+    for file in AD_SIDES.keys() & graphs.keys():
+        if parts := ad_side(graphs[file]):
+            check_ad_side(graphs[file], parts, cases, TOLERANCE)
+            halves |= dict(zip(AD_SIDES[file], parts, strict=True))
+    return halves
 
 
 def _retrieval(data: Prepared, trained: Trained, sizes: dict[str, int]) -> dict[str, bytes]:
