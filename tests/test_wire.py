@@ -51,7 +51,7 @@ def plainly(ranking: Ranking, timings: dict[str, float]) -> bytes:
 @given(ADS, st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.lists(st.tuples(IDS, st.just("top_k")), max_size=2))
 def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explained, explored, omitted):
     scores = np.array([ad[1] for ad in ads], np.float32)
-    clicks = shortest(scores).tolist()
+    clicks = shortest(scores)
     degraded = [Degraded("user", "store_timeout", "sent_features")] if with_known else []
     model = SimpleNamespace(facts=lambda: {"name": "din", "version": "1", "schema": "f"})
     encoded = SimpleNamespace(model=model, degraded=degraded)
@@ -83,5 +83,5 @@ def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explaine
 @given(st.lists(SCORES, min_size=1))
 def test_a_probability_is_the_shortest_decimal_of_its_float32(scores):
     given_scores = np.array(scores, np.float32)
-    assert shortest(given_scores).tolist() == [float(str(score)) for score in given_scores]
-    assert np.array_equal(shortest(given_scores).astype(np.float32), given_scores)
+    assert shortest(given_scores) == [float(str(score)) for score in given_scores]
+    assert np.array_equal(np.array(shortest(given_scores), np.float32), given_scores)

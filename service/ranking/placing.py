@@ -1,6 +1,6 @@
 """From scores to a ranking: what candidates are worth, which of them may stand in the answer, and in which order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,13 @@ def ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ra
     if np.count_nonzero(finite) < len(finite):
         encoded.degraded.append(Degraded("inference", "not_finite", "omitted"))
         heads = np.where(finite, heads, np.float32(0))
-    p = {name: shortest(head) for name, head in zip(encoded.model.scorer.heads, heads, strict=False)}
+    plain = query.bids is None and not query.weights and query.min_score is None and query.policy is None
+    p = {name: np.array(shortest(head), np.float64) for name, head in zip(encoded.model.scorer.heads, () if plain else heads, strict=False)}
     bids = query.bids if query.bids is None or repeated is None else query.bids.take(repeated)
     worth, rankable = worth_of(query.objective, bids, p, query.weights, heads[0]), _rankable(encoded)
-    rows, low = _fit(encoded, finite & rankable, p[CLICK], worth)
+    rows, low = _fit(encoded, finite & rankable, p, worth)
     best = best_first(rows, worth.by, ad_ids)
-    placed = _placed(encoded, best, worth, _policy(encoded, p[CLICK], best), random)
+    placed = _placed(encoded, best, worth, _policy(encoded, p, best), random)
     kept = placed.order
     places, known = kept.tolist(), encoded.known.take(kept)
     omitted = [] if repeated is None else [(ad_id, "duplicate") for ad_id in _others(query.ad_ids, repeated)]
@@ -51,7 +52,7 @@ def ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ra
         encoded,
         rows,
         list(map(ad_ids.__getitem__, places)),
-        p[CLICK].take(kept).tolist(),
+        shortest(heads[0].take(kept)),
         None if worth.ecpm is None else from_micros(worth.ecpm.take(kept)),
         None if np.count_nonzero(known) == len(known) else known.tolist(),
         omitted,
@@ -73,13 +74,13 @@ def ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ra
     return ranking
 
 
-def _fit(encoded: Encoded, fit: Mask, clicks: Floats, worth: Worth) -> tuple[Ids, dict[str, Mask]]:
+def _fit(encoded: Encoded, fit: Mask, p: Mapping[str, Floats], worth: Worth) -> tuple[Ids, dict[str, Mask]]:
     """Which of the candidates that can be ranked reach the floors, or are pinned; and those that do not, by floor."""
     query, low = encoded.query, dict[str, Mask]()
     if query.min_score is None and query.reserve is None:
         return fit.nonzero()[0], low
     if query.min_score is not None:
-        low["below_floor"] = fit & (clicks < query.min_score)
+        low["below_floor"] = fit & (p[CLICK] < query.min_score)
     if query.reserve is not None and worth.ecpm is not None:
         low["below_reserve"] = fit & (worth.ecpm < query.reserve)
     pinned = list(_pinned(encoded).values()) if query.rules else []
@@ -90,8 +91,8 @@ def _fit(encoded: Encoded, fit: Mask, clicks: Floats, worth: Worth) -> tuple[Ids
     return fit.nonzero()[0], low
 
 
-def _policy(encoded: Encoded, clicks: Floats, best: Ids) -> Policy | None:
-    """The query's policy for rows that stand best first; of p(click) `(C,)` a logit's deviation makes one of its logarithm."""
+def _policy(encoded: Encoded, p: Mapping[str, Floats], best: Ids) -> Policy | None:
+    """The query's policy for rows that stand best first; of p(click) a logit's deviation makes one of its logarithm."""
     policy = encoded.query.policy
     if not isinstance(policy, Thompson):
         return policy
@@ -99,7 +100,7 @@ def _policy(encoded: Encoded, clicks: Floats, best: Ids) -> Policy | None:
     if bundle.ad_deviations is None:  # of a canary: those that rank by default are asked before
         return EpsilonGreedy(0.0)
     column = next(slot.start for slot in bundle.encoder.layouts["ad"].ids if slot.field.name == IDENTITY["ad"])
-    return Thompson((1 - clicks.take(best)) * bundle.ad_deviations[encoded.feeds["ad_ids"][0, best, column]])
+    return Thompson((1 - p[CLICK].take(best)) * bundle.ad_deviations[encoded.feeds["ad_ids"][0, best, column]])
 
 
 def _placed(encoded: Encoded, best: Ids, worth: Worth, policy: Policy | None, random: np.random.Generator) -> Placed:
@@ -159,6 +160,7 @@ def _others(ad_ids: Sequence[str], ranked: Sequence[int]) -> list[str]:
     return [ad_id for i, ad_id in enumerate(ad_ids) if i not in places]
 
 
-def shortest(scores: Numbers) -> Floats:
-    """The shortest decimals that are these finite float32, as float64."""
-    return np.array(orjson.loads(orjson.dumps(np.ascontiguousarray(scores), option=orjson.OPT_SERIALIZE_NUMPY)), np.float64)
+def shortest(scores: Numbers) -> list[float]:
+    """The shortest decimals that are these finite float32."""
+    decimals: list[float] = orjson.loads(orjson.dumps(np.ascontiguousarray(scores), option=orjson.OPT_SERIALIZE_NUMPY))
+    return decimals
