@@ -1,6 +1,7 @@
 -- Attribution (docs/log.md) in Spark's SQL, equal row for row to training/join/attribution.py. It reads three views: `impressions` and
 -- `events`, the files of LOG/raw/impressions and LOG/raw/events, and `settings`, one row of seconds (docs/scale.md makes them).
--- A row is an ad that was shown; more columns of the files may be named beside `policy`, and of lists beside `p_click`.
+-- A row is an ad that was shown; more columns of the files may be named beside `policy`, and of lists beside `p_click`. What is fitted to the whole
+-- log, `conversion_maturity`, `adrank attribute` alone has.
 WITH
 rankings AS (  -- what stands twice, as after a kill, is one
   SELECT * FROM (
