@@ -156,18 +156,17 @@ class TestWaitedFor:
     """What may mend itself: the service answers, is unready, says why, and says it once in its log."""
 
     async def test_a_wrong_password(self, server, repository, tmp_path):
-        workers = 2
         await fill(server.url)
         with Redis.from_url(server.url) as redis:
             redis.config_set("requirepass", "secret")
-        async with starting(tmp_path, models=repository, redis=with_password(server, "mended"), workers=workers) as (client, log):
+        async with starting(tmp_path, models=repository, redis=with_password(server, "mended")) as (client, log):
             readiness = {"store": {}, "catalogue": {}}
             async with asyncio.timeout(PATIENCE):
                 while {readiness[part].get("reason") for part in ("store", "catalogue")} != {"store_denied"}:
                     readiness = await unready(
                         client, "the store refuses the service's user or password, or the user lacks a permission; the"
                     )
-            await logged(log, "refuses the user name or password", workers)
+            await logged(log, "refuses the user name or password", 1)
             with Redis.from_url(with_password(server, "secret")) as redis:
                 redis.config_set("requirepass", "mended")
             await until_ready(client, "ready")
