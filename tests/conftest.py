@@ -247,6 +247,24 @@ def server() -> Iterator[Server]:
     server.stop()
 
 
+@pytest.fixture
+def streams(server: Server) -> Any:
+    """Who writes into the streams of a server, which hold nothing."""
+    from joining import Writer  # noqa: PLC0415  # it needs polars, which tests of the service do without
+
+    writer = Writer(server.url)
+    writer.redis.flushall()
+    return writer
+
+
+@pytest.fixture
+def joining(server: Server, tmp_path: Path, repository: Path) -> Any:
+    """Sinks of its streams into a log, hours after what `ranking` and `click` make."""
+    from joining import T0, Joining  # noqa: PLC0415
+
+    return Joining(server.url, tmp_path / "log", repository, at=T0 + 10_000)
+
+
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with the models `din` and `other`."""

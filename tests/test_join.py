@@ -5,7 +5,7 @@ from dataclasses import replace
 import bundles
 import polars as pl
 import pytest
-from joining import ADS, T0, Joining, Writer, click, conversion, impression, ranking, table, tensor_bytes
+from joining import ADS, T0, click, conversion, impression, ranking, table, tensor_bytes
 
 from features.events import Event, pack_event
 from features.served import pack_served
@@ -19,15 +19,8 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def streams(shared_server):
-    writer = Writer(shared_server.url)
-    writer.redis.flushall()
-    return writer
-
-
-@pytest.fixture
-def joining(shared_server, streams, tmp_path, repository):
-    return Joining(shared_server.url, tmp_path / "log", repository, at=T0 + 10_000)
+def server(shared_server):
+    return shared_server
 
 
 async def test_a_row_holds_what_was_served_and_what_came_of_it(streams, joining):

@@ -9,7 +9,7 @@ import logs
 import polars as pl
 import pytest
 import small
-from joining import T0, Joining, Writer, click, conversion, impression, messy, ranking
+from joining import T0, click, conversion, impression, messy, ranking
 from test_cli import run
 
 from training.datasets.log import open_log
@@ -20,15 +20,8 @@ DAY = 86_400.0
 
 
 @pytest.fixture
-def streams(shared_server):
-    writer = Writer(shared_server.url)
-    writer.redis.flushall()
-    return writer
-
-
-@pytest.fixture
-def joining(shared_server, streams, tmp_path, repository):
-    return Joining(shared_server.url, tmp_path / "log", repository, at=T0 + 10_000)
+def server(shared_server):
+    return shared_server
 
 
 def ads_of(joining, name="r1"):

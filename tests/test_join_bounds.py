@@ -20,16 +20,6 @@ pytestmark = pytest.mark.anyio
 MB = 2**20
 
 
-@pytest.fixture
-def streams(server):
-    return Writer(server.url)
-
-
-@pytest.fixture
-def joining(server, tmp_path, repository):
-    return Joining(server.url, tmp_path / "log", repository, at=T0 + 10_000)
-
-
 def explored(number: int, candidates: int = 400, **more):
     """A ranking of about 100 bytes a candidate."""
     chance = random.Random(number)

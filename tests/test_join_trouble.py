@@ -43,16 +43,6 @@ from training.join.sink import Sink
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def streams(server):
-    return Writer(server.url)
-
-
-@pytest.fixture
-def joining(server, tmp_path, repository):
-    return Joining(server.url, tmp_path / "log", repository, at=T0 + 10_000)
-
-
 class Killed(BaseException):
     """Ends a sink as SIGKILL would: nothing of it runs after this."""
 
