@@ -1,15 +1,20 @@
 """What is kept of ads beside a model: the graph in two is the whole, and what is kept follows the ads."""
 
+from dataclasses import replace
+
 import bundles
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from features.bundle import AD_ROWS, BundleError
+from features.bundle import AD_ROWS, AD_SIDES, GOLDENS, MODEL, BundleError, goldens_json
 from features.encode import AdTable, Encoder, Request, encode_rows
 from service.ranking.ad_side import AdSide
+from service.ranking.executor import Inline
 from service.ranking.scorer import Scorer
+from service.settings import Settings
+from tests.test_ranker import Ranked
 from training.export.ad_side import ad_side, check_ad_side
 from training.export.export import FEW, TOLERANCE, random_feeds
 from training.export.onnx import IR, OPSET
@@ -149,3 +154,24 @@ def test_halves_that_differ_from_the_whole_are_not_published():
     check_ad_side(graph(), (ads, rest), cases, TOLERANCE)
     with pytest.raises(BundleError, match="its halves"):
         check_ad_side(graph(), (damaged.SerializeToString(), rest), cases, TOLERANCE)
+
+
+@pytest.mark.anyio
+async def test_a_service_ranks_by_halves_as_by_the_whole(tmp_path, scorers):
+    """The whole where the setting is 0; known ads, one that changed, one that nobody knows, and one with features of its own."""
+    goldens = [replace(golden, p_click=scorers[0].score(golden.feeds(ENCODER))[0].tolist()) for golden in bundles.goldens()]
+    files = dict(zip(AD_SIDES[MODEL], ad_side(graph()), strict=True))
+    bundles.publish(tmp_path, files={MODEL: graph(), GOLDENS: goldens_json(goldens), **files})
+    answers, inputs = [], []
+    for mib in (0, 1):
+        models = bundles.loaded(Settings(models=tmp_path, ad_side_mib=mib))
+        ranked = Ranked(models, Inline())
+        inputs.append("ad_ids" in models.get(None).scorer.inputs)
+        asked = [{"ad_ids": ADS}, {"ad_ids": [*ADS, "new"]}, {"ad_ids": ADS, "sent": {1: {"genre": "news", "tags": ["y"]}}}]
+        before = [(await ranked.rank(**each)).ads for each in asked]
+        put(ranked.catalogue.table(models.get(None).bundle.fingerprint), {"a3": "news"})
+        answers.append([*before, (await ranked.rank(ADS)).ads])
+        ranked.ranker.close()
+    assert inputs == [True, False]
+    assert answers[0] == answers[1]
+    assert answers[0][0] != answers[0][-1]
