@@ -71,10 +71,10 @@ scale-test: $(INSTALLED)  ## what runs on Ray, an extra, on one that is started 
 parity-test: $(INSTALLED)  ## that /rank says what training says of real rows, and a graph what torch does, for every network
 	NETWORKS=all $(BIN)/python -m pytest tests/test_parity.py tests/test_networks.py $(ARGS)
 
-site:  ## the pages of docs/, strictly: build/site-pages
-	$(PYTHON) -m venv build/site
-	build/site/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
-	NO_MKDOCS_2_WARNING=1 build/site/bin/mkdocs build
+site: $(INSTALLED)  ## the pages of docs/, strictly: build/site-pages; needs npm, for the diagrams
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	npm install --silent --no-audit --no-fund --prefix build/site mermaid@11.17.2
+	install -D build/site/node_modules/mermaid/dist/mermaid.min.js build/site-pages/javascripts/mermaid.min.js
 
 dist:  ## the wheel and the source distribution, in dist/, each installed into an environment of its own: the demo runs from the wheel
 	rm -rf dist build/dist build/from-*

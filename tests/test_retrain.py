@@ -175,7 +175,7 @@ def trained(better: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch) -> Non
     """Trainings that end at once, with what `better` has."""
     made, files = trained_of(better[0])
     monkeypatch.setattr(retraining, "train", made)
-    monkeypatch.setattr(retraining, "contents", lambda *_: (files, {}))
+    monkeypatch.setattr(retraining, "contents", lambda *_: (files | {"report.html": b"drawn"}, {}))
 
 
 @pytest.mark.parametrize(("gate", "code"), [("better", 3), ("not-worse", 0)])
@@ -200,6 +200,7 @@ def test_a_challenger_that_is_no_better_is_refused_with_exit_code_3_unless_that_
             r"log loss (\S+) against the champion's \1, difference .*: the interval must lie below 0 \(gate better\)", reason
         )
         assert (out / "report.md").read_text().startswith("**Refused shop: log loss ")
+        assert (out / "training.html").read_text() == "drawn"  # which no bundle has
         assert (current_path(models, "shop"), report["version"]) == (before, None)
 
 

@@ -30,6 +30,7 @@ from ..datasets.prepared import SPLITS, Prepared, open_prepared
 from ..export.export import METRICS, check_asked, contents
 from ..join.attribution import Attribution
 from ..networks import NETWORKS
+from ..report.files import PAGE as DRAWN
 from ..train import Start, train
 from ..train_settings import TrainSettings, overridden
 from ..weights import sampling_of, settings_of, start_of
@@ -138,7 +139,7 @@ def _challenge(order: RetrainRequest, plan: RetrainPlan, data: Prepared, report:
     training |= {f"ids of {name}": line for name, line in trained.tenure.counts.items()}
     report = replace(report, reasons=reasons, training=training, comparison=found, warnings=_warnings(order, plan, data))
     if reasons:
-        return report
+        return replace(report, trained_page=bytes(files.get(DRAWN, b"")).decode())
     if (now := _live(order)) != report.champion:
         raise RetrainError(f"the live version of {order.name} was {report.champion} and is {now} now: the comparison is void; run it again")
     seen = {**report.window.as_dict(), "held_out_from": _held_out_from(data)}

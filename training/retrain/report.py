@@ -20,6 +20,8 @@ from .data_checks import Limits, PastLog, Profile, click_rate
 
 PAGE, PICTURE, DONE = "report.md", "report.svg", "report.json"
 """In the order in which they are written: a report that has the last is whole."""
+TRAINED_PAGE = "training.html"
+"""Before them: the `report.html` of a challenger that was refused, which has no bundle."""
 TITLES = dict(
     zip(METRICS, ("AUC", "GAUC", "log loss", "normalised entropy", "calibration error", "log of p(click) / clicks, from 0"), strict=True)
 )
@@ -51,6 +53,7 @@ class Report:
     comparison: Mapping[str, Comparison] = field(default_factory=dict)
     """By head."""
     warnings: list[str] = field(default_factory=list)
+    trained_page: str = ""
 
     @property
     def verdict(self) -> str:
@@ -101,7 +104,7 @@ class Report:
         return Group(*parts)
 
     def write(self, folder: Path) -> None:
-        """Write the three files, each whole or not at all.
+        """Write the files, each whole or not at all.
 
         Raises:
             ReportError: the folder cannot be written.
@@ -109,9 +112,11 @@ class Report:
         texts = {PAGE: self.markdown(), DONE: json.dumps(self.as_dict(), indent=1)}
         if self.comparison:
             texts = {PICTURE: drawn(self.comparison["click"]), **texts}
+        if self.trained_page:
+            texts = {TRAINED_PAGE: self.trained_page, **texts}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in (PAGE, PICTURE, DONE):
+            for name in (TRAINED_PAGE, PAGE, PICTURE, DONE):
                 (folder / name).unlink(missing_ok=True)  # of an earlier run into the same folder
             for name, text in texts.items():
                 _write(folder / name, text)
