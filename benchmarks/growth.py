@@ -52,10 +52,14 @@ class StartCost:
     """What it takes to come up with so many ads."""
 
     ads: int
+    workers: int
     ready_s: float
     catalogue_s: float | None
     """Seconds that reading the catalogue took, as the service itself says."""
     resident_mib: float
+    """Of the largest process."""
+    together_mib: float
+    """Of all processes, what they share counted once (PSS)."""
 
 
 def cost(built: Built, subject: Subject, candidates: int, seconds: float) -> SizeCost:
@@ -70,16 +74,19 @@ def cost(built: Built, subject: Subject, candidates: int, seconds: float) -> Siz
     return SizeCost(len(population.ad_ids), candidates, length, *times, measured.errors)
 
 
-def grow(built: Built, redis: str, candidates: Sequence[int], seconds: float, logs: Path) -> tuple[StartCost, list[SizeCost]]:
-    """Fill the store, start one worker, and measure it at these numbers of candidates."""
+def grow(
+    built: Built, redis: str, candidates: Sequence[int], seconds: float, logs: Path, workers: int = 1
+) -> tuple[StartCost, list[SizeCost]]:
+    """Fill the store, start the workers, and measure them at these numbers of candidates."""
     asyncio.run(fill(built.benchmark_model.population, redis))
     population, port = built.benchmark_model.population, free_port()
     log = logs / f"growth-{len(population.ad_ids)}-{population.schema.history_length}.log"
-    with serving("adrank", adrank(built, redis, port, 1), port, log) as subject:
-        memory = subject.memory() / 2**20
+    with serving("adrank", adrank(built, redis, port, workers), port, log) as subject:
+        memory, together = subject.memory() / 2**20, subject.together() / 2**20
         costs = [cost(built, subject, count, seconds) for count in candidates]
     load_line = re.search(r"active ads in ([0-9.]+) s", log.read_text("utf-8", "replace"))
-    return StartCost(len(population.ad_ids), round(subject.started, 2), float(load_line[1]) if load_line else None, round(memory)), costs
+    reading = float(load_line[1]) if load_line else None
+    return StartCost(len(population.ad_ids), workers, round(subject.started, 2), reading, round(memory), round(together)), costs
 
 
 @click.command()
@@ -89,14 +96,15 @@ def grow(built: Built, redis: str, candidates: Sequence[int], seconds: float, lo
 @click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
 def main(ads: int, seconds: float, folder: Path, target: Path | None) -> None:
     """Measure growth."""
-    plans = [(SMALL, 100, CANDIDATES), (ads, 100, (LATENCY_CANDIDATES,))]
-    plans += [(SMALL, history, (LATENCY_CANDIDATES,)) for history in HISTORIES if history != 100]
+    plans: list[tuple[int, int, tuple[int, ...], int]] = [(SMALL, 100, CANDIDATES, 1), (ads // 10, 100, (), 1)]
+    plans += [(ads, 100, (LATENCY_CANDIDATES,), 1), (ads, 100, (), 2)]
+    plans += [(SMALL, history, (LATENCY_CANDIDATES,), 1) for history in HISTORIES if history != 100]
     starts, costs = [], []
     with progress_bar() as progress:
-        for count, history, candidates in progress.track(plans, description="growing"):
+        for count, history, candidates, workers in progress.track(plans, description="growing"):
             built = build(din_100(ads=count, history=history), folder)
             with ValkeyServer(config={"save": ""}) as valkey:
-                start, measured = grow(built, f"{valkey.connection_url}/0", candidates, seconds, folder / "logs")
+                start, measured = grow(built, f"{valkey.connection_url}/0", candidates, seconds, folder / "logs", workers)
             starts += [start] if history == 100 else []
             costs += measured
     document = {"start": [asdict(start) for start in starts], "cost": [asdict(cost) for cost in costs]}

@@ -47,6 +47,10 @@ class Subject:
         """Resident bytes of its largest process."""
         return max(int(process.memory_info().rss) for process in self.tree())
 
+    def together(self) -> int:
+        """Resident bytes of all its processes, what several share counted once."""
+        return sum(int(process.memory_full_info().pss) for process in self.tree())
+
     def connections(self) -> list[int]:
         """Open connections of each process that has some."""
         counts = []
