@@ -73,14 +73,18 @@ def test_what_was_trained_is_measured_calibrated_and_described(data: Prepared) -
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_training_stops_drops_its_rate_and_ends_with_its_best_epoch(rows: tuple[Rows, Rows]) -> None:
+@pytest.mark.parametrize(("family", "flat_below", "by_loss"), [("deepfm", 0, False), ("dcn", 1_000, True)])
+def test_training_stops_drops_its_rate_and_ends_with_its_best_epoch(
+    rows: tuple[Rows, Rows], monkeypatch: pytest.MonkeyPatch, family: str, flat_below: int, by_loss: bool
+) -> None:
+    monkeypatch.setattr("training.fit.LOSS_ROWS", 100)
     train, valid = rows
     noise = replace(train, labels=np.random.default_rng(5).integers(0, 2, len(train)).astype(np.float32))  # only to be learned by heart
     given = {"epochs": 40, "batch": 64, "learning_rate": 0.05, "drop": 0.5, "patience": 3, "embedding_l2": 0.0}
-    settings = TrainSettings(**given, least_steps=0, unknown_rate=0, flat_below=0)
-    network = small.network("deepfm")
+    settings = TrainSettings(**given, least_steps=0, unknown_rate=0, flat_below=flat_below)
+    network = small.network(family)
     epochs = fit_network(network, noise, valid, settings, small.quiet())
-    scores = [epoch.valid.auc for epoch in epochs]
+    scores = [-epoch.valid.log_loss if by_loss else epoch.valid.auc for epoch in epochs]
     best = int(np.argmax(scores))
     assert len(epochs) < 40
     # The last gain on all before is `patience` epochs before the end, and it is the best.
@@ -93,7 +97,8 @@ def test_training_stops_drops_its_rate_and_ends_with_its_best_epoch(rows: tuple[
     assert rate < 0.05
     assert not network.training
     p_click = Calibration().on_log(predict(network, valid))
-    assert auc(valid.labels, p_click) == scores[best] > scores[-1]
+    assert (auc(valid.labels, p_click), scores[best]) == (epochs[best].valid.auc, epochs[best].score)
+    assert scores[best] > scores[-1]
     assert epochs[-1].train_loss < epochs[0].train_loss
 
 
@@ -104,7 +109,7 @@ def test_every_step_decays_the_embeddings(rows: tuple[Rows, Rows]) -> None:
         settings = TrainSettings(**{**ALONE, "epochs": 2}, batch=20, learning_rate=0.02, embedding_l2=l2, flat_below=0)
         fit_network(network, rows[0], rows[1], settings, small.quiet())
         norms.append([float(embeddings.table.weight.detach().norm()) for embeddings in tables(network)])
-    assert all(decayed < 0.8 * free for free, decayed in zip(*norms, strict=True))
+    assert all(decayed < 0.95 * free for free, decayed in zip(*norms, strict=True))
 
 
 @pytest.mark.parametrize("family", ["deepfm", "din"])
@@ -212,7 +217,7 @@ def used(embeddings: Embeddings, train: Rows, i: int) -> list[int]:
     found: list[int] = []
     for name, part in zip(("user", "history", "ad"), train.batch(np.array([i]))[:3], strict=True):
         whole = part if part.rows is None else Part(part.ids[part.rows], part.numbers[part.rows])
-        found += [row for row in embeddings.table_rows(name, whole.ids).flatten().tolist() if row]
+        found += [] if name not in embeddings else [row for row in embeddings.table_rows(name, whole.ids).flatten().tolist() if row]
     return found
 
 

@@ -44,8 +44,8 @@ class TrainSettings:
     """Steps before `patience` counts and the learning rate falls: a small log's epoch is a few."""
     flat_below: int = 100_000
     """On fewer rows than this a network that has a first order, and is trained from scratch, learns that alone until valid stops gaining,
-    as a regression would, and then all of itself. 0: all learns at once, as where half of `epochs` are fewer steps than half of
-    `least_steps`."""
+    as a regression would, and then all of itself; and log loss on a valid of 500 rows, not AUC, tells the best epoch. 0: all learns
+    at once, as where half of `epochs` are fewer steps than half of `least_steps`."""
     first_l2: float = 0.0
     """λ of the decay of the first order where `regularise` is `table`; 0: below `flat_below` one over the rows of train, from there on
     that of all embeddings."""

@@ -146,7 +146,7 @@ class Tuning:
         with deterministic(loop), Progress(console=Console(quiet=True), disable=True) as nobody:
             network = build(self.family, self.fields, settled(network_settings, len(self.train) < loop.flat_below))
             epochs = fit_network(network, self.train, self.valid, loop, nobody, each=lambda epoch: watch(trial, epoch))
-        return max(score_of(epoch.valid) for epoch in epochs)
+        return score_of(max(epochs, key=lambda epoch: epoch.score).valid)
 
     def _settings(self, tried: Mapping[str, str]) -> tuple[Any, TrainSettings]:
         network, loop, *_ = overridden({**self.given, **tried}, NETWORKS[self.family].settings(), TrainSettings(), Gate(), Enough())

@@ -19,7 +19,7 @@ from ..datasets.log import ImpressionLog
 from ..datasets.prepared import SPLITS, Prepared, column_of, columns_of
 from ..datasets.vocabularies import joined
 from ..evaluate import auc, reliability
-from ..fit import Epoch, predict, predict_heads, score_of
+from ..fit import Epoch, predict, predict_heads
 from ..importance import importances_of
 from ..networks.contract import CLICK
 from ..segments import segments
@@ -47,7 +47,7 @@ def findings(data: Prepared, trained: Trained, reference: Mapping[str, Any], pro
         "data": data.schema.name,
         "metrics": {split: m.as_dict() for split, m in trained.metrics.items()} | others,
         "epochs": [epoch_told(each) for each in trained.epochs],
-        "best": max(trained.epochs, key=lambda each: score_of(each.valid)).number if trained.epochs else None,
+        "best": max(trained.epochs, key=lambda each: each.score).number if trained.epochs else None,
         "roc": thinned(false, true),
         "precision_recall": thinned(recall[::-1], precision[::-1]),
         "reliability": reliability_told(rows.labels, p),
