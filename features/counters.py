@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,12 +126,17 @@ def decayed(counts: Any, seconds: Any, window: Any) -> Any:
     return counts * np.exp(-np.maximum(seconds, 0.0) / window)
 
 
+def decayed_one(count: Sequence[float] | None, ts: float, window: float) -> float:
+    """The same of one count (how much, and when) at a time, without what an array costs; None: nothing was counted."""
+    return 0.0 if count is None else count[0] * math.exp(-max(ts - count[1], 0.0) / window)
+
+
 def counted(count: Sequence[float], ts: float, window: float) -> tuple[float, float]:
     """A count (how much, and when) with one more event at `ts`, which may be before its time."""
     much, last = count
     if ts < last:
-        return float(much + decayed(1.0, last - ts, window)), last
-    return float(decayed(much, ts - last, window) + 1.0), ts
+        return much + decayed_one((1.0, ts), last, window), last
+    return decayed_one(count, ts, window) + 1.0, ts
 
 
 def counts_before(groups: Any, ts: Any, happened: Any, window: float) -> Array:
@@ -176,7 +182,8 @@ def are_counts(document: Any) -> bool:
     if type(document) is not dict or not set(map(type, document.values())) <= {dict}:
         return False
     pairs = [pair for each in document.values() for pair in each.values()]
-    return all(type(pair) is list and len(pair) == 2 and {*map(type, pair)} <= {int, float} for pair in pairs)
+    whole = {*map(type, pairs)} <= {list} and {*map(len, pairs)} <= {2}
+    return whole and {*map(type, chain.from_iterable(pairs))} <= {int, float}
 
 
 def tallies_of(counters: Sequence[Counter]) -> Iterator[Tally]:

@@ -1,43 +1,48 @@
 """The counters of a request: what was counted with its user and its candidates, as the numbers of fields. Knows nothing about events."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .counters import Array, Counts, Part, Tally, decayed
+from .counters import Array, Counts, Part, Tally, decayed_one
 from .encode import AdTable, Features
 from .events import Event
 from .values import ValueTextError, text_of
 from .vocabulary import UNKNOWN, Ids
 
-
-def numbers_of(table: AdTable, ad_ids: Sequence[str], counts: Counts, ts: float) -> tuple[dict[str, float], dict[str, Array]]:
-    """The counters of a user, and of ads `(n,)`, by field, at a time; `counts` are the user's."""
-    encoder, rows = table.encoder, table.rows(ad_ids)
-    now: dict[Tally, Any] = table.counts(rows, ts) if table.tallies else {}
-    for tally in encoder.tallies:
-        if tally.by == "user":
-            kept = counts.get(tally.key, {})
-            much, last = np.array(list(kept.values()), np.float64).reshape(-1, 2).T
-            now[tally] = _beside(table, tally, ad_ids, rows, list(kept), decayed(much, ts - last, tally.window).tolist())
-    numbers = {name: counter.of_counts([now[tally] for tally in counter.tallies]) for name, counter in encoder.schema.counters.items()}
-    of_user = {name: float(number) for name, number in numbers.items() if np.ndim(number) == 0}
-    return of_user, {name: number for name, number in numbers.items() if name not in of_user}
+NOTHING: Mapping[str, Sequence[float]] = {}
 
 
-def _beside(table: AdTable, tally: Tally, ad_ids: Sequence[str], rows: Ids, values: list[str], much: list[float]) -> Any:
-    """What a user's counts come to beside ads. Values that the vocabulary does not know cannot be told from each other: none counts."""
-    if not tally.value:
-        return much[0] if much else 0.0
-    if tally.value == "ad_id":
-        by_id = dict(zip(values, much, strict=True))
-        return np.array([by_id.get(ad_id, 0.0) for ad_id in ad_ids])
-    slot = next(slot for slot in table.encoder.layouts["ad"].ids if slot.field.name == tally.value)
-    ids = table.encoder.vocabularies.categories[slot.field.vocabulary].encode(values).tolist()
-    found = dict(zip(ids, much, strict=True))
-    own = table.block.ids[rows, slot.start].tolist()
-    return np.array([found.get(each, 0.0) if each > UNKNOWN else 0.0 for each in own])
+def numbers_of(table: AdTable, ad_ids: Sequence[str], rows: Ids, counts: Counts, ts: float) -> tuple[dict[str, float], dict[str, Array]]:
+    """The counters of a user, and of ads `(n,)` in these rows, by field, at a time; `counts` are the user's."""
+    with_ads = table.counts(rows, ts) if table.tallies else np.zeros((0, len(rows)))
+    of_ads: dict[str, Array] = {
+        name: counter.of_counts([with_ads[row] for row in made_of]) for name, counter, made_of in table.encoder.ad_counters
+    }
+    of_user = dict[str, float]()
+    for name, counter, keys, least in table.encoder.user_counters:
+        kept = [counts.get(key, NOTHING) for key in keys]
+        touched = {*kept[0], *kept[-1]}
+        if counter.value == "ad_id":
+            touched.intersection_update(ad_ids)
+        now = {value: counter.of_counts([decayed_one(each.get(value), ts, counter.window) for each in kept]) for value in touched}
+        if not counter.value:
+            of_user[name] = now.get("", least)
+        elif not now:
+            of_ads[name] = np.full(len(ad_ids), least)
+        elif counter.value == "ad_id":
+            of_ads[name] = np.array([now.get(ad_id, least) for ad_id in ad_ids])
+        else:
+            of_ads[name] = _beside(table, counter.value, rows, now, least)
+    return of_user, of_ads
+
+
+def _beside(table: AdTable, name: str, rows: Ids, now: Mapping[str, float], least: float) -> Array:
+    """What stands beside ads by the values that they have; those that the vocabulary does not know, all one to it, have nothing."""
+    slot = next(slot for slot in table.encoder.layouts["ad"].ids if slot.field.name == name)
+    lookup = table.encoder.vocabularies.categories[slot.field.vocabulary]
+    by_id = {id_: number for value, number in now.items() if (id_ := lookup.id(value)) > UNKNOWN}
+    return np.array([by_id.get(each, least) for each in table.block.ids[:, slot.start].take(rows).tolist()])
 
 
 def parts_of(event: Event, tallies: Sequence[Tally], ad: Features) -> tuple[list[Part], list[Part]]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 
 from .ages import UNKNOWN_TIME, ages_of
-from .counters import Array, Counts, Tally, decayed, tallies_of
+from .counters import Array, Counts, decayed, tallies_of
 from .index import RowIndex
 from .schema import AGES, FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, lay_out
 from .values import ValueTextError, text_of
@@ -124,6 +124,12 @@ class Encoder:
         self._fields = {(field.side, field.name): field for field in schema.fields}
         self.tallies = list(tallies_of(list(schema.counters.values())))
         """What is counted for this schema."""
+        of_ads = [tally for tally in self.tallies if tally.by == "ad"]
+        named = schema.counters.items()
+        self.ad_counters = [(name, each, [of_ads.index(tally) for tally in each.tallies]) for name, each in named if each.by == ("ad",)]
+        """Counters by ad, by name, and the rows of `AdTable.counts` that each is made of."""
+        self.user_counters = [(name, each, [tally.key for tally in each.tallies], each.least) for name, each in named if each.by != ("ad",)]
+        """Counters by user, the keys that each is made of, and the number of what nothing has happened to."""
         self._nobody = frozenset(("", *schema.nobody))
         self._padding = frozenset(schema.history_padding)
         ad = self.layouts["ad"]
@@ -175,12 +181,14 @@ class Encoder:
 
     def _numbers(self, field: Field, values: Any, rows: int) -> Numbers:
         raw = np.full(rows, np.nan) if values is None else np.array(values, np.float64)
-        raw = np.where(np.isnan(raw), float(field.missing), raw)
+        return self._scaled(field, np.where(np.isnan(raw), float(field.missing), raw))
+
+    def _scaled(self, field: Field, raw: Array) -> Numbers:
         if field.transform == "log":
-            raw = np.sign(raw) * np.log1p(np.abs(raw))
+            raw = np.copysign(np.log1p(np.abs(raw)), raw)
         elif field.transform == "standard":
             moments = self.vocabularies.moments[field.path]
-            raw = np.zeros(rows) if moments.constant else (raw - moments.mean) / moments.deviation
+            raw = np.zeros(len(raw)) if moments.constant else (raw - moments.mean) / moments.deviation
         return raw.astype(np.float32)
 
     def encode_one(self, side: Side, features: Features, identity: str | None = None) -> Block:
@@ -288,7 +296,7 @@ class Encoder:
         """Write columns of numbers `(n,)`, by field, into an ad block."""
         for slot in self.layouts["ad"].numbers:
             if slot.field.name in columns:
-                block.numbers[:, slot.start] = self._numbers(slot.field, columns[slot.field.name], len(block))
+                block.numbers[:, slot.start] = self._scaled(slot.field, columns[slot.field.name])
 
     def feeds(self, blocks: Mapping[str, Block]) -> Feeds:
         """The tensors that a network takes, by name, from blocks of one request; blocks without columns are left out."""
@@ -332,9 +340,9 @@ class AdTable:
         self.vectors: dict[AdTower, Numbers] = {}
         """Of all rows `(rows or more, K)`, by each tower that was asked to give them."""
         self.tallies = [tally for tally in encoder.tallies if tally.by == "ad"]
-        self._counts = np.zeros((rows, len(self.tallies), 2))
+        self._counts, self._counted = np.zeros((2, rows, len(self.tallies)))
         """By row and tally how much was counted, and when."""
-        self._windows = np.array([tally.window for tally in self.tallies])
+        self._windows, self._keys = np.array([tally.window for tally in self.tallies]), [tally.key for tally in self.tallies]
         self._revisions, self._revision = np.zeros(rows, np.int64), 0
 
     def __len__(self) -> int:
@@ -404,12 +412,13 @@ class AdTable:
         """Take over what is counted with ads; those that the table does not have are left out."""
         for row, counted in zip(self.rows(ad_ids).tolist() if self.tallies else (), counts, strict=False):
             if row:
-                self._counts[row] = [counted.get(tally.key, {}).get("", (0.0, 0.0)) for tally in self.tallies]
+                pairs = [counted.get(key, {}).get("", (0.0, 0.0)) for key in self._keys]
+                self._counts[row], self._counted[row] = zip(*pairs, strict=True)
 
-    def counts(self, rows: Ids, ts: float) -> dict[Tally, Array]:
-        """What was counted with the ads of some rows, as it is at a time: `(n,)` each."""
-        much, last = np.moveaxis(self._counts.take(rows, 0), -1, 0)
-        return dict(zip(self.tallies, decayed(much, ts - last, self._windows).T, strict=True))
+    def counts(self, rows: Ids, ts: float) -> Array:
+        """What was counted with the ads of some rows, as it is at a time: `(tallies, n)`."""
+        now: Array = decayed(self._counts.take(rows, 0), ts - self._counted.take(rows, 0), self._windows)
+        return now.T
 
     def remove(self, ad_ids: Sequence[str]) -> None:
         """Mark ads as gone; their rows stay for histories."""
@@ -424,7 +433,7 @@ class AdTable:
         self._active, self._revisions = np.pad(self._active, (0, more)), np.pad(self._revisions, (0, more))
         self._ids = np.append(self._ids, np.empty(more, np.object_))
         self.vectors = {tower: np.pad(vectors, ((0, more), (0, 0))) for tower, vectors in self.vectors.items()}
-        self._counts = np.pad(self._counts, ((0, more), (0, 0), (0, 0)))
+        self._counts, self._counted = np.pad((self._counts, self._counted), ((0, 0), (0, more), (0, 0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,6 +455,8 @@ class Request:
     """When the behaviours were, beside `history`; empty: not known."""
     ts: float = 0.0
     """When the request is made, in seconds since 1970: what ages are counted from."""
+    rows: Ids | None = None
+    """The table's rows of the candidates, where they were looked up already."""
     counted: Mapping[str, Array] = field(default_factory=dict)
     """Counters beside `candidates`, by field; what was sent goes before."""
 
@@ -464,7 +475,7 @@ def encode_rows(table: AdTable, request: Request) -> tuple[Feeds, Mask, Ids | No
     """
     encoder = table.encoder
     user = encoder.encode_user(request)
-    rows = table.rows(request.candidates)
+    rows = table.rows(request.candidates) if request.rows is None else request.rows
     ads, known = table.take(rows), table.active(rows)
     plain = np.count_nonzero(known) == len(known)  # several times faster than all(), which numpy has in Python
     if not plain:
