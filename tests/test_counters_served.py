@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections import Counter
+from itertools import permutations
 
 import bundles
 import pytest
@@ -9,10 +11,13 @@ from test_served_log import World
 
 from features.counters import KEYS_KEPT, VALUES_KEPT, Part, with_event
 from features.events import Event
+from features.policy import EpsilonGreedy
 from features.served import pack_served
 from features.state import Ad, UserState, pack_ad, pack_user, unpack_ad, unpack_user
 from features.streams import Entry
+from service.errors import InvalidError
 from service.feedback.ingest import Ages, Intake
+from service.ranking.rules import Rules
 from training.join.raw import LogColumns, impressions_of
 
 pytestmark = pytest.mark.anyio
@@ -100,6 +105,24 @@ async def test_a_ranking_is_made_of_what_events_counted_and_the_log_has_the_very
     assert rows["user.clicks"].to_list() == [record.user["clicks"]]
     for name in ("ad_clicks", "rate", "liked", "seen"):
         assert rows[f"ad.{name}"].to_list() == [[ads[ad][name] for ad in record.ad_ids]], name
+
+
+async def test_capped_and_clicked_ads_are_no_candidates_and_propensities_are_those_among_the_rest(counted):
+    shown = [("impression", ago, "u1", ad) for ad, times in (("a1", 2), ("a2", 1), ("a5", 3)) for ago in range(1, times + 1)]
+    await counted.tell(*shown, ("click", 5, "u1", "a3"))
+    rules = Rules(frequency={"seen": 2}, already_clicked=True, pinned={2: "a5"})
+    asked = {"ad_ids": ["a1", "a2", "a3", "a4", "a5", "a6"], "rules": rules, "policy": EpsilonGreedy(1.0)}
+    orders = Counter()
+    for _ in range(600):
+        made = await counted.rank(**asked)
+        assert set(made.omitted) == {("a1", "frequency_seen"), ("a3", "already_clicked")}
+        assert made.propensity == pytest.approx([1 / 3, 1, 1 / 2, 1])
+        orders[tuple(made.ad_ids)] += 1
+    every = {(first, "a5", *rest) for first, *rest in permutations(["a2", "a4", "a6"])}
+    assert orders.keys() == every, "each order is as likely as the product of its propensities"
+    assert all(abs(count - 100) < 50 for count in orders.values())
+    with pytest.raises(InvalidError, match=r"liked is no counter of model din by = .*: seen"):
+        await counted.rank(rules=Rules(frequency={"liked": 2}))
 
 
 async def test_an_explored_ranking_logs_the_counters_of_all_candidates_and_a_failing_store_counts_nothing(counted):

@@ -177,6 +177,8 @@ def _rules(rules: wire.RankRules) -> Rules:
         alike=() if rules.diversity is None else rules.diversity.by,
         pinned={int(place): plain(ad_id) for place, ad_id in rules.pinned.items()},
         reserves=_amounts(rules.reserves, "rules.reserves").tolist(),
+        frequency=rules.frequency,
+        already_clicked=rules.already_clicked,
     )
 
 

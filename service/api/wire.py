@@ -227,6 +227,11 @@ class RankRules(Wire):
     reserves: Annotated[list[Bid], Field(max_length=1_000)] = []
     """The least eCPM at each place, the last for all further ones; where no ad reaches it the answer ends, and the others are omitted as
     `below_reserve`. Beside `reserve`, which holds for all places."""
+    frequency: Annotated[dict[Name, Annotated[int, Field(ge=1, le=1_000)]], Field(max_length=8)] = {}
+    """About how often at most an ad is shown to the user in a window, by the model's counter of that, `by = ["user", "ad_id"]`:
+    `{"seen_1d": 3}`; those above it are omitted as `frequency_seen_1d`."""
+    already_clicked: bool = False
+    """Omit ads that are among the user's behaviours, as `already_clicked`."""
 
 
 Arm = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]

@@ -15,7 +15,7 @@ from features.vocabulary import UNKNOWN, Ids, Numbers
 from .bids import ABSENT, CLICK, CONVERSION, Floats, Worth, best_below, from_micros, second_prices, worth_of
 from .explain import explain_ad, explain_request
 from .ordering import arrange, best_first
-from .query import Degraded, Encoded, Ranking
+from .query import Degraded, Encoded, Ranking, check_counters
 from .rules import Filling, Placed
 
 OTHER = 2**40
@@ -75,9 +75,9 @@ def ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ra
 
 
 def _fit(encoded: Encoded, fit: Mask, p: Mapping[str, Floats], worth: Worth) -> tuple[Ids, dict[str, Mask]]:
-    """Which of the candidates that can be ranked reach the floors, or are pinned; and those that do not, by floor."""
-    query, low = encoded.query, dict[str, Mask]()
-    if query.min_score is None and query.reserve is None:
+    """Which of the candidates that can be ranked may have a place, or are pinned; the others by the cap or floor that keeps them out."""
+    query, low = encoded.query, _had(encoded)
+    if not low and query.min_score is None and query.reserve is None:
         return fit.nonzero()[0], low
     if query.min_score is not None:
         low["below_floor"] = fit & (p[CLICK] < query.min_score)
@@ -101,6 +101,24 @@ def _policy(encoded: Encoded, p: Mapping[str, Floats], best: Ids) -> Policy | No
         return EpsilonGreedy(0.0)
     column = next(slot.start for slot in bundle.encoder.layouts["ad"].ids if slot.field.name == IDENTITY["ad"])
     return Thompson((1 - p[CLICK].take(best)) * bundle.ad_deviations[encoded.feeds["ad_ids"][0, best, column]])
+
+
+def _had(encoded: Encoded) -> dict[str, Mask]:
+    """The candidates that the user was shown too often, or has clicked, by the rule that keeps them out.
+
+    Raises:
+        InvalidError: the model that ranks has no such counter.
+    """
+    rules, request = encoded.query.rules, encoded.request
+    if rules is None:
+        return {}
+    check_counters(rules, encoded.model)
+    # Halfway to one more: at a steady rate that comes to as many in a window as are allowed.
+    had: dict[str, Mask] = {f"frequency_{name}": request.counted[name] > most - 0.5 for name, most in rules.frequency.items()}
+    if rules.already_clicked:
+        clicked = set(request.history)
+        had["already_clicked"] = np.fromiter((ad_id in clicked for ad_id in request.candidates), np.bool_, len(request.candidates))
+    return had
 
 
 def _placed(encoded: Encoded, best: Ids, worth: Worth, policy: Policy | None, random: np.random.Generator) -> Placed:

@@ -211,6 +211,7 @@ def _check_rules(rules: Rules, query: Query, model: Model) -> None:
             )
     if query.selection is None:
         check_pinned(query)
+    check_counters(rules, model)
     if query.prices and rules.alike:
         raise _cannot(("options", "prices"), "an ad that stands where it does for diversity has no price that would just keep it there")
 
@@ -225,6 +226,18 @@ def check_pinned(query: Query) -> None:
     for place, ad_id in pinned.items():
         if ad_id not in query.ad_ids or list(pinned.values()).count(ad_id) > 1:
             raise _cannot(("options", "rules", "pinned", str(place)), "expected one of the candidates, each pinned to one place")
+
+
+def check_counters(rules: Rules, model: Model) -> None:
+    """That a model counts what caps are about.
+
+    Raises:
+        InvalidError: it does not.
+    """
+    shown = {name for name, each in model.bundle.schema.counters.items() if each.by == ("user", "ad_id") and len(each.of) == 1}
+    for name in rules.frequency.keys() - shown:
+        detail = f'{name} is no counter of model {model.name} by = ["user", "ad_id"]: {", ".join(sorted(shown)) or "it has none"}'
+        raise _cannot(("options", "rules", "frequency", name), detail)
 
 
 def _check_all(name: Literal["bid", "value"], query: Query, needs: str) -> None:

@@ -185,9 +185,9 @@ class Asked:
         repeated = _first_of_each(self.query)
         request = _request(self.query, usable, repeated, self.ts)
         if model.bundle.schema.counters:
-            rows = view.table.rows(request.candidates)
-            of_user, of_ads = numbers_of(view.table, request.candidates, rows, usable.counts, self.ts)
-            request = replace(request, stored={**request.stored, **of_user}, rows=rows, counted=of_ads)
+            at = view.table.rows(request.candidates)
+            of_user, of_ads = numbers_of(view.table, request.candidates, at, usable.counts, self.ts)
+            request = replace(request, stored={**request.stored, **of_user}, rows=at, counted=of_ads)
         try:
             feeds, known, rows = encode_rows(view.table, request)
         except FieldError as error:

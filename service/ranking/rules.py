@@ -32,6 +32,10 @@ class Rules:
     """Ads by place, from 1; no other rule holds for them, but they count in those for others."""
     reserves: Sequence[int] = ()
     """The least eCPM at each place, in micros; the last is that of all further places."""
+    frequency: Mapping[str, int] = field(default_factory=dict)
+    """About how often at most an ad is shown to a user in a window, by the counter of that; an ad that is above it is no candidate."""
+    already_clicked: bool = False
+    """Whether ads among the user's behaviours are no candidates."""
 
     @property
     def features(self) -> dict[str, tuple[str, ...]]:
