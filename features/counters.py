@@ -26,7 +26,7 @@ KEYS_KEPT, VALUES_KEPT = 64, 256
 """The most tallies kept of a user or an ad, those that were changed last; and of each the most values, those of the largest counts."""
 
 
-class Part(NamedTuple):
+class CountedPart(NamedTuple):
     """Where an event counts."""
 
     key: str
@@ -163,7 +163,7 @@ def counts_before(groups: Any, ts: Any, happened: Any, window: float) -> Array:
     return counts
 
 
-def with_event(counts: Counts, parts: Sequence[Part], ts: float) -> Counts:
+def with_event(counts: Counts, parts: Sequence[CountedPart], ts: float) -> Counts:
     """Counts with one more event, at `ts`; they stay bounded."""
     after = dict(counts)
     for key, value, window in parts:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .counters import Array, Counts, Part, Tally, decayed_one
+from .counters import Array, CountedPart, Counts, Tally, decayed_one
 from .encode import AdTable, Features
 from .events import Event
 from .values import ValueTextError, text_of
@@ -45,13 +45,13 @@ def _beside(table: AdTable, name: str, rows: Ids, now: Mapping[str, float], leas
     return np.array([by_id.get(each, least) for each in table.block.ids[:, slot.start].take(rows).tolist()])
 
 
-def parts_of(event: Event, tallies: Sequence[Tally], ad: Features) -> tuple[list[Part], list[Part]]:
+def parts_of(event: Event, tallies: Sequence[Tally], ad: Features) -> tuple[list[CountedPart], list[CountedPart]]:
     """Where an event counts, of its user and of its ad, which has these features."""
-    of_user, of_ad = list[Part](), list[Part]()
+    of_user, of_ad = list[CountedPart](), list[CountedPart]()
     for tally in tallies:
         value = _value(tally.value, event.ad_id, ad) if tally.value else ""
         if tally.event == event.type and value is not None:
-            (of_user if tally.by == "user" else of_ad).append(Part(tally.key, value, tally.window))
+            (of_user if tally.by == "user" else of_ad).append(CountedPart(tally.key, value, tally.window))
     return of_user, of_ad
 
 

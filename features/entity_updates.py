@@ -7,14 +7,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from .counters import Part
+from .counters import CountedPart
 from .events import Event, EventType
 from .state import NEVER, Ad, StateError, UserState, pack_ad, pack_features, pack_user, unpack_ad, unpack_user
 
 Kind = Literal["user", "ad", "request", "ad_counts"]
 """`ad_counts`: an ad as events are counted with it, whose ids are remembered apart from those of the ad's own updates."""
 KINDS: Mapping[EventType, Kind] = {"click": "user", "user": "user", "ad": "ad", "impression": "request", "conversion": "request"}
-Counting = Callable[[Event], tuple[Sequence[Part], Sequence[Part]]]
+Counting = Callable[[Event], tuple[Sequence[CountedPart], Sequence[CountedPart]]]
 """Where an event counts: of its user and of its ad."""
 AT_ONCE = 50
 """Events that are looked at before other work gets a turn: a millisecond or two."""
@@ -50,7 +50,7 @@ class EntityUpdates:
     kind: Kind
     id: str
     events: Sequence[Event]
-    parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
+    parts: Mapping[str, Sequence[CountedPart]] = field(default_factory=dict)
     """By event id where it counts here."""
 
     def leads(self, event: Event) -> bool:
@@ -99,7 +99,7 @@ class EntityUpdates:
         return pack_ad(state) if isinstance(state, Ad) else pack_user(self.id, state)
 
 
-def _after(state: UserState | Ad | None, event: Event, parts: Sequence[Part]) -> UserState | Ad | None:
+def _after(state: UserState | Ad | None, event: Event, parts: Sequence[CountedPart]) -> UserState | Ad | None:
     if state is None:
         return None
     state = state.counted(parts, event.ts)
@@ -113,7 +113,7 @@ def _after(state: UserState | Ad | None, event: Event, parts: Sequence[Part]) ->
     return after
 
 
-def nowhere(_event: Event) -> tuple[Sequence[Part], Sequence[Part]]:
+def nowhere(_event: Event) -> tuple[Sequence[CountedPart], Sequence[CountedPart]]:
     """Where events count while no model has counters."""
     return (), ()
 
@@ -124,11 +124,11 @@ def by_entity(events: Iterable[Event], nobody: Collection[str] = (), counting: C
 
     A click of one who is `nobody` is about its ranking alone: nothing is kept of such a user.
     """
-    groups: dict[tuple[Kind, str], list[tuple[Event, Sequence[Part]]]] = {}
+    groups: dict[tuple[Kind, str], list[tuple[Event, Sequence[CountedPart]]]] = {}
     for event in events:
         whom: tuple[Kind, str] = ("request", event.request_id) if event.user_id in nobody else (KINDS[event.type], event.entity_id)
         of_user, of_ad = counting(event)
-        counted: dict[tuple[Kind, str], Sequence[Part]] = {whom: ()}
+        counted: dict[tuple[Kind, str], Sequence[CountedPart]] = {whom: ()}
         if of_user and event.user_id and event.user_id not in nobody:
             counted["user", event.user_id] = of_user
         if of_ad:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgpack
 
-from .counters import Counts, Part, are_counts, with_event
+from .counters import CountedPart, Counts, are_counts, with_event
 from .encode import Features
 from .errors import AdrankError
 
@@ -96,7 +96,7 @@ class UserState:
         ad_ids, times = [*self.ad_ids[:at], ad_id, *self.ad_ids[at:]], [*self.ts[:at], float(ts), *self.ts[at:]]
         return replace(self, ad_ids=ad_ids[-HISTORY_LIMIT:], ts=times[-HISTORY_LIMIT:])
 
-    def counted(self, parts: Sequence[Part], ts: float) -> "UserState":
+    def counted(self, parts: Sequence[CountedPart], ts: float) -> "UserState":
         """The state with one more event counted."""
         return replace(self, counts=with_event(self.counts, parts, ts)) if parts else self
 
@@ -123,7 +123,7 @@ class Ad:
     changed: Mapping[str, float] = field(default_factory=dict)
     counts: Counts = field(default_factory=dict)
 
-    def counted(self, parts: Sequence[Part], ts: float) -> "Ad":
+    def counted(self, parts: Sequence[CountedPart], ts: float) -> "Ad":
         """The ad with one more event counted."""
         return replace(self, counts=with_event(self.counts, parts, ts)) if parts else self
 

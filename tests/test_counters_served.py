@@ -9,7 +9,7 @@ import bundles
 import pytest
 from test_served_log import World
 
-from features.counters import KEYS_KEPT, VALUES_KEPT, Part, with_event
+from features.counters import KEYS_KEPT, VALUES_KEPT, CountedPart, with_event
 from features.events import Event
 from features.policy import EpsilonGreedy
 from features.served import pack_served
@@ -151,12 +151,12 @@ async def test_an_ad_that_is_only_counted_with_is_not_encoded_anew_and_a_new_tab
 def test_counts_stay_bounded_and_survive_the_store():
     counts = {}
     for i in range(VALUES_KEPT + 10):
-        counts = with_event(counts, [Part("click@60@x", f"v{i}", 60.0)], 1_000.0 + i)
+        counts = with_event(counts, [CountedPart("click@60@x", f"v{i}", 60.0)], 1_000.0 + i)
     for i in range(KEYS_KEPT):
-        counts = with_event(counts, [Part(f"click@{i + 100}", "", 100.0)], 2_000.0)
+        counts = with_event(counts, [CountedPart(f"click@{i + 100}", "", 100.0)], 2_000.0)
     assert len(counts) == KEYS_KEPT
     assert "click@60@x" not in counts, "what was not touched for longest goes"
-    counts = with_event({"k": {f"v{i}": [1.0, 1_000.0 + i] for i in range(VALUES_KEPT)}}, [Part("k", "new", 60.0)], 1_100.0)
+    counts = with_event({"k": {f"v{i}": [1.0, 1_000.0 + i] for i in range(VALUES_KEPT)}}, [CountedPart("k", "new", 60.0)], 1_100.0)
     assert "v0" not in counts["k"]
     assert len(counts["k"]) == VALUES_KEPT
     counts = {"k": {"a": [1.5, 2.0]}}

@@ -8,7 +8,7 @@ import msgpack
 import pytest
 from conftest import redis_store
 
-from features.counters import Part
+from features.counters import CountedPart
 from features.entity_updates import by_entity
 from features.events import Event
 from features.state import HISTORY_LIMIT, SEEN_LIMIT, Ad, ChangesLostError, StoreError, UserState, pack_ad, pack_user
@@ -55,7 +55,7 @@ class TestEvents:
 
     async def test_events_are_counted_once_with_their_user_and_with_an_ad_that_is_there(self, store):
         def counting(event):
-            return [Part(f"{event.type}@60", event.ad_id, 60.0)], [Part(f"{event.type}@60", "", 60.0)]
+            return [CountedPart(f"{event.type}@60", event.ad_id, 60.0)], [CountedPart(f"{event.type}@60", "", 60.0)]
 
         await store.put_ads([Ad("a1", {"genre": "news"})])
         events = [click("c"), shown("i", user_id="u1"), click("n", ad_id="none"), shown("v", kind="conversion", user_id="u1")]
