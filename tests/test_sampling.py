@@ -227,7 +227,7 @@ def test_a_log_whose_schema_was_copied_with_a_share_has_kept_everything(
 
 
 def old_print(text: str, sampling: float) -> str:
-    """A fingerprint as it was when schemas held the share, and could say nothing of counters, of nobody, of missing values, of a most and of ages."""
+    """A fingerprint as it was when schemas held the share, and could not say what `later` names."""
     later = ("missing_values", "max_size", "counter", "nobody", "history_padding", "history_ages")
     schema = {name: value for name, value in asdict(small.parse_schema(text)).items() if name not in later}
     fields = [{name: value for name, value in field.items() if name not in later} for field in schema["fields"]]
