@@ -436,6 +436,10 @@ class TestMachine:
         assert check_memory(Settings(), 200 * 2**20, 0, 600 * 2**20).status == "ok"
         assert check_memory(Settings(workers=2), 200 * 2**20, 0, 350 * 2**20).status == "problem"
 
+    def test_what_is_kept_of_ads_counts_as_far_as_it_is_kept(self):
+        assert check_memory(Settings(), 0, 100_000, 300 * 2**20).status == "problem"  # 130 + 67 + 162 MB
+        assert check_memory(Settings(ad_side_mib=160), 0, 100_000, 300 * 2**20).status == "ok"
+
     def test_open_files(self):
         assert [check_files(limit).status for limit in (-1, 100_000, 1_024, 64)] == ["ok", "ok", "warning", "problem"]
 

@@ -18,6 +18,8 @@ WORKER_BYTES = 100 * 2**20
 """A worker without models and ads, as measured."""
 AD_BYTES = 700
 """An ad of a few fields takes 350, as measured, and twice that while the catalogue is read anew."""
+AD_SIDE_BYTES = 1_700
+"""What a DeepFM of a first layer of 400 units keeps of an ad, where that is kept (`ad_side_mib`)."""
 FILES = 4_096
 
 
@@ -72,9 +74,11 @@ def check_threads(settings: Settings, cgroup: Path = CGROUP) -> Finding:
 
 
 def check_memory(settings: Settings, weight: int, ads: int, limit: int | None) -> Finding:
-    """Whether models and ads fit into the limit, and twice the models, as while one is swapped for another."""
-    live = settings.workers * (WORKER_BYTES + weight + ads * AD_BYTES)
-    swapping = live + settings.workers * weight
+    """Whether models, ads and what a model keeps of them fit into the limit, and twice the models, as while one is swapped for another."""
+    kept = ads * AD_SIDE_BYTES if settings.device == "cpu" else 0
+    kept = kept if kept <= settings.ad_side_mib * 2**20 else 0
+    live = settings.workers * (WORKER_BYTES + weight + kept + ads * AD_BYTES)
+    swapping = live + settings.workers * (weight + kept)
     said = f"about {live / 2**20:,.0f} MB, and {swapping / 2**20:,.0f} MB while a model is swapped"
     if limit is None:
         return _found("memory", "ok", f"{said}; no limit but the machine's")
