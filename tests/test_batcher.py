@@ -253,7 +253,7 @@ async def test_the_service_ranks_through_it(run, ads, monkeypatch):
     async with run(ads) as client:
         alone = [await client.rank(**each) for each in asked]
     monkeypatch.setattr("service.app._scoring", lambda settings, metrics: Batcher(metrics))
-    monkeypatch.setattr("service.models.loaded.Scorer", lambda path, device, threads: TiledScorer(path, device, 5))
+    monkeypatch.setattr("service.models.loaded.Scorer", lambda path, device, _threads, _ads: TiledScorer(path, device, 5))
     async with run(ads) as client:
         together = await asyncio.gather(*(client.rank(**each) for each in asked))
         assert await client.metric("adrank_batch_rows_sum") == sum(len(each["candidates"]) for each in asked)

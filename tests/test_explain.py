@@ -381,4 +381,4 @@ async def test_a_trained_bundle_s_contributions_add_up_to_what_it_ranks_by(tmp_p
     for ad in parts["ads"]:
         logit = calibration["scale"] * sum(ad["contributions"].values()) + calibration["shift"] + calibration["sampling"]
         assert 1 / (1 + np.exp(-logit)) == pytest.approx(ad["p_click"], abs=1e-6)
-        assert {"user.age", "history.genre", "user.age*ad.genre", "context.slot*ad.ad_id", REST} <= ad["contributions"].keys()
+        assert {"user.age", "history.genre*ad.genre", "user.age*ad.genre", "context.slot*ad.ad_id", REST} <= ad["contributions"].keys()

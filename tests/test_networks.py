@@ -39,7 +39,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("deeplight", {"prune_from": 10, "prune_steps": 10}),
     ("din", {"softmax": True}),
     ("din", {"first_order": 1}),
-    ("din", {"long": "sdim", "newest": 2}),
+    ("din", {"long": "sdim"}),
     ("bst", {"layers": 2, "attention_heads": 1}),
     ("two_tower", {"tower": "dcn_v2"}),
     ("vae_cf", {"hidden": (8, 5)}),

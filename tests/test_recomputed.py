@@ -105,14 +105,12 @@ def sigmoid(x: Any) -> Any:
 def deepfm(naive: Naive, user: dict[str, Any], history: list[dict[str, Any]], ad: dict[str, Any]) -> float:
     """Its logit of one candidate, pair by pair."""
 
-    def vectors(table: str) -> Vector:
-        past = [list(naive.part(table, "history", each).values()) for each in history]
-        return np.array([*naive.part(table, "user", user).values(), *np.mean(past, 0), *naive.part(table, "ad", ad).values()])
-
-    both = vectors("second")
+    past = [list(naive.part("second", "history", each).values()) for each in history]
+    both = np.array([*naive.part("second", "user", user).values(), *np.mean(past, 0), *naive.part("second", "ad", ad).values()])
+    first = [*naive.part("first", "user", user).values(), *naive.part("first", "ad", ad).values()]  # behaviours have none
     pairs = sum(both[i] @ both[j] for i in range(len(both)) for j in range(i))
     hidden = np.maximum(naive.batch_norm("tower.rest.0", naive.linear("tower.first", both.flatten())), 0)
-    return float(vectors("first").sum() + pairs + naive.linear("tower.rest.2", hidden)[0] + naive.weights["bias"][0])
+    return float(np.sum(first) + pairs + naive.linear("tower.rest.2", hidden)[0] + naive.weights["bias"][0])
 
 
 def din(naive: Naive, user: dict[str, Any], history: list[dict[str, Any]], ad: dict[str, Any]) -> float:

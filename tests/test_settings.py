@@ -44,7 +44,7 @@ def test_an_unknown_flag_is_refused():
         ("STORE_TIMEOUT_MS", "-1"),
         ("MAX_BODY_BYTES", "1"),
         ("MAX_INFLIGHT", "0"),
-        ("EXPLORE", "thompson"),
+        ("EXPLORE", "ucb"),
         ("EPSILON", "1.5"),
         ("TEMPERATURE", "0"),
         ("LOG_SHARE", "nan"),
