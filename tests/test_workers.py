@@ -180,6 +180,23 @@ async def test_connections_of_one_request_each_are_shared_too(repository):
             assert min(new.values()) >= 10  # even, but that a worker whom the machine holds up rightly gets fewer
 
 
+async def test_a_worker_that_is_killed_is_replaced_and_gets_its_share(repository):
+    async with two_workers(repository) as client:
+        for caller in client.callers:
+            await caller.ask()
+        victim = workers_of(client)[0]
+        os.kill(victim, signal.SIGKILL)
+        async with asyncio.timeout(PATIENCE):
+            while len(workers_of(client)) < 3 or spread(client, client.callers) != [4, 4]:
+                for caller in client.callers:
+                    try:
+                        assert await caller.ask() == 200
+                    except (OSError, asyncio.IncompleteReadError):
+                        await caller.close()
+                await asyncio.sleep(0.02)
+        assert f"worker {victim} ended with exit code -9; another takes its place" in client.log.read_text()
+
+
 async def ask_until_refused(client, caller, keep, asked):
     """Requests until no connection can be had any more; each that could be sent must be answered well.
 
