@@ -152,7 +152,7 @@ class Thompson:
 
     def chances(self, values: Array, left: Array) -> Array:
         """See `Policy`; P(i) is the integral of density i times the distributions of all others left."""
-        assert self.spread is not None  # noqa: S101  # `ordering` sees to that
+        assert self.spread is not None  # noqa: S101  # `placing` sees to that
         chances = np.zeros(values.shape)
         for ranking, (value, mask) in enumerate(zip(values, left, strict=True)):
             some = np.flatnonzero(mask)

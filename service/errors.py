@@ -59,6 +59,11 @@ class CallerLeftError(ServiceError):
 class InvalidError(ServiceError):
     """The request is JSON but not a valid request; `mistakes` name the fields."""
 
+    @classmethod
+    def at(cls, path: tuple[str | int, ...], detail: str) -> "InvalidError":
+        """Of one field, which says all of it."""
+        return cls(detail, [FieldProblem(path, detail)])
+
 
 class UnknownModelError(ServiceError):
     """The request names a model that is not loaded."""

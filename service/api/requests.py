@@ -105,7 +105,7 @@ def to_query(
     ad_ids = plain_all(names)
     if len(ad_ids) > most:
         detail = f"{len(ad_ids)} candidates; at most {most} are ranked in one request"
-        raise InvalidError(detail, [FieldProblem(("candidates",), detail)])
+        raise InvalidError.at(("candidates",), detail)
     user, options = request.user, request.options
     history, times = (None, ()) if user.history is None else _in_time(user.history)
     deadline = None if options.deadline_ms is None else options.deadline_ms / 1000
@@ -140,9 +140,11 @@ def to_query(
 def _check_arms(experiment: Mapping[str, str], arms: Mapping[str, Sequence[str]]) -> None:
     for name, arm in experiment.items():
         if name not in arms:
-            raise _wrong(("experiment", name), f"no such experiment; the service's setting experiments has {', '.join(arms) or 'none'}")
+            raise InvalidError.at(
+                ("experiment", name), f"no such experiment; the service's setting experiments has {', '.join(arms) or 'none'}"
+            )
         if arm not in arms[name]:
-            raise _wrong(("experiment", name), f"no such arm; the experiment has {', '.join(arms[name])}")
+            raise InvalidError.at(("experiment", name), f"no such arm; the experiment has {', '.join(arms[name])}")
 
 
 def _selection(request: RankRequest, most: int) -> Selection | None:
@@ -150,23 +152,19 @@ def _selection(request: RankRequest, most: int) -> Selection | None:
     if request.candidates != wire.ALL:
         for path, said in ((("filters",), request.filters), (("options", "retrieve"), request.options.retrieve)):
             if said:
-                raise _wrong(path, "is for the candidates all; leave it out, or send all in place of the list")
+                raise InvalidError.at(path, "is for the candidates all; leave it out, or send all in place of the list")
         return None
     if (request.options.retrieve or 0) > most:
-        raise _wrong(("options", "retrieve"), f"at most {most} candidates are ranked in one request")
+        raise InvalidError.at(("options", "retrieve"), f"at most {most} candidates are ranked in one request")
     if request.options.top_k is None:
-        raise _wrong(("options", "top_k"), "missing; with the candidates all say how many ads the answer is to have")
+        raise InvalidError.at(("options", "top_k"), "missing; with the candidates all say how many ads the answer is to have")
     filters = {}
     for name, values in request.filters.items():
         try:
             filters[name] = [text for each in values if (text := text_of(each)) is not None]
         except ValueTextError as error:
-            raise _wrong(("filters", name), str(error)) from None
+            raise InvalidError.at(("filters", name), str(error)) from None
     return Selection(filters, most, request.options.retrieve)
-
-
-def _wrong(path: tuple[str | int, ...], detail: str) -> InvalidError:
-    return InvalidError(detail, [FieldProblem(path, detail)])
 
 
 def _rules(rules: wire.RankRules) -> Rules:

@@ -183,17 +183,17 @@ def check_query(query: Query, model: Model) -> None:
         InvalidError: it lacks a bid, or asks for what the model or the service does not have.
     """
     if query.prices and query.objective != "ecpm":
-        raise _cannot(("options", "prices"), "prices are those of an order by eCPM: ask for the objective ecpm")
+        raise InvalidError.at(("options", "prices"), "prices are those of an order by eCPM: ask for the objective ecpm")
     if lacks := sorted(query.heads.difference(model.scorer.heads)):
         what = f"model {model.name} predicts no {lacks[0]}; it predicts {', '.join(model.scorer.heads)}"
         if query.bids is None or query.objective == "weighted":
-            raise _cannot(("options", "objective"), what)
-        raise _cannot(("candidates", int(np.flatnonzero(query.bids.kind == CPA)[0]), "bid_type"), what)
+            raise InvalidError.at(("options", "objective"), what)
+        raise InvalidError.at(("candidates", int(np.flatnonzero(query.bids.kind == CPA)[0]), "bid_type"), what)
     if query.objective == "weighted" and not query.weights:
-        raise _cannot(("options", "objective"), "needs the service's setting weights, such as ADRANK_WEIGHTS=click=1,conversion=20")
+        raise InvalidError.at(("options", "objective"), "needs the service's setting weights, such as ADRANK_WEIGHTS=click=1,conversion=20")
     if isinstance(query.policy, Thompson) and model.bundle.ad_deviations is None:
         why = f"model {model.name} version {model.bundle.version} does not say how sure it is of each ad; train it again"
-        raise _cannot(("options", "explore", "policy"), why)
+        raise InvalidError.at(("options", "explore", "policy"), why)
     if query.rules is not None:
         _check_rules(query.rules, query, model)
     if query.objective == "ecpm" or query.reserve is not None or (query.rules and query.rules.reserves):
@@ -206,14 +206,16 @@ def _check_rules(rules: Rules, query: Query, model: Model) -> None:
     categories = {field.name for field in model.bundle.schema.side("ad") if field.kind == "category"} - {*IDENTITY.values()}
     for name, path in rules.features.items():
         if name not in categories:
-            raise _cannot(
+            raise InvalidError.at(
                 ("options", "rules", *path), f"{name} is no category of ads of model {model.name}: {', '.join(sorted(categories))}"
             )
     if query.selection is None:
         check_pinned(query)
     check_counters(rules, model)
     if query.prices and rules.alike:
-        raise _cannot(("options", "prices"), "an ad that stands where it does for diversity has no price that would just keep it there")
+        raise InvalidError.at(
+            ("options", "prices"), "an ad that stands where it does for diversity has no price that would just keep it there"
+        )
 
 
 def check_pinned(query: Query) -> None:
@@ -225,7 +227,7 @@ def check_pinned(query: Query) -> None:
     pinned = {} if query.rules is None else query.rules.pinned
     for place, ad_id in pinned.items():
         if ad_id not in query.ad_ids or list(pinned.values()).count(ad_id) > 1:
-            raise _cannot(("options", "rules", "pinned", str(place)), "expected one of the candidates, each pinned to one place")
+            raise InvalidError.at(("options", "rules", "pinned", str(place)), "expected one of the candidates, each pinned to one place")
 
 
 def check_counters(rules: Rules, model: Model) -> None:
@@ -237,18 +239,14 @@ def check_counters(rules: Rules, model: Model) -> None:
     shown = {name for name, each in model.bundle.schema.counters.items() if each.by == ("user", "ad_id") and len(each.of) == 1}
     for name in rules.frequency.keys() - shown:
         detail = f'{name} is no counter of model {model.name} by = ["user", "ad_id"]: {", ".join(sorted(shown)) or "it has none"}'
-        raise _cannot(("options", "rules", "frequency", name), detail)
+        raise InvalidError.at(("options", "rules", "frequency", name), detail)
 
 
 def _check_all(name: Literal["bid", "value"], query: Query, needs: str) -> None:
     if query.selection is not None:
-        raise _cannot(("candidates",), f"{needs} a {name} for each candidate, and the catalogue has none: list the candidates")
+        raise InvalidError.at(("candidates",), f"{needs} a {name} for each candidate, and the catalogue has none: list the candidates")
     column = np.full(len(query.ad_ids), ABSENT) if query.bids is None else getattr(query.bids, name)
     missing = np.flatnonzero(column == ABSENT).tolist()
     if missing:
         mistakes = [FieldProblem(("candidates", i, name), f"missing; {needs} it") for i in missing[:MISTAKES_TOLD]]
         raise InvalidError(f"{needs} a {name} for each candidate; {len(missing)} have none", mistakes)
-
-
-def _cannot(path: tuple[str | int, ...], detail: str) -> InvalidError:
-    return InvalidError(detail, [FieldProblem(path, detail)])

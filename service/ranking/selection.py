@@ -10,7 +10,7 @@ from features.state import unpack_features
 from features.vocabulary import UNKNOWN, Ids, Numbers
 
 from ..catalogue.ads import View
-from ..errors import FieldProblem, InvalidError
+from ..errors import InvalidError
 from ..models.loaded import Model
 from .query import Selection
 
@@ -27,7 +27,9 @@ def searcher(models: Mapping[str, Model], ranks: Model) -> Model:
     for model in (models.get(ranks.name), *(models[name] for name in sorted(models))):
         if model is not None and model.towers is not None:
             return model
-    raise _cannot(("options", "retrieve"), "no model is live that has vectors: train --model two_tower and promote it; docs/retrieval.md")
+    raise InvalidError.at(
+        ("options", "retrieve"), "no model is live that has vectors: train --model two_tower and promote it; docs/retrieval.md"
+    )
 
 
 def select(
@@ -48,7 +50,7 @@ def select(
         left["not_retrieved"] = len(rows) - selection.retrieve
         rows = _nearest(table.vectors[model.towers], rows, vector(), selection.retrieve, table.rows(pinned))
     if len(rows) > selection.most:
-        raise _cannot(
+        raise InvalidError.at(
             ("candidates",),
             f"{len(rows)} ads of the catalogue pass the filters; at most {selection.most} are ranked in one request: filter by more, "
             "or retrieve",
@@ -73,13 +75,13 @@ def _passing(selection: Selection, model: Model, view: View, active: Mask) -> Id
     for name, values in selection.filters.items():
         if name not in slots:
             known = f"no category or list of ads of model {model.name}: {', '.join(sorted(slots))}"
-            raise _cannot(("filters", name), f"{name} is {known}")
+            raise InvalidError.at(("filters", name), f"{name} is {known}")
         sure, shared = _found(encoder, slots[name], values, view.table.block.ids)
         fits, unsure = fits & (sure | shared), unsure | (shared & ~sure)
     rows, look = np.flatnonzero(fits), np.flatnonzero(fits & unsure)
     if len(look) > selection.most:
         what = f"{len(look)} ads would have to be looked at one by one, as no vocabulary tells some of these values from others"
-        raise _cannot(("filters",), f"{what}; at most {selection.most} are: filter by more")
+        raise InvalidError.at(("filters",), f"{what}; at most {selection.most} are: filter by more")
     if not len(look):
         return rows
     fields = {name: slots[name].field for name in selection.filters}
@@ -108,7 +110,3 @@ def _has(field: Field, value: object, wanted: Sequence[str]) -> bool:
     """Whether an ad's own clean value is one of those, or has one of them among what the model is given of it."""
     mine = value[: field.length] if isinstance(value, list) else [value]
     return not set(wanted).isdisjoint(mine)
-
-
-def _cannot(path: tuple[str, ...], detail: str) -> InvalidError:
-    return InvalidError(detail, [FieldProblem(path, detail)])
