@@ -3,6 +3,7 @@
 The benchmark model is DIN. Its scoring alone over the same sizes is `python -m benchmarks.scoring`; here it is the whole service.
 
     python -m benchmarks.growth --ads 1000000 --json data/bench/growth.json
+    python -m benchmarks.growth --start   # the start alone: two bundles are exported, not eight
 """
 
 import asyncio
@@ -74,11 +75,8 @@ def cost(built: Built, subject: Subject, candidates: int, seconds: float) -> Siz
     return SizeCost(len(population.ad_ids), candidates, length, *times, measured.errors)
 
 
-def grow(
-    built: Built, redis: str, candidates: Sequence[int], seconds: float, logs: Path, workers: int = 1
-) -> tuple[StartCost, list[SizeCost]]:
-    """Fill the store, start the workers, and measure them at these numbers of candidates."""
-    asyncio.run(fill(built.benchmark_model.population, redis))
+def grow(built: Built, redis: str, candidates: Sequence[int], seconds: float, logs: Path, workers: int) -> tuple[StartCost, list[SizeCost]]:
+    """Start so many workers on a store that is filled, and measure them at these numbers of candidates."""
     population, port = built.benchmark_model.population, free_port()
     log = logs / f"growth-{len(population.ad_ids)}-{population.schema.history_length}.log"
     with serving("adrank", adrank(built, redis, port, workers), port, log) as subject:
@@ -92,21 +90,27 @@ def grow(
 @click.command()
 @click.option("--ads", type=click.IntRange(min=SMALL), default=1_000_000, show_default=True, help="Of the large catalogue.")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Of each measurement.")
+@click.option("--start", "start_alone", is_flag=True, help="Time and memory of the start alone.")
 @click.option("--dir", "folder", type=click.Path(file_okay=False, path_type=Path), default=FOLDER, show_default=True)
 @click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
-def main(ads: int, seconds: float, folder: Path, target: Path | None) -> None:
+def main(ads: int, seconds: float, start_alone: bool, folder: Path, target: Path | None) -> None:
     """Measure growth."""
-    plans: list[tuple[int, int, tuple[int, ...], int]] = [(SMALL, 100, CANDIDATES, 1), (ads // 10, 100, (), 1)]
-    plans += [(ads, 100, (LATENCY_CANDIDATES,), 1), (ads, 100, (), 2)]
-    plans += [(SMALL, history, (LATENCY_CANDIDATES,), 1) for history in HISTORIES if history != 100]
+    one, both = (1,), (1, 2)
+    plans: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = [(ads // 10, 100, (), both), (ads, 100, (LATENCY_CANDIDATES,), both)]
+    plans += [(SMALL, 100, CANDIDATES, one)]
+    plans += [(SMALL, history, (LATENCY_CANDIDATES,), one) for history in HISTORIES if history != 100]
     starts, costs = [], []
     with progress_bar() as progress:
-        for count, history, candidates, workers in progress.track(plans, description="growing"):
+        for count, history, candidates, workers in progress.track(plans[:2] if start_alone else plans, description="growing"):
             built = build(din_100(ads=count, history=history), folder)
             with ValkeyServer(config={"save": ""}) as valkey:
-                start, measured = grow(built, f"{valkey.connection_url}/0", candidates, seconds, folder / "logs", workers)
-            starts += [start] if history == 100 else []
-            costs += measured
+                redis = f"{valkey.connection_url}/0"
+                asyncio.run(fill(built.benchmark_model.population, redis))
+                for number in workers:
+                    wanted = () if start_alone or number > 1 else candidates
+                    start, measured = grow(built, redis, wanted, seconds, folder / "logs", number)
+                    starts += [start] if history == 100 else []
+                    costs += measured
     document = {"start": [asdict(start) for start in starts], "cost": [asdict(cost) for cost in costs]}
     show(document, Console())
     write(document, target)

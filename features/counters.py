@@ -179,7 +179,9 @@ def with_event(counts: Counts, parts: Sequence[CountedPart], ts: float) -> Count
 
 def are_counts(document: Any) -> bool:
     """Whether something that was stored is counts."""
-    if type(document) is not dict or not set(map(type, document.values())) <= {dict}:
+    if not document or type(document) is not dict:
+        return type(document) is dict
+    if not set(map(type, document.values())) <= {dict}:
         return False
     pairs = [pair for each in document.values() for pair in each.values()]
     whole = {*map(type, pairs)} <= {list} and {*map(len, pairs)} <= {2}

@@ -14,7 +14,7 @@ from .ages import UNKNOWN_TIME, ages_of
 from .counters import Array, Counts, decayed, tallies_of
 from .index import RowIndex
 from .schema import AGES, FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, lay_out
-from .values import ValueTextError, text_of
+from .values import ValueTextError, plain_all, text_of
 from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
 
 Value = str | int | float | Sequence[str] | Sequence[float] | None
@@ -74,9 +74,17 @@ def _unless_missing(field: Field, value: Value) -> Value:
     cleaned = _clean(field, value)
     if isinstance(cleaned, float):
         return None if any(cleaned == float(token) for token in field.missing_values) else cleaned
-    if isinstance(cleaned, str):
+    if cleaned is None or isinstance(cleaned, str):
         return None if cleaned in field.missing_values else cleaned
     return [element for element in cleaned if element not in field.missing_values]  # type: ignore[return-value, union-attr]  # of texts
+
+
+def clean_all(field: Field, values: Sequence[Value]) -> Sequence[Value]:
+    """A column of values, each as `clean` gives it and raises for it; texts together, which takes a quarter of the time."""
+    if field.kind != "category" or not {*map(type, values)} <= {str, type(None)}:
+        return [clean(field, value) for value in values]
+    missing, texts = {"", *field.missing_values}, plain_all([value or "" for value in values])  # type: ignore[misc]
+    return texts if missing.isdisjoint(texts) else [None if text in missing else text for text in texts]
 
 
 def _clean(field: Field, value: Value) -> Value:

@@ -213,7 +213,7 @@ def unpack_features(value: bytes) -> Features:
 
 
 def _check_times(changed: Mapping[str, object]) -> None:
-    if not set(map(type, changed.values())) <= {int, float}:
+    if changed and not set(map(type, changed.values())) <= {int, float}:
         raise StateError("what is stored has times of changes that are none")
 
 
@@ -223,8 +223,9 @@ def _is(document: object, shapes: list[type]) -> bool:
         return False
     lacking = WITH_COUNTS - document[0]
     if 0 < lacking == len(shapes) - len(document):
-        document[:] = [WITH_COUNTS, *document[1:], *({} for _ in range(lacking))]
-    return [type(part) for part in document] == shapes and document[0] == WITH_COUNTS and are_counts(document[-1])
+        document[0] = WITH_COUNTS
+        document += [{} for _ in range(lacking)]
+    return [*map(type, document)] == shapes and document[0] == WITH_COUNTS and are_counts(document[-1])
 
 
 def _packed(parts: list[Any], counts: Counts) -> bytes:

@@ -127,7 +127,8 @@ def test_the_store_of_each_benchmark_model_is_its_own(servers: Callable[[str], S
 
 def test_growth_measures_a_service_of_its_own(servers: Callable[[str], Server], bench: Bench, tmp_path: Path) -> None:
     database = servers("valkey").url.replace("/0", "/9")
-    start, costs = growth.grow(bench.built, database, (1, 20), 0.2, tmp_path)
+    asyncio.run(fill(bench.built.benchmark_model.population, database))
+    start, costs = growth.grow(bench.built, database, (1, 20), 0.2, tmp_path, 1)
     assert (start.ads, start.workers) == (300, 1)
     assert start.ready_s > 0
     assert start.catalogue_s is not None

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.encode import AdTable, Encoder, FieldError, Request, clean, encode_request
+from features.encode import AdTable, Encoder, FieldError, Request, clean, clean_all, encode_request
 from features.schema import Field
 from features.values import ValueTextError, plain, plain_all, text_of
 from features.vocabulary import HashBuckets, Vocabulary
@@ -100,6 +100,9 @@ def test_columns_follow_the_rule(values: list[str]) -> None:
     assert texts_of(pl.Series(values)).to_list() == expected
     assert lists_of(pl.Series([values, [], None])).to_list() == [[text for text in expected if text is not None], [], None]
     assert list(plain_all(values)) == [plain(value) for value in values]
+    for column in (values, [*values, None], [*values, 7, True]):
+        for field in (Field("x", "ad", "category"), Field("x", "ad", "category", missing_values=("true", "7"))):
+            assert list(clean_all(field, column)) == [clean(field, value) for value in column]
     frame = plain_values(pl.DataFrame({"user_id": values, "ad.x": values, "ad.l": [values] * len(values), "request_id": values}))
     assert frame["user_id"].to_list() == list(map(plain, values))
     assert frame["ad.x"].to_list() == expected

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from features.encode import AdTable, AdTower, Encoder, Features, FieldError, clean
+from features.encode import AdTable, AdTower, Encoder, Features, FieldError, clean_all
 from features.merging import ForgetAd, left_before
 from features.schema import IDENTITY, Field
 from features.state import Ad, ChangesLostError, Store, StoreError, unpack_features
@@ -22,7 +22,7 @@ from features.vocabulary import Vocabulary
 from ..telemetry.metrics import Metrics
 from .ads import Ads, View
 
-AT_ONCE = 200
+AT_ONCE = 500
 """Ads encoded before other work gets a turn on the event loop: about a millisecond."""
 AT_ONCE_UNDER_LOAD = 50
 """The same for a table that is not needed yet: what it takes is taken from requests."""
@@ -170,8 +170,9 @@ class Catalogue:
         began, cursor, fresh, forgotten = time.monotonic(), await self._store.cursor(), self._empty(), list[str]()
         before = time.time() - self.gone_seconds
         async for ads in self._store.all_ads():
-            forgotten += [ad.ad_id for ad in ads if left_before(ad, before)]
-            await self._put(fresh, [ad for ad in ads if not left_before(ad, before)])
+            old = {ad.ad_id for ad in ads if left_before(ad, before)}
+            forgotten += old
+            await self._put(fresh, [ad for ad in ads if ad.ad_id not in old])
         while added := self._encoders.keys() - fresh.tables.keys():  # meanwhile
             fingerprint = added.pop()
             fresh.tables[fingerprint] = AdTable(self._encoders[fingerprint])
@@ -243,21 +244,34 @@ class Catalogue:
 
 def put_ads(table: AdTable, ads: Sequence[Ad]) -> dict[str, str]:
     """Encode ads into a table; those that do not fit the schema and were left out, and why."""
-    mistyped, fields = {}, table.encoder.schema.side("ad")
+    mistyped, fields = dict[str, str](), table.encoder.schema.side("ad")
     for active in (True, False):
         # An ad that was deleted outright has no features: those it had stay, for the histories that hold it.
-        kept: list[tuple[str, list[Any]]] = []
-        for ad in ads:
-            if ad.active == active and (active or ad.features):
-                try:
-                    kept.append((ad.ad_id, _clean(fields, ad)))
-                except FieldError as error:
-                    mistyped[ad.ad_id] = str(error)
-        columns = dict(zip([field.name for field in fields], zip(*(row for _, row in kept), strict=True), strict=False))
-        table.put([ad_id for ad_id, _ in kept], table.encoder.encode("ad", columns, len(kept)), active)
+        kept = [ad for ad in ads if ad.active == active and (active or ad.features)]
+        try:
+            columns = _columns(fields, kept)
+        except FieldError:
+            misfits = _misfits(fields, kept)
+            mistyped |= misfits
+            kept = [ad for ad in kept if ad.ad_id not in misfits]
+            columns = _columns(fields, kept)
+        table.put([ad.ad_id for ad in kept], table.encoder.encode("ad", columns, len(kept)), active)
     table.remove([ad.ad_id for ad in ads if not ad.active])
     return mistyped
 
 
-def _clean(fields: Sequence[Field], ad: Ad) -> list[Any]:
-    return [ad.ad_id if field.name == IDENTITY["ad"] else clean(field, ad.features.get(field.name)) for field in fields]
+def _columns(fields: Sequence[Field], ads: Sequence[Ad]) -> dict[str, Sequence[Any]]:
+    columns = {
+        field.name: clean_all(field, [ad.features.get(field.name) for ad in ads]) for field in fields if field.name != IDENTITY["ad"]
+    }
+    return {**columns, IDENTITY["ad"]: [ad.ad_id for ad in ads]}
+
+
+def _misfits(fields: Sequence[Field], ads: Sequence[Ad]) -> dict[str, str]:
+    found = {}
+    for ad in ads:
+        try:
+            _columns(fields, [ad])
+        except FieldError as error:
+            found[ad.ad_id] = str(error)
+    return found
