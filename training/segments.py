@@ -9,7 +9,6 @@ import polars as pl
 
 from features.schema import Field, Schema
 
-from .datasets.log import ImpressionLog
 from .datasets.prepared import DataError, Prepared, column_of
 from .datasets.vocabularies import joined
 
@@ -39,7 +38,7 @@ def segments(data: Prepared, split: str, path: str) -> list[tuple[str, Array]]:
         DataError: the data set has no such field, or one of lists or vectors.
     """
     field = segment_field(data.schema, path)
-    tables = {} if isinstance(data, ImpressionLog) or field.side == "context" else {str(field.side): data.table(field.side)}
+    tables = data.lookups(str(field.side))
     columns = [column_of(joined(frame, data.schema, tables), field) for frame in data.frames(split)]
     if any(column is None for column in columns):
         raise DataError(f"{data.folder}: no column holds {path}")

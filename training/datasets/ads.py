@@ -16,12 +16,8 @@ from features.schema import Field
 from features.vocabulary import Ids
 
 from ..networks.contract import Part
-from .log import ImpressionLog
-from .prepared import DataError, Prepared, column_of
+from .prepared import Prepared, column_of
 from .vocabularies import inline
-
-SEPARATOR = "\x1f"
-"""Between an ad's id and its revision."""
 
 
 def part_of(block: Block) -> Part:
@@ -36,12 +32,10 @@ def columns_of_side(frame: pl.DataFrame, fields: Sequence[Field]) -> dict[str, l
 
 
 def ad_table(data: Prepared, encoder: Encoder) -> AdTable:
-    """The data set's ads, encoded; those of a log in every version, under the keys of `versions_of`."""
-    table = AdTable(encoder)
-    ads = data.versions() if isinstance(data, ImpressionLog) else data.table("ad")
+    """The data set's ads, encoded; those of a log in every version."""
+    table, ads = AdTable(encoder), data.versions()
     if ads is not None:
-        keys = versions_of(ads["ad_id"], ads["revision"]) if isinstance(data, ImpressionLog) else ads["ad_id"]
-        table.put(keys.to_list(), encoder.encode("ad", columns_of_side(ads, data.schema.side("ad")), len(ads)))
+        table.put(ads["key"].to_list(), encoder.encode("ad", columns_of_side(ads, data.schema.side("ad")), len(ads)))
     return table
 
 
@@ -53,25 +47,20 @@ def catalogue(data: Prepared, encoder: Encoder) -> tuple[list[str], Part] | None
     return ads["ad_id"].to_list(), part_of(encoder.encode("ad", columns_of_side(ads, data.schema.side("ad")), len(ads)))
 
 
-def versions_of(ad_ids: pl.Series, revisions: pl.Series) -> pl.Series:
-    """The keys of ads as they were: id and revision, 0 being that of an ad that the catalogue did not have."""
-    return ad_ids + SEPARATOR + revisions.cast(pl.String)
-
-
 def ads_of(frame: pl.DataFrame, data: Prepared, encoder: Encoder, table: AdTable) -> Block:
     """The ad of each row, encoded; raises as `ad_rows` does."""
-    if isinstance(data, ImpressionLog):
-        return _served_ads(frame, encoder)
+    if (known := data.known(frame)) is not None:
+        return _served_ads(frame, known, encoder)
     if inline(frame, encoder.schema, "ad"):
         return encoder.encode("ad", columns_of_side(frame, encoder.schema.side("ad")), len(frame))
     return table.block.take(ad_rows(frame["ad_id"], data, table))
 
 
-def _served_ads(frame: pl.DataFrame, encoder: Encoder) -> Block:
+def _served_ads(frame: pl.DataFrame, known: pl.Series, encoder: Encoder) -> Block:
     """The ads of a log's rows; of one that the catalogue did not know, fields without a value were not sent and are unknown."""
     columns = columns_of_side(frame, encoder.schema.side("ad"))
     ads = encoder.encode("ad", columns, len(frame))
-    unknown = np.flatnonzero(~frame["known"].to_numpy())
+    unknown = np.flatnonzero(~known.to_numpy())
     if len(unknown):
         filled = encoder.unknown_ads(frame["ad_id"].gather(unknown).to_list())
         for slot in encoder.layouts["ad"].ids:
@@ -91,16 +80,6 @@ def ad_rows(keys: pl.Series, data: Prepared, table: AdTable) -> Ids:
     values = unique.to_list()
     missing = [value for value, row in zip(values, table.rows(values), strict=True) if not row]
     if missing:
-        ad_ids = _without_revision(missing, data) if isinstance(data, ImpressionLog) else missing
-        table.put(missing, table.encoder.unknown_ads(ad_ids), active=False)
+        table.put(missing, table.encoder.unknown_ads(data.ids_of(missing)), active=False)
     rows = keys.replace_strict(unique, table.rows(values), return_dtype=pl.Int64).to_numpy()
     return rows.astype(np.int64, copy=False)  # polars gives an empty column no type
-
-
-def _without_revision(keys: Sequence[str], data: ImpressionLog) -> list[str]:
-    parts = [key.rpartition(SEPARATOR) for key in keys]
-    lost = [(ad_id, revision) for ad_id, _, revision in parts if revision != "0"]
-    if lost:
-        ad_id, revision = lost[0]
-        raise DataError(f"{data.folder / 'ads'} lacks {len(lost)} versions of ads that rows name, the first is {revision} of {ad_id}")
-    return [ad_id for ad_id, _, _ in parts]

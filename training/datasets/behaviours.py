@@ -8,8 +8,7 @@ import polars as pl
 from features.ages import UNKNOWN_TIME, ages_of
 from features.encode import AdTable
 
-from .ads import ad_rows, versions_of
-from .log import ImpressionLog
+from .ads import ad_rows
 from .prepared import Prepared
 
 
@@ -23,26 +22,23 @@ def history_of(frame: pl.DataFrame, data: Prepared, table: AdTable) -> np.ndarra
     if not width:
         return np.zeros((len(frame), 1), np.int32)
     whole = frame["history"].fill_null([]).list.drop_nulls()
-    if data.schema.history_padding and not isinstance(data, ImpressionLog):  # in a log stands what was encoded
-        whole = whole.list.eval(pl.element().filter(~pl.element().is_in(data.schema.history_padding)))
+    if data.padding:
+        whole = whole.list.eval(pl.element().filter(~pl.element().is_in(data.padding)))
     kept = whole.list.tail(width)
     lengths = kept.list.len().to_numpy().astype(np.int64)
     padded = np.zeros((len(frame), width), np.int32)
     if lengths.any():
-        keys = kept.explode().drop_nulls()
-        if isinstance(data, ImpressionLog):
-            keys = versions_of(keys, frame["history_revisions"].list.tail(width).explode().drop_nulls())
-        padded[np.arange(width) < lengths[:, None]] = ad_rows(keys, data, table)
+        padded[np.arange(width) < lengths[:, None]] = ad_rows(data.behaviour_keys(frame, kept), data, table)
     return padded
 
 
 def history_ages(frame: pl.DataFrame, data: Prepared) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The ages `(N, T)` of the behaviours that `history_of` keeps, oldest first, 0 where there is padding."""
-    width, padding = data.schema.history_length, () if isinstance(data, ImpressionLog) else data.schema.history_padding
+    width, padding = data.schema.history_length, list(data.padding)
     unknown = pl.col("history").list.eval(pl.element().is_null().cast(pl.Float64) * UNKNOWN_TIME)
     times = pl.col("history_ts").cast(pl.List(pl.Float64)).fill_null(unknown)
     pairs = frame.select(pl.int_range(pl.len()).alias("row"), "history", times)
-    behaviours = pairs.explode("history", "history_ts").filter(pl.col("history").is_not_null(), ~pl.col("history").is_in(list(padding)))
+    behaviours = pairs.explode("history", "history_ts").filter(pl.col("history").is_not_null(), ~pl.col("history").is_in(padding))
     kept = behaviours.group_by("row", maintain_order=True).agg(pl.col("history_ts").fill_null(UNKNOWN_TIME).tail(width))
     newest = pairs.select("row").join(kept, on="row", how="left", maintain_order="left")["history_ts"].fill_null([])
     behaved = np.arange(width) < newest.list.len().to_numpy().astype(np.int64)[:, None]

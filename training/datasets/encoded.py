@@ -20,7 +20,6 @@ from .behaviours import history_ages, history_of
 from .columns import Array, Columns, InMemory, Mapped, cached
 from .distinct import DistinctAds
 from .fields import check_fields
-from .log import ImpressionLog
 from .memory import CACHE
 from .prepared import DataError, Prepared, rows_in
 from .vocabularies import joined
@@ -180,9 +179,8 @@ def encode_split(data: Prepared, split: str, encoder: Encoder, heads: Sequence[s
 def _source(data: Prepared, split: str, encoder: Encoder, heads: Sequence[str]) -> str:
     """The digest of what an encoded split follows from; files count by their sizes and times."""
     files = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in data.sources(split)]
-    window = (data.edges, data.position_as) if isinstance(data, ImpressionLog) else ()
     encoding = (fingerprint(encoder.schema, encoder.vocabularies), data.schema.to_toml())
-    return hashlib.sha256(repr((FORMAT, encoding, files, window, heads)).encode()).hexdigest()
+    return hashlib.sha256(repr((FORMAT, encoding, files, data.window, heads)).encode()).hexdigest()
 
 
 def encode_frames(data: Prepared, frames: Iterable[pl.DataFrame], encoder: Encoder, table: AdTable, heads: Sequence[str] = ()) -> Rows:

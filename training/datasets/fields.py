@@ -3,10 +3,9 @@
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from features.schema import IDENTITY, Schema
+from features.schema import IDENTITY, SIDES, Schema
 
-from .log import ImpressionLog
-from .prepared import DataError, Prepared, columns_of, read_parquet
+from .prepared import DataError, Prepared, read_parquet
 
 
 def check_fields(data: Prepared, schema: Schema, files: Collection[Path]) -> None:
@@ -22,19 +21,18 @@ def check_fields(data: Prepared, schema: Schema, files: Collection[Path]) -> Non
 
 
 def _absent(data: Prepared, schema: Schema, files: Collection[Path]) -> Iterator[str]:
-    users, ads = (() if isinstance(data, ImpressionLog) else table_columns(data, side) for side in ("user", "ad"))
-    own = {data.position_as} if isinstance(data, ImpressionLog) else set()
+    tables = {side: data.table_columns(side) for side in data.looked_up}
     for path in files:
-        present = own | set(columns_of(path))
-        for side, table in (("user", users), ("context", ()), ("ad", ads)):
+        present = data.row_columns(path)
+        for side in SIDES:
             fields = [field.path for field in schema.fields if field.side == side and field.name not in IDENTITY.values()]
             inline = any(name in present for name in fields)
-            yield from (name for name in fields if name not in present and (inline or name not in table))
+            yield from (name for name in fields if name not in present and (inline or name not in tables.get(side, ())))
         if schema.history_length and "history" not in present:
             yield "history"
         yield from (name for name in ("ts", "history_ts") if schema.history_ages and name not in present)
     if schema.history_length:
-        known = table_columns(data, "ad")
+        known = data.table_columns("ad")
         yield from (f"{field.path} of behaviours" for field in schema.history[1:] if field.path not in known)
 
 
@@ -45,11 +43,3 @@ def _blank(data: Prepared, schema: Schema, files: Collection[Path]) -> Iterator[
         asked = schema.field(side, name) and not data.schema.field(side, name)
         if asked and all((read_parquet(path, [name])[name] == "").all() for path in files):
             yield f"{side}.{name}"
-
-
-def table_columns(data: Prepared, side: str) -> Collection[str]:
-    """The columns of the table of users or ads; none where there is no such table."""
-    if isinstance(data, ImpressionLog):
-        return {name for path in data.ads for name in columns_of(path)} if side == "ad" else ()
-    path = data.folder / f"{side}s.parquet"
-    return columns_of(path) if path.exists() else ()

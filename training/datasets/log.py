@@ -7,11 +7,12 @@ was served. Raw files are attributed once, when the log is opened, into a folder
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
@@ -40,6 +41,8 @@ from .prepared import (
 from .texts import plain_values
 
 HOUR = 3600
+SEPARATOR = "\x1f"
+"""Between an ad's id and its revision."""
 COLUMNS = ("label", "user_id", "ad_id", "ts", "history", "history_revisions", "known", "position")
 REVISIONS = pl.List(pl.UInt64())
 CONVERTED: dict[str, pl.DataType] = {"conversion": pl.Int8(), "value": pl.Float64()}
@@ -54,6 +57,11 @@ class Attributed:
 
 
 Edges = tuple[float, float, float, float]
+
+
+def versions_of(ad_ids: pl.Series, revisions: pl.Series) -> pl.Series:
+    """The keys of ads as they were: id and revision, 0 being that of an ad that the catalogue did not have."""
+    return ad_ids + SEPARATOR + revisions.cast(pl.String)
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class ImpressionLog(Prepared):
     edges: Edges
     position_as: str | None = None
     made: "Attributed | None" = field(default=None, compare=False)
+    looked_up: ClassVar[tuple[str, ...]] = ()  # rows are whole
 
     def cut(self, since: int | None, until: int | None, shares: Sequence[float] = SHARES) -> "ImpressionLog":
         """A window within this one, split anew.
@@ -99,16 +108,66 @@ class ImpressionLog(Prepared):
         self.files(split)
         return self.between(*self._between(split), more)
 
+    def slice(self, split: str, more: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """See `Prepared`."""
+        return self.between(*self._between(split), more)
+
     def sources(self, split: str) -> list[Path]:
         """See `Prepared`."""
         return [*self.files(split), *self.ads]
 
+    @property
+    def window(self) -> tuple[object, ...]:
+        """See `Prepared`."""
+        return (self.edges, self.position_as)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """See `Prepared`."""
+        return self.edges[0], self.edges[-1]
+
+    @property
+    def held_out_from(self) -> float | None:
+        """See `Prepared`."""
+        return self.edges[2]
+
+    @property
+    def padding(self) -> tuple[str, ...]:
+        """See `Prepared`: what stands in a log was encoded."""
+        return ()
+
     def table(self, side: str) -> pl.DataFrame | None:
         """The newest version of every ad for "ad"; None for "user", whose features are the rows' own."""
-        return self.versions().unique("ad_id", keep="last", maintain_order=True).drop("revision") if side == "ad" else None
+        return self.versions().unique("ad_id", keep="last", maintain_order=True).drop("key", "revision") if side == "ad" else None
+
+    def row_columns(self, path: Path) -> set[str]:
+        """See `Prepared`."""
+        return {*columns_of(path), *([self.position_as] if self.position_as else [])}
+
+    def table_columns(self, side: str) -> Collection[str]:
+        """See `Prepared`."""
+        return {name for path in self.ads for name in columns_of(path)} if side == "ad" else ()
+
+    def behaviour_keys(self, frame: pl.DataFrame, kept: pl.Series) -> pl.Series:
+        """See `Prepared`: behaviours as they were when the row was served."""
+        revisions = frame["history_revisions"].list.tail(self.schema.history_length)
+        return versions_of(kept.explode().drop_nulls(), revisions.explode().drop_nulls())
+
+    def ids_of(self, keys: list[str]) -> list[str]:
+        """See `Prepared`: of ads that the catalogue did not have."""
+        parts = [key.rpartition(SEPARATOR) for key in keys]
+        lost = [(ad_id, revision) for ad_id, _, revision in parts if revision != "0"]
+        if lost:
+            ad_id, revision = lost[0]
+            raise DataError(f"{self.folder / 'ads'} lacks {len(lost)} versions of ads that rows name, the first is {revision} of {ad_id}")
+        return [ad_id for ad_id, _, _ in parts]
+
+    def known(self, frame: pl.DataFrame) -> pl.Series | None:
+        """See `Prepared`."""
+        return frame["known"]
 
     def versions(self) -> pl.DataFrame:
-        """Every version of every ad: `ad_id`, `revision` and `ad.…`, those that were written last at the end.
+        """Every version of every ad: `key`, `ad_id`, `revision` and `ad.…`, those that were written last at the end.
 
         Raises:
             DataError: a file is damaged.
@@ -121,7 +180,8 @@ class ImpressionLog(Prepared):
             frame = read_parquet(path, [name for name in dtypes if name in present])
             check_columns(frame, {name: dtype for name, dtype in dtypes.items() if not name.startswith("ad.") or name in present}, path)
             frames.append(plain_values(frame))
-        return pl.concat(frames, how="diagonal").unique(["ad_id", "revision"], keep="last", maintain_order=True)
+        whole = pl.concat(frames, how="diagonal").unique(["ad_id", "revision"], keep="last", maintain_order=True)
+        return whole.with_columns(versions_of(whole["ad_id"], whole["revision"]).alias("key"))
 
     def between(self, begin: float, end: float, more: Sequence[str] = ()) -> Iterator[pl.DataFrame]:
         """The rows with `begin <= ts < end`, checked, in frames of at most `ROWS_PER_FILE`; `more` names further columns.

@@ -22,14 +22,16 @@ Behaviours take their features from `ads.parquet`. A split may have further colu
 log, oldest first, with their times. `states.py` reads it.
 """
 
+import math
 import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import polars as pl
 import tomli_w
@@ -87,6 +89,9 @@ class Prepared:
     memory: Memory = field(default=Memory(), kw_only=True, compare=False)
     """What a run that reads it may use."""
 
+    looked_up: ClassVar[tuple[str, ...]] = ("user", "ad")
+    """Sides of which rows may lack what a table has."""
+
     def files(self, split: str) -> list[Path]:
         """The parquet files of a split, in order.
 
@@ -110,14 +115,67 @@ class Prepared:
                 check_rows(frame, self.schema, path)
                 yield without_nobody(plain_values(frame), self.schema)
 
+    def slice(self, split: str, more: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """As `frames`, with `more` columns where the rows have them; those of a log may be none."""
+        return self.frames(split, more)
+
     def sources(self, split: str) -> list[Path]:
         """All files that the rows of a split come from."""
-        tables = (self.folder / f"{side}s.parquet" for side in ("user", "ad"))
-        return [*self.files(split), *(path for path in tables if path.exists())]
+        return [*self.files(split), *(path for side in ("user", "ad") if (path := self.folder / f"{side}s.parquet").exists())]
+
+    @property
+    def window(self) -> tuple[object, ...]:
+        """What the rows of a split follow from beside their files."""
+        return ()
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """When rows may begin, and when they end, in seconds since 1970."""
+        return (-math.inf, math.inf)
+
+    @property
+    def held_out_from(self) -> float | None:
+        """When test begins, in seconds since 1970; None where that is not known."""
+        return None
+
+    @property
+    def padding(self) -> tuple[str, ...]:
+        """Behaviours that are none."""
+        return self.schema.history_padding
 
     def table(self, side: str) -> pl.DataFrame | None:
         """`ads.parquet` for "ad", `users.parquet` for "user"; None where the data set has no such table."""
         return _keyed(self.folder / f"{side}s.parquet", f"{side}_id")
+
+    def lookups(self, *sides: str) -> dict[str, pl.DataFrame | None]:
+        """The tables that have what rows lack of these sides."""
+        return {side: self.table(side) for side in sides if side in self.looked_up}
+
+    def row_columns(self, path: Path) -> set[str]:
+        """The columns that the rows of a file have."""
+        return set(columns_of(path))
+
+    def table_columns(self, side: str) -> Collection[str]:
+        """The columns of the table of users or ads; none where there is no such table."""
+        path = self.folder / f"{side}s.parquet"
+        return columns_of(path) if path.exists() else ()
+
+    def versions(self) -> pl.DataFrame | None:
+        """The ads that rows and behaviours name by their `key`, with `ad.…`; None where there is no table of them."""
+        ads = self.table("ad")
+        return None if ads is None else ads.rename({"ad_id": "key"}).with_columns(ad_id="key")
+
+    def behaviour_keys(self, _frame: pl.DataFrame, kept: pl.Series) -> pl.Series:
+        """The keys in `versions` of the behaviours that are kept of each row, one after the other."""
+        return kept.explode().drop_nulls()
+
+    def ids_of(self, keys: list[str]) -> list[str]:
+        """The ids of ads that `versions` lacks, by their keys; raises `DataError` where it should have them."""
+        return keys
+
+    def known(self, _frame: pl.DataFrame) -> pl.Series | None:
+        """Whether each row's ad was known when it was served; None where rows are not what was served."""
+        return None
 
     def histories(self) -> pl.DataFrame | None:
         """`histories.parquet`; None where the data set has no such table."""

@@ -18,10 +18,10 @@ from features.bundle import Bundle
 from features.encode import AdTable
 from features.policy import Policy, places
 
-from ..datasets.ads import ad_rows, ad_table, versions_of
+from ..datasets.ads import ad_rows, ad_table
 from ..datasets.encoded import Rows, encode_frames
 from ..datasets.fields import check_fields
-from ..datasets.log import ImpressionLog
+from ..datasets.log import ImpressionLog, versions_of
 from ..datasets.prepared import DataError, Prepared, check_columns
 from ..export.graph import Graph
 from .estimators import Estimate, Estimates, Trail, estimate, joined

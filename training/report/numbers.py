@@ -15,7 +15,6 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from features.vocabulary import PADDING, UNKNOWN
 
-from ..datasets.log import ImpressionLog
 from ..datasets.prepared import SPLITS, Prepared, column_of, columns_of
 from ..datasets.vocabularies import joined
 from ..evaluate import auc, reliability
@@ -148,7 +147,7 @@ def worst(data: Prepared, labels: Array, p: Array) -> list[Told]:
     """The rows of test with the highest loss: ad, context, features of the ad, label and p(click). Nothing of the user."""
     right = np.where(labels > 0, p, 1 - p)
     chosen, at, begin = np.argsort(right, kind="stable")[:WORST].tolist(), dict[int, Told](), 0
-    tables = {} if isinstance(data, ImpressionLog) else {"ad": data.table("ad")}
+    tables = data.lookups("ad")
     fields = [field for field in data.schema.fields if field.side != "user" and field.kind != "vector" and field.name != "ad_id"]
     for frame in data.frames("test"):
         here = [i for i in chosen if begin <= i < begin + len(frame)]
@@ -167,9 +166,8 @@ def moments(data: Prepared) -> list[Told]:
     if not all("ts" in columns_of(path) for path in files):
         return []
     parts = [pl.scan_parquet(path, glob=False).select(pl.col("ts").cast(pl.Float64), pl.col("label").cast(pl.Int64)) for path in files]
-    rows = pl.concat(parts).drop_nulls()
-    if isinstance(data, ImpressionLog):
-        rows = rows.filter(pl.col("ts") >= data.edges[0], pl.col("ts") < data.edges[-1])
+    begin, end = data.span
+    rows = pl.concat(parts).drop_nulls().filter(pl.col("ts") >= begin, pl.col("ts") < end)
     first, last = rows.select(first=pl.min("ts"), last=pl.max("ts")).collect().row(0)
     if first is None or first == last:
         return []

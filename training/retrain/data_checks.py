@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
 from math import sqrt
 from statistics import median
 from typing import Any
@@ -17,7 +16,6 @@ import polars as pl
 
 from features.schema import Schema
 
-from ..datasets.log import ImpressionLog
 from ..datasets.prepared import SPLITS, Prepared, column_of
 from ..datasets.vocabularies import joined
 from ..train_settings import TrainError
@@ -143,10 +141,7 @@ def click_rate(clicks: int, rows: int, negative_sampling: float) -> float:
 
 def slices(data: Prepared, splits: Iterable[str] = SPLITS) -> dict[str, Iterator[pl.DataFrame]]:
     """The rows of some splits; those of a log with the columns that say which ranking they come from."""
-    if not isinstance(data, ImpressionLog):
-        return {split: data.frames(split) for split in splits}
-    edges = dict(zip(SPLITS, pairwise(data.edges), strict=True))
-    return {split: data.between(*edges[split], more=RANKING) for split in splits}
+    return {split: data.slice(split, RANKING) for split in splits}
 
 
 def profile(data: Prepared, frames: Mapping[str, Iterable[pl.DataFrame]]) -> Profile:
@@ -157,7 +152,7 @@ def profile(data: Prepared, frames: Mapping[str, Iterable[pl.DataFrame]]) -> Pro
     """
     rows, clicks, hours = Counter(dict.fromkeys(frames, 0)), Counter(dict.fromkeys(frames, 0)), Counter[int]()
     fields, keys, ends = _Fields(data.schema), [], []
-    tables = {} if isinstance(data, ImpressionLog) else {side: data.table(side) for side in ("user", "ad")}
+    tables = data.lookups("user", "ad")
     for name, frame in ((name, frame) for name, each in frames.items() for frame in each):
         rows[name] += len(frame)
         clicks[name] += int(frame["label"].sum())

@@ -24,7 +24,7 @@ from features.errors import AdrankError
 from features.repository import CURRENT
 from features.vocabulary import Vocabulary
 
-from ..datasets.log import ImpressionLog, end_of, is_log, open_log
+from ..datasets.log import end_of, is_log, open_log
 from ..datasets.memory import Memory
 from ..datasets.prepared import SPLITS, Prepared, open_prepared
 from ..export.export import METRICS, check_asked, contents
@@ -142,7 +142,7 @@ def _challenge(order: RetrainRequest, plan: RetrainPlan, data: Prepared, report:
         return replace(report, trained_page=bytes(files.get(DRAWN, b"")).decode())
     if (now := _live(order)) != report.champion:
         raise RetrainError(f"the live version of {order.name} was {report.champion} and is {now} now: the comparison is void; run it again")
-    seen = {**report.window.as_dict(), "held_out_from": _held_out_from(data)}
+    seen = {**report.window.as_dict(), "held_out_from": data.held_out_from}
     facts[FACTS] = {**plan.as_dict(), "champion": report.champion, "window": seen, "comparison": brief(found)}
     return replace(report, published=int(publish(order.models, order.name, files, facts).name))
 
@@ -232,15 +232,11 @@ def _warnings(order: RetrainRequest, plan: RetrainPlan, data: Prepared) -> list[
             "of ads that it would not have shown, they tell nothing (selection bias)"
         )
     trained_until = plan.champion.manifest.get(FACTS, {}).get("window", {}).get("held_out_from")
-    begin = _held_out_from(data)
+    begin = data.held_out_from
     if trained_until is not None and begin is not None and begin < trained_until:
         moments = (f"{datetime.fromtimestamp(ts, UTC):%Y-%m-%d %H:%M:%S} UTC" for ts in (trained_until, begin))
         warnings.append("the live version was trained on rows up to {}, and the held-out rows begin at {}: it knows some".format(*moments))
     return warnings
-
-
-def _held_out_from(data: Prepared) -> float | None:
-    return data.edges[2] if isinstance(data, ImpressionLog) else None
 
 
 def _live(order: RetrainRequest) -> int | None:
