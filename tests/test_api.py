@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from conftest import until_ready
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from features import bundle
@@ -379,16 +379,6 @@ class TestLimits:
         await client.app(scope, receive, send)
         return sent[0]["status"]
 
-    async def test_what_nobody_foresaw_is_logged_and_answered_without_its_trace(self, client, monkeypatch, caplog):
-        monkeypatch.setattr(client.app.state.service.ranker, "rank", None)
-        answer = await client.post("/rank", json=GOOD)
-        problem = check(answer, 500, "unexpected")
-        assert "Traceback" not in answer.text
-        assert "NoneType" not in answer.text
-        (returned,) = [record for record in caplog.records if record.exc_info]
-        assert (returned.request_id, returned.route, returned.status, returned.code) == (problem.request_id, "/rank", 500, "unexpected")
-        assert await client.metric('adrank_requests_total{model="din",outcome="unexpected",route="/rank"}') == 1
-
 
 class TestReadiness:
     async def test_ready(self, client):
@@ -540,7 +530,6 @@ def same(one, two):
 
 
 class TestForms:
-    @settings(max_examples=60)
     @given(st.lists(st.tuples(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5), st.none() | MICROS, SENT), min_size=1))
     def test_rows_and_columns_are_the_same_request(self, candidates):
         rows = [{"ad_id": ad_id, "bid": bid, "features": sent} for ad_id, bid, sent in candidates]
@@ -551,7 +540,6 @@ class TestForms:
         assert [None if bid < 0 else bid / 1e6 for bid in bids] == [c[1] for c in candidates]
         assert list(one.names or one.ad_ids) == [c[0] for c in candidates]
 
-    @settings(max_examples=30)
     @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5), min_size=1))
     def test_ids_are_rows_without_more(self, ad_ids):
         forms = (ad_ids, [{"ad_id": ad_id} for ad_id in ad_ids], {"ad_id": ad_ids})
@@ -559,7 +547,6 @@ class TestForms:
         assert same(one, two)
         assert same(two, three)
 
-    @settings(max_examples=100)
     @given(
         st.recursive(
             st.none() | st.booleans() | st.floats() | st.integers() | st.text(),

@@ -99,7 +99,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(REQUESTS, st.lists(st.booleans(), max_size=4), st.booleans())
 def test_each_caller_gets_what_it_would_get_alone(scorers, requests, failing, small):
     """Whoever comes, leaves or is late, and whatever fails: each answer is that of the request's own model, user and candidates."""

@@ -134,7 +134,7 @@ def clicks(converting):
     return found
 
 
-@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(st.lists(CANDIDATE, min_size=1, max_size=9), OPTIONS)
 def test_order_and_prices_are_those_of_the_definitions(converting, clicks, candidates, options):
     priced = {"prices": True} if options["objective"] == "ecpm" else {}
@@ -175,7 +175,7 @@ def test_an_auction_worked_out_by_hand(converting, clicks):
         assert float(ads[above]["price"]) == pytest.approx(float(ads[below]["ecpm"] if below else 10) / units[above], abs=2e-6)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.integers(-1, HIGHEST), st.integers(0, 1000 * NANO))
 def test_products_of_money_are_exact(micros, nano):
     assert times(np.array([micros]), np.array([nano])).tolist() == [-1 if micros < 0 else micros * nano // NANO]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,12 +11,11 @@ import sys
 import bundles
 import pytest
 from conftest import free_port, running, until, until_ready
-from processes import ROOT, SERVE, environment, serving, workers_of
+from processes import ROOT, serving, workers_of
 
 from service.models import watcher as reload
 from service.models.default_model import FILE, DefaultModel
 from service.settings import Settings
-from tests.test_bad_configuration import one_line
 from tests.test_cli import refused, run
 
 pytestmark = pytest.mark.anyio
@@ -64,23 +64,6 @@ class TestRunning:
             await until_ready(client)
             assert (await client.rank())["model"]["name"] == "din"
 
-    async def test_two_that_come_at_once_are_told(self, tmp_path, ads):
-        models = tmp_path / "models"
-        async with running(Settings(models=models, redis="memory://"), ads, ready=False, settle=False) as client:
-            for name in ("din", "aa"):
-                bundles.publish(tmp_path / "made", name)
-            (tmp_path / "made").rename(models)
-            await loaded(client, "aa", "din")
-            assert BOTH in (await client.get("/readyz")).json()["reasons"][0]
-
-    @pytest.mark.parametrize("chosen", ["aa", "din"])
-    async def test_the_one_that_is_set_is_it(self, tmp_path, ads, chosen):
-        for name in ("din", "aa"):
-            bundles.publish(tmp_path, name)
-        async with running(Settings(models=tmp_path, redis="memory://", model=chosen), ads) as client:
-            assert (await client.rank())["model"]["name"] == chosen
-            assert (await client.get("/v1/models")).json()["notice"] is None
-
     async def test_a_default_that_is_damaged_is_not_replaced_by_another(self, tmp_path, ads):
         path = bundles.publish(tmp_path, "din")
         (path / "model.onnx").write_bytes(b"other")
@@ -94,12 +77,9 @@ class TestCommands:
     def test_a_start_with_two_and_none_set_is_refused(self, tmp_path):
         for name in ("din", "aa"):
             bundles.publish(tmp_path, name)
-        command = [*SERVE, "--models", str(tmp_path), "--redis", "memory://", "--port", str(free_port())]
-        for workers in ("1", "2"):
-            done = subprocess.run(
-                [*command, "--workers", workers], env=environment(), capture_output=True, text=True, check=False, timeout=60
-            )
-            one_line(done, BOTH)
+        for workers in (1, 2):
+            words = ("--models", tmp_path, "--redis", "memory://", "--port", free_port(), "--workers", workers)
+            refused(run("serve", *words), re.escape(BOTH))
 
     def test_the_doctor_knows(self, tmp_path, monkeypatch):
         for name in ("din", "aa"):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from conftest import until
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from features.entity_updates import KINDS
@@ -322,7 +322,6 @@ def portal(repository):
 
 
 def test_whatever_is_sent_has_an_outcome(portal):
-    @settings(max_examples=150)
     @given(st.lists(near | wild, min_size=1, max_size=5))
     def ask(events):
         answer = portal.ask(method="POST", url="/v1/events", json={"events": events})

@@ -26,6 +26,7 @@ from service.settings import Settings
 from service.store.redis import RedisStore, user_key
 from service.telemetry import logs
 from service.telemetry.logs import REQUEST, JsonLines, RateLimitFilter, RequestFilter, TextLines, where
+from tests.test_api import check
 
 pytestmark = pytest.mark.anyio
 FORGED = "fine\n2026-11-22 10:00:00,000 ERROR 1 service: forged\r\x1b[2J\u2028\ud800{}"
@@ -163,9 +164,11 @@ async def test_an_exception_nobody_foresaw_is_told_by_place_and_request(run, ads
         try:
             for _ in range(40):
                 answer = await client.post("/rank", json={"request_id": "mine", "user": {"id": "MARKuser"}, "candidates": ["a1"]})
-                assert answer.status_code == 500
+                check(answer, 500, "unexpected")
+                assert not {"Traceback", "KeyError", "MARKuser"} & set(re.findall(r"\w+", answer.text))
         finally:
             logging.getLogger("service").removeHandler(handler)
+        assert await client.metric('adrank_requests_total{model="din",outcome="unexpected",route="/rank"}') == 40
     written = [json.loads(line) for line in out.getvalue().splitlines()]
     assert {name: written[0][name] for name in ("level", "request_id", "route", "status", "code")} == {
         "level": "error",

@@ -18,7 +18,7 @@ from service.errors import InvalidError
 from service.feedback.impression_log import served
 from service.ranking.rules import Filling, Rules
 
-DRAWS = 4_000
+DRAWS = 1_500
 ADS = st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 1), st.integers(0, 9)), min_size=1, max_size=8)
 
 
@@ -45,7 +45,7 @@ def keeps(rules, ads, order, ad):
     return found
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(
     ADS,
     st.builds(

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace as changed
+from functools import cache
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -439,11 +440,15 @@ def test_a_data_set_with_propensities_is_replayed_row_by_row(bandit: Prepared, b
     assert (uniform.rankings, uniform.impressions) == (600, 600)
     assert uniform.estimates.ips.value == pytest.approx(frame["label"].mean())
     assert uniform.estimates.snips.value == pytest.approx(frame["label"].mean())
-    best, encoder = 0, bundles.encoder()
-    packed = {ad_id: pack_features(features) for ad_id, features in bundles.ADS.items()}
-    for user_id, ad_id, history, age, label in frame.select("user_id", "ad_id", "history", "user.age", "label").iter_rows():
-        asked = ranking(0, ["a1"], [0], [1.0], user_id=user_id, user={"age": age}, history=history, ads=packed)
-        best += label * (ad_id == f"a{bundles.expected(asked.feeds(encoder, list(bundles.ADS)))[0].argmax()}")
+    encoder, packed = bundles.encoder(), {ad_id: pack_features(features) for ad_id, features in bundles.ADS.items()}
+
+    @cache
+    def chosen(user_id: str, age: str, behaviours: int) -> str:
+        asked = ranking(0, ["a1"], [0], [1.0], user_id=user_id, user={"age": age}, history=["a3"] * behaviours, ads=packed)
+        return f"a{bundles.expected(asked.feeds(encoder, list(bundles.ADS)))[0].argmax()}"
+
+    rows = frame.select("label", "ad_id", "user_id", "user.age", pl.col("history").list.len()).iter_rows()
+    best = sum(label * (ad_id == chosen(*asked)) for label, ad_id, *asked in rows)
     greedy = replay(bandit, bundle, EpsilonGreedy(0.0), split="train").estimates
     assert greedy.ips.value == pytest.approx(best * 30 / 600)
     assert greedy.largest_weight == pytest.approx(30)

@@ -64,7 +64,7 @@ QUERIES = st.fixed_dictionaries(
         "policy": POLICIES,
     },
 ).map(lambda query: {**query, "sent": {row: sent for row, sent in query["sent"].items() if row < len(query["ad_ids"])}})
-LAW = settings(max_examples=150, suppress_health_check=list(HealthCheck))
+LAW = settings(max_examples=75, suppress_health_check=list(HealthCheck))
 
 
 class Stored(MemoryStore):

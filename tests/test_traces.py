@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import time
 import pytest
 from collector import collecting
 from conftest import free_port, until
-from processes import ROOT, SERVE, environment, fill, serving, workers_of
+from processes import environment, fill, serving, workers_of
 
 from service.settings import SettingsError
 from service.telemetry.metrics import RequestTimings
@@ -148,42 +149,22 @@ async def test_each_worker_sends_its_own_and_what_waits_goes_out_at_the_end(repo
     assert collector.paths == {"/mine"}
 
 
-async def test_a_collector_that_is_away_delays_nobody_and_fills_no_log(repository, filled, otel):
-    async def served_without(url):
-        otel(EXPORTER_OTLP_ENDPOINT=url, BSP_SCHEDULE_DELAY="50", BSP_MAX_QUEUE_SIZE="16", BSP_MAX_EXPORT_BATCH_SIZE="16")
-        async with serving(repository, filled.url, trace_share=1, store_timeout_ms=10_000) as client:
-            for _ in range(200):
-                assert (await client.rank())["degraded"] == []
-            began = time.monotonic()
-            client.process.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(client.process.wait, 20) == -signal.SIGTERM  # which uvicorn raises again when it has drained
-            assert time.monotonic() - began < 10
-            return client.log.read_text()
-
+async def test_a_collector_that_is_away_delays_nobody_and_fills_no_log_and_the_end_still_comes(otel, caplog):
     with socket.socket() as deaf, collecting(status=400) as refusing:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(1)
-        for log in await asyncio.gather(*map(served_without, (f"http://127.0.0.1:{deaf.getsockname()[1]}", refusing.url))):
-            lines = [line for line in log.splitlines() if "opentelemetry" in line or "traces" in line]
-            assert 1 <= len(lines) <= 8, lines
-            assert "Traceback" not in log
-    assert len(refusing.bodies) > 20
-
-
-async def test_nobody_listens_and_the_end_still_comes(otel, caplog):
-    otel(
-        EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{free_port()}",
-        BSP_SCHEDULE_DELAY="1",
-        BSP_MAX_QUEUE_SIZE="8",
-        BSP_MAX_EXPORT_BATCH_SIZE="8",
-    )
-    tracer = open_tracer(1.0)
-    for _ in range(100):
-        stages = RequestTimings("/rank")
-        tracer.end(tracer.begin((), stages), stages, {"state": {"request_id": "r"}, "scheme": "http"}, 200)
-        await asyncio.sleep(0.002)
-    async with asyncio.timeout(FLUSH_SECONDS + 5):
-        await tracer.close()
+        for url in (f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{deaf.getsockname()[1]}", refusing.url):
+            otel(EXPORTER_OTLP_ENDPOINT=url, BSP_SCHEDULE_DELAY="1", BSP_MAX_QUEUE_SIZE="8", BSP_MAX_EXPORT_BATCH_SIZE="8")
+            tracer, spent = open_tracer(1.0), 0.0
+            for _ in range(100):
+                began, stages = time.thread_time(), RequestTimings("/rank")
+                tracer.end(tracer.begin((), stages), stages, {"state": {"request_id": "r"}, "scheme": "http"}, 200)
+                spent += time.thread_time() - began
+                await asyncio.sleep(0.002)
+            assert spent < 0.5  # nobody sends while others wait
+            async with asyncio.timeout(FLUSH_SECONDS + 5):
+                await tracer.close()
+    assert len(refusing.bodies) > 5
     assert 1 <= len(caplog.records) <= 6, caplog.text
 
 
@@ -198,28 +179,17 @@ def test_a_share_without_the_extra_is_refused_in_one_sentence():
     assert "pip install 'adrank[otel]'" in done.stderr
 
 
-def test_a_protocol_that_is_not_spoken_is_refused(otel):
-    otel(EXPORTER_OTLP_PROTOCOL="grpc")
-    done = subprocess.run(SERVE, env=environment(trace_share=0.1, port=free_port()), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "OTEL_EXPORTER_OTLP_PROTOCOL is 'grpc'; traces are sent as http/protobuf only" in done.stderr
-
-
-def test_a_queue_that_cannot_be_is_refused(otel):
-    otel(BSP_MAX_QUEUE_SIZE="-1")
-    with pytest.raises(SettingsError, match=r"^the variables OTEL_\* cannot be used: max_queue_size"):
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"EXPORTER_OTLP_PROTOCOL": "grpc"}, "OTEL_EXPORTER_OTLP_PROTOCOL is 'grpc'; traces are sent as http/protobuf only"),
+        ({"BSP_MAX_QUEUE_SIZE": "-1"}, "the variables OTEL_* cannot be used: max_queue_size"),
+    ],
+)
+def test_variables_that_cannot_be_used_are_refused(otel, variables, said):
+    otel(**variables)
+    with pytest.raises(SettingsError, match=re.escape(said)):
         open_tracer(0.1)
-
-
-def test_who_traces_nothing_loads_nothing_of_it():
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys, service.app; print(*sys.modules)"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    loaded = done.stdout.split()
-    assert "service.api.edge" in loaded
-    assert [
-        name for name in loaded if name.startswith(("opentelemetry.sdk.trace", "opentelemetry.exporter", "service.telemetry.tracing"))
-    ] == []
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pydantic_core
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from service.api.wire import TIMED, RankAnswer, answer
@@ -47,7 +47,6 @@ def plainly(ranking: Ranking, timings: dict[str, float]) -> bytes:
     return pydantic_core.to_json(document if ranking.seen is None else {**document, "explain": ranking.seen})
 
 
-@settings(max_examples=100)
 @given(ADS, st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.lists(st.tuples(IDS, st.just("top_k")), max_size=2))
 def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explained, explored, omitted):
     scores = np.array([ad[1] for ad in ads], np.float32)
@@ -79,7 +78,6 @@ def test_the_bytes_are_those_of_the_objects(ads, with_bids, with_known, explaine
     RankAnswer.model_validate_json(body)
 
 
-@settings(max_examples=100)
 @given(st.lists(SCORES, min_size=1))
 def test_a_probability_is_the_shortest_decimal_of_its_float32(scores):
     given_scores = np.array(scores, np.float32)

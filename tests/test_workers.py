@@ -78,8 +78,7 @@ def spread(client, callers):
     """How many of these callers each worker has, the fewest first."""
     having = owners(client)
     by_worker = Counter(having.get(caller.port) for caller in callers if caller.writer)
-    alive = [pid for pid in workers_of(client) if psutil.pid_exists(pid)]
-    return sorted(by_worker[pid] for pid in alive)
+    return sorted(by_worker[pid] for pid in alive(client))
 
 
 async def until_spread(client, callers, wanted):
@@ -105,6 +104,33 @@ async def two_workers(repository, **settings):
                 await caller.close()
 
 
+@pytest.fixture(scope="module")
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def lasting(repository):
+    """Two workers for the tests that leave two behind."""
+    async with two_workers(repository) as client:
+        yield client
+
+
+@pytest.fixture
+async def pair(lasting):
+    """They, both ready, and without any connection."""
+    await until_both_are_ready(lasting)
+    lasting.callers = [Caller(lasting) for _ in range(8)]
+    yield lasting
+    for caller in lasting.callers:
+        await caller.close()
+
+
+def alive(client):
+    """The workers that are there, in the order of their starting."""
+    return [pid for pid in workers_of(client) if psutil.pid_exists(pid)]
+
+
 async def until_both_are_ready(client):
     """Waits until new connections go to both: each worker alive gets one of two that are open at once."""
     async with asyncio.timeout(PATIENCE):
@@ -121,80 +147,77 @@ async def until_both_are_ready(client):
             await asyncio.sleep(0.05)
 
 
-async def test_connections_are_shared_evenly_however_they_are_opened_and_whoever_leaves(repository):
-    async with two_workers(repository) as client:
-        callers = client.callers
-        assert await asyncio.gather(*(caller.ask() for caller in callers)) == [200] * 8
-        assert spread(client, callers) == [4, 4]  # opened at once
-        ports = {caller.port for caller in callers}
-        for caller in callers:
+async def test_connections_are_shared_evenly_however_they_are_opened_and_whoever_leaves(pair):
+    callers = pair.callers
+    assert await asyncio.gather(*(caller.ask() for caller in callers)) == [200] * 8
+    assert spread(pair, callers) == [4, 4]  # opened at once
+    ports = {caller.port for caller in callers}
+    for caller in callers:
+        await caller.close()
+    await until_noticed(pair, ports)
+    for caller in callers:
+        await caller.ask()
+    assert min(spread(pair, callers)) >= 3  # opened one by one; one that was too many may have been told to come again
+    await until_spread(pair, callers, [4, 4])
+    for closing in (callers[:3], callers[::2], callers[5:]):
+        for caller in closing:
             await caller.close()
-        await until_noticed(client, ports)
-        for caller in callers:
+        for caller in closing:
             await caller.ask()
-        assert min(spread(client, callers)) >= 3  # opened one by one; one that was too many may have been told to come again
-        await until_spread(client, callers, [4, 4])
-        for closing in (callers[:3], callers[::2], callers[5:]):
-            for caller in closing:
-                await caller.close()
-            for caller in closing:
-                await caller.ask()
-            # Some closed and opened again: within one of each other is as good as even, and what is not is evened out.
-            await until_spread(client, callers, [4, 4])
-        having = owners(client)
-        left = having[callers[0].port]
-        staying = [caller for caller in callers if having[caller.port] != left]
-        for caller in set(callers) - set(staying):
+        # Some closed and opened again: within one of each other is as good as even, and what is not is evened out.
+        await until_spread(pair, callers, [4, 4])
+    having = owners(pair)
+    left = having[callers[0].port]
+    staying = [caller for caller in callers if having[caller.port] != left]
+    for caller in set(callers) - set(staying):
+        await caller.close()
+    assert spread(pair, staying) == [0, 4]
+    await until_spread(pair, staying, [2, 2])  # a worker whose callers left gets some of the others
+
+
+async def test_connections_of_one_request_each_are_shared_too(pair):
+    folder = counts_of(pair)
+
+    def answered():
+        return Counter(
+            {
+                path.name: sum(
+                    value for key, value, *_ in MmapedDict.read_all_values_from_file(path) if '"/readyz"' in key and "_total" in key
+                )
+                for path in folder.glob("counter_*.db")
+            }
+        )
+
+    async def ask(times):
+        for _ in range(times):
+            caller = Caller(pair)
+            assert await caller.ask("/readyz") == 200
             await caller.close()
-        assert spread(client, staying) == [0, 4]
-        await until_spread(client, staying, [2, 2])  # a worker whose callers left gets some of the others
+
+    for at_once in (1, 4):
+        await asyncio.sleep(1.5)  # until what came before is written
+        before = answered()
+        await asyncio.gather(*(ask(100 // at_once) for _ in range(at_once)))
+        await until(lambda: (answered() - before).total() >= 100)  # the workers write what they counted twice a second
+        new = answered() - before
+        assert len(new) == 2
+        assert min(new.values()) >= 10  # even, but that a worker whom the machine holds up rightly gets fewer
 
 
-async def test_connections_of_one_request_each_are_shared_too(repository):
-    async with two_workers(repository) as client:
-        folder = counts_of(client)
-
-        def answered():
-            return Counter(
-                {
-                    path.name: sum(
-                        value for key, value, *_ in MmapedDict.read_all_values_from_file(path) if '"/readyz"' in key and "_total" in key
-                    )
-                    for path in folder.glob("counter_*.db")
-                }
-            )
-
-        async def ask(times):
-            for _ in range(times):
-                caller = Caller(client)
-                assert await caller.ask("/readyz") == 200
-                await caller.close()
-
-        for at_once in (1, 4):
-            await asyncio.sleep(1.5)  # until what came before is written
-            before = answered()
-            await asyncio.gather(*(ask(100 // at_once) for _ in range(at_once)))
-            await until(lambda: (answered() - before).total() >= 100)  # the workers write what they counted twice a second
-            new = answered() - before
-            assert len(new) == 2
-            assert min(new.values()) >= 10  # even, but that a worker whom the machine holds up rightly gets fewer
-
-
-async def test_a_worker_that_is_killed_is_replaced_and_gets_its_share(repository):
-    async with two_workers(repository) as client:
-        for caller in client.callers:
-            await caller.ask()
-        victim = workers_of(client)[0]
-        os.kill(victim, signal.SIGKILL)
-        async with asyncio.timeout(PATIENCE):
-            while len(workers_of(client)) < 3 or spread(client, client.callers) != [4, 4]:
-                for caller in client.callers:
-                    try:
-                        assert await caller.ask() == 200
-                    except (OSError, asyncio.IncompleteReadError):
-                        await caller.close()
-                await asyncio.sleep(0.02)
-        assert f"worker {victim} ended with exit code -9; another takes its place" in client.log.read_text()
+async def test_a_worker_that_is_killed_is_replaced_and_gets_its_share(pair):
+    for caller in pair.callers:
+        await caller.ask()
+    victim, ever = alive(pair)[0], len(workers_of(pair))
+    os.kill(victim, signal.SIGKILL)
+    async with asyncio.timeout(PATIENCE):
+        while len(workers_of(pair)) == ever or spread(pair, pair.callers) != [4, 4]:
+            for caller in pair.callers:
+                try:
+                    assert await caller.ask() == 200
+                except (OSError, asyncio.IncompleteReadError):
+                    await caller.close()
+            await asyncio.sleep(0.02)
+    assert f"worker {victim} ended with exit code -9; another takes its place" in pair.log.read_text()
 
 
 async def ask_until_refused(client, caller, keep, asked):
@@ -227,21 +250,15 @@ async def drained(client, stop, ended):
     await ended(asking)
 
 
-async def test_sigterm_answers_all_that_was_asked(repository):
-    async with two_workers(repository) as client:
-        await drained(client, client.process.terminate, lambda asking: asyncio.gather(*asking))
-        assert client.process.wait(90) == 0
-        assert not any(psutil.pid_exists(pid) for pid in workers_of(client))
-        assert "Traceback" not in client.log.read_text()
-
-
-async def test_one_worker_answers_all_that_was_asked_too(repository):
-    async with serving(repository, "memory://") as client:
-        client.callers = [Caller(client) for _ in range(6)]
+@pytest.mark.parametrize(("workers", "code"), [(1, -signal.SIGTERM), (2, 0)])
+async def test_sigterm_answers_all_that_was_asked(repository, workers, code):
+    async with serving(repository, "memory://", workers=workers) as client:
+        client.callers = [Caller(client) for _ in range(8)]
         await drained(client, client.process.terminate, lambda asking: asyncio.gather(*asking))
         for caller in client.callers:
             await caller.close()
-        assert client.process.wait(90) == -signal.SIGTERM
+        assert client.process.wait(90) == code
+        assert not alive(client)
         assert "Traceback" not in client.log.read_text()
 
 
@@ -277,69 +294,42 @@ async def test_a_worker_that_cannot_rank_gets_no_connections_while_another_can(r
         assert f"worker {victim} ended with exit code -9; another takes its place" in client.log.read_text()
 
 
-async def test_a_worker_that_stands_still_gets_no_new_connections_and_answers_its_own_later(repository):
-    async with two_workers(repository) as client:
-        standing = workers_of(client)[0]
-        os.kill(standing, signal.SIGSTOP)
-        try:
-            asking = [asyncio.create_task(caller.ask()) for caller in client.callers]
-            await until(lambda: sum(task.done() for task in asking) >= 4)
-            await asyncio.sleep(SILENT_SECONDS + 0.5)
-            for _ in range(10):
-                caller = Caller(client)
-                async with asyncio.timeout(90):
-                    assert await caller.ask() == 200
-                await caller.close()
-        finally:
-            os.kill(standing, signal.SIGCONT)
-        assert await asyncio.gather(*asking) == [200] * 8
-        for caller in client.callers:
+async def test_a_worker_that_stands_still_gets_no_new_connections_and_answers_its_own_later(pair):
+    standing = alive(pair)[0]
+    os.kill(standing, signal.SIGSTOP)
+    try:
+        asking = [asyncio.create_task(caller.ask()) for caller in pair.callers]
+        await until(lambda: sum(task.done() for task in asking) >= 4)
+        await asyncio.sleep(SILENT_SECONDS + 0.5)
+        for _ in range(10):
+            caller = Caller(pair)
+            async with asyncio.timeout(90):
+                assert await caller.ask() == 200
             await caller.close()
-        await until_both_are_ready(client)
+    finally:
+        os.kill(standing, signal.SIGCONT)
+    assert await asyncio.gather(*asking) == [200] * 8
 
 
-async def test_connections_that_no_file_descriptor_was_left_for_are_not_counted_as_open(repository):
-    async with two_workers(repository) as client:
-        limits = {pid: psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE) for pid in workers_of(client)}
-        for pid in limits:
-            psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE, (psutil.Process(pid).num_fds() + 2, limits[pid][1]))
-        refused = [Caller(client) for _ in range(30)]
-        await asyncio.gather(*(caller.ask() for caller in refused), return_exceptions=True)
-        for caller in refused:
-            await caller.close()
-        for pid, limit in limits.items():
-            psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE, limit)
-        await until_both_are_ready(client)
-        await until_spread(client, client.callers, [4, 4])
-        assert "Traceback" not in client.log.read_text()
+async def test_connections_that_no_file_descriptor_was_left_for_are_not_counted_as_open(pair):
+    limits = {pid: psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE) for pid in alive(pair)}
+    for pid in limits:
+        psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE, (psutil.Process(pid).num_fds() + 2, limits[pid][1]))
+    refused = [Caller(pair) for _ in range(30)]
+    await asyncio.gather(*(caller.ask() for caller in refused), return_exceptions=True)
+    for caller in refused:
+        await caller.close()
+    for pid, limit in limits.items():
+        psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE, limit)
+    await until_both_are_ready(pair)
+    await until_spread(pair, pair.callers, [4, 4])
+    assert "Traceback" not in pair.log.read_text()
 
 
 def counts_of(client):
     """The folder that the workers count in."""
     variables = dict(line.partition("=")[::2] for line in Path(f"/proc/{workers_of(client)[0]}/environ").read_text().split("\0"))
     return Path(variables["PROMETHEUS_MULTIPROC_DIR"])
-
-
-def counted(text):
-    """Answered /livez of all workers, by the exposition."""
-    rows = [line for line in text.splitlines() if line.startswith("adrank_requests_total") and 'route="/livez"' in line]
-    return sum(float(line.rpartition(" ")[2]) for line in rows)
-
-
-async def test_workers_that_die_leave_no_files_and_what_they_counted_stays(repository):
-    async with two_workers(repository) as client:
-        folder = counts_of(client)
-        files = {path.name for path in folder.iterdir()}
-        for deaths in (1, 2):
-            await asyncio.sleep(1.5)  # until what came before is written
-            before = counted((await client.get("/metrics")).text)
-            assert before > 0
-            os.kill(next(pid for pid in workers_of(client)[::-1] if psutil.pid_exists(pid)), signal.SIGKILL)
-            await until(lambda: len(workers_of(client)) >= 2 + deaths)
-            await until_both_are_ready(client)
-            assert counted((await client.get("/metrics")).text) >= before
-        assert {path.name for path in folder.iterdir()} == files
-        assert "adrank_catalogue_ads" in (await client.get("/metrics")).text
 
 
 async def test_metrics_whose_files_were_removed_are_told_as_lost(repository):
