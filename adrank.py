@@ -78,6 +78,7 @@ def main(words: Sequence[str] | None = None) -> None:
         cli(words, prog_name="adrank", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.Abort:
+        sys.stderr.write("Interrupted.\n")
         sys.exit(130)
     except click.ClickException as error:
         if isinstance(error, click.BadParameter) and error.param and isinstance(error.param.type, click.Path):

@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 import click
 
-from .options import FILE, FOLDER, Refusal, WithNetworks, console, is_quiet, needs, progress_bar, settings_of
+from .options import FILE, FOLDER, Refusal, WithNetworks, console, in_json, is_quiet, needs, progress_bar, settings_of, tell
 
 
 @click.command(epilog="Example: adrank demo --once")
@@ -18,8 +18,9 @@ from .options import FILE, FOLDER, Refusal, WithNetworks, console, is_quiet, nee
 @click.option(
     "--dir", "folder", type=FOLDER, default="data/demo", show_default=True, help="Where the demo's data and models go, anew each time."
 )
+@in_json
 @needs("demo")
-def demo(once: bool, loop: bool, rounds: int, visits: int | None, port: int, folder: Path) -> None:
+def demo(once: bool, loop: bool, rounds: int, visits: int | None, port: int, folder: Path, as_json: bool) -> None:
     """Make a synthetic ad world, train DIN and DeepFM on its log, serve them, and rank for a user; --loop closes the loop."""
     from adrank_demo.demo import run
     from adrank_demo.loop import run as run_loop
@@ -29,12 +30,14 @@ def demo(once: bool, loop: bool, rounds: int, visits: int | None, port: int, fol
     if loop + once + bool(visits) > 1:
         raise Refusal("--once stops after one ranking, --loop goes on, --visits asks a demo that runs: choose one")
     if visits:
-        _visit(port, visits)
+        _visit(port, visits, as_json)
+    elif loop:
+        run_loop(folder, port, rounds, as_json, is_quiet())
     else:
-        run_loop(folder, port, rounds) if loop else run(folder, port, once)
+        run(folder, port, once, as_json, is_quiet())
 
 
-def _visit(port: int, count: int) -> None:
+def _visit(port: int, count: int, as_json: bool) -> None:
     from http.client import HTTPException
 
     from adrank_demo.visits import send_visits
@@ -44,7 +47,8 @@ def _visit(port: int, count: int) -> None:
             shown, clicked = send_visits(port, count, progress)
     except (OSError, HTTPException) as error:
         raise Refusal(f"no demo answers on port {port} ({error}); start one with adrank demo, or name its port with --port") from error
-    print(f"{count:,} visits: {shown:,} ads shown, {clicked:,} clicked")
+    told = {"visits": count, "shown": shown, "clicked": clicked}
+    tell(told, lambda: print(f"{count:,} visits: {shown:,} ads shown, {clicked:,} clicked"), as_json)
 
 
 @click.command(epilog="Example: adrank bench --url http://127.0.0.1:8000 --redis redis://127.0.0.1:6379/0 --candidates 500 --rate half")

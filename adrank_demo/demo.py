@@ -45,18 +45,23 @@ class DemoError(AdrankError, RuntimeError):
     """The demo cannot be as asked for, or its service did not start; the message says why or where to look."""
 
 
-def run(folder: Path, port: int, once: bool) -> None:
+def run(folder: Path, port: int, once: bool, as_json: bool = False, quiet: bool = False) -> None:
     """Build the world under `folder`, train, serve on `port`, print a ranking; stay up until Ctrl-C unless `once`.
+
+    With `as_json` a document is printed in place of tables; `quiet` shows no progress.
 
     Raises:
         DemoError: the port or the folder is taken, or the service did not start.
     """
-    console, world = Console(), make_world()
-    with stage(folder, port, world, NETWORKS) as (settings, url):
+    console, world = Console(quiet=as_json), make_world()
+    with stage(folder, port, world, NETWORKS, quiet=quiet) as (settings, url):
         user, request = _request(world)
         answer = _post(url, request)
+        truth = _truth(world, user, request, answer)
+        if as_json:
+            print(json.dumps({"url": url, "request": request, "answer": answer, "true_p_click": truth}), flush=True)
         console.print(f"\nWhat user u{user} clicked last, newest first", _behaviours(world, user, folder / "data"))
-        console.print("What adrank makes of the candidates", _ranking(world, user, request, answer))
+        console.print("What adrank makes of the candidates", _ranking(world, answer, truth))
         model, took = answer["model"], answer["timings_ms"]["total"]
         console.print(f"{model['name']} {model['version']} ranked {CANDIDATES} ads in {took:.1f} ms")
         if not once:
@@ -65,7 +70,12 @@ def run(folder: Path, port: int, once: bool) -> None:
 
 @contextmanager
 def stage(
-    folder: Path, port: int, world: World, networks: Mapping[str, Mapping[str, str]], then: Callable[[Path], None] = lambda _models: None
+    folder: Path,
+    port: int,
+    world: World,
+    networks: Mapping[str, Mapping[str, str]],
+    then: Callable[[Path], None] = lambda _models: None,
+    quiet: bool = False,
 ) -> Iterator[tuple[Settings, str]]:
     """The world's log, the networks trained on it, a store with its users and ads, and the service: its settings and address.
 
@@ -80,7 +90,7 @@ def stage(
     data, models = folder / "data", folder / "models"
     for made in (data, models, folder / "log"):
         shutil.rmtree(made, ignore_errors=True)
-    with progress_bar() as progress:
+    with progress_bar(quiet) as progress:
         progress.add_task("making the world", total=None)
         write_log(world, data)
         for network, chosen in networks.items():
@@ -88,7 +98,7 @@ def stage(
     then(models)
     with ValkeyServer(config={"save": ""}) as valkey:
         settings = load_settings({"models": models, "redis": valkey.connection_url, "port": port, "model": "din"})
-        with progress_bar() as progress:
+        with progress_bar(quiet) as progress:
             asyncio.run(fill_store(open_store(settings), open_prepared(data), progress))
         with _service(settings, folder / "service.log") as url:
             yield settings, url
@@ -165,12 +175,17 @@ def _behaviours(world: World, user: int, data: Path) -> Table:
     return table
 
 
-def _ranking(world: World, user: int, request: Mapping[str, Any], answer: Mapping[str, Any]) -> Table:
+def _truth(world: World, user: int, request: Mapping[str, Any], answer: Mapping[str, Any]) -> list[float]:
+    """What the world knows of the ads of an answer: how likely each is clicked."""
+    slot = SLOTS.index(request["context"]["slot"])
+    return [float(world.p_click(DAYS - 1, user, int(ad["ad_id"][1:]), slot, 0)) for ad in answer["ads"]]
+
+
+def _ranking(world: World, answer: Mapping[str, Any], truth: Sequence[float]) -> Table:
     category = dict(world.ads().select("ad_id", "ad.category").iter_rows())
     table = Table("rank", "ad", "category", "p(click)", "true p(click)")
-    for ad in answer["ads"]:
-        truth = world.p_click(DAYS - 1, user, int(ad["ad_id"][1:]), SLOTS.index(request["context"]["slot"]), 0)
-        table.add_row(str(ad["rank"]), ad["ad_id"], category[ad["ad_id"]], f"{ad['p_click']:.3f}", f"{truth:.3f}")
+    for ad, p in zip(answer["ads"], truth, strict=True):
+        table.add_row(str(ad["rank"]), ad["ad_id"], category[ad["ad_id"]], f"{ad['p_click']:.3f}", f"{p:.3f}")
     return table
 
 
@@ -191,11 +206,16 @@ def _stay(console: Console, url: str, request: Mapping[str, Any], loop: Sequence
     console.print(
         f"\nThe service is up, its console is {url}/console. Ctrl-C stops it, and its store with it. Ask it from another terminal:\n"
     )
-    print(f"curl -s {url}/rank -H 'content-type: application/json' -d '{json.dumps(request)}'")
+    _copyable(console, f"curl -s {url}/rank -H 'content-type: application/json' -d '{json.dumps(request)}'")
     console.print("\nThe loop, with this store and these models: visits, what was served joined with clicks, a check, a better model:\n")
-    print("\n".join(loop))
+    _copyable(console, *loop)
     try:
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
         console.print("\nstopped")
+
+
+def _copyable(console: Console, *lines: str) -> None:
+    """Print lines as they are, for a terminal to wrap."""
+    console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)

@@ -148,15 +148,15 @@ def _request(arm: str, request_id: str, user: int, slot: int, ads: "np.ndarray[A
     return {"request_id": request_id, "user": {"id": f"u{user}"}, "context": context, "candidates": candidates, "options": options}
 
 
-def run(folder: Path, port: int, rounds: int) -> None:
-    """Let the loop run for so many rounds of a minute, and print after each what the ads shown in it were worth.
+def run(folder: Path, port: int, rounds: int, as_json: bool = False, quiet: bool = False) -> None:
+    """Let the loop run for so many rounds of a minute, and print after each what the ads shown in it were worth; `as_json` all at the end.
 
     Raises:
         DemoError: the port or the folder is taken, a process did not start, or a request failed.
     """
-    console, world = Console(), make_world(later=(rounds + 1) * DAYS_A_ROUND)
+    console, world = Console(quiet=as_json), make_world(later=(rounds + 1) * DAYS_A_ROUND)
     with ExitStack() as stack:
-        settings, url = stack.enter_context(stage(folder, port, world, {"din": NETWORKS["din"]}, freeze))
+        settings, url = stack.enter_context(stage(folder, port, world, {"din": NETWORKS["din"]}, freeze, quiet))
         stack.enter_context(_joiner(settings, folder))
         crowd = Crowd(world, (settings.host, port))
         console.print(f"\nThe service is up at {url}; a round takes {ROUND_SECONDS:g} s. Expected clicks an ad shown, by who ranked:")
@@ -258,7 +258,10 @@ def _conclude(history: Sequence[Mapping[str, Any]], crowd: Crowd, folder: Path, 
         loss = 1 - result["frozen"] / result["retrained"]
         table.add_row(str(result["round"]), *(f"{result[arm]:.4f}" for arm in ARMS), f"{loss:+.1%}", result["versions"][-1])
     console.print(table)
-    (folder / "loop.json").write_text(json.dumps({"rounds": list(history), "failed_requests": crowd.failed}, indent=1))
+    told = json.dumps({"rounds": list(history), "failed_requests": crowd.failed}, indent=1)
+    (folder / "loop.json").write_text(told)
+    if console.quiet:
+        print(told)
     reports = folder / "models/din/reports"
     console.print(
         f"{crowd.failed} requests failed. {folder / 'loop.json'} has the figures; {reports} says of each model why it was taken or not."

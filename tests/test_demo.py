@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import shlex
@@ -45,7 +46,7 @@ def test_the_demo_prints_a_ranking_beside_the_truth_and_a_loop_that_runs_as_prin
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(demo, "VISITS", 300)
     monkeypatch.setattr(demo, "LEARNING", {**demo.LEARNING, "unknown_rate": "0"})
-    pages, ended = [], set()
+    pages, ended, told = [], set(), {}
 
     def run_what_is_printed() -> None:
         """While the demo stays up: what a person would copy from its page and run."""
@@ -57,6 +58,11 @@ def test_the_demo_prints_a_ranking_beside_the_truth_and_a_loop_that_runs_as_prin
             code, output = ran(line)
             ended.add(line.split()[1])
             assert code in ((0, 3) if "retrain" in line else (0,)), line + output
+        url = curl.split()[2].removesuffix("/rank")
+        monkeypatch.setattr(demo, "stage", lambda *_given, quiet: contextlib.nullcontext((None, url)))
+        code, printed, complaint = run("-q", "demo", "--once", "--json", "--dir", tmp_path)
+        assert (code, complaint) == (0, "")
+        told.update(json.loads(printed))
         raise KeyboardInterrupt
 
     pause = time.sleep
@@ -69,7 +75,17 @@ def test_the_demo_prints_a_ranking_beside_the_truth_and_a_loop_that_runs_as_prin
     assert [int(rank) for rank, *_ in ranked] == list(range(1, 13))
     shown = [float(p) for *_, p, _ in ranked]
     assert shown == sorted(shown, reverse=True)
+    assert [f"{p:.3f}" for p in told["true_p_click"]] == [truth for *_, truth in ranked]
+    assert [ad["ad_id"] for ad in told["answer"]["ads"]] == [ad for _, ad, *_ in ranked]
     assert re.search(r"din \d{14} ranked 12 ads in \d+\.\d ms", pages[0])
+
+
+def test_ctrl_c_is_a_word_and_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*_given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", pressed)
+    assert run("demo", "--once") == (130, "", "\nInterrupted.\n")
 
 
 def test_visits_without_a_demo_are_refused_with_a_sentence(capfd: pytest.CaptureFixture[str]) -> None:

@@ -23,9 +23,11 @@ def test_users_visit_click_and_are_learned_from(tmp_path: Path, capfd: pytest.Ca
     monkeypatch.setattr(demo_loop, "LATENESS_SECONDS", 0.2)
     monkeypatch.setattr(demo_loop, "_retrain", lambda *_: subprocess.Popen([sys.executable, "-c", f"exit({demo_loop.REFUSED})"]))
     monkeypatch.setenv("COLUMNS", "200")
-    demo_loop.run(tmp_path, free_port(), rounds=3)
-    assert "0 requests failed" in capfd.readouterr().out
-    rounds = json.loads((tmp_path / "loop.json").read_text())["rounds"]
+    demo_loop.run(tmp_path, free_port(), rounds=3, as_json=True)
+    told = json.loads(capfd.readouterr().out)
+    assert told == json.loads((tmp_path / "loop.json").read_text())
+    assert told["failed_requests"] == 0
+    rounds = told["rounds"]
     assert [result["retrain"] for result in rounds] == ["", "refused", "refused"]
     for result in rounds:
         assert all(result["shown"][arm] > 0 for arm in demo_loop.ARMS)

@@ -89,6 +89,8 @@ class Impatient(Progress):
 
 def test_ctrl_c_keeps_what_is_done(data: Prepared, tmp_path: Path) -> None:
     search = tuning(data, tmp_path / "fm.log")
+    with Impatient(disable=True) as progress, pytest.raises(KeyboardInterrupt):
+        search.search(1.0, 5, progress)
     search.search(1.0, 1, small.quiet())
     with Impatient(disable=True) as progress:
         assert search.search(1.0, 5, progress) is True

@@ -108,7 +108,11 @@ class Tuning:
             self.study.enqueue_trial(self.usual)  # what a training has without a search, so that none ends below it
 
     def search(self, minutes: float, trials: int | None, progress: Progress) -> bool:
-        """Try settings for some minutes, at most so many `trials`; whether Ctrl-C ended it. What was tried stays in the file."""
+        """Try settings for some minutes, at most so many `trials`; whether Ctrl-C ended it. What was tried stays in the file.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, and no trial has ended yet.
+        """
         end, task = time.monotonic() + 60 * minutes, progress.add_task(f"tuning {self.family}", total=None)
 
         def watch(trial: optuna.Trial, epoch: Epoch) -> None:
@@ -127,6 +131,8 @@ class Tuning:
         try:
             self.study.optimize(lambda trial: self._try(trial, watch), trials, 60 * minutes, callbacks=[say])
         except KeyboardInterrupt:
+            if not self._states()["COMPLETE"]:
+                raise  # there is nothing to tell yet
             return True
         return False
 
@@ -136,10 +142,13 @@ class Tuning:
         Raises:
             TrainError: no trial has ended.
         """
-        states = Counter(trial.state.name for trial in self.study.trials)
+        states = self._states()
         if not states["COMPLETE"]:
             raise TrainError("no trial has ended yet, so there are no best settings; run the same again with more --minutes")
         return Tuned({**self.given, **texts_of(self.study.best_params)}, self.study.best_value, states["COMPLETE"], states["PRUNED"])
+
+    def _states(self) -> Counter[str]:
+        return Counter(trial.state.name for trial in self.study.trials)
 
     def _try(self, trial: optuna.Trial, watch: Callable[[optuna.Trial, Epoch], None]) -> float:
         network_settings, loop = self._settings(texts_of({name: SPACE[name](trial, usual) for name, usual in self.usual.items()}))
