@@ -43,7 +43,7 @@ class Vocabulary:
 
     def __init__(self, values: Sequence[str], many: int = MANY) -> None:
         self.values = tuple(values)
-        self._index = RowIndex(len(self.values)) if len(self.values) >= many else None
+        self._index = RowIndex(len(self.values), spread=2) if len(self.values) >= many else None
         if self._index is None:
             self._ids: dict[str | None, int] = {value: i for i, value in enumerate(self.values, FIRST)}
         else:

@@ -9,14 +9,14 @@ from features import index as module
 from features.index import RowIndex
 
 
-@pytest.mark.parametrize("slots", [1, 4, 1_024])
-def test_it_is_a_dict_of_rows(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("slots", "spread"), [(1, 4), (4, 2), (1_024, 4)])
+def test_it_is_a_dict_of_rows(slots: int, spread: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SLOTS", slots)
 
     @settings(max_examples=100)
     @given(st.lists(st.lists(st.text(max_size=2), max_size=12), max_size=12), st.lists(st.text(max_size=2)))
     def check(batches: list[list[str]], asked: list[str]) -> None:
-        index, rows = RowIndex(), dict[str, int]()
+        index, rows = RowIndex(spread=spread), dict[str, int]()
         for batch in batches:
             for each in batch:
                 rows.setdefault(each, len(rows) + 1)
