@@ -348,11 +348,10 @@ async def test_metrics_whose_files_were_removed_are_told_as_lost(repository):
         assert {(await client.get("/metrics", headers={"connection": "close"})).status_code for _ in range(4)} == {503}
 
 
-@pytest.mark.parametrize(("workers", "name"), [(1, "PROMETHEUS_MULTIPROC_DIR"), (2, "prometheus_multiproc_dir")])
-async def test_a_folder_of_counts_that_is_inherited_is_not_used(repository, tmp_path, monkeypatch, workers, name):
-    folder = tmp_path if name.isupper() else tmp_path / "never-made"
-    monkeypatch.setattr(processes, "environment", lambda **settings: environment(**settings) | {name: str(folder)})
-    async with serving(repository, "memory://", workers=workers) as client:
+async def test_a_folder_of_counts_that_is_inherited_is_not_used(repository, tmp_path, monkeypatch):
+    folders = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "prometheus_multiproc_dir": str(tmp_path / "never-made")}
+    monkeypatch.setattr(processes, "environment", lambda **settings: environment(**settings) | folders)
+    async with serving(repository, "memory://") as client:
         assert (await client.get("/metrics")).status_code == 200
     assert not list(tmp_path.iterdir())
 
