@@ -1,11 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-PROGRAMS := $(patsubst %,tests/test_bench_%.py,fleet gpu scoring service streaming)
+PROGRAMS := $(patsubst %,tests/test_bench_%.py,fleet gpu peers scoring service streaming)
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 K8S := build/k8s-tools/installed
 
-.PHONY: demo test bench-test console-test lint bench k8s-test rollout-test redis-test types peers-test parity-test scale-test reference lock images compose-test site dist clean
+.PHONY: demo test bench-test console-test lint bench k8s-test rollout-test redis-test types peers-test parity-test scale-test bench-peers reference lock images compose-test site dist clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -29,6 +29,12 @@ bench: $(INSTALLED)  ## scoring, service and growth, on this machine; tables, an
 	$(BIN)/python -m benchmarks.scoring --rounds 9 --json data/bench/scoring.json
 	$(BIN)/python -m benchmarks.service --rounds 2 --seconds 1.5 --tail 5 --json data/bench/service.json
 	$(BIN)/python -m benchmarks.growth --seconds 1 --json data/bench/growth.json
+
+bench-peers: $(INSTALLED)  ## adrank beside FastAPI, LitServe, BentoML, Ray Serve and MLServer, each in an environment of its own; a table and a plot
+	for peer in 'litserve==0.2.19' 'bentoml==1.4.40' 'ray[serve]==2.60.0' 'mlserver==1.7.1 uvloop<0.22'; do at=build/bench-peers/$${peer%%[[=]*}; \
+		$(PYTHON) -m venv $$at && $$at/bin/python -m pip install --quiet --disable-pip-version-check $$peer \
+		$$(grep -E '^(hiredis|msgpack|numpy|onnxruntime|orjson|pydantic-settings|redis|tomli[-_]w)==' constraints.txt) || echo "$$peer cannot be installed"; done
+	$(BIN)/python -m benchmarks.peers --json data/bench/peers.json --plot docs/images/peers.png $(ARGS)
 
 k8s-test: $(INSTALLED) $(K8S)  ## the manifests: rendered, held against the schemas of two versions and the operator's, and checkov
 	REQUIRE_TOOLS=1 $(BIN)/python -m pytest tests/test_kubernetes.py $(ARGS)

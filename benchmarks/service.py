@@ -31,7 +31,7 @@ from .bare import Bare
 from .benchmark_models import BENCHMARK_MODELS, FOLDER, Built, build
 from .population import fill
 from .scoring import requests as tensors
-from .subjects import HOST, Subject, adrank, fastapi, serving
+from .subjects import HOST, Subject, adrank, peer, serving
 
 CANDIDATES = (50, 200, 500)
 SCALED = 200
@@ -99,8 +99,7 @@ class Bench:
 
     def requests(self, candidates: int) -> list[bytes]:
         """Bodies of random requests."""
-        population = self.built.benchmark_model.population
-        return bodies(Entities(population.user_ids, population.ad_ids), candidates)[:BODIES]
+        return requests_of(self.built, candidates)
 
     def turn(self, name: str, requests: Sequence[bytes], feeds: Sequence[Feeds]) -> Sample:
         """One window of a closed loop, or of the bare graph."""
@@ -111,6 +110,12 @@ class Bench:
         before = subject.cpu()
         measured = load(subject, requests, LoadPlan(None, self.seconds, WARM_UP, CONNECTIONS))
         return Sample(measured.requests_per_second, (subject.cpu() - before) / max(1, measured.answered), measured.errors)
+
+
+def requests_of(built: Built, candidates: int) -> list[bytes]:
+    """Bodies of random requests for a benchmark model."""
+    population = built.benchmark_model.population
+    return bodies(Entities(population.user_ids, population.ad_ids), candidates)[:BODIES]
 
 
 def load(subject: Subject, requests: Sequence[bytes], plan: LoadPlan) -> Measured:
@@ -128,7 +133,7 @@ def benches(built: Built, redis: str, workers: int, seconds: float, logs: Path) 
     ports = {name: free_port() for name in (OURS, PEER, ALONE, *([INT8] if built.int8 else []))}
     commands = {
         OURS: adrank(built, redis, ports[OURS], workers),
-        PEER: fastapi(built, redis, ports[PEER], workers),
+        PEER: peer(PEER, built.rowwise, built.bundle, redis, ports[PEER], workers),
         ALONE: adrank(built, redis, ports[ALONE], 1),
     }
     if built.int8:

@@ -21,6 +21,8 @@ HOST = "127.0.0.1"
 LOG_SHARE = "ADRANK_LOG_SHARE"
 START_SECONDS = 120
 STOP_SECONDS = 30
+READY = {"mlserver": "/v2/models/ranker/ready"}
+"""Where a server says that it is ready, if not at `/readyz`."""
 QUIET_SECONDS, QUIET_CPU = 0.5, 0.05
 """All workers are up when together they used less than this CPU time in that time."""
 
@@ -67,10 +69,10 @@ def adrank(built: Built, redis: str, port: int, workers: int, precision: str = "
     return [sys.executable, *words, "--port", str(port), "--workers", str(workers)]
 
 
-def fastapi(built: Built, redis: str, port: int, workers: int) -> list[str]:
-    """The command that serves it with the peer."""
-    words = ["-m", "benchmarks.peer_fastapi", "--bundle", str(built.bundle), "--rowwise", str(built.rowwise), "--redis", redis]
-    return [sys.executable, *words, "--port", str(port), "--workers", str(workers)]
+def peer(name: str, graph: Path, bundle: Path, redis: str, port: int, workers: int, python: str = sys.executable) -> list[str]:
+    """The command that serves a graph of one row a candidate with a peer, run by the Python of its environment."""
+    words = ["-m", f"benchmarks.peers.{name}", "--bundle", str(bundle), "--rowwise", str(graph), "--redis", redis]
+    return [python, *words, "--port", str(port), "--workers", str(workers)]
 
 
 @contextmanager
@@ -90,17 +92,24 @@ def serving(name: str, command: Sequence[str], port: int, log: Path, root: Path 
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=root, env=environment, stdout=out, stderr=out)
     try:
-        _wait(f"http://{HOST}:{port}/readyz", process, log)
+        _wait(f"http://{HOST}:{port}{READY.get(name, '/readyz')}", process, log)
         subject = Subject(name, Target(HOST, port), psutil.Process(process.pid), time.monotonic() - began)
         _settle(subject)
         yield subject
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
+        _stop(process)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a server, and what it leaves behind."""
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        for left in (*started, process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
 
 
 def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -1,16 +1,14 @@
-"""The peer: what a competent team writes with FastAPI, pydantic, redis-py and the row-wise graph, to measure adrank against.
+"""What every peer serves: the row-wise graph of a benchmark model, and what a competent team writes around it whichever server it takes.
 
-Ads are held encoded in numpy, the user's state is one GET, the request is repeated for each candidate, and uvicorn runs it with
-uvloop and httptools. It answers with the same scores as adrank.
-
-    python -m benchmarks.peer_fastapi --bundle DIR --rowwise FILE --redis URL --port 8001 --workers 2
+Ads are held encoded in numpy, the user's state is one GET, and the request is repeated for each candidate. It answers with the same scores
+as adrank. Imports nothing that a peer's environment of its own would not have: see `make bench-peers`.
 """
 
-import gc
+import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +16,14 @@ import click
 import msgpack
 import numpy as np
 import onnxruntime
-import uvicorn
-from fastapi import FastAPI
-from pydantic import BaseModel, Field
-from redis.asyncio import Redis
 
 from features.bundle import load_bundle
 from features.encode import Encoder, Feeds
 from service.store.redis import RedisStore, user_key
 
 BUNDLE, ROWWISE, REDIS = "PEER_BUNDLE", "PEER_ROWWISE", "PEER_REDIS"
-
-
-class PeerUser(BaseModel):
-    """Who is asking."""
-
-    id: str
-
-
-class PeerRequest(BaseModel):
-    """A user and the ads to rank."""
-
-    user: PeerUser
-    candidates: list[str] = Field(min_length=1)
-
-
-class PeerAd(BaseModel):
-    """An ad and its probability of a click."""
-
-    ad_id: str
-    rank: int
-    p_click: float
-
-
-class PeerAnswer(BaseModel):
-    """The ads, best first."""
-
-    request_id: str
-    model: str
-    ads: list[PeerAd]
+"""How the processes of a peer are told what to serve."""
+HOST = "127.0.0.1"
 
 
 class PeerAds:
@@ -112,49 +79,40 @@ class PeerModel:
         scores: np.ndarray[Any, np.dtype[np.float32]] = self._session.run(None, feeds)[0]
         return scores
 
+    def answer(self, ads: PeerAds, user_id: str, packed: Any, candidates: list[str]) -> dict[str, Any]:
+        """The whole ranking, as JSON has it."""
+        scores = self.score(self.feeds(ads, user_id, packed, candidates))
+        order, values = np.argsort(-scores, kind="stable").tolist(), scores.tolist()
+        ranked = [{"ad_id": candidates[row], "rank": rank, "p_click": values[row]} for rank, row in enumerate(order, 1)]
+        return {"request_id": uuid.uuid4().hex, "model": self.name, "ads": ranked}
 
-def create() -> FastAPI:
-    """The application, as the environment configures it."""
+
+def loaded() -> tuple[PeerModel, PeerAds]:
+    """The model and the catalogue that the environment names."""
     model = PeerModel(Path(os.environ[BUNDLE]), Path(os.environ[ROWWISE]))
-    ads, redis = PeerAds(model.encoder), Redis.from_url(os.environ[REDIS])
-
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await ads.load(os.environ[REDIS])
-        gc.collect()
-        gc.freeze()
-        yield
-        await redis.aclose()
-
-    app = FastAPI(lifespan=lifespan)
-
-    @app.get("/readyz")
-    async def ready() -> dict[str, str]:
-        return {"status": "ready"}
-
-    @app.post("/rank", response_model=PeerAnswer)
-    async def rank(request: PeerRequest) -> PeerAnswer:
-        packed = await redis.get(user_key(request.user.id))
-        scores = model.score(model.feeds(ads, request.user.id, packed, request.candidates))
-        order = np.argsort(-scores, kind="stable").tolist()
-        values = scores.tolist()
-        ranked = [PeerAd(ad_id=request.candidates[row], rank=rank, p_click=values[row]) for rank, row in enumerate(order, 1)]
-        return PeerAnswer(request_id=uuid.uuid4().hex, model=model.name, ads=ranked)
-
-    return app
+    ads = PeerAds(model.encoder)
+    with ThreadPoolExecutor(1) as apart:  # some servers have an event loop by now
+        apart.submit(asyncio.run, ads.load(os.environ[REDIS])).result()
+    return model, ads
 
 
-@click.command()
-@click.option("--bundle", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--rowwise", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--redis", required=True)
-@click.option("--port", type=int, required=True)
-@click.option("--workers", type=int, default=2, show_default=True)
-def main(bundle: Path, rowwise: Path, redis: str, port: int, workers: int) -> None:
-    """Serve."""
-    os.environ.update({BUNDLE: str(bundle), ROWWISE: str(rowwise), REDIS: redis})
-    uvicorn.run(f"{__spec__.name}:create", factory=True, port=port, workers=workers, loop="uvloop", http="httptools", access_log=False)
+def key_of(user_id: str) -> str:
+    """Where the store keeps a user's state."""
+    return user_key(user_id)
 
 
-if __name__ == "__main__":
-    main()
+def command(serve: Callable[[int, int], None]) -> click.Command:
+    """The command line of a peer, which is to `serve` at a port with so many workers."""
+
+    @click.command()
+    @click.option("--bundle", type=click.Path(exists=True, path_type=Path), required=True)
+    @click.option("--rowwise", type=click.Path(exists=True, path_type=Path), required=True)
+    @click.option("--redis", required=True)
+    @click.option("--port", type=int, required=True)
+    @click.option("--workers", type=int, default=2, show_default=True)
+    def main(bundle: Path, rowwise: Path, redis: str, port: int, workers: int) -> None:
+        """Serve."""
+        os.environ.update({BUNDLE: str(bundle.absolute()), ROWWISE: str(rowwise.absolute()), REDIS: redis})
+        serve(port, workers)
+
+    return main
