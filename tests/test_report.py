@@ -18,6 +18,7 @@ from tests.test_cli import refused, run
 from training.datasets.log import open_log
 from training.datasets.prepared import Prepared, open_prepared
 from training.fit import predict
+from training.position import Curve
 from training.report import files
 from training.report.files import report_files
 from training.report.numbers import by_user, findings, moments, thinned, timings, worst
@@ -62,7 +63,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Trained, A
         named.with_columns(age, ts=pl.int_range(len(frame)) * 60 + i * 86_400).write_parquet(path)
     (folder / "data.toml").write_text("negative_sampling = 0.5\n")
     data = open_prepared(folder)
-    trained = small.quick(data, "deepfm", epochs=3)
+    curve = Curve.of(np.array([0.2, 0.1]), np.full(2, 0.1), np.full(2, 200.0))
+    trained = replace(small.quick(data, "deepfm", epochs=3), examination=curve)
     return data, trained, json.loads(make_reference(data, trained.encoder.vocabularies))
 
 
@@ -178,10 +180,18 @@ def test_the_page_is_text_alone_loads_nothing_and_tells_of_no_user(found: dict[s
     assert "url(h" not in text
     assert seen.text.count(HOSTILE) > 1
     assert "person-" not in text
-    assert sum(tag == "svg" for tag, _ in seen.tags) >= 7
+    assert sum(tag == "svg" for tag, _ in seen.tags) >= 8
     assert all(
         part in seen.text
-        for part in ("Reliability", "Learning curve", "By context.slot", "NDCG@K", "Importance", "Where it was most wrong")
+        for part in (
+            "Reliability",
+            "Examination by place",
+            "Learning curve",
+            "By context.slot",
+            "NDCG@K",
+            "Importance",
+            "Where it was most wrong",
+        )
     )
 
 

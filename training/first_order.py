@@ -22,7 +22,7 @@ class FirstOrder:
     """Holds all other weights of a network still, until `release`."""
 
     def __init__(self, network: Network, optimisers: Sequence[torch.optim.Optimizer]) -> None:
-        own = {id(weight) for weight in network.first_weights()}
+        own = {id(weight) for weight in (*network.first_weights(), *(network.position_bias.parameters() if network.position_bias else ()))}
         self.held = [weight for weight in network.parameters() if id(weight) not in own]
         self.optimisers, self.rates = optimisers, [group["lr"] for group in _groups(optimisers)]
         for weight in self.held:

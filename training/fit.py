@@ -144,7 +144,8 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
         process.share_buffers(network)
         valid_logits = process.together(lambda part: predict(network, valid, part), len(valid))
         whole = bool(np.isfinite(valid_logits).all())
-        metrics = measure(valid.labels, Calibration().on_log(valid_logits), valid.users) if whole else unmeasured(valid.labels)
+        at_place = network.position_bias.at(valid_logits, valid.places) if network.position_bias else valid_logits
+        metrics = measure(valid.labels, Calibration().on_log(at_place), valid.users) if whole else unmeasured(valid.labels)
         rate, losses, state.losses = updates.optimisers[0].param_groups[0]["lr"], list(map(float, state.losses)), []
         score = score_of(metrics, few and len(valid) >= LOSS_ROWS) if state.steps >= network.settles_after else -np.inf
         state.epochs.append(Epoch(number, rate, float(np.mean(losses)), metrics, losses[0], score))
@@ -250,7 +251,10 @@ def _second_task(network: Network, rows: Rows, settings: TrainSettings, device: 
 def batch_loss(network: Network, batch: RequestTensors, labels: Labels, twins: int) -> Tensor:
     """That of a batch whose last rows are so many twins with an unknown ad, and as many with any ad: see `Hiding.batch`."""
     outputs, count = network(batch), len(batch.user.ids) - 2 * twins
-    loss: Tensor = network.loss({name: values[:count] for name, values in outputs.items()}, batch.first(count), labels)
+    shown = {name: values[:count] for name, values in outputs.items()}
+    if network.position_bias is not None and labels.place is not None:
+        shown[CLICK] = network.position_bias(shown[CLICK].squeeze(1), labels.place).unsqueeze(1)
+    loss: Tensor = network.loss(shown, batch.first(count), labels)
     if not twins:
         return loss
     unknown, known = outputs[CLICK][count:].squeeze(1).chunk(2)

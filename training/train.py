@@ -32,6 +32,7 @@ from .networks import NETWORKS, build
 from .networks.contract import CLICK, Fields, Network
 from .networks.pretrained import copy_embeddings
 from .networks.warm_start import warm_start
+from .position import Curve, by_tower, check_position_bias, examined, placed, tower_of, weighted
 from .tenure import Tenure, renewed
 from .train_settings import TrainError, TrainSettings
 from .workers import check_workers, fit_by_workers
@@ -59,6 +60,8 @@ class Trained:
     """Of the heads other than the click, by head and split."""
     tenure: Tenure = field(default_factory=Tenure)
     """Which values are idle, for the training that goes on from this one."""
+    examination: Curve | None = None
+    """How much more likely the first place is clicked than others, where `position_bias` keeps places apart."""
 
     @property
     def calibration(self) -> Calibration:
@@ -80,7 +83,7 @@ class Start:
     """See `Tenure.idle`."""
 
 
-def train(
+def train(  # noqa: PLR0915  # its steps, one after the other
     data: Prepared,
     family: str,
     network_settings: Any,
@@ -99,6 +102,7 @@ def train(
     for split in SPLITS:
         data.files(split)  # an absent test split would be found after hours
     heads, whole = heads_of(family, settings.heads), start if start and not start.embeddings_only else None
+    check_position_bias(data, settings.position_bias, heads)
     tenure = Tenure(settings.evict_after, dict(whole.idle) if whole else {})
     settings = replace(settings, device=device_of(settings.device).type)
     if settings.workers > 1:
@@ -107,8 +111,10 @@ def train(
         with _step(progress, "learning vocabularies"):
             encoder = Encoder(data.schema, learn_vocabularies(data, whole.vocabularies if whole else None, tenure))
         with _step(progress, "encoding"):
-            encoded = partial(_encoded, data, encoder, heads, settings.delayed)
+            encoded = partial(_encoded, data, encoder, heads, settings)
             rows, valid = encoded()
+        curve = examined(data, rows, settings.position_bias)
+        rows, encoded = weighted(rows, curve), partial(encoded, curve)
         left, settings = settings.open, settings.for_rows(len(rows))
         for line in (*_from_disk(rows, data.memory, settings), *_waiting(rows)):
             progress.console.print(line, soft_wrap=True)
@@ -122,6 +128,7 @@ def train(
                 warm_start(whole.network, network, shift, renewed(whole.vocabularies, encoder.vocabularies))
             else:
                 _begin_embeddings(network, encoder.vocabularies, start, progress)
+            network.position_bias = tower_of(settings.position_bias, rows)
         except ValueError as error:
             raise TrainError(str(error)) from error
         if checkpoint:
@@ -130,8 +137,9 @@ def train(
         fitted = partial(fit_by_workers, encoded) if settings.workers > 1 else fit_network
         epochs = fitted(network, rows, valid, settings, progress, warm=whole is not None, checkpoint=checkpoint)
         counted = {"train": (len(rows), int(rows.labels.sum(dtype=np.float64)))}
-        del rows
         logits = predict_heads(network, valid)
+        examination = _without_places(network, logits[CLICK], rows, curve, progress)
+        del rows
         calibrations = {head: calibrated(valid, head, logits[head], data.negative_sampling) for head in heads}
         measured = {"valid": measured_heads(valid, logits, calibrations)}
         with _step(progress, "measuring on test"):
@@ -144,12 +152,25 @@ def train(
     by_split = ({split: counts[i] for split, counts in counted.items()} for i in range(2))
     others = {head: {split: found[head] for split, found in measured.items()} for head in heads if head != CLICK}
     rows_by_split, clicks_by_split = by_split
-    return Trained(family, network, encoder, calibrations, epochs, metrics, facts, test, rows_by_split, clicks_by_split, others, tenure)
+    told = (rows_by_split, clicks_by_split, others, tenure, examination)
+    return Trained(family, network, encoder, calibrations, epochs, metrics, facts, test, *told)
 
 
-def _encoded(data: Prepared, encoder: Encoder, heads: tuple[str, ...], delayed: bool) -> tuple[Rows, Rows]:
-    rows, valid = (encode_split(data, split, encoder, heads, delayed) for split in ("train", "valid"))
-    return rows, valid
+def _encoded(
+    data: Prepared, encoder: Encoder, heads: tuple[str, ...], settings: TrainSettings, curve: Curve | None = None
+) -> tuple[Rows, Rows]:
+    rows, valid = (encode_split(data, split, encoder, heads, settings.delayed) for split in ("train", "valid"))
+    rows, valid = placed(data, rows, valid) if settings.position_bias else (rows, valid)
+    return weighted(rows, curve), valid
+
+
+def _without_places(network: Network, logits: Logits, rows: Rows, curve: Curve | None, progress: Progress) -> Curve | None:
+    """Take the tower off a network, and say what it, or the curve that weighed clicks, makes of places."""
+    if network.position_bias is not None:
+        curve, network.position_bias = by_tower(network.position_bias, logits, rows.places), None
+    for line in curve.summary(rows) if curve else ():
+        progress.console.print(line, soft_wrap=True)
+    return curve
 
 
 def _waiting(rows: Rows) -> Iterator[str]:

@@ -17,6 +17,8 @@ BATCHES, LARGE = (32, 2048), 512
 RATES = (1e-3, 3e-3)
 """Learning rate of large batches and of small ones."""
 EPOCHS = 30
+KINDS = ("tower", "pal", "ips", "em")
+"""Of position bias."""
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -76,6 +78,8 @@ class TrainSettings:
     """Processes of `adrank train` that share every `batch`, by Ray (docs/scale.md)."""
     cooccurrence: float = 0.0
     """Weight of a second task for the vectors of ads, how often two are clicked by one user (`cooccurrence.py`); 0: none."""
+    position_bias: str = ""
+    """How clicks are told apart from the places where ads were shown (docs/models.md): `tower`, `pal`, `ips`, `em`. Default: not at all."""
     heads: str = ""
     """What is predicted, such as `click-conversion`: the click first, then columns of the data set. Default: the network's own, for
     most the click alone."""
@@ -117,6 +121,7 @@ class TrainSettings:
             ("workers", self.workers >= 1, "at least 1"),
             ("workers", self.workers <= 1 or self.regularise == "table", "1 where regularise is batch"),
             ("evict_after", self.evict_after >= 0, "at least 0"),
+            ("position_bias", self.position_bias in ("", *KINDS), f"one of {', '.join(KINDS)}"),
             ("cooccurrence", 0 <= self.cooccurrence < float("inf"), "at least 0"),
         )
         wrong = [f"{name} is {getattr(self, name)!r}; it must be {rule}" for name, fits, rule in rules if not fits]

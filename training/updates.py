@@ -29,6 +29,7 @@ class Updates:
         self.modules: list[nn.Module] = [network, more] if more else [network]
         self.tables = SparseTables.among(self.modules, settings.sparse_above, process)
         optimisers = network.optimisers(settings.learning_rate) + ([more.optimiser(settings.learning_rate)] if more else [])
+        optimisers += [network.position_bias.optimiser()] if network.position_bias else []
         self.optimisers = lazily(optimisers, self.tables)
         self.decay = EmbeddingDecay(network, rows, settings)
 

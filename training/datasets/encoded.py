@@ -76,6 +76,8 @@ class Rows:
     """How old the behaviours of `history` were `(N, T)`, in seconds, 0 where there is padding; None: the schema has no ages."""
     maturity: Mapping[str, Outcome] = dataclasses.field(default_factory=dict)
     """How likely an outcome that is to come would have come by now `(N,)`, by head; one that waits for nothing is not there."""
+    place: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+    """Where each ad was shown `(N,)`, from 0, for a training that asks (`position.py`)."""
     mapped: Mapped | None = None
     """The files that all that is `(N, ...)` is mapped from; None: it is in memory."""
 
@@ -85,13 +87,13 @@ class Rows:
     def take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> "Rows":
         """Some of the rows, in that order, in memory."""
         outcomes, maturity = ({head: each[rows] for head, each in found.items()} for found in (self.outcomes, self.maturity))
-        weight = None if self.weight is None else self.weight[rows]
+        weight, place = (None if each is None else each[rows] for each in (self.weight, self.place))
         user, ad = (Block(block.ids[rows], block.numbers[rows]) for block in (self.user, self.ad))
         own = (self.labels[rows], self.users[rows], user, ad, self.history[rows])
         ages = None if self.ages is None else self.ages[rows]
         if self.mapped:
             self.mapped.release()
-        return Rows(*own, self.behaviours, self.strangers, self.catalogue, outcomes, weight, ages, maturity)
+        return Rows(*own, self.behaviours, self.strangers, self.catalogue, outcomes, weight, ages, maturity, place)
 
     @property
     def ads(self) -> Part:
@@ -110,6 +112,12 @@ class Rows:
             raise DataError(f"no row of the split has a label of {head}; leave it out of heads, or split the data set otherwise")
         return labels, known
 
+    @property
+    def places(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """`place`, where the training asked for it."""
+        assert self.place is not None  # noqa: S101  # see `position.placed`
+        return self.place
+
     def maturity_of(self, head: str, rows: np.ndarray[Any, Any]) -> Outcome:
         """The maturity of some rows."""
         found: Outcome = self.maturity[head][rows] if head in self.maturity else np.ones(len(self), np.float32)[rows]
@@ -119,8 +127,9 @@ class Rows:
         """What came of some rows."""
         heads = {CLICK: self.labels, **self.outcomes}
         weight = None if self.weight is None else torch.from_numpy(self.weight[rows])
+        place = None if self.place is None else torch.from_numpy(self.place[rows].astype(np.int64))
         known, maturity = ({head: torch.from_numpy(each[rows]) for head, each in found.items()} for found in (heads, self.maturity))
-        return Labels(known, weight, maturity)
+        return Labels(known, weight, maturity, place)
 
     def batch(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> RequestTensors:
         """The tensors of some rows: `user (R, W)`, `history (R, T)` cut to the longest there, `ad (R, 1, W)`."""
@@ -251,7 +260,7 @@ def _rows(columns: Mapping[str, Array], encoder: Encoder, heads: Sequence[str], 
     own = (columns["labels"], columns["users"], user, ad, columns["history"], past, Strangers.of(encoder), ads)
     outcomes, weight = {head: columns[f"outcomes.{head}"] for head in heads}, None if columns["alike"].all() else columns["weight"]
     maturity = {head: found for head in heads if ((found := columns[f"maturity.{head}"]) < 1).any()}
-    return Rows(*own, outcomes, weight, columns.get("ages"), maturity, mapped)
+    return Rows(*own, outcomes, weight, columns.get("ages"), maturity, mapped=mapped)
 
 
 def outcome_of(frame: pl.DataFrame, head: str, data: Prepared) -> Outcome:

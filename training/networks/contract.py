@@ -17,6 +17,7 @@ from features.schema import AGES, Layout, Schema, Slot
 from features.vocabulary import PADDING, Vocabularies
 
 from .lookup import look_up
+from .position_bias import PositionBias
 
 CLICK = "click"
 """The head that every network has."""
@@ -95,6 +96,8 @@ class Labels(NamedTuple):
     weight: Tensor | None = None
     maturity: Mapping[str, Tensor] = MappingProxyType({})
     """By head `(R,)`, how likely what is to come would have come by now: above 0, at most 1. A head that is not there waits for nothing."""
+    place: Tensor | None = None
+    """Where the ads were shown `(R,)`, from 0; None where nobody asks."""
 
 
 class Fields(NamedTuple):
@@ -239,6 +242,8 @@ class Network(nn.Module):
     """The network whose bundle its embeddings are meant to begin with, by `--init-from`."""
     embedding_l2: float = 0.01
     """λ of the decay of its embeddings where nobody says otherwise. Products of vectors alone stay at 0 with as much."""
+    position_bias: PositionBias | None
+    """What a training that keeps places apart gives it, and takes off in the end; `forward` knows nothing of it."""
 
     def __init__(self, fields: Fields, _settings: Any) -> None:
         """Build it for the fields of a schema.
@@ -248,6 +253,7 @@ class Network(nn.Module):
         """
         super().__init__()
         self.fields = fields
+        self.position_bias = None
         self.heads: tuple[str, ...] = fields.heads if self.many_heads else (CLICK,)
 
     def forward(self, request: RequestTensors) -> dict[str, Tensor]:
@@ -290,8 +296,9 @@ class Network(nn.Module):
         return []
 
     def optimisers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
-        """What trains the weights."""
-        return [torch.optim.Adam(self.parameters(), lr=learning_rate, fused=True)]
+        """What trains the weights, but for `position_bias`."""
+        own = [weight for name, weight in self.named_parameters() if not name.startswith("position_bias.")]
+        return [torch.optim.Adam(own, lr=learning_rate, fused=True)]
 
     def after_step(self, steps: int) -> None:
         """Called after each step, with how many there have been."""

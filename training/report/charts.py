@@ -101,6 +101,14 @@ def calibrated(axes: Axes, bins: Sequence[Mapping[str, float]], head: str = "cli
     _diagonal(axes, SOFT, head)
 
 
+def examined(axes: Axes, places: Sequence[Mapping[str, float]]) -> None:
+    """How likely each place is clicked, of the same ad, with intervals."""
+    place, value, low, high = (np.array([each[name] for each in places]) for name in ("place", "examination", "low", "high"))
+    axes.errorbar(place, value, [value - low, high - value], fmt="o-", elinewidth=1)
+    axes.set(xlabel="place", ylabel="a click, as a share of the first place", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _diagonal(axes: Axes, colour: str, head: str = "click") -> None:
     axes.axline((0, 0), slope=1, color=colour, linestyle="--", linewidth=1)
     axes.set(xlabel=f"mean p({head}) of about a twentieth of the rows", ylabel=f"{head} rate", xlim=(0, None), ylim=(0, None))

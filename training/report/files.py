@@ -11,7 +11,7 @@ from ..train import Trained
 from .numbers import findings
 
 PAGE, NUMBERS = "report.html", "report.json"
-KEPT = ("epochs", "best", "reliability", "heads", "segments", "users", "importance")
+KEPT = ("epochs", "best", "reliability", "heads", "examination", "segments", "users", "importance")
 """Of the numbers, those that others may want to draw: nothing of single rows."""
 
 

@@ -51,6 +51,7 @@ def findings(data: Prepared, trained: Trained, reference: Mapping[str, Any], pro
         "precision_recall": thinned(recall[::-1], precision[::-1]),
         "reliability": reliability_told(rows.labels, p),
         "heads": heads_told(trained),
+        "examination": trained.examination.told() if trained.examination else [],
         "segments": segments_told(data, trained.settings.get("segment"), rows.labels, p),
         "users": by_user(rows.labels, p, rows.users),
         "importance": {"rows": some, "fields": [vars(each) for each in falls]},

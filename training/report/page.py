@@ -33,6 +33,7 @@ def drawn(found: Mapping[str, Any]) -> dict[str, Markup]:
         "recall": partial(charts.curve, points=found["precision_recall"], level=rate, labels=("recall", "precision")),
         "reliability": partial(charts.calibrated, bins=found["reliability"]),
         "scores": partial(charts.scores, shares=found["scores"]),
+        "examination": partial(charts.examined, places=found["examination"]),
         "moments": partial(charts.rates, moments=found["moments"]),
     }
     draw |= {f"p({head})": partial(charts.calibrated, bins=bins, head=head) for head, bins in found["heads"].items()}
