@@ -1,9 +1,9 @@
 """What a ranker's own order does to the next one: `python -m benchmarks.position --seed 1 --seed 2 --seed 3`.
 
-In the simulated world a ranker shows 8 of 20 ads a visit by the true logit and an error: `--wrong` is its deviation, of an ad whoever sees
-it; without, an error of 1 is drawn for each ad and visit anew. A tenth of the visits are shown in any order. A DeepFM learns from the
-clicks in each of `WAYS`, and is judged by the true p(click) of visits that it has not seen. `--examined` takes other clicks: p(click) at
-the first place times how likely a place is examined, one over its root.
+In the simulated world a ranker shows 8 of 20 ads a visit by what they bid (of log-normal deviation 1) and their true quality, whoever asks;
+with `--oracle` by the true p(click) and an error. A tenth of the visits are shown in any order. A DeepFM learns from the clicks in each of
+`WAYS`, and is judged by the true p(click) of visits that it has not seen. `--examined` takes other clicks: p(click) at the first place
+times how likely a place is examined, one over its root.
 """
 
 import tempfile
@@ -32,13 +32,13 @@ from training.train_settings import TrainSettings
 
 WAYS = {"nothing": "", "feature": "", "tower": "tower", "pal": "pal", "ips": "ips", "em": "em"}
 """The place as a feature is that of the first when it is asked; the others are settings."""
-OFFERED, EXPLORING, NOISE = 20, 0.1, 1.0
+OFFERED, EXPLORING = 20, 0.1
 SETTINGS = TrainSettings(epochs=8, learning_rate=0.003, unknown_rate=0.0, flat_below=0, least_steps=0, threads=1)
 PLACE = '[context.position]\nkind = "category"\n'
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def made(world: World, examined: bool, wrong: float, visits: int, seed: int) -> tuple[pl.DataFrame, Array, Array]:
+def made(world: World, examined: bool, oracle: bool, visits: int, seed: int) -> tuple[pl.DataFrame, Array, Array]:
     """What visits are shown, and in the days of test all that they were offered, a row an ad; their true p(click) by place
     `(N, POSITIONS)`; and of the rows that train, the same as a share of the first place `(POSITIONS,)`.
     """
@@ -51,8 +51,8 @@ def made(world: World, examined: bool, wrong: float, visits: int, seed: int) -> 
     places = np.arange(POSITIONS)
     truth = world.p_click(day[:, None, None], user[:, None, None], ads[..., None], slot[:, None, None], 0 if examined else places)
     truth = truth / np.sqrt(places + 1) if examined else truth
-    error = wrong * random.normal(size=len(world.quality))[ads] + (0 if wrong else NOISE) * random.normal(size=ads.shape)
-    known = np.where(explores[:, None], random.random(ads.shape), logit(truth[..., 0]) + error)
+    known = logit(truth[..., 0]) if oracle else world.quality[ads] + random.normal(size=len(world.quality))[ads]
+    known = np.where(explores[:, None], 0.0, known) + np.where(explores[:, None] | oracle, random.normal(size=ads.shape), 0.0)
     place = np.where(asked[:, None], 0, np.argsort(np.argsort(-known, axis=1), axis=1))
     visit, which = np.nonzero(place < POSITIONS)
     at = place[visit, which]
@@ -119,15 +119,15 @@ def judged(world: World, rows: pl.DataFrame, truth: Array, way: str, seed: int) 
 @click.option("--visits", type=click.IntRange(min=1_000), default=20_000, show_default=True)
 @click.option("--seed", "seeds", type=int, multiple=True, default=(1,), show_default=True)
 @click.option("--examined", is_flag=True, help="Clicks are examined and relevant.")
-@click.option("--wrong", default=0.0, show_default=True, help="How far the ranker is wrong about an ad, always.")
+@click.option("--oracle", is_flag=True, help="The ranker knows more than any model.")
 @click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
-def main(ways: tuple[str, ...], visits: int, seeds: tuple[int, ...], examined: bool, wrong: float, target: Path | None) -> None:
+def main(ways: tuple[str, ...], visits: int, seeds: tuple[int, ...], examined: bool, oracle: bool, target: Path | None) -> None:
     """Each way to learn from clicks at places, beside the truth."""
     found, names = [], ("auc", "ndcg", "correlation", "log_loss", "least_log_loss")
     table = Table("way", "seed", *(name.replace("_", " ") for name in names), "examination by place")
     for seed in seeds:
         world = make_world(seed=seed)
-        rows, truth, examination = made(world, examined, wrong, visits, seed)
+        rows, truth, examination = made(world, examined, oracle, visits, seed)
         table.add_row("truth", str(seed), *[""] * len(names), " ".join(f"{each:.2f}" for each in examination))
         for way in ways or WAYS:
             found.append({"way": way, "seed": seed, "truth": examination.tolist(), **judged(world, rows, truth, way, seed)})

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from features import bundle
-from features.policy import FLOOR, EpsilonGreedy, PlackettLuce, Thompson, propensities
+from features.policy import FLOOR, PLACES, EpsilonGreedy, PlackettLuce, Thompson, propensities
 from service.api.wire import RankAnswer
 from service.ranking.ordering import arrange as arrange_rows
 from service.ranking.ordering import best_first
@@ -218,6 +218,12 @@ class TestRequests:
             greedy = (await client.rank(candidates=ALL, options={"explore": {"policy": "greedy"}}))["ads"]
             values = {ad["ad_id"]: ad["p_click"] for ad in greedy}
             answers = [(await client.rank(candidates=ALL, options={"top_k": 3}))["ads"] for _ in range(40)]
+            bids = [{"ad_id": ad_id, "bid": 400 if ad_id == "a7" else 1, "bid_type": "cpm" if ad_id == "a7" else "cpc"} for ad_id in ALL]
+            paid = (await client.rank(candidates=bids, options={"objective": "ecpm"}))["ads"]
+        known = Thompson(np.array([0.0 if ad["ad_id"] == "a7" else (1 - ad["p_click"]) * 0.05 for ad in paid]))  # an ad by cpm is
+        ecpm, left = np.array([[ad["ecpm"] for ad in paid]]), np.ones((1, 30), np.bool_)
+        expected = propensities(known, ecpm, left, np.arange(PLACES)[None])[0]
+        assert [ad["propensity"] for ad in paid[:PLACES]] == pytest.approx(expected, rel=1e-4)
         p = np.array(list(values.values()))
         spread = (1 - p) * np.where([ad_id == "a7" for ad_id in values], 3.0, 0.05)
         policy = Thompson(spread)

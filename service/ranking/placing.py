@@ -12,7 +12,7 @@ from features.schema import IDENTITY
 from features.state import unpack_features
 from features.vocabulary import UNKNOWN, Ids, Numbers
 
-from .bids import ABSENT, CLICK, CONVERSION, Floats, Worth, best_below, from_micros, second_prices, worth_of
+from .bids import ABSENT, CLICK, CONVERSION, CPM, Bids, Floats, Worth, best_below, from_micros, second_prices, worth_of
 from .explain import explain_ad, explain_request
 from .ordering import arrange, best_first
 from .query import Degraded, Encoded, Ranking, check_counters
@@ -36,7 +36,7 @@ def ranked(encoded: Encoded, scores: Numbers, random: np.random.Generator) -> Ra
     worth, rankable = worth_of(query.objective, bids, p, query.weights, heads[0]), _rankable(encoded)
     rows, low = _fit(encoded, finite & rankable, p, worth)
     best = best_first(rows, worth.by, ad_ids)
-    placed = _placed(encoded, best, worth, _policy(encoded, p, best), random)
+    placed = _placed(encoded, best, worth, _policy(encoded, p, best, bids), random)
     kept = placed.order
     places, known = kept.tolist(), encoded.known.take(kept)
     omitted = [] if repeated is None else [(ad_id, "duplicate") for ad_id in _others(query.ad_ids, repeated)]
@@ -91,8 +91,11 @@ def _fit(encoded: Encoded, fit: Mask, p: Mapping[str, Floats], worth: Worth) -> 
     return fit.nonzero()[0], low
 
 
-def _policy(encoded: Encoded, p: Mapping[str, Floats], best: Ids) -> Policy | None:
-    """The query's policy for rows that stand best first; of p(click) a logit's deviation makes one of its logarithm."""
+def _policy(encoded: Encoded, p: Mapping[str, Floats], best: Ids, bids: Bids | None) -> Policy | None:
+    """The query's policy for rows that stand best first; of p(click) a logit's deviation makes one of its logarithm.
+
+    Where they are ordered by eCPM, that of an ad which pays by impressions is known.
+    """
     policy = encoded.query.policy
     if not isinstance(policy, Thompson):
         return policy
@@ -100,7 +103,10 @@ def _policy(encoded: Encoded, p: Mapping[str, Floats], best: Ids) -> Policy | No
     if bundle.ad_deviations is None:  # of a canary: those that rank by default are asked before
         return EpsilonGreedy(0.0)
     column = next(slot.start for slot in bundle.encoder.layouts["ad"].ids if slot.field.name == IDENTITY["ad"])
-    return Thompson((1 - p[CLICK].take(best)) * bundle.ad_deviations[encoded.feeds["ad_ids"][0, best, column]])
+    spread = (1 - p[CLICK].take(best)) * bundle.ad_deviations[encoded.feeds["ad_ids"][0, best, column]]
+    if bids is not None and encoded.query.objective == "ecpm":
+        spread = np.where(bids.kind.take(best) == CPM, 0.0, spread)
+    return Thompson(spread)
 
 
 def _had(encoded: Encoded) -> dict[str, Mask]:
