@@ -64,7 +64,7 @@ def state(of: Trained) -> dict[str, bytes]:
     ("family", "settings", "steps"),
     [
         ("deepfm", {}, (3, 10, 13)),  # its first order alone, at its end, and then all of it
-        ("din", {"flat_below": 0, "unknown_rate": 0.1}, (5, 8)),  # the first is an epoch's last step
+        ("din", {"flat_below": 0, "unknown_rate": 0.1}, (8,)),
         ("wide_deep", {"flat_below": 0}, (7,)),  # FTRL and Adagrad
         ("deepfm", {"sparse_above": 10, "flat_below": 0}, (6,)),  # lazy Adam
         ("din", {"cooccurrence": 0.5, "flat_below": 0}, (6,)),
@@ -142,13 +142,11 @@ adrank.main(sys.argv[1:])
 EACH_STEP = ("--checkpoint-minutes", "0")
 
 
-def command(data: Prepared, models: Path, *more: str, program: str = TRAIN, epochs: str = "10") -> "subprocess.Popen[str]":
+def command(data: Prepared, models: Path, epochs: str, *more: str) -> list[str]:
     settings = {"epochs": epochs, "patience": epochs, "batch": "16", "threads": "1", "flat_below": "0", "unknown_rate": "0.1"}
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     words += ["--data", str(data.folder), "--model", "deepfm", "--models", str(models), "--promote", "always", "--no-report"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    whole = [sys.executable, "-c", program, "train", *words, *more]
-    return subprocess.Popen(whole, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return ["train", *words, *more]
 
 
 def weights(models: Path) -> dict[str, bytes]:
@@ -156,13 +154,15 @@ def weights(models: Path) -> dict[str, bytes]:
         return {name: file[name].tobytes() for name in file.files}
 
 
-def test_the_command_killed_at_random_moments_ends_with_the_same_weights(data: Prepared, tmp_path: Path) -> None:
+def test_the_command_killed_at_random_moments_ends_with_the_same_weights(data: Prepared, traced_export: None, tmp_path: Path) -> None:
     """Once; `RESUMES=10` kills it ten times, and writes when with -s."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     kills = int(os.environ.get("RESUMES", "1"))
     chance, moments, more, epochs = random.Random(kills), list[str](), list[str](), str(3 + kills)
     checkpoint = tmp_path / "killed-checkpoints" / "deepfm" / FILE
     while len(moments) < kills:
-        process = command(data, tmp_path / "killed", *EACH_STEP, *more, epochs=epochs)
+        words = [sys.executable, "-c", TRAIN, *command(data, tmp_path / "killed", epochs, *EACH_STEP, *more)]
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         end, later = time.monotonic() + 120, chance.uniform(0, 0.4)
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
@@ -174,12 +174,10 @@ def test_the_command_killed_at_random_moments_ends_with_the_same_weights(data: P
         said, more = process.communicate(timeout=60)[0], ["--resume"]
         assert process.returncode == -signal.SIGKILL, said
         moments += re.findall(r"going on from (.*), by", said) or ["the beginning"]
-    last = command(data, tmp_path / "killed", "--resume", epochs=epochs)
-    said = last.communicate(timeout=300)[0]
-    assert last.returncode == 0, said
-    assert re.search(r"going on from epoch \d+, step [\d,]+ of it", said)
+    code, printed, complaint = run(*command(data, tmp_path / "killed", epochs, "--resume"))
+    assert code == 0, complaint
+    assert re.search(r"going on from epoch \d+, step [\d,]+ of it", printed + complaint)
     sys.stdout.write("; ".join(moments))
     assert not checkpoint.parent.parent.exists(), "a training that has ended needs none"
-    whole = command(data, tmp_path / "whole", epochs=epochs)
-    assert (whole.communicate(timeout=300), whole.returncode)[1] == 0
+    assert run(*command(data, tmp_path / "whole", epochs))[0] == 0
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
