@@ -17,6 +17,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 COUNTED = ("click", "impression", "conversion")
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 ENTRIES = ("of", "by", "window", "prior", "transform")
+PRIOR = (1.0, 20.0)
 
 
 Counts = Mapping[str, Mapping[str, Sequence[float]]]
@@ -58,8 +59,9 @@ class Counter:
     """`ad`; `user`; or a list of `user` and a field of ads, such as `ad_id`: by user and the value that the ad has, of a list the first."""
     window: float
     """Over how long, such as `10m`, `1h` or `7d`; an event of that age counts 1/e."""
-    prior: tuple[float, float] = (1.0, 20.0)
-    """Of a rate: what is added to both counts, which is what a rate begins with and how slowly it leaves that."""
+    prior: tuple[float, float] | None = None
+    """Of a rate: what is added to both counts, which is what a rate begins with and how slowly it leaves that. None: `PRIOR`, which
+    preparing a log puts its own rate in place of."""
 
     @property
     def side(self) -> str:
@@ -78,7 +80,18 @@ class Counter:
 
     def of_counts(self, counts: Sequence[Any]) -> Any:
         """The number, from the counts beside `of`: numbers or arrays."""
-        return counts[0] if len(counts) == 1 else (counts[0] + self.prior[0]) / (counts[1] + self.prior[1])
+        above, below = self.smoothing
+        return (counts[0] + above) / (counts[1] + below) if self.is_rate else counts[0]
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether it is one of two counts."""
+        return len(self.of) > 1
+
+    @property
+    def smoothing(self) -> tuple[float, float]:
+        """What is added to the counts of a rate; of a plain count, which is one over nothing, 0 and 1."""
+        return (self.prior or PRIOR) if self.is_rate else (0.0, 1.0)
 
     @property
     def least(self) -> float:
@@ -88,9 +101,30 @@ class Counter:
     def entries(self) -> dict[str, Any]:
         """As `[counter.NAME]` says it."""
         unit = next(unit for unit in reversed(UNITS) if self.window % UNITS[unit] == 0)
-        prior = {"prior": list(self.prior)} if len(self.of) > 1 else {}
+        prior = {"prior": list(self.prior)} if self.prior else {}
         by = list(self.by) if self.value else self.by[0]
         return {"of": "/".join(self.of), "by": by, "window": f"{self.window / UNITS[unit]:.0f}{unit}", **prior}
+
+
+class Together(NamedTuple):
+    """Several counters of one row of counts `(n, tallies + 1)`, of which the last is 0: `(counts + above) / (other counts + below)`."""
+
+    tops: np.ndarray[Any, np.dtype[np.int64]]
+    bottoms: np.ndarray[Any, np.dtype[np.int64]]
+    above: Array
+    below: Array
+
+    @classmethod
+    def of(cls, counters: Sequence[Counter], tallies: Sequence[Tally]) -> "Together":
+        """Of counters, and what stands in the row; a plain count is one over that 0 and 1."""
+        made_of = [[tallies.index(tally) for tally in counter.tallies] for counter in counters]
+        tops, bottoms = (np.array([(*made, len(tallies))[i] for made in made_of], np.int64) for i in (0, 1))
+        return cls(tops, bottoms, *np.array([counter.smoothing for counter in counters]).reshape(-1, 2).T)
+
+    def numbers(self, counts: Array) -> Array:
+        """The counters `(n, counters)`."""
+        numbers: Array = (counts.take(self.tops, 1) + self.above) / (counts.take(self.bottoms, 1) + self.below)
+        return numbers
 
 
 def counter_of(entries: Mapping[str, Any]) -> tuple[Counter | None, list[str]]:
@@ -99,7 +133,7 @@ def counter_of(entries: Mapping[str, Any]) -> tuple[Counter | None, list[str]]:
     by = entries.get("by")
     by = (by,) if isinstance(by, str) else tuple(by) if isinstance(by, list) else ()
     window = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", str(entries.get("window")))
-    prior = entries.get("prior", [1.0, 20.0])
+    prior = entries.get("prior", list(PRIOR))
     rules = {
         f"unknown settings; known are {', '.join(ENTRIES)}": not set(entries) - set(ENTRIES),
         f"of must be one of {', '.join(COUNTED)}, or two of them as a rate, such as click/impression": (
@@ -118,7 +152,7 @@ def counter_of(entries: Mapping[str, Any]) -> tuple[Counter | None, list[str]]:
     mistakes = [rule for rule, holds in rules.items() if not holds]
     if mistakes or window is None:
         return None, mistakes
-    return Counter(of, by, float(window[1]) * UNITS[window[2]], (float(prior[0]), float(prior[1]))), []
+    return Counter(of, by, float(window[1]) * UNITS[window[2]], (float(prior[0]), float(prior[1])) if "prior" in entries else None), []
 
 
 def decayed(counts: Any, seconds: Any, window: Any) -> Any:

@@ -1,6 +1,7 @@
 """The counters of a request: what was counted with its user and its candidates, as the numbers of fields. Knows nothing about events."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,36 +14,41 @@ from .vocabulary import UNKNOWN, Ids
 NOTHING: Mapping[str, Sequence[float]] = {}
 
 
-def numbers_of(table: AdTable, ad_ids: Sequence[str], rows: Ids, counts: Counts, ts: float) -> tuple[dict[str, float], dict[str, Array]]:
-    """The counters of a user, and of ads `(n,)` in these rows, by field, at a time; `counts` are the user's."""
-    with_ads = table.counts(rows, ts) if table.tallies else np.zeros((0, len(rows)))
-    of_ads: dict[str, Array] = {
-        name: counter.of_counts([with_ads[row] for row in made_of]) for name, counter, made_of in table.encoder.ad_counters
-    }
-    of_user = dict[str, float]()
-    for name, counter, keys, least in table.encoder.user_counters:
-        kept = [counts.get(key, NOTHING) for key in keys]
-        touched = {*kept[0], *kept[-1]}
-        if counter.value == "ad_id":
-            touched.intersection_update(ad_ids)
-        now = {value: counter.of_counts([decayed_one(each.get(value), ts, counter.window) for each in kept]) for value in touched}
-        if not counter.value:
-            of_user[name] = now.get("", least)
-        elif not now:
-            of_ads[name] = np.full(len(ad_ids), least)
-        elif counter.value == "ad_id":
-            of_ads[name] = np.array([now.get(ad_id, least) for ad_id in ad_ids])
+def numbers_of(table: AdTable, ad_ids: Sequence[str], rows: Ids, counts: Counts, ts: float) -> tuple[dict[str, float], Array]:
+    """The counters of a user, by field, and of ads in these rows `(n, counters)`, at a time; `counts` are the user's."""
+    encoder = table.encoder
+    columns, together = encoder.by_ad
+    of_ads, of_user = np.empty((len(rows), len(encoder.counted))), dict[str, float]()
+    if columns:
+        of_ads[:, columns] = together.numbers(table.counts(rows, ts))
+    for name, counter, keys, least in encoder.by_user:
+        top, bottom = counts.get(keys[0], NOTHING), counts.get(keys[1], NOTHING) if counter.is_rate else NOTHING
+        ids, wanted = _beside(table, counter.value, ad_ids, rows, {*top, *bottom})
+        (above, below), window = counter.smoothing, counter.window
+        now = {
+            id_: (decayed_one(top.get(value), ts, window) + above) / (decayed_one(bottom.get(value), ts, window) + below)
+            for id_, value in wanted.items()
+        }
+        if counter.value:
+            of_ads[:, encoder.counted.index(name)] = [now.get(each, least) for each in ids] if now else least
         else:
-            of_ads[name] = _beside(table, counter.value, rows, now, least)
+            of_user[name] = now.get("", least)
     return of_user, of_ads
 
 
-def _beside(table: AdTable, name: str, rows: Ids, now: Mapping[str, float], least: float) -> Array:
-    """What stands beside ads by the values that they have; those that the vocabulary does not know, all one to it, have nothing."""
-    slot = next(slot for slot in table.encoder.layouts["ad"].ids if slot.field.name == name)
-    lookup = table.encoder.vocabularies.categories[slot.field.vocabulary]
-    by_id = {id_: number for value, number in now.items() if (id_ := lookup.id(value)) > UNKNOWN}
-    return np.array([by_id.get(each, least) for each in table.block.ids[:, slot.start].take(rows).tolist()])
+def _beside(table: AdTable, name: str, ad_ids: Sequence[str], rows: Ids, values: set[str]) -> tuple[Sequence[Any], dict[Any, str]]:
+    """What stands for the values that ads have of a field, and by it those of some values that one of them has.
+
+    Values that the vocabulary does not know are all one to it, and have nothing.
+    """
+    if not name:
+        return (), {"": ""}
+    if name == "ad_id":
+        return ad_ids, {value: value for value in values.intersection(ad_ids)}
+    column, lookup = table.encoder.told_apart[name]
+    ids = table.block.ids[:, column].take(rows).tolist()
+    known = {lookup.id(value): value for value in values} if values else {}
+    return ids, {id_: known[id_] for id_ in known.keys() & set(ids) if id_ > UNKNOWN}
 
 
 def parts_of(event: Event, tallies: Sequence[Tally], ad: Features) -> tuple[list[CountedPart], list[CountedPart]]:

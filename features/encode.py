@@ -11,9 +11,9 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 
 from .ages import UNKNOWN_TIME, ages_of
-from .counters import Array, Counts, decayed, tallies_of
+from .counters import Array, Counts, Together, decayed, tallies_of
 from .index import RowIndex
-from .schema import AGES, FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, lay_out
+from .schema import AGES, FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, Slot, lay_out
 from .values import ValueTextError, plain_all, text_of
 from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
 
@@ -132,17 +132,30 @@ class Encoder:
         self._fields = {(field.side, field.name): field for field in schema.fields}
         self.tallies = list(tallies_of(list(schema.counters.values())))
         """What is counted for this schema."""
-        of_ads = [tally for tally in self.tallies if tally.by == "ad"]
-        named = schema.counters.items()
-        self.ad_counters = [(name, each, [of_ads.index(tally) for tally in each.tallies]) for name, each in named if each.by == ("ad",)]
-        """Counters by ad, by name, and the rows of `AdTable.counts` that each is made of."""
-        self.user_counters = [(name, each, [tally.key for tally in each.tallies], each.least) for name, each in named if each.by != ("ad",)]
-        """Counters by user, the keys that each is made of, and the number of what nothing has happened to."""
+        counters = [(field.name, field.counter) for field in schema.side("ad") if field.counter]
+        self.counted = [name for name, _ in counters]
+        """The counters that differ by ad: the columns of `Request.counted`."""
+        self.ad_tallies = [tally for tally in self.tallies if tally.by == "ad"]
+        by_ad = [(column, each) for column, (_, each) in enumerate(counters) if each.by == ("ad",)]
+        self.by_ad = [column for column, _ in by_ad], Together.of([each for _, each in by_ad], self.ad_tallies)
+        """Those of them that are the same for all users, and how they are made of `AdTable.counts`."""
+        of_user = [(name, each) for name, each in schema.counters.items() if each.by != ("ad",)]
+        self.by_user = [(name, each, [tally.key for tally in each.tallies], each.least) for name, each in of_user]
+        """The others by name, the keys that each is made of, and the number of what nothing has happened to."""
         self._nobody = frozenset(("", *schema.nobody))
         self._padding = frozenset(schema.history_padding)
         ad = self.layouts["ad"]
         columns = {slot.field.name: slot for slot in (*ad.ids, *ad.numbers)}
         history = [columns[name] for name in schema.history_fields]
+        self.counter_columns = [columns[name].start for name in self.counted]
+        """Theirs in a block of ads."""
+        self.told_apart = {
+            each.value: (columns[each.value].start, vocabularies.categories[columns[each.value].field.vocabulary])
+            for _, each in of_user
+            if each.value in columns
+        }
+        """The fields of ads by whose values users' counts differ: the column, and the vocabulary."""
+        self._scalings = _by_transform([columns[name] for name in self.counted])
         self.history_ids, self.history_numbers = (
             np.array([c for s in history if s.field.dense == dense for c in range(s.start, s.stop)], np.int64) for dense in (False, True)
         )
@@ -196,7 +209,7 @@ class Encoder:
             raw = np.copysign(np.log1p(np.abs(raw)), raw)
         elif field.transform == "standard":
             moments = self.vocabularies.moments[field.path]
-            raw = np.zeros(len(raw)) if moments.constant else (raw - moments.mean) / moments.deviation
+            raw = np.zeros(raw.shape) if moments.constant else (raw - moments.mean) / moments.deviation
         return raw.astype(np.float32)
 
     def encode_one(self, side: Side, features: Features, identity: str | None = None) -> Block:
@@ -300,11 +313,10 @@ class Encoder:
             rows, values = columns[slot.field.name]
             block.numbers[rows, slot.columns] = self._dense(slot.field, values, len(rows))
 
-    def set_numbers(self, block: Block, columns: Mapping[str, Array]) -> None:
-        """Write columns of numbers `(n,)`, by field, into an ad block."""
-        for slot in self.layouts["ad"].numbers:
-            if slot.field.name in columns:
-                block.numbers[:, slot.start] = self._scaled(slot.field, columns[slot.field.name])
+    def set_counters(self, block: Block, counted: Array) -> None:
+        """Write the numbers of `counted`, `(n, counters)`, into an ad block."""
+        for kind, columns, where in self._scalings:
+            block.numbers[:, where] = self._scaled(kind, counted[:, columns])
 
     def feeds(self, blocks: Mapping[str, Block]) -> Feeds:
         """The tensors that a network takes, by name, from blocks of one request; blocks without columns are left out."""
@@ -319,6 +331,20 @@ class Encoder:
         if known is None or name in IDENTITIES:
             raise FieldError(side, name, f"the schema {self.schema.name!r} has no such {side} feature")
         return known
+
+
+def _by_transform(slots: Sequence[Slot]) -> list[tuple[Field, Any, Any]]:
+    """Numbers that are scaled in one go: one of the fields, which of all they are, and their columns in the block."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, slot in enumerate(slots):
+        transform = slot.field.transform
+        groups.setdefault((transform, slot.field.path if transform == "standard" else ""), []).append(number)
+    return [(slots[some[0]].field, _slice(some), _slice([slots[number].start for number in some])) for some in groups.values()]
+
+
+def _slice(numbers: list[int]) -> slice | list[int]:
+    whole = slice(numbers[0], numbers[-1] + 1)
+    return whole if numbers == list(range(whole.start, whole.stop)) else numbers
 
 
 class AdTower(Protocol):
@@ -347,10 +373,10 @@ class AdTable:
         self._ids = np.empty(rows, np.object_)
         self.vectors: dict[AdTower, Numbers] = {}
         """Of all rows `(rows or more, K)`, by each tower that was asked to give them."""
-        self.tallies = [tally for tally in encoder.tallies if tally.by == "ad"]
-        self._counts, self._counted = np.zeros((2, rows, len(self.tallies)))
-        """By row and tally how much was counted, and when."""
-        self._windows, self._keys = np.array([tally.window for tally in self.tallies]), [tally.key for tally in self.tallies]
+        tallies = encoder.ad_tallies
+        self._counts, self._counted = np.zeros((2, rows, len(tallies) + 1))
+        """By row and tally how much was counted, and when; the last counts nothing."""
+        self._windows, self._keys = np.array([*(tally.window for tally in tallies), 1.0]), [tally.key for tally in tallies]
         self._revisions, self._revision = np.zeros(rows, np.int64), 0
 
     def __len__(self) -> int:
@@ -418,15 +444,15 @@ class AdTable:
 
     def count(self, ad_ids: Sequence[str], counts: Sequence[Counts]) -> None:
         """Take over what is counted with ads; those that the table does not have are left out."""
-        for row, counted in zip(self.rows(ad_ids).tolist() if self.tallies else (), counts, strict=False):
+        for row, counted in zip(self.rows(ad_ids).tolist() if self._keys else (), counts, strict=False):
             if row:
                 pairs = [counted.get(key, {}).get("", (0.0, 0.0)) for key in self._keys]
-                self._counts[row], self._counted[row] = zip(*pairs, strict=True)
+                self._counts[row, :-1], self._counted[row, :-1] = zip(*pairs, strict=True)
 
     def counts(self, rows: Ids, ts: float) -> Array:
-        """What was counted with the ads of some rows, as it is at a time: `(tallies, n)`."""
+        """What was counted with the ads of some rows, as it is at a time: `(n, tallies + 1)`, of which the last is 0."""
         now: Array = decayed(self._counts.take(rows, 0), ts - self._counted.take(rows, 0), self._windows)
-        return now.T
+        return now
 
     def remove(self, ad_ids: Sequence[str]) -> None:
         """Mark ads as gone; their rows stay for histories."""
@@ -465,8 +491,8 @@ class Request:
     """When the request is made, in seconds since 1970: what ages are counted from."""
     rows: Ids | None = None
     """The table's rows of the candidates, where they were looked up already."""
-    counted: Mapping[str, Array] = field(default_factory=dict)
-    """Counters beside `candidates`, by field; what was sent goes before."""
+    counted: Array | None = None
+    """The counters `Encoder.counted` of the candidates `(C, counters)`; what was sent goes before."""
 
 
 def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
@@ -475,8 +501,8 @@ def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:
 
 
 def encode_rows(table: AdTable, request: Request) -> tuple[Feeds, Mask, Ids | None]:
-    """The same, and the rows `(C,)` of the table that the candidates are; None where one of them is unknown, or has more
-    than its row: features that were sent, counts.
+    """The same, and the rows `(C,)` of the table that the candidates are, but for their counters; None where one of them is unknown,
+    or has features that were sent.
 
     Raises:
         FieldError: a feature that the schema does not have, or a value that does not fit its field.
@@ -488,8 +514,8 @@ def encode_rows(table: AdTable, request: Request) -> tuple[Feeds, Mask, Ids | No
     plain = np.count_nonzero(known) == len(known)  # several times faster than all(), which numpy has in Python
     if not plain:
         _fill_unknown(encoder, ads, request.candidates, ~known)
-    if request.counted:
-        encoder.set_numbers(ads, request.counted)
+    if request.counted is not None:
+        encoder.set_counters(ads, request.counted)
     if request.sent:
         encoder.overlay(ads, {row: features if known[row] else _without_missing(features) for row, features in request.sent.items()})
     blocks = {"user": user, "ad": ads}
@@ -499,7 +525,7 @@ def encode_rows(table: AdTable, request: Request) -> tuple[Feeds, Mask, Ids | No
     if encoder.schema.history_ages:
         times = encoder.newest_times(request.history, request.history_ts)
         feeds[AGES] = ages_of(request.ts, times)[None] if times else np.zeros((1, 1), np.float32)
-    return feeds, known, rows if plain and not request.sent and not request.counted else None
+    return feeds, known, rows if plain and not request.sent else None
 
 
 def _without_missing(features: Features) -> Features:

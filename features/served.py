@@ -4,23 +4,30 @@ Values are raw, as `encode_request` takes them, so whatever was encoded online c
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 
 import msgpack
+import numpy as np
 
 from .encode import AdTable, Encoder, Features, Feeds, Request, encode_request
 from .state import StateError, unpack_features
 
 FORMAT = 2
-WITH_TIMES, WITH_BIDS, WITH_EXPERIMENT = 3, 4, 5
-"""The formats of rankings whose behaviours have times, of those whose ads bid, and of those of an experiment or with
-p(conversion); older readers put aside
-what they do not know."""
+WITH_TIMES, WITH_BIDS, WITH_EXPERIMENT, WITH_COUNTERS = 3, 4, 5, 6
+"""The formats of rankings whose behaviours have times, of those whose ads bid, of those of an experiment or with p(conversion), and of
+those with counters; older readers put aside what they do not know."""
 _SHAPES = (str, float, str, int, str, dict, dict, list, list, list, list, list, list, dict, dict, list, str, dict, int, list)
 _MONEY_SHAPES = (str, list, list, list)
 _EXPERIMENT_SHAPES = (dict, list)
-_ADDED: Mapping[int, tuple[object, ...]] = {1: (0,), FORMAT: ([],), WITH_TIMES: ("pctr", [], [], []), WITH_BIDS: ({}, [])}
+_COUNTERS_SHAPES = (dict,)
+_ADDED: Mapping[int, tuple[object, ...]] = {
+    1: (0,),
+    FORMAT: ([],),
+    WITH_TIMES: ("pctr", [], [], []),
+    WITH_BIDS: ({}, []),
+    WITH_EXPERIMENT: ({},),
+}
 """By format what the next one has more, as it is where nobody said; the first could not say what is shown."""
 
 
@@ -50,7 +57,7 @@ class ServedRecord:
     ads: Mapping[str, bytes] = field(default_factory=dict)
     """The packed features (`state.pack_features`) of the ads that the catalogue had, of those shown, behaved on and in `candidates`."""
     sent: Mapping[str, Features] = field(default_factory=dict)
-    """Features that came with candidates."""
+    """Features that came with candidates; of a record that was unpacked also what is `counted`, where none of that name came."""
     unknown: Sequence[str] = ()
     """The candidates that were ranked as unknown, though `ads` may have some of them for the history: ads that have left."""
     policy: str = "greedy"
@@ -75,6 +82,8 @@ class ServedRecord:
     """The arm that the caller had put the user into, by experiment."""
     p_conversion: Sequence[float] = ()
     """Of an impression, beside `ad_ids`, where the head was asked for."""
+    counted: Mapping[str, bytes] = field(default_factory=dict)
+    """Counters by name, float64 beside `candidates`, or `ad_ids` where those are empty."""
 
     def feeds(self, encoder: Encoder, ad_ids: Sequence[str] | None = None) -> Feeds:
         """The tensors `(1, ...)` of the ads shown, or of those of the candidates that are named, encoded anew.
@@ -100,8 +109,8 @@ _values = attrgetter(*(entry.name for entry in fields(ServedRecord)))
 def pack_served(served: ServedRecord) -> bytes:
     """A served ranking as one value of a stream."""
     values = _values(served)
-    document = [WITH_EXPERIMENT, *values]
-    if not served.experiment and not served.p_conversion:
+    document = [WITH_COUNTERS, *values] if served.counted else [WITH_EXPERIMENT, *values[: -len(_COUNTERS_SHAPES)]]
+    if document[0] == WITH_EXPERIMENT and not served.experiment and not served.p_conversion:
         document = [WITH_BIDS, *values[: len(_SHAPES) + len(_MONEY_SHAPES)]]
     if document[0] == WITH_BIDS and not served.bids and served.objective == "pctr":
         document = [WITH_TIMES, *values[: len(_SHAPES)]] if served.history_ts else [FORMAT, *values[: len(_SHAPES) - 1]]
@@ -122,10 +131,10 @@ def unpack_served(value: bytes) -> ServedRecord:
     for before, added in _ADDED.items():
         if isinstance(document, list) and document[:1] == [before]:
             document = [max(before + 1, FORMAT), *document[1:], *added]
-    shapes = [*_SHAPES, *_MONEY_SHAPES, *_EXPERIMENT_SHAPES]
-    if not isinstance(document, list) or document[:1] != [WITH_EXPERIMENT] or [*map(type, document[1:])] != shapes:
-        raise StateError(f"the value is not a served ranking of format {FORMAT} to {WITH_EXPERIMENT}")
-    served = ServedRecord(*document[1:])
+    shapes = [*_SHAPES, *_MONEY_SHAPES, *_EXPERIMENT_SHAPES, *_COUNTERS_SHAPES]
+    if not isinstance(document, list) or document[:1] != [WITH_COUNTERS] or [*map(type, document[1:])] != shapes:
+        raise StateError(f"the value is not a served ranking of format {FORMAT} to {WITH_COUNTERS}")
+    served = _with_counters(ServedRecord(*document[1:]))
     bidding = len(served.candidates or served.ad_ids) if served.bids else 0
     paying = len(served.ad_ids) if served.prices else 0
     money = (len(served.bids), len(served.bid_types), len(served.prices)) == (bidding, bidding, paying)
@@ -139,3 +148,16 @@ def unpack_served(value: bytes) -> ServedRecord:
     if not 0 <= served.shown <= len(served.ad_ids):
         raise StateError("a served ranking is damaged: it says that more ads are shown than it has")
     return served
+
+
+def _with_counters(served: ServedRecord) -> ServedRecord:
+    """The record with what was counted among what was sent."""
+    if not served.counted:
+        return served
+    ad_ids = served.candidates or served.ad_ids
+    columns = [column for column in served.counted.values() if type(column) is bytes and len(column) == 8 * len(ad_ids)]
+    if len(columns) < len(served.counted) or not set(map(type, served.sent.values())) <= {dict}:
+        raise StateError("a served ranking is damaged: its counters are not a number an ad")
+    rows = zip(*(np.frombuffer(column, "<f8").tolist() for column in columns), strict=True)
+    counted = {ad_id: dict(zip(served.counted, row, strict=True)) for ad_id, row in zip(ad_ids, rows, strict=True)}
+    return replace(served, sent={ad_id: {**numbers, **served.sent.get(ad_id, {})} for ad_id, numbers in counted.items()})

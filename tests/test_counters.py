@@ -9,7 +9,7 @@ from features.counters import counted, counts_before, decayed
 from features.schema import SchemaError, parse_schema
 from tests.test_csv_table import prepare_csv
 from tests.test_datasets import rows
-from training.datasets.prepared import DataError
+from training.datasets.prepared import DataError, open_prepared
 
 FIELDS = """
 name = "counted"
@@ -130,11 +130,15 @@ def test_prepare_makes_counters_of_what_was_before_each_row(tmp_path: Path) -> N
             "click": [1, 0, 1, 0, 1, 1, 1, 0],
         }
     )
-    data = rows(prepare_csv(tmp_path, table, FIELDS + COUNTERS + TABLE))
+    rate = '[counter.unsaid]\nof = "click/impression"\nby = "ad"\nwindow = "1d"\n'
+    prepared = prepare_csv(tmp_path, table, FIELDS + COUNTERS + rate + TABLE)
+    data = rows(prepared)
     hour, day, week = (lambda *ages, w=w: sum(math.exp(-age / w) for age in ages) for w in (3600, 86_400, 604_800))
     assert data["ad.clicks"].to_list() == pytest.approx([0, 0, hour(600), hour(600), 0, hour(4800, 4200), 0, hour(9000, 8400, 4200)])
     rate = [0.2, 0.2, (2 + day(600)) / (10 + day(600)), (2 + day(600)) / (10 + day(600)), 2 / (10 + day(1200))]
     assert data["ad.rate"].to_list()[:5] == pytest.approx(rate)
+    assert open_prepared(prepared).schema.counters["unsaid"].prior == (10, 20), "of the four rows of train two are clicks"
+    assert data["ad.unsaid"].to_list()[:3] == pytest.approx([0.5, 0.5, (10 + day(600)) / (20 + day(600))])
     ten = [math.exp(-age / 600) for age in range(9001)]
     shown = [0, 0, 2 * ten[600], 0, 2 * ten[1200] + ten[600], 0, ten[4200], 2 * ten[9000] + ten[8400] + ten[7800]]
     assert data["user.shown"].to_list() == pytest.approx(shown)

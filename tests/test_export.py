@@ -19,6 +19,7 @@ from tests.test_networks import ONLY_AD_NUMBER
 from training.calibrate import Calibration
 from training.datasets.prepared import Prepared, open_prepared
 from training.export import export
+from training.export.ad_side import ad_side
 from training.export.export import FEW, ServedNetwork, ad_sides, evaluate_bundle, random_feeds, score, to_onnx, verify
 from training.export.onnx import IR, OPSET
 from training.networks.contract import CLICK, Part, RequestTensors
@@ -66,6 +67,26 @@ def test_a_graph_in_two_is_the_whole(graphs: dict[str, bytes]) -> None:
     assert inputs >= {"user_ids", "history_ids", AD_ROWS, "side_0"}
     assert not inputs & {"ad_ids", "ad_numbers"}
     assert not ad_sides({MODEL: graphs["din"]}, cases)
+
+
+def test_what_is_kept_of_ads_has_nothing_of_their_counters(graphs: dict[str, bytes]) -> None:
+    cases = [random_feeds(small.schema(), SIZES, *shape) for shape in FEW]
+    columns = [slot.start for slot in small.schema().layouts["ad"].numbers]
+    ads, rest = (session(graph) for graph in ad_sides({MODEL: graphs["deepfm"]}, cases, columns).values())
+    assert "ad_numbers" in {entry.name for entry in rest.get_inputs()}
+    feeds = {entry.name: cases[-1][entry.name] for entry in ads.get_inputs()}
+    other = {**feeds, "ad_numbers": feeds["ad_numbers"] + 1}
+    assert all(np.array_equal(*pair) for pair in zip(ads.run(None, feeds), ads.run(None, other), strict=True))
+
+
+@pytest.mark.parametrize("operator", ["Exp", "Tanh"])
+def test_a_graph_that_makes_something_else_of_counters_stays_whole(graphs: dict[str, bytes], operator: str) -> None:
+    model = onnx.ModelProto.FromString(graphs["deepfm"])
+    for node in model.graph.node:
+        node.input[:] = ["bent" if name == "ad_numbers" and node.op_type != "Shape" else name for name in node.input]
+    model.graph.node.insert(0, onnx.helper.make_node(operator, ["ad_numbers"], ["bent"]))
+    assert ad_side(model.SerializeToString()) is not None
+    assert ad_side(model.SerializeToString(), [0]) is None
 
 
 def test_onnx_runtime_agrees_where_parts_have_no_columns() -> None:

@@ -69,7 +69,7 @@ def served(ranking: Ranking, ts: float, most: int, with_tensors: bool) -> Served
         propensity=[1.0] * len(shown) if ranking.propensity is None else ranking.propensity[:most],
         candidates=candidates,
         ads=encoded.view.features([*known, *history]),
-        sent=_sent(ranking, named) if request.sent or request.counted else {},
+        sent=_sent(ranking, named) if request.sent else {},
         unknown=list(unknown),
         policy=str(query.policy or "greedy"),
         tensors=_tensors(ranking, shown) if with_tensors else {},
@@ -78,6 +78,7 @@ def served(ranking: Ranking, ts: float, most: int, with_tensors: bool) -> Served
         objective=query.objective,
         experiment=query.experiment,
         p_conversion=(ranking.p_conversion or ())[:most],
+        counted=_counted(ranking, most),
         **_money(ranking, most),
     )
 
@@ -114,15 +115,19 @@ def _unknown(ranking: Ranking, shown: Sequence[str]) -> dict[str, None]:
 
 
 def _sent(ranking: Ranking, ad_ids: Sequence[str]) -> Mapping[str, Features]:
-    """What came with candidates, and what adrank counted for them."""
+    """What came with candidates."""
     request, encoder, wanted = ranking.encoded.request, ranking.model.bundle.encoder, set(ad_ids)
     sent = ((request.candidates[row], features) for row, features in request.sent.items())
-    told = {ad_id: encoder.usable("ad", features)[0] for ad_id, features in sent if ad_id in wanted}
-    if not request.counted:
-        return told
-    numbers = zip(*(column.tolist() for column in request.counted.values()), strict=True)
-    rows = zip(request.candidates, numbers, strict=True)
-    return {ad_id: {**dict(zip(request.counted, row, strict=True)), **told.get(ad_id, {})} for ad_id, row in rows if ad_id in wanted}
+    return {ad_id: encoder.usable("ad", features)[0] for ad_id, features in sent if ad_id in wanted}
+
+
+def _counted(ranking: Ranking, most: int) -> Mapping[str, bytes]:
+    """What adrank counted for the ads of the record."""
+    counted = ranking.encoded.request.counted
+    if counted is None:
+        return {}
+    columns = counted.take(ranking.rows if ranking.explored else ranking.kept[:most], 0).T
+    return {name: column.tobytes() for name, column in zip(ranking.model.bundle.encoder.counted, columns, strict=True)}
 
 
 def _tensors(ranking: Ranking, shown: Sequence[str]) -> Mapping[str, bytes]:

@@ -120,7 +120,10 @@ def _had(encoded: Encoded) -> dict[str, Mask]:
         return {}
     check_counters(rules, encoded.model)
     # Halfway to one more: at a steady rate that comes to as many in a window as are allowed.
-    had: dict[str, Mask] = {f"frequency_{name}": request.counted[name] > most - 0.5 for name, most in rules.frequency.items()}
+    had = dict[str, Mask]()
+    if request.counted is not None:
+        columns = dict(zip(encoded.model.bundle.encoder.counted, request.counted.T, strict=True))
+        had = {f"frequency_{name}": columns[name] > most - 0.5 for name, most in rules.frequency.items()}
     if rules.already_clicked:
         clicked = set(request.history)
         had["already_clicked"] = np.fromiter((ad_id in clicked for ad_id in request.candidates), np.bool_, len(request.candidates))

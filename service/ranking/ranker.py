@@ -6,12 +6,12 @@ Candidates are columns from the request to the answer: nothing here makes an obj
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from features.counting import numbers_of
-from features.encode import Feeds, FieldError, Request, encode_rows
+from features.encode import AdTable, Feeds, FieldError, Request, encode_rows
 from features.schema import IDENTITY
 from features.state import Store, StoreError, UserState
 from features.vocabulary import Numbers
@@ -183,11 +183,7 @@ class Asked:
         stored = UserState() if isinstance(self.stored, StoreError) else self.stored
         usable = _usable(model, self.query, stored, degraded)
         repeated = _first_of_each(self.query)
-        request = _request(self.query, usable, repeated, self.ts)
-        if model.bundle.schema.counters:
-            at = view.table.rows(request.candidates)
-            of_user, of_ads = numbers_of(view.table, request.candidates, at, usable.counts, self.ts)
-            request = replace(request, stored={**request.stored, **of_user}, rows=at, counted=of_ads)
+        request = _request(self.query, usable, repeated, self.ts, view.table)
         try:
             feeds, known, rows = encode_rows(view.table, request)
         except FieldError as error:
@@ -236,13 +232,18 @@ def _first_of_each(query: Query) -> list[int] | None:
     return list(first.values())
 
 
-def _request(query: Query, state: UserState, repeated: Sequence[int] | None, ts: float) -> Request:
+def _request(query: Query, state: UserState, repeated: Sequence[int] | None, ts: float, table: AdTable) -> Request:
     ad_ids, sent = query.ad_ids, query.sent
     if repeated is not None:
         ad_ids = [ad_ids[i] for i in repeated]
         sent = {row: sent[i] for row, i in enumerate(repeated) if i in sent}
     history, times = (state.ad_ids, state.ts) if query.history is None else (query.history, query.history_ts)
-    return Request(query.user_id, query.user, query.context, history, ad_ids, sent, state.features, times, ts)
+    stored, rows, counted = state.features, None, None
+    if table.encoder.tallies:
+        rows = table.rows(ad_ids)
+        of_user, counted = numbers_of(table, ad_ids, rows, state.counts, ts)
+        stored = {**stored, **of_user}
+    return Request(query.user_id, query.user, query.context, history, ad_ids, sent, stored, times, ts, rows, counted)
 
 
 def _mistake(error: FieldError, positions: Sequence[int] | None) -> FieldProblem:

@@ -1,13 +1,16 @@
 """Counters made from a log's own past, as the service would have had them just before each row: an impression, and perhaps its click."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 
-from features.counters import Array, Tally, counts_before, tallies_of
-from features.schema import Schema
+from features.counters import PRIOR, Array, Tally, counts_before, tallies_of
+from features.schema import Field, Schema
 from features.vocabulary import Ids
 
 MICROSECONDS = 1e6
+LEAST_SHARE = 0.001
 
 
 def count(log: pl.DataFrame, instants: Ids | None, schema: Schema) -> dict[str, pl.Series]:
@@ -22,6 +25,24 @@ def count(log: pl.DataFrame, instants: Ids | None, schema: Schema) -> dict[str, 
         for field in schema.fields
         if field.counter
     }
+
+
+def with_priors(schema: Schema, train: pl.DataFrame) -> Schema:
+    """The schema whose rates without a prior begin at what they come to in all of these rows, with the weight of `PRIOR`.
+
+    A rate that begins elsewhere says how many events it is made of as much as what came of them, and how many there are changes with time.
+    """
+
+    def begun(field: Field) -> Field:
+        counter = field.counter
+        if counter is None or not counter.is_rate or counter.prior or train.is_empty():
+            return field
+        top, bottom = (float(_happened(train, tally).sum()) for tally in counter.tallies)
+        share = min(max(top / max(bottom, 1.0), LEAST_SHARE), 1 - LEAST_SHARE)
+        counter = replace(counter, prior=(round(share * PRIOR[1], 3), PRIOR[1]))
+        return replace(field, counter=counter, missing=counter.least)
+
+    return replace(schema, fields=tuple(map(begun, schema.fields)))
 
 
 def _happened(log: pl.DataFrame, tally: Tally) -> Array:

@@ -39,7 +39,7 @@ import polars as pl
 from features.schema import IDENTITY, Schema, Side
 from features.vocabulary import Ids
 
-from .counters import count
+from .counters import count, with_priors
 from .history import Past
 from .plausible import Doubts, look_through, silent_doubts
 from .prepared import SPLITS, Progress, by_order, silent, write_splits, write_table, write_tables, writing
@@ -64,6 +64,7 @@ def prepare(source: Path, out: Path, schema_file: Path, progress: Progress = sil
         log = log.drop(SPLIT, strict=False)
         past = _past(log, instants, schema, settings)
         ads, users = _last(log, "ad"), _last(log, "user")
+        schema = with_priors(schema, log[order[splits["train"].start : splits["train"].stop]]) if schema.counters else schema
         log = log.with_columns(**count(log, instants, schema))
 
         def frame(rows: range) -> pl.DataFrame:

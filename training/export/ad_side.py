@@ -14,6 +14,7 @@ from onnx.utils import Extractor
 from features.bundle import AD_ROWS, BundleError
 from features.encode import Feeds
 
+from .counters_apart import NUMBERS, effect_of, with_counters, without_counters
 from .graph import open_graph
 from .onnx import OnnxFile, tables_of
 
@@ -24,11 +25,12 @@ ADS, REQUEST = 1, 2
 """What a value depends on."""
 
 
-def ad_side(graph: bytes) -> tuple[OnnxFile, OnnxFile] | None:
+def ad_side(graph: bytes, counters: Sequence[int] = ()) -> tuple[OnnxFile, OnnxFile] | None:
     """The graph `ad_* -> side_* (R, C, ...)`; and the rest, which takes such values of any ads `side_* (N, ...)`, and in place of `ad_*`
     which of them the candidates are, `AD_ROWS (R, C)`. None where it does not pay.
 
-    Graphs with a loop in them are left whole, and so are those whose values of ads are laid out in another way.
+    The columns `counters` of `ad_numbers`, which change all the time, are the rest's (`counters_apart.py`). Graphs with a loop in them
+    are left whole, and so are those whose values of ads are laid out in another way.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph))
     depends = _depends(model)
@@ -57,7 +59,14 @@ def ad_side(graph: bytes) -> tuple[OnnxFile, OnnxFile] | None:
     rest = parts.extract_model([*(name for name in inputs if name not in of_ads), *names.values()], outputs)
     for node in filter(_sizes, rest.graph.node):
         node.input[0] = AD_ROWS
-    return _file(ads, graph), _file(_gathering(rest, [*names.values()]), graph)
+    rest = _gathering(rest, [*names.values()])
+    numbers = next((entry for entry in model.graph.input if entry.name == NUMBERS), None)
+    if counters and numbers is not None:
+        effect = effect_of(open_graph(_file(ads, graph)), numbers.type.tensor_type.shape.dim[2].dim_value, counters)
+        if effect is None:
+            return None
+        ads, rest = without_counters(ads, counters), with_counters(rest, numbers, counters, effect)
+    return _file(ads, graph), _file(rest, graph)
 
 
 def _gathering(rest: ModelProto, names: Sequence[str]) -> ModelProto:
@@ -120,7 +129,7 @@ def check_ad_side(whole: bytes, parts: tuple[bytes, bytes], cases: Sequence[Feed
         made = ads.run(sides, {name: values for name, values in feeds.items() if name.startswith("ad_")})
         kept = {name: values.reshape(-1, *values.shape[2:]) for name, values in zip(sides, made, strict=True)}
         rows = np.arange(made[0].shape[0] * made[0].shape[1]).reshape(made[0].shape[:2])
-        others = {name: values for name, values in feeds.items() if not name.startswith("ad_")}
+        others = {entry.name: feeds[entry.name] for entry in rest.get_inputs() if entry.name in feeds}
         for together, apart in zip(session.run(None, feeds), rest.run(None, {**others, **kept, AD_ROWS: rows}), strict=True):
             if not abs(together - apart).max() <= tolerance:
                 raise BundleError("a graph and its halves, of ads and of the rest, give different probabilities; nothing was published")

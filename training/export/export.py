@@ -278,7 +278,7 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
             graphs[INT8_MODEL] = coarse
             session = open_graph(coarse)
             goldens = [replace(golden, p_click_int8=session.run(["p_click"], golden.feeds(encoder))[0][0].tolist()) for golden in goldens]
-    graphs |= ad_sides(graphs, [random_feeds(encoder.schema, sizes, *shape) for shape in FEW])
+    graphs |= ad_sides(graphs, [random_feeds(encoder.schema, sizes, *shape) for shape in FEW], encoder.counter_columns)
     metrics: dict[str, Any] = {split: m.as_dict() for split, m in trained.metrics.items()}
     if others:
         metrics["heads"] = {head: {split: m.as_dict() for split, m in found.items()} for head, found in trained.head_metrics.items()}
@@ -306,15 +306,15 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
     return files, facts
 
 
-def ad_sides(graphs: Mapping[str, bytes], cases: Sequence[Feeds]) -> dict[str, bytes]:
-    """The graphs in two, by file, where that pays, verified on some requests.
+def ad_sides(graphs: Mapping[str, bytes], cases: Sequence[Feeds], counters: Sequence[int] = ()) -> dict[str, bytes]:
+    """The graphs in two, by file, where that pays, verified on some requests; `counters` are those columns of `ad_numbers`.
 
     Raises:
         BundleError: ONNX Runtime does not make the same of them.
     """
     halves: dict[str, bytes] = {}
     for file in AD_SIDES.keys() & graphs.keys():
-        if parts := ad_side(graphs[file]):
+        if parts := ad_side(graphs[file], counters):
             check_ad_side(graphs[file], parts, cases, TOLERANCE)
             halves |= dict(zip(AD_SIDES[file], parts, strict=True))
     return halves
