@@ -135,9 +135,13 @@ def test_few_records_pass_and_the_next_tells_of_the_others(lines, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "crash", ["raise KeyError('MARK')", "import threading; t = threading.Thread(target={}.pop, args=('MARK',)); t.start(); t.join()"]
+    ("crash", "private"),
+    [
+        ("raise KeyError('MARK')", True),
+        ("raise KeyError('MARK')", False),
+        ("import threading; t = threading.Thread(target={}.pop, args=('MARK',)); t.start(); t.join()", True),
+    ],
 )
-@pytest.mark.parametrize("private", [True, False])
 def test_what_ends_a_process_is_a_line_too_and_so_is_a_warning(crash, private):
     begin = "import warnings; from service import settings; from service.telemetry import logs"
     code = f"{begin}; logs.start(settings.load_settings(), {private}); warnings.warn('beware'); {crash}"
