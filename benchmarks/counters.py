@@ -1,7 +1,7 @@
 """What are counters worth? AUC and log loss of a network with and without them, on ML-1M and in the world that drifts.
 
     python -m benchmarks.counters --seeds 3
-    python -m benchmarks.counters --ml ../shared/data/ml-1m --seeds 3
+    python -m benchmarks.counters --ml ../shared/data/ml-1m --seeds 3 --rates
 
 In the world ads come and go every day, better and worse ones, and favourites change. A data set is prepared as a table twice, and the
 `[counter]` tables are all that differs.
@@ -32,10 +32,6 @@ window = "{short}"
 of = "click/impression"
 by = "ad"
 window = "{long}"
-[counter.ad_shown]
-of = "impression"
-by = "ad"
-window = "{long}"
 [counter.user_rate]
 of = "click/impression"
 by = "user"
@@ -44,7 +40,12 @@ window = "{long}"
 of = "click/impression"
 by = ["user", "{value}"]
 window = "{long}"
-prior = [1, 5]
+"""
+SHOWN = """
+[counter.ad_shown]
+of = "impression"
+by = "ad"
+window = "{long}"
 """
 LATER = 30
 
@@ -56,7 +57,7 @@ def of_ml(source: Path) -> tuple[pl.DataFrame, str, str]:
     data = open_prepared(out)
     rows = pl.concat([frame.drop("history", "history_ts") for split in SPLITS for frame in data.frames(split)])
     rows = joined(rows, data.schema, {side: data.table(side) for side in ("user", "ad")})
-    return rows, data.schema.to_toml(), COUNTERS.format(short="7d", long="30d", value="genres")
+    return rows, data.schema.to_toml(), (COUNTERS + SHOWN).format(short="7d", long="30d", value="genres")
 
 
 def of_the_world(impressions: int = 200_000) -> tuple[pl.DataFrame, str, str]:
@@ -77,16 +78,18 @@ def of_the_world(impressions: int = 200_000) -> tuple[pl.DataFrame, str, str]:
         "context.position": [str(each + 1) for each in position],
         "ts": second + START,
     }
-    return pl.DataFrame(rows), SCHEMA, COUNTERS.format(short="1d", long="7d", value="category")
+    return pl.DataFrame(rows), SCHEMA, (COUNTERS + SHOWN).format(short="1d", long="7d", value="category")
 
 
 @click.command()
 @click.option("--ml", type=click.Path(path_type=Path), help="The folder of ML-1M as GroupLens ships it, in place of the world.")
 @click.option("--model", default="deepfm", show_default=True)
 @click.option("--seeds", default=3, show_default=True)
-def main(ml: Path | None, model: str, seeds: int) -> None:
+@click.option("--rates", is_flag=True, help="Without the count of impressions, which follows the traffic.")
+def main(ml: Path | None, model: str, seeds: int, rates: bool) -> None:
     """Prepare, train and tell."""
     rows, schema, counters = of_ml(ml) if ml else of_the_world()
+    counters = counters.partition("[counter.ad_shown]")[0] if rates else counters
     named = ", ".join(f'"{column}" = "{column}"' for column in rows.columns if "." in column)
     table = f'[table]\nts = "ts"\nnobody = []\nmissing = []\ncolumns = {{ {named} }}\n'
     with TemporaryDirectory() as folder, Progress(disable=True) as progress:
