@@ -5,7 +5,7 @@ PROGRAMS := $(patsubst %,tests/test_bench_%.py,fleet gpu peers scoring service s
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 K8S := build/k8s-tools/installed
 
-.PHONY: demo test bench-test console-test lint bench k8s-test rollout-test redis-test types peers-test parity-test scale-test bench-peers reference lock images compose-test site dist clean
+.PHONY: demo test bench-test console-test lint bench k8s-test rollout-test redis-test types peers-test parity-test scale-test trackers-test bench-peers reference lock images compose-test site dist clean
 
 demo: $(INSTALLED)  ## make a world, train, serve, rank; ARGS=--once stops after one ranking
 	$(BIN)/adrank demo $(ARGS)
@@ -73,6 +73,13 @@ peers-test:  ## the blocks of other libraries, with the same weights, give the s
 scale-test: $(INSTALLED)  ## what runs on Ray, an extra, on one that is started here
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale $(ARGS)
+
+trackers-test:  ## adrank train --log-to, read back from TensorBoard's files and from a server of MLflow, in environments of their own
+	$(PYTHON) -m venv build/mlflow-server
+	build/mlflow-server/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2  # with bounds that are not ours
+	$(PYTHON) -m venv build/trackers
+	build/trackers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard,mlflow]'
+	OMP_NUM_THREADS=1 build/trackers/bin/python -m pytest tests/trackers $(ARGS)
 
 parity-test: $(INSTALLED)  ## that /rank says what training says of real rows, and a graph what torch does, for every network
 	NETWORKS=all $(BIN)/python -m pytest tests/test_parity.py tests/test_networks.py $(ARGS)

@@ -134,6 +134,7 @@ def _print_profile(found: Any) -> None:
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a training that was killed, to the same weights.")
 @click.option("--checkpoint", type=FOLDER, metavar="DIR", help="Where checkpoints go. Default: MODELS-checkpoints/NAME, beside the models.")
 @click.option("--checkpoint-minutes", "minutes", type=click.FloatRange(0), default=5, show_default=True, help="From one to the next.")
+@click.option("--log-to", type=click.Choice(["tensorboard", "mlflow"]), help="Log the training there too; an extra each (docs/models.md).")
 @bounded
 @attributing
 @in_json
@@ -144,8 +145,11 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
     from training.checkpoint import Checkpoint
     from training.datasets.log import open_data
     from training.retrain.publish import train_and_publish
+    from training.trackers import check
 
     check_name(name or model)
+    if tracker := flags.pop("log_to"):
+        check(tracker)
     chosen, ours = flags.pop("checkpoint"), Path(f"{models.absolute()}-checkpoints") / (name or model)
     checkpoint = Checkpoint(chosen or ours, flags.pop("minutes"), flags.pop("resume"), ours=not chosen)
     memory, promote, as_json = memory_of(flags), flags.pop("promote"), flags.pop("as_json")
@@ -154,8 +158,19 @@ def train(data: Path, model: str, models: Path, name: str | None, settings: tupl
     given |= {key: str(value) for key, value in flags.items() if value is not None}
     with progress_bar() as progress:
         path, outcome = train_and_publish(opened, model, models, name or model, given, progress, promote, checkpoint)
+    if tracker:
+        _log(tracker, outcome.trained, path)
     tell(outcome.as_dict(path), lambda: _print_outcome(outcome, path), as_json)
     sys.exit(3 if outcome.refused else 0)
+
+
+def _log(tracker: str, trained: Any, path: Path) -> None:
+    from training.trackers import TrackerError, track
+
+    try:
+        warn(track(tracker, trained, path))
+    except TrackerError as error:  # what was trained is published, and told as ever
+        click.echo(f"Error: {error}", err=True)
 
 
 def _print_outcome(outcome: Any, path: Path) -> None:

@@ -13,7 +13,7 @@ import click
 
 P = ParamSpec("P")
 OURS = ("adrank_bench", "adrank_cli", "adrank_demo", "features", "service", "training")
-OF_LIBRARY = {"confluent_kafka": "kafka", "ray": "ray"}
+OF_LIBRARY = {"confluent_kafka": "kafka", "ray": "ray", "tensorboard": "tensorboard", "mlflow": "mlflow"}
 """Extras of single options: what the rest of their subcommands needs has another."""
 SHARE = click.FloatRange(0, 1, min_open=True)
 FOLDER = click.Path(file_okay=False, path_type=Path)

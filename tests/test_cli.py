@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,33 @@ def test_every_subcommand_explains_itself(name: str) -> None:
     assert f"\n  {name} " in CliRunner().invoke(adrank.cli, ["-h"]).output
 
 
+def going_away(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What MLflow is told before it goes away at the report; `make trackers-test` has the real one, with its server."""
+    told: dict[str, Any] = {"metrics": []}
+    fake: Any = types.ModuleType("mlflow")
+    gone = type("MlflowException", (Exception,), {})
+
+    def log_artifact(_path: str) -> None:
+        raise gone("gone\nfor good")
+
+    fake.exceptions = types.SimpleNamespace(MlflowException=gone)
+    fake.search_experiments = lambda max_results: []
+    fake.start_run = lambda **_given: contextlib.nullcontext()
+    fake.log_params, fake.log_artifact = lambda params: told.update(params=params), log_artifact
+    fake.log_metrics = lambda metrics, step: told["metrics"].append(metrics)
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setattr("training.trackers.USUAL", {})
+    return told
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_told_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str) -> None:
+    monkeypatch.setitem(sys.modules, tracker, None)
+    words = ("train", "--data", tmp_path, "--model", "deepfm", "--models", tmp_path / "models", "--log-to", tracker)
+    refused(run(*words), rf"^Error: adrank train needs {tracker}, which is not installed: pip install 'adrank\[{tracker}\]'")
+
+
 @pytest.mark.anyio
 async def test_a_table_becomes_a_model_and_users_in_the_store(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for place, quick in (("export.to_onnx", small.traced), ("explain.request_graph", small.traced_request)):
@@ -90,11 +118,14 @@ async def test_a_table_becomes_a_model_and_users_in_the_store(tmp_path: Path, se
     code, printed, _ = run("prepare", "csv", "--source", source, "--out", out, "--schema", schema)
     assert code == 0
     assert printed.endswith(f"{out}: train 120, valid 15, test 15 rows\n")
-    code, printed, complaint = run(
-        "train", "--data", out, "--model", "deepfm", "--models", models, "--name", "shop", *QUICK, "--seed", 3, "--promote", "always"
-    )
+    told = going_away(monkeypatch)
+    words = ("--data", out, "--model", "deepfm", "--models", models, "--name", "shop", *QUICK, "--seed", 3, "--promote", "always")
+    code, printed, complaint = run("train", *words, "--log-to", "mlflow")
     assert code == 0, complaint
     path = current_path(models, "shop")
+    assert f"Error: {path} is published, and not logged: MLflow at http://127.0.0.1:1: gone" in complaint
+    assert (told["params"]["seed"], len(told["metrics"])) == (3, 1)
+    assert told["metrics"][0]["test/log_loss"] == json.loads((path / "metrics.json").read_text())["test"]["log_loss"]
     assert f"published {path}\nlive all the same: the data set has 150 rows, too few to judge by: least_rows is 200\n" in printed
     assert "log loss" in printed
     assert "epoch  1" in complaint

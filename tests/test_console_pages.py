@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import shutil
 from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
 
@@ -15,6 +14,7 @@ from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright
 from processes import fill, serving
 from test_tokens import ALL
 
+from benchmarks.console import CHROMIUM, FLAGS, PAGES
 from features.bundle import EXPLAIN_MODEL
 from features.state import Ad, UserState
 from service.store.redis import RedisStore
@@ -22,24 +22,6 @@ from service.store.streams import RedisStreams
 from tests.test_explain import explaining
 
 pytestmark = pytest.mark.anyio
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-FLAGS = (
-    "--no-sandbox",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-PAGES = {
-    "rank": "Take a sample",
-    "live": "Models that rank",
-    "models": "Measured in training",
-    "quality": "by position",
-    "events": "What became of events",
-    "retrainings": "On the newest slice",
-}
-"""What is there once a page is."""
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
 EPOCHS = [{"number": n, "train_loss": loss, "valid_loss": 0.5 - n / 10} for n, loss in ((1, 0.6), (2, 0.4), (3, None))]
 FIGURES = [

@@ -15,7 +15,7 @@ async function show() {
   for (const link of document.querySelectorAll("nav a")) {
     if (link.hash === `#${name}`) {
       link.setAttribute("aria-current", "page");
-      link.scrollIntoView({ block: "nearest", inline: "nearest" });
+      link.scrollIntoView({ block: "nearest", inline: "center" });
     } else link.removeAttribute("aria-current");
   }
   stop?.();

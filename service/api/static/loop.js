@@ -28,6 +28,12 @@ async function following(page, draw) {
 }
 
 const hours = (figures, value) => figures.map((each) => [(each.ts - figures.at(-1).ts) / 3600, value(each)]);
+/** A chart under its title, or nothing where there is nothing to draw. */
+function titled(title, lines, places) {
+  const drawn = chart(title, lines, places);
+  return drawn ? [el("h3", {}, title), drawn] : [];
+}
+
 const number = (value) => (typeof value === "number" ? value : NaN);
 
 export const quality = (page) => following(page, (figures, last) => {
@@ -38,17 +44,17 @@ export const quality = (page) => following(page, (figures, last) => {
     const places = Object.entries(each.places), drift = Object.entries(each.drift), [first, second] = drift.map(([field]) => field);
     const left = [
       el("p", {}, `Sum of p(click) over clicks: ${decimal(number(each.calibration), 3)}. Normalised entropy: ${decimal(number(each.normalised_entropy), 3)}. Of the last 100,000 impressions.`),
-      chart(`Calibration of ${name} over time`, [{ points: of((told) => told.calibration), kind: "first" }, { points: of((told) => told.normalised_entropy), kind: "second" }], [1, 3]),
+      ...titled("Calibration and entropy over time", [{ points: of((told) => told.calibration), kind: "first" }, { points: of((told) => told.normalised_entropy), kind: "second" }], [1, 3]),
       el("p", { className: "legend" }, el("span", { className: "first" }, "p(click) / clicks"), el("span", { className: "second" }, "normalised entropy"), "by hours from now"),
       table("p(click) over clicks by position", [["position", "", ([at]) => at], ["ratio", "number", ([, ratio]) => decimal(number(ratio), 3)], ["", "bars", ([, ratio]) => bar(number(ratio) / 2 || 0, ratio > 1)]], places),
     ];
     const right = drift.length ? [
-      table("Drift by field: population stability index against the train split", [
+      table(`Drift by field: population stability index against the train split, red above ${DRIFTED}`, [
         ["field", "text", ([field]) => field],
         ["now", "number", ([, index]) => decimal(number(index), 3)],
         ["", "bars", ([, index]) => bar(number(index) / DRIFTED / 2 || 0, index > DRIFTED)],
       ], drift),
-      chart(`Drift of ${first} over time`, [first, second].filter(Boolean).map((field, i) => ({ points: of((told) => told.drift[field]), kind: i ? "second" : "first" })), [1, 3]),
+      ...titled("Drift over time, where it is greatest", [first, second].filter(Boolean).map((field, i) => ({ points: of((told) => told.drift[field]), kind: i ? "second" : "first" })), [1, 3]),
       el("p", { className: "legend" }, el("span", { className: "first" }, first), second ? el("span", { className: "second" }, second) : null, "by hours from now"),
     ] : [el("p", { className: "soft" }, "No drift is told yet: that needs 1,000 rows of the version that serves, and a bundle with a training reference.")];
     return el("section", { className: "card" }, el("h2", {}, name), el("div", { className: "pair" }, el("div", {}, ...left), el("div", {}, ...right)));
@@ -63,8 +69,8 @@ export const events = (page) => following(page, (figures, last) => {
   return [
     el("div", { className: "card" }, table("What became of events", [["event", "text", ([type]) => type], ["outcome", "text", ([, outcome]) => outcome.replaceAll("_", " ")], ["count", "number", ([, , n]) => count(n)], ["", "bars", ([, , n]) => bar(n / most)]], rows)),
     el("div", { className: "card" },
-      table("What waits for the joiner", [["stream", "text", ([name]) => name], ["entries", "number", ([, each]) => count(each.backlog)], ["the oldest since, s", "number", ([, each]) => count(each.lag)]], streams),
-      ...streams.map(([name]) => chart(`Seconds that the oldest entry of ${name} has waited, over time`, [{ points: hours(figures, (told) => number(told[`stream ${name}`]?.lag)), kind: "first" }], [1, 0])).slice(0, 1),
+      table("What waits for the joiner", [["stream", "text", ([name]) => name], ["entries", "number", ([, each]) => count(each.backlog)], ["the oldest waits, s", "number", ([, each]) => count(each.lag)]], streams),
+      ...streams.slice(0, 1).flatMap(([name]) => titled(`Seconds that the oldest entry of ${name} has waited, by hours from now`, [{ points: hours(figures, (told) => number(told[`stream ${name}`]?.lag)), kind: "first" }], [1, 0])),
       el("p", {}, `Rankings by how it is known what was shown: ${pairs(last.shown)}.`),
       el("p", {}, `What should not happen: ${pairs(last.incidents)}.`)),
   ];
