@@ -12,7 +12,7 @@ import numpy as np
 
 from .ages import UNKNOWN_TIME, ages_of
 from .counters import Array, Counts, Together, decayed, tallies_of
-from .index import RowIndex
+from .index import AdIds
 from .schema import AGES, FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, Slot, lay_out
 from .values import ValueTextError, plain_all, text_of
 from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
@@ -363,14 +363,15 @@ class AdTable:
     An ad that has left stays encoded, for the histories that contain it, but is no longer known as a candidate.
     """
 
-    def __init__(self, encoder: Encoder, room: int = 0) -> None:
-        """A table with room for so many ads before it grows."""
+    def __init__(self, encoder: Encoder, room: int = 0, ids: AdIds | None = None) -> None:
+        """A table with room for so many ads before it grows. Tables of the same ads share `ids`: an ad has one row in all of them."""
         self.encoder = encoder
-        self._index = RowIndex(room)
-        layout, rows = encoder.layouts["ad"], room + 1
+        self.ids = AdIds(room) if ids is None else ids
+        self.ads = 0
+        """Rows that have been put: it may lack some of the ids."""
+        layout, rows = encoder.layouts["ad"], max(room, len(self.ids)) + 1
         self._block = Block(np.zeros((rows, layout.width), np.int64), np.zeros((rows, layout.number_width), np.float32))
         self._active = np.zeros(rows, np.bool_)
-        self._ids = np.empty(rows, np.object_)
         self.vectors: dict[AdTower, Numbers] = {}
         """Of all rows `(rows or more, K)`, by each tower that was asked to give them."""
         tallies = encoder.ad_tallies
@@ -380,12 +381,16 @@ class AdTable:
         self._revisions, self._revision = np.zeros(rows, np.int64), 0
 
     def __len__(self) -> int:
-        return int(np.count_nonzero(self._active[: len(self._index) + 1]))
+        return int(np.count_nonzero(self._active[: self._end]))
+
+    @property
+    def _end(self) -> int:
+        return min(len(self.ids) + 1, len(self._active))
 
     @property
     def block(self) -> Block:
         """All rows, the padding ad first; views into the table, not copies."""
-        return Block(self._block.ids[: len(self._index) + 1], self._block.numbers[: len(self._index) + 1])
+        return Block(self._block.ids[: self._end], self._block.numbers[: self._end])
 
     def take(self, rows: Ids) -> Block:
         """A copy of the rows."""
@@ -393,7 +398,15 @@ class AdTable:
 
     def rows(self, ad_ids: Sequence[str]) -> Ids:
         """Row of each ad, 0 where the table does not have it."""
-        return self._index.rows(ad_ids)
+        rows = self.ids.rows(ad_ids)
+        if self.ads < len(self.ids):
+            rows[self.lacks(rows)] = 0
+        return rows
+
+    def lacks(self, rows: Ids) -> Mask:
+        """Which rows are of ads that other tables have and this one does not."""
+        lacking: Mask = (rows >= len(self._active)) | (self._revisions.take(rows, mode="clip") == 0)
+        return lacking
 
     @property
     def room(self) -> int:
@@ -410,7 +423,7 @@ class AdTable:
 
     def ad_ids(self, rows: Ids) -> list[str]:
         """The ads of rows."""
-        ad_ids: list[str] = self._ids[rows].tolist()
+        ad_ids: list[str] = self.ids.texts[rows].tolist()
         return ad_ids
 
     def active(self, rows: Ids | slice) -> Mask:
@@ -419,13 +432,13 @@ class AdTable:
 
     def put(self, ad_ids: Sequence[str], ads: Block, active: bool | Mask = True) -> None:
         """Add ads, or replace those already there. `active`, of all or `(n,)`: whether they have not left."""
-        if not len(ad_ids):
-            return
-        before, rows = len(self._index), self._index.add(ad_ids)
-        self._grow(len(self._index) + 1)
-        if len(self._index) > before:
-            fresh = np.flatnonzero(rows > before)
-            self._ids[rows[fresh]] = [ad_ids[i] for i in fresh.tolist()]
+        if len(ad_ids):
+            self.put_rows(self.ids.add(ad_ids), ads, active)
+
+    def put_rows(self, rows: Ids, ads: Block, active: bool | Mask) -> None:
+        """The same by their rows."""
+        self._grow(len(self.ids) + 1)
+        self.ads += len(np.unique(rows[self._revisions.take(rows) == 0]))
         self._revision += 1
         self._revisions[rows] = self._revision
         self._block.ids[rows], self._block.numbers[rows], self._active[rows] = ads.ids, ads.numbers, active
@@ -436,8 +449,8 @@ class AdTable:
         """Have the vectors of all ads by a tower from now on, after as many steps as it takes to give `size` ads theirs at each."""
         self.vectors[tower] = np.zeros((len(self._active), tower.width), np.float32)
         start = 1
-        while start <= len(self._index) and tower in self.vectors:
-            rows = np.arange(start, min(start + size, len(self._index) + 1))
+        while start < self._end and tower in self.vectors:
+            rows = np.arange(start, min(start + size, self._end))
             self.vectors[tower][rows] = tower.vectors(self.take(rows))
             start += size
             yield
@@ -465,7 +478,6 @@ class AdTable:
         more = max(rows, have * 2) - have
         self._block = Block(np.pad(self._block.ids, ((0, more), (0, 0))), np.pad(self._block.numbers, ((0, more), (0, 0))))
         self._active, self._revisions = np.pad(self._active, (0, more)), np.pad(self._revisions, (0, more))
-        self._ids = np.append(self._ids, np.empty(more, np.object_))
         self.vectors = {tower: np.pad(vectors, ((0, more), (0, 0))) for tower, vectors in self.vectors.items()}
         self._counts, self._counted = np.pad((self._counts, self._counted), ((0, 0), (0, more), (0, 0)))
 

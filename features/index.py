@@ -82,5 +82,23 @@ class RowIndex:
             at, hashes, rows = at[without] + 1 & (len(self._slots) - 1), hashes[without], rows[without]
 
 
+class AdIds(RowIndex):
+    """The same, with the ids themselves: what several tables of the same ads number them by."""
+
+    def __init__(self, room: int = 0) -> None:
+        super().__init__(room)
+        self.texts = np.empty(room + 1, np.object_)
+        """By row."""
+
+    def add(self, ids: Sequence[str]) -> Ids:
+        """See `RowIndex`."""
+        before, rows = len(self), super().add(ids)
+        if (more := len(self) + 1 - len(self.texts)) > 0:
+            self.texts = np.append(self.texts, np.empty(max(more, len(self.texts)), np.object_))
+        fresh = np.flatnonzero(rows > before)
+        self.texts[rows[fresh]] = [ids[i] for i in fresh.tolist()]
+        return rows
+
+
 def _hashes(ids: Sequence[str]) -> Ids:
     return np.fromiter(map(hash, ids), np.int64, len(ids))

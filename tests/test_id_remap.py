@@ -75,7 +75,7 @@ def test_a_table_that_took_rows_over_is_the_one_that_encoded_them(old, new, ad_i
     first = Ads({"old": AdTable(encoder(old))})
     for ad in ads:
         first.change([ad], put_ads)
-    first.tables["new"] = AdTable(encoder(new, ad_ids[:known]))
+    first.add("new", encoder(new, ad_ids[:known]))
     taken, changes = [], dict(later)
     for step, _ in enumerate(first.fill("new", 2, lambda table, some: taken.extend(some) or put_ads(table, some))):
         if step in changes:
@@ -94,7 +94,7 @@ def test_only_what_the_old_vocabulary_lacked_is_encoded_again():
     ads.change(
         [Ad("a0", {"genre": "drama"}), Ad("a1", {"genre": "news"}), Ad("a2", {"genre": "drama", "tags": ["drama", "news"]})], put_ads
     )
-    ads.tables["new"] = AdTable(encoder(["news", "drama"]))
+    ads.add("new", encoder(["news", "drama"]))
     encoded = []
     for _ in ads.fill("new", 50, lambda table, some: encoded.extend(ad.ad_id for ad in some) or put_ads(table, some)):
         pass
@@ -113,3 +113,20 @@ def test_only_what_the_old_vocabulary_lacked_is_encoded_again():
 def test_rows_that_depend_on_more_than_values_are_encoded_again(other):
     assert IdRemap(encoder(VALUES), encoder(VALUES[:2])).possible
     assert not IdRemap(encoder(VALUES), other).possible
+
+
+def test_an_ad_of_which_the_other_table_has_no_row_is_encoded_and_rows_are_the_same():
+    ads = Ads({})
+    ads.add("old", encoder(VALUES))
+    ads.change([Ad("a0", {"price": "dear"}), Ad("a1", {"genre": "drama"}), Ad("a2", {"price": "dear"})], put_ads)
+    assert ads.tables["old"].rows(["a0", "a1", "a2"]).tolist() == [0, 1, 0]
+    ads.tables["old"].ids.add(["a2"])  # as a third table would, which it fits
+    ads.misfits_of("old").clear()
+    ads.packed["a0"] = ads.packed["a2"] = pack_features({"genre": "news"})
+    ads.add("new", encoder(VALUES[::-1]))
+    assert ads.tables["new"].rows(["a1"]).tolist() == [0]  # not yet
+    steps = sum(1 for _ in ads.fill("new", 50, put_ads))
+    assert steps > 2
+    assert ads.tables["new"].rows(["a0", "a1", "a2"]).tolist() == [3, 1, 2]
+    assert ads.tables["old"].rows(["a0", "a1", "a2"]).tolist() == [0, 1, 0]
+    assert (len(ads.tables["new"]), len(ads.tables["old"])) == (3, 1)

@@ -10,9 +10,10 @@ from typing import cast
 import numpy as np
 
 from features.counters import Counts
-from features.encode import AdTable
+from features.encode import AdTable, Encoder
 from features.id_remap import IdRemap
 from features.state import ACTIVE, NEVER, Ad, pack_features, unpack_features
+from features.vocabulary import Ids
 
 AT_ONCE = 1_000
 """Ads whose rows are taken over from another table before other work gets a turn on the event loop: about half a millisecond."""
@@ -59,6 +60,11 @@ class Ads:
         """Those of one table."""
         return self.misfits.setdefault(fingerprint, {})
 
+    def add(self, fingerprint: str, encoder: Encoder) -> None:
+        """Have one more table, empty, with the same rows as the others."""
+        ids = next((table.ids for table in self.tables.values()), None)
+        self.tables[fingerprint] = AdTable(encoder, len(self.packed), ids)
+
     def change(self, ads: Sequence[Ad], encode: Encode) -> None:
         """Take over ads that were read: keep their features, and encode them into each table.
 
@@ -99,17 +105,26 @@ class Ads:
         Rows that another table has are taken over from there where its encoder differs in its vocabularies only; `size` ads
         at once are encoded where not.
         """
-        ad_ids = list(self.packed)
-        source = yield from self._like(fingerprint)
+        table = self.tables[fingerprint]
+        if source := (yield from self._like(fingerprint)):
+            end = len(table.ids) + 1
+            for start in range(1, end, AT_ONCE):
+                rows = np.arange(start, min(start + AT_ONCE, end))
+                rest = self._take_over(fingerprint, source, rows)
+                yield
+                yield from self._fill(fingerprint, table.ad_ids(rest), size, encode)
+                self._count(table, table.ad_ids(rows))
+        ad_ids = list(self.packed) if table.ads < len(self.packed) else []
         for start in range(0, len(ad_ids), AT_ONCE):
             some = ad_ids[start : start + AT_ONCE]
-            rest = self._take_over(fingerprint, source, some) if source else some
+            some = [some[i] for i in np.flatnonzero(table.rows(some) == 0)]
             yield
-            for at in range(0, len(rest), size):
-                self._fill(fingerprint, rest[at : at + size], encode)
-                yield
-            if fingerprint in self.tables:
-                self.tables[fingerprint].count(some, [self.counts.get(ad_id, {}) for ad_id in some])
+            yield from self._fill(fingerprint, [ad_id for ad_id in some if ad_id not in self.misfits_of(fingerprint)], size, encode)
+            self._count(table, some)
+
+    def _count(self, table: AdTable, ad_ids: Sequence[str]) -> None:
+        if table.encoder.ad_tallies:
+            table.count(ad_ids, [self.counts.get(ad_id, {}) for ad_id in ad_ids])
 
     def _like(self, fingerprint: str) -> Generator[None, None, tuple[str, IdRemap] | None]:
         """A table whose rows can be taken over, by its fingerprint, and how."""
@@ -121,26 +136,28 @@ class Ads:
                 return other, remap
         return None
 
-    def _take_over(self, fingerprint: str, source: tuple[str, IdRemap], ad_ids: list[str]) -> list[str]:
-        """Take over the rows of ads from another table; the ads that could not be."""
+    def _take_over(self, fingerprint: str, source: tuple[str, IdRemap], rows: Ids) -> Ids:
+        """Take over rows from another table; those of them that could not be."""
         other, remap = source
         if not {fingerprint, other} <= self.tables.keys():
-            return ad_ids
+            return rows
         table, misfits = self.tables[other], self.misfits_of(other)
-        rows = table.rows(ad_ids)
+        unsure = table.lacks(rows)
+        rows, lacking = rows[~unsure], rows[unsure]
         ads, unsure = remap(table.take(rows))
-        unsure |= rows == 0
         if misfits:
-            unsure |= np.fromiter((ad_id in misfits for ad_id in ad_ids), np.bool_, len(ad_ids))
+            unsure |= np.isin(rows, table.ids.rows(list(misfits)))
         sure = np.flatnonzero(~unsure)
-        self.tables[fingerprint].put([ad_ids[i] for i in sure], ads.take(sure), table.active(rows[sure]))
-        return [ad_ids[i] for i in np.flatnonzero(unsure)]
+        self.tables[fingerprint].put_rows(rows[sure], ads.take(sure), table.active(rows[sure]))
+        return np.concatenate([lacking, rows[unsure]])
 
-    def _fill(self, fingerprint: str, ad_ids: list[str], encode: Encode) -> None:
-        if fingerprint in self.tables:
-            packed = {ad_id: self.packed[ad_id] for ad_id in ad_ids}
-            ads = [Ad(ad_id, unpack_features(features), ad_id not in self.gone) for ad_id, features in packed.items()]
-            self._encode(fingerprint, ads, packed, encode)
+    def _fill(self, fingerprint: str, ad_ids: list[str], size: int, encode: Encode) -> Iterator[None]:
+        for at in range(0, len(ad_ids), size):
+            if fingerprint in self.tables:
+                packed = {ad_id: self.packed[ad_id] for ad_id in ad_ids[at : at + size]}
+                ads = [Ad(ad_id, unpack_features(features), ad_id not in self.gone) for ad_id, features in packed.items()]
+                self._encode(fingerprint, ads, packed, encode)
+            yield
 
     def _encode(self, fingerprint: str, ads: Sequence[Ad], before: Sources, encode: Encode) -> None:
         """Encode ads into one table; `before` are the features that they had."""

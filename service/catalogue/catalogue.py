@@ -57,7 +57,9 @@ class Catalogue:
         """The same as a sentence, where the store has one."""
 
     def _empty(self) -> Ads:
-        ads = Ads({fingerprint: AdTable(encoder) for fingerprint, encoder in self._encoders.items()})
+        ads = Ads({})
+        for fingerprint, encoder in self._encoders.items():
+            ads.add(fingerprint, encoder)
         for tower, fingerprint in self._towers.items():
             deque(ads.tables[fingerprint].keep_vectors(tower, AT_ONCE), 0)  # of no ads yet
         return ads
@@ -80,7 +82,7 @@ class Catalogue:
             if fingerprint not in before:
                 self._encoders[fingerprint] = encoder
                 # Changes reach it from now on: an ad may be encoded twice, each time as it is then.
-                ads.tables[fingerprint] = AdTable(encoder, len(ads.packed))
+                ads.add(fingerprint, encoder)
                 await self._fill(ads, fingerprint)
             if tower is not None:
                 self._towers[tower] = fingerprint
@@ -175,7 +177,7 @@ class Catalogue:
             await self._put(fresh, [ad for ad in ads if ad.ad_id not in old])
         while added := self._encoders.keys() - fresh.tables.keys():  # meanwhile
             fingerprint = added.pop()
-            fresh.tables[fingerprint] = AdTable(self._encoders[fingerprint])
+            fresh.add(fingerprint, self._encoders[fingerprint])
             await self._fill(fresh, fingerprint)
         while any(
             fingerprint in fresh.tables and tower not in fresh.tables[fingerprint].vectors for tower, fingerprint in self._towers.items()

@@ -39,7 +39,6 @@ NICE = 5
 """How much lower than that of others the priority of the thread is that loads. Not much: it holds Python's lock now and then, and where
 other programs keep all processors busy, whoever wants the lock waits for as long as it waits for a processor."""
 SWITCH_SECONDS = 0.0002
-M_MMAP_THRESHOLD = -3  # of malloc.h
 UNREADABLE = "the model repository cannot be read"
 
 Result = TypeVar("Result")
@@ -88,7 +87,6 @@ class ModelWatcher:
         """Whether it is known what the repository has."""
         self.default = DefaultModel(settings.model, shared_folder())
         ranker.use(Models({}, {}, self.default.name), ranker.catalogue)
-        _map_large_blocks()
 
     @property
     def waiting_for(self) -> str:
@@ -344,12 +342,6 @@ def give_way() -> None:
         with contextlib.suppress(OSError):
             thread = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICE))
-
-
-def _map_large_blocks() -> None:
-    """Let glibc take large blocks from the system and give them back at once: in a heap, those of models leave holes."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def _give_back() -> None:
