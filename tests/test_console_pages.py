@@ -16,6 +16,7 @@ from test_tokens import ALL
 
 from benchmarks.console import CHROMIUM, FLAGS, PAGES
 from features.bundle import EXPLAIN_MODEL
+from features.challenger import Challenger, challenge
 from features.state import Ad, UserState
 from service.store.redis import RedisStore
 from service.store.streams import RedisStreams
@@ -219,6 +220,29 @@ async def test_live_shows_rankings_as_they_come(browser, client):
         loaded = (await client.get("/v1/models")).json()["models"]
         assert [row[1] for row in await cells(page, "Models that rank")] == [each["version"] for each in loaded]
         await expect(page.get_by_text("The store (redis) is up")).to_be_visible()
+
+
+async def test_a_canary_ranks_beside_the_live_version_and_both_are_told(browser, tmp_path):
+    live, other = bundles.publish(tmp_path, "din"), bundles.publish(tmp_path, "din", bias=1.0, make_current=False)
+    facts = Challenger(int(other.name), "canary", 0.5)
+    ours = {facts.takes("din", f"u{i}"): f"u{i}" for i in range(50)}
+    challenge(tmp_path, "din", facts)
+    async with serving(tmp_path, "memory://") as client, watched(browser, address(client) + "/console#live") as page:
+        await page.get_by_text(f"{other.name}, canary").wait_for()
+        row = (await cells(page, "Models that rank"))[0]
+        (told,) = (await client.get("/v1/models")).json()["models"]
+        assert (row[1], row[3]) == (told["version"], f"{told['challenger']['version']}, canary 0.5, running")
+        assert (told["version"], told["challenger"]["version"]) == (live.name, other.name)
+        await page.get_by_role("link", name="Rank").click()
+        for by, user in ours.items():
+            await rank(page, user, "a1\na2")
+            answer = (await client.post("/rank", json={"user": {"id": user}, "candidates": ["a1", "a2"]})).json()
+            assert answer["model"]["version"] == (other.name if by else live.name)
+            table = f"2 ads by din {answer['model']['version']}"
+            await page.get_by_role("region", name=table).wait_for()
+            shown = await cells(page, table)
+            assert [row[1] for row in shown] == [ad["ad_id"] for ad in answer["ads"]]
+            assert [row[3] for row in shown] == [f"{ad['p_click']:.4f}" for ad in answer["ads"]]
 
 
 async def test_percentiles_are_of_what_came_between_two_reads(browser, client):
