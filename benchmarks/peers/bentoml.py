@@ -16,7 +16,7 @@ WORKERS = "PEER_WORKERS"
 
 
 @bentoml.service(workers=int(os.environ.get(WORKERS, "1")), metrics={"enabled": False}, logging={"access": {"enabled": False}})
-class Ranker:
+class BentoRanker:
     """A worker."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Ranker:
 def serve(port: int, workers: int) -> None:
     """So many workers."""
     os.environ |= {WORKERS: str(workers), "BENTOML_DO_NOT_TRACK": "True"}
-    words = ["-m", "bentoml", "serve", "benchmarks.peers.bentoml:Ranker", "--host", HOST, "--port", str(port)]
+    words = ["-m", "bentoml", "serve", "benchmarks.peers.bentoml:BentoRanker", "--host", HOST, "--port", str(port)]
     os.execv(sys.executable, [sys.executable, *words])
 
 

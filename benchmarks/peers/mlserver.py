@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from .model import HOST, REDIS, command, key_of, loaded
 
 
-class Ranker(MLModel):  # type: ignore[misc]
+class MLServerRanker(MLModel):  # type: ignore[misc]
     """A worker."""
 
     async def load(self) -> bool:
@@ -35,7 +35,7 @@ def serve(port: int, workers: int) -> None:
     """So many inference workers."""
     settings = Settings(host=HOST, http_port=port, grpc_port=port + 1, parallel_workers=workers, debug=False)
     settings.metrics_port, settings.metrics_dir = port + 2, mkdtemp()
-    model = ModelSettings(name="ranker", implementation="benchmarks.peers.mlserver.Ranker")
+    model = ModelSettings(name="ranker", implementation="benchmarks.peers.mlserver.MLServerRanker")
 
     async def run() -> None:
         await MLServer(settings).start([model])  # it wants a loop when it is made

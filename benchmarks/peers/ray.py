@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from .model import BUNDLE, HOST, REDIS, ROWWISE, command, key_of, loaded
 
 
-class Ranker:
+class RayRanker:
     """A replica."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ def serve(port: int, workers: int) -> None:
     ray.init(num_cpus=workers, include_dashboard=False, runtime_env={"env_vars": {**variables, "PYTHONPATH": str(Path.cwd())}})
     ray_serve.start(http_options={"host": HOST, "port": port})
     options = {"num_cpus": 1, "num_gpus": 0}
-    ray_serve.run(ray_serve.deployment(num_replicas=workers, ray_actor_options=options, max_ongoing_requests=100)(Ranker).bind())
+    ray_serve.run(ray_serve.deployment(num_replicas=workers, ray_actor_options=options, max_ongoing_requests=100)(RayRanker).bind())
     signal.sigwait([signal.SIGTERM, signal.SIGINT])
     ray_serve.shutdown()
     ray.shutdown()
