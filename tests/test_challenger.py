@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import bundles
 import numpy as np
@@ -28,10 +29,13 @@ from features.challenger import (
 )
 from features.releases import promote, rollback, stop
 from features.state import UserState
+from service.errors import InvalidError
 from service.models import canary as at_work
 from service.models import watcher as reload
 from service.models.canary import at_least, hopeless, judge
 from service.models.evidence import CHALLENGING, LATE, LIVE, SLOT_SECONDS, SLOTS, EvidenceWindow
+from service.ranking.query import Query
+from service.ranking.ranker import of_version
 from service.settings import Settings
 from tests.test_cli import refused, run
 
@@ -360,6 +364,56 @@ class TestCanary:
             spoil(client, lambda scores: scores * np.float32("nan"))
             assert (await client.rank("u1", CANDIDATES))["model"]["version"] == live
             assert (await until_status(client, there))["last_10_minutes"]["errors"] == 1
+
+
+class TestNamed:
+    """A request that asks for a version."""
+
+    @pytest.mark.parametrize(("mode", "mixed"), [("canary", False), ("shadow", False), ("canary", True)])
+    async def test_each_version_ranks_whoever_asks_and_is_no_evidence(self, tmp_path, ads, mode, mixed):
+        await filled(ads)
+        async with challenged(tmp_path / "models", ads, mode, 1.0, CanaryBounds(p_click_ratio=(0, 100)), words=2) as (client, live, other):
+            for version in (live, other, live):
+                answer = await client.rank("u1", CANDIDATES, options={"version": version, "explain": True, "top_k": 7})
+                assert answer["model"]["version"] == version
+                assert {ad["ad_id"]: ad["p_click"] for ad in answer["ads"]} == pytest.approx(client.expected[version]["u1"], abs=2e-6)
+            none = {"candidates": "all", "filters": {"genre": ["none such"]}, "options": {"version": other, "top_k": 1}}
+            assert (await client.rank("u1", **none))["model"]["version"] == other
+            if mixed:  # what a share chose is counted as ever
+                await client.rank("u1", CANDIDATES)
+            seen = (await until_status(client, there))["last_10_minutes"]
+            assert (seen["requests"], seen["live"]["requests"]) == (mixed, 0)
+            assert await client.metric(f'adrank_challenger_requests_total{{mode="{mode}",model="din",outcome="ok"}}') == mixed
+            assert await client.metric('adrank_served_log_total{result="version_named"}') == 4
+
+    @pytest.mark.parametrize(("act", "error"), [("fails", (500, "scoring_failed")), ("is slow", (504, "deadline"))])
+    async def test_no_other_ranks_in_its_place_and_what_goes_wrong_is_no_evidence(self, tmp_path, ads, act, error):
+        async with challenged(tmp_path / "models", ads, bounds=CanaryBounds(max_seconds=0.1)) as (client, _, other):
+            spoil(client) if act == "fails" else slow_down(client, 0.3)
+            answer = await client.post("/rank", json={"user": {"id": "u1"}, "candidates": ["a1"], "options": {"version": other}})
+            assert (answer.status_code, answer.json()["code"]) == error
+            seen = (await until_status(client, there))["last_10_minutes"]
+            assert (seen["requests"], seen["errors"], seen["late"]) == (0, 0, 0)
+
+    async def test_one_that_is_not_loaded_is_told_with_those_that_are(self, tmp_path, ads):
+        async with challenged(tmp_path / "models", ads) as (client, live, other):
+
+            async def refusal(version):
+                answer = await client.post("/rank", json={"user": {"id": "u1"}, "candidates": ["a1"], "options": {"version": version}})
+                return answer.status_code, answer.json()["code"], answer.json()["detail"]
+
+            told = "no such version of din is loaded; there are: "
+            assert await refusal("1") == (404, "unknown_model", f"{told}{live}, {other}")
+            client.app.state.service.ranker.challenges["din"].stop()
+            assert await refusal(other) == (404, "unknown_model", told + live)
+
+    def test_a_challenger_is_not_asked_for_more_than_the_click(self):
+        live, other = (SimpleNamespace(name="din", bundle=SimpleNamespace(version=version)) for version in (1, 2))
+        query, challenge = Query(user_id="u1", ad_ids=["a1"], version="2"), SimpleNamespace(model=other)
+        assert of_version(query, live, challenge) == (other, challenge)
+        query.weights = {"conversion": 20.0}
+        with pytest.raises(InvalidError, match="gives p\\(click\\) alone, and the request needs conversion"):
+            of_version(query, live, challenge)
 
 
 def spoil(client, act=None):

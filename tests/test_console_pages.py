@@ -243,6 +243,18 @@ async def test_a_canary_ranks_beside_the_live_version_and_both_are_told(browser,
             shown = await cells(page, table)
             assert [row[1] for row in shown] == [ad["ad_id"] for ad in answer["ads"]]
             assert [row[3] for row in shown] == [f"{ad['p_click']:.4f}" for ad in answer["ads"]]
+        await page.get_by_label("Model").select_option(f"din {live.name} live")
+        await page.get_by_label("Beside it").select_option(f"din {other.name} canary")
+        await rank(page, ours[True], "a1\na2")
+        both = await cells(page, f"2 ads by din {live.name}")
+        for column, version in ((3, live.name), (5, other.name)):
+            asked = {"user": {"id": ours[True]}, "candidates": ["a1", "a2"], "options": {"version": version}}
+            answer = (await client.post("/rank", json=asked)).json()
+            by_ad = {ad["ad_id"]: f"{ad['p_click']:.4f}" for ad in answer["ads"]}
+            assert answer["model"]["version"] == version
+            assert {row[1]: row[column] for row in both} == by_ad
+        headings = page.get_by_role("region", name=f"2 ads by din {live.name}").locator("th")
+        assert {f"din {live.name}", f"din {other.name}"} <= set(await headings.all_inner_texts())
 
 
 async def test_percentiles_are_of_what_came_between_two_reads(browser, client):

@@ -121,6 +121,7 @@ def to_query(
         bids=None if offered is NOTHING else _bids(request, len(ad_ids), *offered),
         sent=sent,
         model=options.model,
+        version=options.version,
         top_k=options.top_k,
         shown=options.shown,
         objective=options.objective,

@@ -242,6 +242,9 @@ class Options(Wire):
 
     model: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     """The name of the model to rank with; without it the service's default."""
+    version: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    """The version of it to rank with, of those that are loaded: the live one, or a canary or shadow, whoever the user is, and no other if
+    it fails. Such a ranking is a trial: it is not logged, whatever is shown, and counts for no challenger's judgement."""
     top_k: Annotated[int, Field(ge=1, le=CANDIDATES)] | None = None
     """Answer with the first so many; the others are in `omitted`. Without `shown` it says that so many are shown. With the candidates
     `all` it must be there."""

@@ -163,7 +163,9 @@ class ServedLog:
 
     def put(self, ranking: Ranking) -> None:
         """Take a ranking that was answered, or drop it; its record is made later."""
-        if self._chance() >= self._settings.log_share:
+        if ranking.query.version is not None:  # nobody's share chose who ranks: a trial
+            self._count("version_named")
+        elif self._chance() >= self._settings.log_share:
             self._count("sampled_out")
         elif self._full:
             self._count(self._full)

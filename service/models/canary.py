@@ -101,6 +101,8 @@ class ChallengerRun:
     """A request that the challenger scores: the work, when it was asked for, and whether that is too long ago."""
 
     work: "Future[tuple[Numbers, float]]"
+    counts: bool = True
+    """Whether what comes of it is evidence; not where a request names the version."""
     since: float = field(default_factory=time.monotonic)
     late: bool = False
 
@@ -129,17 +131,19 @@ class Challenge:
         """The model to rank this user with in place of the live one, if it is to be."""
         return self.model if self.facts.mode == "canary" and self.facts.takes(self.name, user_id) else None
 
-    async def score(self, model: Model, feeds: Feeds, patience: float | None) -> Numbers:
+    async def score(self, model: Model, feeds: Feeds, patience: float | None, counts: bool = True) -> Numbers:
         """The probabilities `(C,)` of a request's candidates, within the challenger's `max_seconds`, and within `patience` seconds.
+        It `counts` for the challenger's judgement unless the request named the version; a run that hangs counts whoever asked for it.
 
         Raises:
             LateError: it was not done by then, and goes on for nobody; or others wait for it already; or it was stopped meanwhile.
             ScoringError: it failed, or gave no number for a candidate.
         """
         if len(self._runs) >= QUEUED:
-            self._metrics.challenged(self.name, self.facts.mode, "busy")
+            if counts:
+                self._metrics.challenged(self.name, self.facts.mode, "busy")
             raise LateError("others wait for the challenger already")
-        run, longest = self._run(model, feeds), self.facts.bounds.max_seconds
+        run, longest = self._run(model, feeds, counts), self.facts.bounds.max_seconds
         done = asyncio.wrap_future(run.work)
         await asyncio.wait([done], timeout=longest if patience is None else max(0.0, min(longest, patience)))
         if done.cancelled():
@@ -155,18 +159,18 @@ class Challenge:
         run.work.cancel()  # if it has not begun
         raise LateError(f"the challenger took over {longest:g} s, or what the caller's deadline leaves it")
 
-    def _run(self, model: Model, feeds: Feeds) -> ChallengerRun:
+    def _run(self, model: Model, feeds: Feeds, counts: bool = True) -> ChallengerRun:
         """Begin to score, and count what comes of it, whether somebody waits for it or not."""
         assert self._thread is not None  # noqa: S101  # whoever gives it a model gives it a thread
         loop = asyncio.get_running_loop()
-        run = ChallengerRun(self._thread.submit(_timed, model, feeds))
+        run = ChallengerRun(self._thread.submit(_timed, model, feeds), counts)
         self._runs.add(run)
         timer = loop.call_later(self.facts.bounds.max_seconds, self._is_late, run)
 
         def ended(work: "asyncio.Future[tuple[Numbers, float]]") -> None:
             timer.cancel()
             self._runs.discard(run)
-            if not (work.cancelled() or work.exception() or run.late) and self.facts.mode == "canary":
+            if not (work.cancelled() or work.exception() or run.late) and run.counts and self.facts.mode == "canary":
                 scores, seconds = work.result()
                 if np.isfinite(scores).all():
                     self._metrics.challenged(self.name, "canary", "ok")
@@ -176,7 +180,7 @@ class Challenge:
         return run
 
     def _is_late(self, run: ChallengerRun) -> None:
-        if not run.late:
+        if run.counts and not run.late:
             run.late = True
             self._metrics.challenged(self.name, self.facts.mode, "late")
             self._window.failed(LATE)

@@ -54,6 +54,8 @@ class Query:
     bids: Bids | None = None
     sent: Mapping[int, Features] = field(default_factory=dict)
     model: str | None = None
+    version: str | None = None
+    """That of the model that is to rank, and no other; None: the live one, or a canary that the user falls to."""
     top_k: int | None = None
     shown: int | None = None
     """How many ads of the answer are shown, if that is not `top_k`; not known where neither is there."""

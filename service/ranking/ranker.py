@@ -18,8 +18,8 @@ from features.vocabulary import Numbers
 
 from ..catalogue.ads import View
 from ..catalogue.catalogue import Catalogue
-from ..errors import DeadlineError, FieldProblem, InvalidError, NotReadyError, ScoringError, ServiceError
-from ..models.canary import Challenge
+from ..errors import DeadlineError, FieldProblem, InvalidError, NotReadyError, ScoringError, ServiceError, UnknownModelError
+from ..models.canary import Challenge, LateError
 from ..models.loaded import Model, Models
 from ..telemetry.metrics import Metrics, RequestTimings
 from .executor import Scoring
@@ -61,8 +61,11 @@ class Ranker:
         """
         model, catalogue = self.models.get(query.model), self.catalogue
         challenge = self.challenges.get(model.name)
+        if query.version is not None:
+            model, challenge = of_version(query, model, challenge)
         check_query(query, model)
-        canary = challenge.canary(query.user_id) if challenge and not query.heads else None  # which gives the click alone
+        by_share = challenge if query.version is None and not query.heads else None  # a canary gives the click alone
+        canary = by_share.canary(query.user_id) if by_share else None
         # The catalogue may let go of them while the store is asked.
         views = {each: catalogue.view(each.bundle.fingerprint) for each in (model, canary) if each is not None}
         stages.enter("features")
@@ -72,6 +75,13 @@ class Ranker:
             challenge = challenge if query.ad_ids else None
         if challenge is None:
             return await self._by_live(asked, model, views[model], None)
+        if query.version is not None:
+            if challenge.model is not model:
+                raise UnknownModelError("the challenger was stopped while the store was asked for the user")
+            try:
+                return await self._by_canary(asked, model, views[model], challenge)
+            except LateError as error:
+                raise DeadlineError(str(error)) from None
         failure: ServiceError | None = None
         if canary is not None and challenge.model is canary:  # it may have been stopped meanwhile
             try:
@@ -128,7 +138,7 @@ class Ranker:
         stages.enter(None)
         began, stage = time.perf_counter(), "queue"
         try:
-            scores = await challenge.score(canary, encoded.scored, patience)
+            scores = await challenge.score(canary, encoded.scored, patience, query.version is None)
             stage = "inference"
         finally:
             stages.add(stage, began, time.perf_counter())
@@ -206,6 +216,25 @@ class Asked:
         if counted or any(known.name not in IDENTITY.values() for known in schema.side("user")):
             without.append(Degraded("user", reason, "sent_features"))
         return without
+
+
+def of_version(query: Query, live: Model, challenge: Challenge | None) -> tuple[Model, Challenge | None]:
+    """The version that a request names, and its challenge where it is no live one.
+
+    Raises:
+        UnknownModelError: it is not loaded.
+        InvalidError: it is a challenger, and more than p(click) is needed.
+    """
+    challenger = challenge.model if challenge else None
+    loaded = {str(each.bundle.version): each for each in (live, challenger) if each is not None}
+    model = loaded.get(query.version or "")
+    if model is None:
+        raise UnknownModelError(f"no such version of {live.name} is loaded; there are: {', '.join(loaded)}")
+    if model is live:
+        return live, None
+    if query.heads:
+        raise InvalidError.at(("options", "version"), f"a challenger gives p(click) alone, and the request needs {sorted(query.heads)[0]}")
+    return model, challenge
 
 
 def _usable(model: Model, query: Query, stored: UserState, degraded: list[Degraded]) -> UserState:

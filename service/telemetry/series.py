@@ -40,6 +40,7 @@ SERVED: Labels = [
     ("written",),
     ("sampled_out",),
     ("caller_left",),
+    ("version_named",),
     ("dropped_queue",),
     ("dropped_backlog",),
     ("dropped_memory",),

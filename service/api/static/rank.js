@@ -12,10 +12,10 @@ export async function rank(page) {
     return;
   }
   const user = el("input", { name: "user", required: true, autocomplete: "off", placeholder: "such as u378" });
-  const model = choice("model", models.map((each) => each.name), first ?? models[0].name);
-  const beside = choice("beside", ["", ...models.map((each) => each.name)], "", "none");
+  const model = choice("model", models.flatMap(versions), first ?? models[0].name);
+  const beside = choice("beside", ["", ...models.flatMap(versions)], "", "none");
   const candidates = el("textarea", { name: "candidates", rows: 7, required: true, spellcheck: false });
-  const schema = () => Object.values(schemas).find((each) => each.models.includes(model.value)) ?? { fields: [] };
+  const schema = () => Object.values(schemas).find((each) => each.models.includes(model.value.split(" ")[0])) ?? { fields: [] };
   const context = el("fieldset"), sample = sampler(schema, candidates, results);
   const fields = () => {
     const named = schema().fields.filter((field) => field.side === "context");
@@ -28,7 +28,7 @@ export async function rank(page) {
     el("label", {}, "Candidates, an ad id a line", candidates), sample,
     el("div", { className: "row" }, el("label", {}, "Model", model), el("label", {}, "Beside it", beside)),
     el("button", { className: "primary" }, "Rank"),
-    el("p", { className: "soft" }, "Nothing ranked here counts as shown, so none of it is trained on. A canary ranks the users that fall to it; it cannot be asked for by name."),
+    el("p", { className: "soft" }, "Nothing ranked here counts as shown, so none of it is trained on. Without a version, a canary ranks the users that fall to it."),
   );
   form.onsubmit = async (event) => {
     event.preventDefault();
@@ -38,7 +38,10 @@ export async function rank(page) {
       candidates: [...new Set(candidates.value.split("\n").map((line) => line.trim()).filter(Boolean))],
     });
     try {
-      const asked = [model.value, beside.value].filter(Boolean).map((name) => ({ ...request(), options: { model: name, explain: true, shown: 0 } }));
+      const asked = [model.value, beside.value].filter(Boolean).map((each) => {
+        const [name, version] = each.split(" ");
+        return { ...request(), options: { model: name, ...(version && { version }), explain: true, shown: 0 } };
+      });
       const [answers, state] = await Promise.all([Promise.all(asked.map((body) => api("rank", { body }))), api(`console/api/user?id=${encodeURIComponent(asked[0].user.id)}`).catch(() => null)]);
       results.replaceChildren(...ranked(asked[0], answers, state));
     } catch (error) {
@@ -46,6 +49,11 @@ export async function rank(page) {
     }
   };
   results.append(el("p", { className: "card soft" }, "Name a user, take a sample of the catalogue or type ad ids, and rank."));
+}
+
+/** What a model can be asked for by: its name and, where it is challenged, each of the versions that are loaded. */
+function versions({ name, version, challenger }) {
+  return challenger?.state === "running" ? [name, `${name} ${version} live`, `${name} ${challenger.version} ${challenger.mode}`] : [name];
 }
 
 function choice(name, options, chosen, none) {
@@ -88,18 +96,19 @@ function ranked(request, [answer, other], state) {
     why.replaceChildren(...explained(ad, answer, state));
   };
   const named = (ad) => el("button", { type: "button", className: "link", onclick: () => pick(ad) }, ad.ad_id);
+  const { name, version } = answer.model;
+  const by = (model) => (other.model.name === name ? `${name} ${model.version}` : model.name);
   const columns = [
     ["", "number", (ad) => String(ad.rank)],
     ["ad", "text", named],
     ["features", "values optional", (ad) => (ad.known === false ? "not in the catalogue" : features(known.get(ad.ad_id) ?? {}))],
-    [other ? answer.model.name : "p(click)", "number", (ad) => decimal(ad.p_click)],
+    [other ? by(answer.model) : "p(click)", "number", (ad) => decimal(ad.p_click)],
     ["", "bars", (ad) => bar(ad.p_click / most)],
   ];
   if (other) {
-    columns.push([other.model.name, "number", (ad) => decimal(theirs.get(ad.ad_id)?.p_click)]);
+    columns.push([by(other.model), "number", (ad) => decimal(theirs.get(ad.ad_id)?.p_click)]);
     columns.push(["its rank", "number", (ad) => String(theirs.get(ad.ad_id)?.rank ?? "–")]);
   }
-  const { name, version } = answer.model;
   list.append(table(`${count(answer.ads.length)} ads by ${name} ${version}, in ${decimal(answer.timings_ms.total - (answer.timings_ms.explain ?? 0), 1)} ms`, columns, answer.ads));
   for (const each of answer.degraded) list.append(el("p", { className: "bad" }, `Degraded: ${each.stage}, ${each.reason}; ${each.fallback} stood in.`));
   if (answer.omitted.length) list.append(el("p", { className: "soft" }, `Omitted: ${answer.omitted.map((each) => `${each.ad_id} (${each.reason})`).join(", ")}`));
