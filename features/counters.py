@@ -204,11 +204,29 @@ def with_event(counts: Counts, parts: Sequence[CountedPart], ts: float) -> Count
         kept = dict(after.pop(key, {}))
         kept[value] = counted(kept.get(value, (0.0, ts)), ts, window)
         if len(kept) > VALUES_KEPT:
-            del kept[min(kept, key=lambda each: math.log(max(kept[each][0], TINY)) + kept[each][1] / window)]
+            del kept[min(kept, key=lambda each: _size(kept[each], window))]
         after[key] = kept
     for key in list(after)[: max(0, len(after) - KEYS_KEPT)]:
         del after[key]
     return after
+
+
+def _size(count: Sequence[float], window: float) -> float:
+    """What counts of different times are compared by: the logarithm of what they come to at any one time."""
+    return math.log(max(count[0], TINY)) + count[1] / window
+
+
+def merged_counts(stored: Counts, loaded: Counts) -> Counts:
+    """Counts that are stored and those of a data set, whose events may be the same: of each the larger, so that none counts twice."""
+    together: dict[str, Mapping[str, Sequence[float]]] = {**loaded, **stored}
+    for key, values in loaded.items():
+        window, kept = float(key.split("@")[1]), dict(stored.get(key, {}))
+        for value, count in values.items():
+            if value not in kept or _size(count, window) > _size(kept[value], window):
+                kept[value] = count
+        largest = sorted(kept.items(), key=lambda each: _size(each[1], window), reverse=True)
+        together[key] = dict(largest[:VALUES_KEPT])
+    return {key: together[key] for key in list(together)[-KEYS_KEPT:]}
 
 
 def are_counts(document: Any) -> bool:

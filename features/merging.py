@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from .counters import merged_counts
 from .encode import Features
 from .entity_updates import FEATURES_BYTES
 from .state import ACTIVE, HISTORY_LIMIT, STATE_BYTES, Ad, StateError, UserState, pack_ad, pack_features, pack_user, unpack_ad, unpack_user
@@ -145,30 +146,29 @@ def left_before(ad: Ad, time: float) -> bool:
 def merged_user(stored: UserState, loaded: UserState, until: float | None, fields: Collection[str] | None = None) -> tuple[UserState, News]:
     """The two together.
 
-    Features: of each the newer word. Behaviours: what is stored from events, or from after `until`, and what else the data set has;
-    an earlier data set's give way, unless this one has none.
+    Features: of each the newer word. Counts: of each the larger. Behaviours: what is stored from events, or from after `until`, and what
+    else the data set has; an earlier data set's give way, unless this one has none.
     """
     features, changed, kept = _features(stored.features, stored.changed, loaded.features, until, fields)
     own, rest, extra = _behaviours(stored, loaded, until)
     together = sorted([*rest, *own], key=lambda behaviour: behaviour[1])[-HISTORY_LIMIT:]  # sorted keeps the order of the same time
-    state = UserState(features, [ad_id for ad_id, _ in together], [ts for _, ts in together], changed, stored.counts)
+    counts = merged_counts(stored.counts, loaded.counts)
+    state = UserState(features, [ad_id for ad_id, _ in together], [ts for _, ts in together], changed, counts)
     return state, News(behaviours=extra, features=kept)
 
 
 def merged_ad(stored: Ad, loaded: Ad, until: float | None, whole: bool, fields: Collection[str] | None = None) -> tuple[Ad, News]:
-    """The two together, features as in `merged_user`.
+    """The two together, features and counts as in `merged_user`.
 
     That an event took an ad out of the catalogue stands against a data set that has it, which may be a log of what was shown before;
     that it was missing in a whole catalogue does not.
     """
     features, changed, kept = _features(stored.features, stored.changed, loaded.features, until, fields)
-    active = stored.changed.get(ACTIVE)
+    counts, active = merged_counts(stored.counts, loaded.counts), stored.changed.get(ACTIVE)
     if type(active) is float and not (whole and not _is_newer(active, until)):
-        return Ad(loaded.ad_id, features, stored.active, changed, stored.counts), News(
-            features=kept, activity=int(stored.active != loaded.active)
-        )
+        return Ad(loaded.ad_id, features, stored.active, changed, counts), News(features=kept, activity=int(stored.active != loaded.active))
     changed = {name: ts for name, ts in changed.items() if name != ACTIVE}
-    return Ad(loaded.ad_id, features, loaded.active, changed, stored.counts), News(features=kept)
+    return Ad(loaded.ad_id, features, loaded.active, changed, counts), News(features=kept)
 
 
 def _is_newer(ts: float, until: float | None) -> bool:

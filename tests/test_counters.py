@@ -1,15 +1,27 @@
 import math
+import time
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from rich.progress import Progress
 
 from features.counters import counted, counts_before, decayed
+from features.counting import numbers_of
+from features.encode import AdTable, Encoder
+from features.events import Event
 from features.schema import SchemaError, parse_schema
+from features.state import Ad, MemoryStore
+from service.catalogue.catalogue import put_ads
+from service.feedback.ingest import Ages, Intake
+from service.telemetry.metrics import Metrics
 from tests.test_csv_table import prepare_csv
 from tests.test_datasets import rows
 from training.datasets.prepared import DataError, open_prepared
+from training.datasets.states import ads
+from training.datasets.vocabularies import learn_vocabularies
+from training.loading import Loading
 
 FIELDS = """
 name = "counted"
@@ -144,6 +156,65 @@ def test_prepare_makes_counters_of_what_was_before_each_row(tmp_path: Path) -> N
     assert data["user.shown"].to_list() == pytest.approx(shown)
     assert data["ad.liked"].to_list() == pytest.approx([0, 0, week(600), 0, week(1200, 600), 0, 0, week(9000, 8400, 7800)])
     assert data["ad.seen"].to_list() == pytest.approx([0, 0, day(600), 0, day(1200), 0, 0, day(9000, 8400)])
+
+
+@pytest.mark.anyio
+async def test_counts_that_are_loaded_are_those_of_the_same_events_and_of_the_rows_that_come_next(tmp_path: Path) -> None:
+    """Offline, by `adrank load` and event by event; loading twice changes nothing, and what comes after is counted on top."""
+    random, now, end = np.random.default_rng(3), float(round(time.time())), 50_000
+    shown = {
+        "time": np.sort(random.integers(0, 40_000, 300)) + int(now) - end,
+        "user_id": random.choice(["u1", "u2", "u3"], 300),
+        "ad_id": random.choice(["a1", "a2", "a3"], 300),
+        "click": random.integers(0, 2, 300),
+    }
+    table = pl.DataFrame(shown).with_columns(topic=pl.col("ad_id").replace({"a1": "t|x", "a2": "t", "a3": "s"}))
+    pairs = [(user, ad) for user in ("u1", "u2", "u3") for ad in ("a1", "a2", "a3")]
+    asked = pl.DataFrame(pairs, ["user_id", "ad_id"], orient="row").with_columns(time=pl.lit(int(now), pl.Int64), click=pl.lit(0, pl.Int64))
+    probes = asked.join(table.select("ad_id", "topic").unique(), on="ad_id", maintain_order="left").select(table.columns)
+    (tmp_path / "probed").mkdir()
+    offline = open_prepared(prepare_csv(tmp_path / "probed", pl.concat([table, probes]), FIELDS + COUNTERS + TABLE))
+    last, names = rows(offline.folder).tail(len(pairs)).to_dicts(), [each.path for each in offline.schema.fields if each.counter]
+    expected = {(row["user_id"], row["ad_id"], name): row[name] for row in last for name in names}
+    prepared = open_prepared(prepare_csv(tmp_path, table, FIELDS + COUNTERS + TABLE))
+    encoder = Encoder(prepared.schema, learn_vocabularies(prepared))
+    loaded, told = MemoryStore(), MemoryStore()
+    features = {ad.ad_id: ad.features for ad in ads(prepared)}
+
+    async def tell(store: MemoryStore, kinds: pl.DataFrame) -> None:
+        taken = Intake(store, Metrics(), lambda: [encoder], Ages(1e6, 1e6), lambda: now)
+        taken.features = lambda ad_ids: {ad_id: features[ad_id] for ad_id in ad_ids}
+        events = [
+            Event(kind, f"{kind}{i}-{row['time']}", float(row["time"]), row["user_id"], "r", row["ad_id"])
+            for i, row in enumerate(kinds.to_dicts())
+            for kind in (["impression", "click"] if row["click"] else ["impression"])
+        ]
+        assert {outcome.status for outcome in await taken.take(events)} == {"accepted"}
+
+    async def numbers(store: MemoryStore) -> dict[tuple[str, str, str], float]:
+        ad_ids = list(features)
+        table = AdTable(encoder)
+        put_ads(table, stored := [ad async for batch in store.all_ads() for ad in batch])
+        table.count([ad.ad_id for ad in stored], [ad.counts for ad in stored])
+        found = {}
+        for user in ("u1", "u2", "u3"):
+            of_user, of_ads = numbers_of(table, ad_ids, table.rows(ad_ids), (await store.get_user(user)).counts, now)
+            for ad, row in zip(ad_ids, of_ads.tolist(), strict=True):
+                found |= {(user, ad, f"user.{name}"): each for name, each in of_user.items()}
+                found |= {(user, ad, f"ad.{name}"): each for name, each in zip(encoder.counted, row, strict=True)}
+        return found
+
+    await told.put_ads(Ad(ad_id, known) for ad_id, known in features.items())
+    await tell(told, table)
+    with Progress(disable=True) as progress:
+        for _ in range(2):
+            await Loading(loaded, prepared, progress).merge()
+            assert await numbers(loaded) == pytest.approx(expected, rel=1e-9)
+        assert await numbers(loaded) == pytest.approx(await numbers(told), rel=1e-9)
+        for store in (loaded, told):
+            await tell(store, asked)
+        await Loading(loaded, prepared, progress).merge()
+        assert await numbers(loaded) == pytest.approx(await numbers(told), rel=1e-9)
 
 
 @pytest.mark.parametrize(

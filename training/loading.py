@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 from rich.progress import Progress
@@ -17,8 +16,8 @@ from features.merging import ForgetAd, MergeAd, MergeUser, RetireAd, Rewrite, bo
 from features.schema import Side
 from features.state import StateError, Store, pack_ad, pack_user
 
-from .datasets.prepared import SPLITS, DataError, Prepared, columns_of, read_parquet
-from .datasets.states import ads, user_states
+from .datasets.prepared import DataError, Prepared
+from .datasets.states import ads, newest_time, user_states
 
 BATCH = 500
 """Users or ads of one step."""
@@ -202,24 +201,6 @@ def refusal(found: Loaded, sure: bool) -> str | None:
         share = f"the data set has {found.ads:,} ads, less than half of the {found.active:,} that are active in the store"
         return f"--replace: {share}; if it is the whole catalogue all the same, add --yes"
     return None
-
-
-def newest_time(prepared: Prepared) -> float | None:
-    """The newest time of the log's rows, in seconds since 1970, at most now; None where it has no times.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    newest = [_newest(path) for split in SPLITS for path in prepared.files(split) if "ts" in columns_of(path)]
-    known = [ts for ts in newest if ts]
-    return min(max(known), int(time.time())) if known else None
-
-
-def _newest(path: Path) -> int | None:
-    newest = read_parquet(path, ["ts"])["ts"].max()
-    if newest is not None and not isinstance(newest, int | float):
-        raise DataError(f"{path}: column ts has no times in seconds")
-    return None if newest is None else int(newest)
 
 
 async def fill_store(store: Store, prepared: Prepared, progress: Progress) -> Loaded:

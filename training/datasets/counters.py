@@ -1,16 +1,21 @@
-"""Counters made from a log's own past, as the service would have had them just before each row: an impression, and perhaps its click."""
+"""Counters made from a log's own rows, each an impression and perhaps its click: just before each row, and at the end of the log."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
 
-from features.counters import PRIOR, Array, Tally, counts_before, tallies_of
-from features.schema import Field, Schema
+from features.counters import PRIOR, Array, Counts, Tally, counts_before, merged_counts, tallies_of
+from features.schema import Field, Schema, Side
 from features.vocabulary import Ids
+
+from .prepared import SPLITS, DataError, Prepared
 
 MICROSECONDS = 1e6
 LEAST_SHARE = 0.001
+LEAST_COUNT = 1e-12
+"""What has decayed to less is not kept."""
 
 
 def count(log: pl.DataFrame, instants: Ids | None, schema: Schema) -> dict[str, pl.Series]:
@@ -52,11 +57,57 @@ def _happened(log: pl.DataFrame, tally: Tally) -> Array:
 
 def _groups(log: pl.DataFrame, tally: Tally) -> Ids:
     """Whose count each row has part in; -1: nobody's."""
+    whose = pl.concat_str(_whose(log, tally), separator="\x1f")
+    return log.select(whose.rank("dense").cast(pl.Int64).fill_null(-1)).to_series().to_numpy()
+
+
+def _whose(log: pl.DataFrame, tally: Tally) -> list[pl.Expr]:
+    """Of whom a row counts, and by which value of its ad, where counts differ by one; null: of nobody."""
     whose = [pl.col(f"{tally.by}_id").replace("", None)]
     if tally.value == "ad_id":
         whose.append(pl.col("ad_id").replace("", None))
     elif tally.value:
         column = pl.col(f"ad.{tally.value}")
         whose.append(column.list.first() if log[f"ad.{tally.value}"].dtype == pl.List else column)
-    groups = log.select(pl.concat_str(whose, separator="\x1f").rank("dense").cast(pl.Int64).fill_null(-1)).to_series()
-    return groups.to_numpy()
+    return whose
+
+
+@dataclass(frozen=True)
+class CountsAtEnd:
+    """What the rows of a log have counted of users or of ads by its end: by tally a table of `id`, `value` and `much`."""
+
+    end: int
+    tables: dict[Tally, pl.DataFrame]
+
+    def of(self, ids: Sequence[str]) -> list[Counts]:
+        """The counts of users or ads, as they are stored."""
+        found: dict[str, dict[str, dict[str, Sequence[float]]]] = {id_: {} for id_ in ids}
+        for tally, table in self.tables.items():
+            for id_, value, much in table.filter(pl.col("id").is_in(ids)).iter_rows():
+                found[id_].setdefault(tally.key, {})[value] = (much, self.end)
+        return [merged_counts({}, found[id_]) for id_ in ids]
+
+
+def counts_at_end(prepared: Prepared, side: Side, end: int) -> CountsAtEnd:
+    """What the rows of all splits have counted by `end`, in seconds since 1970: read file by file.
+
+    Raises:
+        DataError: the rows cannot be read, or lack what the schema's counters need.
+    """
+    tallies = [tally for tally in tallies_of(list(prepared.schema.counters.values())) if tally.by == side and tally.event != "conversion"]
+    needed = {"ts", *(f"ad.{tally.value}" for tally in tallies if tally.value not in {"", "ad_id"})}
+    tables = dict[Tally, pl.DataFrame]()
+    for frame in (frame for split in SPLITS if tallies for frame in prepared.frames(split)):
+        if lacking := needed - set(frame.columns):
+            raise DataError(f"rows lack {', '.join(sorted(lacking))}, by which counters of the schema count; prepare the data set again")
+        for tally in tallies:
+            parts = [_by_end(frame, tally, end), *([tables[tally]] if tally in tables else ())]
+            tables[tally] = pl.concat(parts).group_by("id", "value").sum().filter(pl.col("much") > LEAST_COUNT)
+    return CountsAtEnd(end, tables)
+
+
+def _by_end(frame: pl.DataFrame, tally: Tally, end: int) -> pl.DataFrame:
+    id_, *value = _whose(frame, tally)
+    age = (end - pl.col("ts")).clip(lower_bound=0)
+    much = pl.Series(_happened(frame, tally)) * (-age / tally.window).exp()
+    return frame.select(id=id_, value=value[0] if value else pl.lit(""), much=much).drop_nulls()

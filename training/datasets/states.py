@@ -1,8 +1,9 @@
-"""What a store is filled with from a prepared data set: every user as of after the whole log, and every ad.
+"""What a store is filled with from a prepared data set: every user and every ad as of after the whole log, with what is counted of them.
 
 Knows a store only by its protocol. One file of the data set is held at a time.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from features.encode import Features, FieldError, Value, clean
 from features.schema import IDENTITY, Field, Schema, Side
 from features.state import Ad, UserState
 
+from .counters import CountsAtEnd, counts_at_end
 from .prepared import ROWS_PER_FILE, SPLITS, DataError, Prepared, column_of, columns_of, read_parquet, without_nobody
 
 Behaviours = tuple[list[str], list[int]]
@@ -26,8 +28,11 @@ def ads(prepared: Prepared) -> Iterator[Ad]:
     """
     table = prepared.table("ad")
     if table is not None:
+        counted = _counted(prepared, "ad")
         for part in table.iter_slices(ROWS_PER_FILE):
-            yield from map(Ad, part["ad_id"].to_list(), _features(prepared.schema, "ad", [part]))
+            ad_ids = part["ad_id"].to_list()
+            for ad_id, known, counts in zip(ad_ids, _features(prepared.schema, "ad", [part]), counted.of(ad_ids), strict=True):
+                yield Ad(ad_id, known, counts=counts)
 
 
 def user_states(prepared: Prepared) -> Iterator[tuple[str, UserState]]:
@@ -39,7 +44,7 @@ def user_states(prepared: Prepared) -> Iterator[tuple[str, UserState]]:
     Raises:
         DataError: the data set cannot be read, or a value does not fit its field.
     """
-    users, histories = prepared.table("user"), prepared.histories()
+    users, histories, counted = prepared.table("user"), prepared.histories(), _counted(prepared, "user")
     is_last = _last_rows(prepared)
     start = 0
     for split in SPLITS:
@@ -48,8 +53,32 @@ def user_states(prepared: Prepared) -> Iterator[tuple[str, UserState]]:
             start += len(frame)
             features = _features(prepared.schema, "user", [_beside(rows, users), rows])
             behaviours = _behaviours(prepared.schema, rows, histories)
-            for user_id, known, (ad_ids, ts) in zip(rows["user_id"].to_list(), features, behaviours, strict=True):
-                yield user_id, UserState(known, ad_ids, ts)
+            user_ids = rows["user_id"].to_list()
+            for user_id, known, (ad_ids, ts), counts in zip(user_ids, features, behaviours, counted.of(user_ids), strict=True):
+                yield user_id, UserState(known, ad_ids, ts, counts=counts)
+
+
+def newest_time(prepared: Prepared) -> int | None:
+    """The newest time of the log's rows, in seconds since 1970, at most now; None where it has no times.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    newest = [_newest(path) for split in SPLITS for path in prepared.files(split) if "ts" in columns_of(path)]
+    known = [ts for ts in newest if ts]
+    return min(max(known), int(time.time())) if known else None
+
+
+def _newest(path: Path) -> int | None:
+    newest = read_parquet(path, ["ts"])["ts"].max()
+    if newest is not None and not isinstance(newest, int | float):
+        raise DataError(f"{path}: column ts has no times in seconds")
+    return None if newest is None else int(newest)
+
+
+def _counted(prepared: Prepared, side: Side) -> CountsAtEnd:
+    end = newest_time(prepared) if prepared.schema.counters else None
+    return counts_at_end(prepared, side, end or 0)
 
 
 def _last_rows(prepared: Prepared) -> pl.Series:
