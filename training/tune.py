@@ -104,8 +104,6 @@ class Tuning:
             raise TrainError(f"all that adrank tune tries of {family} is fixed by --set: {', '.join(SPACE)}")
         about = {"data_set": data.schema.name, "network": family, "settings": self.given, "tried": list(self.usual)}
         self.study = _opened(path, about, self.loop.seed)
-        if not self.study.trials:
-            self.study.enqueue_trial(self.usual)  # what a training has without a search, so that none ends below it
 
     def search(self, minutes: float, trials: int | None, progress: Progress) -> bool:
         """Try settings for some minutes, at most so many `trials`; whether Ctrl-C ended it. What was tried stays in the file.
@@ -114,6 +112,8 @@ class Tuning:
             KeyboardInterrupt: Ctrl-C, and no trial has ended yet.
         """
         end, task = time.monotonic() + 60 * minutes, progress.add_task(f"tuning {self.family}", total=None)
+        if not self._states().keys() & {"COMPLETE", "PRUNED", "WAITING"}:  # a first that was interrupted has failed
+            self.study.enqueue_trial(self.usual)  # what a training has without a search, so that none ends below it
 
         def watch(trial: optuna.Trial, epoch: Epoch) -> None:
             value = score_of(epoch.valid)
