@@ -242,7 +242,7 @@ def retrain(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     given |= {name: str(value) for name in ("seed", "epochs", "device", "gate") if (value := flags.pop(name)) is not None}
     with progress_bar() as progress:
         report = run(RetrainRequest(settings=given, **flags), progress)
-    tell(report.as_dict(), lambda: console().print(report.tables(), report.verdict, sep="\n", markup=False, highlight=False), as_json)
+    tell(report.as_dict(), lambda: console().print(report.tables(), markup=False, highlight=False), as_json)
     sys.exit(0 if report.published else 3)
 
 

@@ -11,15 +11,19 @@ import polars as pl
 import pytest
 import small
 import small_log
+from markupsafe import escape
+from matplotlib.figure import Figure
+from playwright.sync_api import sync_playwright
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn
 
+from benchmarks.console import CHROMIUM, FLAGS
 from tests.test_cli import refused, run
 from training.datasets.log import open_log
 from training.datasets.prepared import Prepared, open_prepared
 from training.fit import predict
 from training.position import Curve
-from training.report import files
+from training.report import charts, files
 from training.report.files import report_files
 from training.report.numbers import by_user, findings, moments, thinned, timings, worst
 from training.report.page import page
@@ -235,3 +239,41 @@ def test_what_fails_while_it_is_drawn_is_said_and_costs_no_training(made: Any, m
 def test_a_field_that_is_not_there_is_refused_before_the_training(made: Any) -> None:
     words = ("train", "--data", made[0].folder, "--model", "deepfm", "--segment", "context.none")
     refused(run(*words), "context.none is no field that rows can be told apart by; the data set has ")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seconds", [1, 119, 200, 5_400, 86_000, 3e6, 6.2e7, 3e8])
+def test_times_are_told_apart_whether_a_log_has_seconds_or_years(seconds: float) -> None:
+    axes = Figure().add_subplot()
+    charts.rates(axes, [{"ts": 1_764_500_000 + seconds * i / 10, "rate": 0.1, "low": 0.05, "high": 0.2} for i in range(11)])
+    axes.figure.canvas.draw()
+    first, last = axes.get_xlim()
+    assert 2 <= sum(first <= at <= last for at in axes.get_xticks()) <= 8
+
+
+def test_a_curve_that_hardly_moves_is_flat() -> None:
+    axes = Figure().add_subplot()
+    charts.learning(axes, [{"number": n, "valid_auc": 0.60422 - n * 1e-5} for n in (1, 2)], {"valid_auc": "valid"}, "AUC")
+    low, high = axes.get_ylim()
+    assert (high - low, low + high) == pytest.approx((0.002, 2 * 0.604205))
+
+
+def test_nothing_is_cut_on_a_desk_and_a_phone_scrolls_tables_alone(found: dict[str, Any]) -> None:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        sheet = browser.new_page(viewport={"width": 1280, "height": 900})
+        sheet.set_content(page(found).replace(str(escape(HOSTILE)), "side"))
+        assert (
+            sheet.locator("section > div").evaluate_all("all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.ariaLabel)") == []
+        )
+        sheet.set_viewport_size({"width": 375, "height": 800})
+        assert sheet.evaluate("document.documentElement.scrollWidth") == 375
+        edges = "all => all.map(e => [e, e.closest('section')].map(e => e.getBoundingClientRect()))"
+        texts = sheet.locator("svg text").evaluate_all(edges)
+        assert texts
+        assert all(card["left"] <= text["left"] and text["right"] <= card["right"] for text, card in texts)
+        heights = sheet.locator("[aria-label=Importance] tbody tr").evaluate_all("all => all.map(e => e.clientHeight)")
+        assert max(heights) < 32, "a field's name is broken"
+        browser.close()

@@ -284,6 +284,7 @@ def test_a_poisoned_window_is_refused_before_any_training(tmp_path: Path, models
     code, printed, _ = run("retrain", "--log", log, "--models", models, "--name", "shop")
     assert code == 3
     assert printed.splitlines()[-1].startswith("Refused shop: context.slot is 'side' in all 100% of the rows that have it")
+    assert printed.count("context.slot is 'side'") == 1
     folder = only_report(models)
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.md"]
     assert json.loads((folder / "report.json").read_text())["window"]["fields"]["context.slot"] == {

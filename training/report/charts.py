@@ -38,6 +38,8 @@ THEMED = {
 }
 BARE = re.compile(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>|<!--.*?-->|(?<=<g) id=\"[^\"]*\"", re.DOTALL)
 """What would clash with another chart of the same page, or is of no use there."""
+LEAST_HEIGHT = 0.002
+"""Of a learning curve: what moves less is flat, and ticks of more digits leave no room for what the axis is."""
 
 Points = Sequence[tuple[float, float]]
 
@@ -62,7 +64,7 @@ def themed(draw: Callable[[Axes], None]) -> str:
     """A chart to stand in a page, in the colours of that page; `draw` is given its axes."""
     with mpl.rc_context(THEMED):
         figure = Figure(figsize=(4.6, 3.0))
-        draw(figure.add_axes((0.155, 0.16, 0.815, 0.79)))
+        draw(figure.add_axes((0.175, 0.16, 0.795, 0.79)))
         figure.patch.set_visible(False)
         figure.axes[0].patch.set_visible(False)
         text = BARE.sub("", _svg(figure))
@@ -81,7 +83,8 @@ def learning(axes: Axes, epochs: Sequence[Mapping[str, Any]], lines: Mapping[str
     """Something of the epochs, a line for each of `lines`: what it is called there, by its name in an epoch."""
     for name, label in lines.items():
         axes.plot([each["number"] for each in epochs], [np.nan if each[name] is None else each[name] for each in epochs], "o-", label=label)
-    axes.set(xlabel="epoch", ylabel=what)
+    middle, half = np.mean(axes.get_ylim()), max(float(np.ptp(axes.get_ylim())) / 2, LEAST_HEIGHT / 2)
+    axes.set(xlabel="epoch", ylabel=what, ylim=(middle - half, middle + half))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(lines) > 1:
         axes.legend()
@@ -128,7 +131,7 @@ def rates(axes: Axes, moments: Sequence[Mapping[str, float]]) -> None:
     rate, low, high = (np.array([each[name] for each in moments]) for name in ("rate", "low", "high"))
     axes.fill_between(at, low, high, alpha=0.25, linewidth=0)
     axes.plot(at, rate)
-    axes.xaxis.set_major_locator(locator := AutoDateLocator(maxticks=6))  # type: ignore[no-untyped-call]
+    axes.xaxis.set_major_locator(locator := AutoDateLocator(minticks=2, maxticks=6))  # type: ignore[no-untyped-call]
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     axes.set(ylabel="click rate", ylim=(0, None))
 

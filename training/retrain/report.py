@@ -79,7 +79,7 @@ class Report:
     def markdown(self) -> str:
         """As a page."""
         lines = [f"**{self.verdict}**", ""]
-        lines += [f"- {reason}" for reason in self.reasons] + [""] * bool(self.reasons)
+        lines += [f"- {reason}" for reason in self.reasons[1:]] + [""] * bool(self.reasons[1:])  # the verdict has the first
         lines += [f"> {warning}\n" for warning in self.warnings]
         for head, found in self.comparison.items():
             title, picture = ("## On the newest slice", ["![](report.svg)", ""]) if head == "click" else (f"### p({head})", [])
@@ -97,10 +97,10 @@ class Report:
         yield "gate", ", ".join(f"{name} {value}" for name, value in asdict(self.gate).items())
 
     def tables(self) -> Group:
-        """For a terminal."""
+        """For a terminal, with the verdict."""
         parts: list[Any] = [_table(("", "rows", "clicks", "click rate"), window_rows(self.window, self.past))]
         parts += [_table(METRIC_HEAD, metric_rows(found, head)) for head, found in self.comparison.items()]
-        parts += [*(f"note: {warning}" for warning in self.warnings), *(f"refused: {reason}" for reason in self.reasons)]
+        parts += [*(f"note: {warning}" for warning in self.warnings), self.verdict, *(f"and: {reason}" for reason in self.reasons[1:])]
         return Group(*parts)
 
     def write(self, folder: Path) -> None:
