@@ -25,7 +25,6 @@ from training.datasets.ads import ad_table
 from training.datasets.encoded import encode_frames
 from training.datasets.history import Past
 from training.datasets.prepared import open_prepared, write_split, write_tables, writing
-from training.export.deviations import ad_deviations
 from training.fit import predict
 from training.networks import NETWORKS
 from training.progress import progress_bar
@@ -107,7 +106,7 @@ def live_through(name: str, seed: int, days: int, count: int, progress: Progress
         with tempfile.TemporaryDirectory() as temporary, progress_bar(quiet=True) as quiet:
             trained = learned(world, log, day, seed, folder := Path(temporary) / "rows", quiet)
             values = scored(trained, folder, log, everything).reshape(offered.shape)
-            by_id, ids = ad_deviations(open_prepared(folder), trained.encoder), trained.encoder.vocabularies.categories["ad_id"]
+            by_id, ids = trained.ad_deviations, trained.encoder.vocabularies.categories["ad_id"]
         assert by_id is not None  # the world's schema has ads' ids
         spread = (1 - values) * by_id[ids.encode(everything["ad_id"].to_list())].reshape(offered.shape)
         shown = np.stack([draw(POLICIES[name], *each, random) for each in zip(values, spread, strict=True)])

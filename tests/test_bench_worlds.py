@@ -23,8 +23,8 @@ def test_regret_is_nothing_for_who_knows_the_truth_and_much_for_who_has_it_upsid
         return 0.5 + sign * (asked[-1] - 0.5)
 
     ids = SimpleNamespace(encode=lambda ad_ids: np.zeros(len(ad_ids), np.int64))
-    trained = SimpleNamespace(encoder=SimpleNamespace(vocabularies=SimpleNamespace(categories={"ad_id": ids})))
-    stands_in = {"learned": lambda *_: trained, "scored": scored, "ad_deviations": lambda *_: np.zeros(1)}
+    trained = SimpleNamespace(encoder=SimpleNamespace(vocabularies=SimpleNamespace(categories={"ad_id": ids})), ad_deviations=np.zeros(1))
+    stands_in = {"learned": lambda *_: trained, "scored": scored}
     stands_in["open_prepared"] = lambda folder: opened(folder) if folder.exists() else None
     for name, each in stands_in.items():
         monkeypatch.setattr(regret, name, each)

@@ -5,14 +5,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from features.bundle import AD_DEVIATIONS
 from features.encode import Encoder
 from features.schema import parse_schema
 from features.vocabulary import Vocabularies, Vocabulary
+from training.datasets.encoded import encode_split
 from training.datasets.prepared import Prepared, open_prepared, write_split, write_tables, writing
-from training.export.deviations import LEAST, deviations, deviations_file
+from training.deviations import LEAST, ad_deviations, deviations, npy
 
-SCHEMA = parse_schema('name = "d"\n[ad.ad_id]\nkind = "category"\n')
+SCHEMA = parse_schema('name = "d"\n[user.user_id]\nkind = "category"\n[ad.ad_id]\nkind = "category"\n')
 
 
 def test_worked_out_by_hand() -> None:
@@ -53,8 +53,8 @@ def test_ads_are_told_by_their_ids_and_those_without_one_are_new(tmp_path: Path)
             write_split(folder, split, [rows.cast({"label": pl.Int8})])
     data: Prepared = open_prepared(tmp_path / "d")
     vocabulary = Vocabulary(["a", "b"])
-    files = deviations_file(data, Encoder(SCHEMA, Vocabularies({"ad_id": vocabulary}, {})))
-    found = np.load(io.BytesIO(files[AD_DEVIATIONS]))
-    assert found == pytest.approx(deviations(np.array([0.0, 0, 2, 1]), np.array([0.0, 0, 1, 0])))
+    encoder = Encoder(SCHEMA, Vocabularies({"user_id": Vocabulary(["u"]), "ad_id": vocabulary}, {}))
+    found = ad_deviations(train := encode_split(data, "train", encoder), encoder)
+    assert np.load(io.BytesIO(npy(found))) == pytest.approx(deviations(np.array([0.0, 0, 2, 1]), np.array([0.0, 0, 1, 0])))
     without = parse_schema('name = "d"\n[ad.genre]\nkind = "category"\n')
-    assert deviations_file(data, Encoder(without, Vocabularies({"genre": Vocabulary([])}, {}))) == {}
+    assert ad_deviations(train, Encoder(without, Vocabularies({"genre": Vocabulary([])}, {}))) is None

@@ -15,6 +15,7 @@ import torch
 from rich.progress import Progress
 
 from features.encode import Encoder
+from features.policy import Array
 from features.vocabulary import Vocabularies
 
 from .calibrate import Calibration, fit
@@ -23,6 +24,7 @@ from .datasets.encoded import Rows, encode_split
 from .datasets.memory import GB, Memory
 from .datasets.prepared import SPLITS, Prepared, wrong_head
 from .datasets.vocabularies import learn_vocabularies
+from .deviations import ad_deviations
 from .device import device_of
 from .distributed import Logits
 from .evaluate import Measures, measure
@@ -62,6 +64,8 @@ class Trained:
     """Which values are idle, for the training that goes on from this one."""
     examination: Curve | None = None
     """How much more likely the first place is clicked than others, where `position_bias` keeps places apart."""
+    ad_deviations: Array | None = None
+    """How far the logit of each ad may be off for want of impressions `(V,)`; None where ads are not told by their ids."""
 
     @property
     def calibration(self) -> Calibration:
@@ -139,6 +143,7 @@ def train(  # noqa: PLR0915  # its steps, one after the other
         counted = {"train": (len(rows), int(rows.labels.sum(dtype=np.float64)))}
         logits = predict_heads(network, valid)
         examination = _without_places(network, logits[CLICK], rows, curve, progress)
+        off = ad_deviations(rows, encoder)
         del rows
         calibrations = {head: calibrated(valid, head, logits[head], data.negative_sampling) for head in heads}
         measured = {"valid": measured_heads(valid, logits, calibrations)}
@@ -152,7 +157,7 @@ def train(  # noqa: PLR0915  # its steps, one after the other
     by_split = ({split: counts[i] for split, counts in counted.items()} for i in range(2))
     others = {head: {split: found[head] for split, found in measured.items()} for head in heads if head != CLICK}
     rows_by_split, clicks_by_split = by_split
-    told = (rows_by_split, clicks_by_split, others, tenure, examination)
+    told = (rows_by_split, clicks_by_split, others, tenure, examination, off)
     return Trained(family, network, encoder, calibrations, epochs, metrics, facts, test, *told)
 
 

@@ -53,7 +53,7 @@ def ads_of(frame: pl.DataFrame, data: Prepared, encoder: Encoder, table: AdTable
         return _served_ads(frame, known, encoder)
     if inline(frame, encoder.schema, "ad"):
         return encoder.encode("ad", columns_of_side(frame, encoder.schema.side("ad")), len(frame))
-    return table.block.take(ad_rows(frame["ad_id"], data, table))
+    return table.take(ad_rows(frame["ad_id"], data, table))
 
 
 def _served_ads(frame: pl.DataFrame, known: pl.Series, encoder: Encoder) -> Block:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from features.ages import UNKNOWN_TIME
 from features.bundle import (
+    AD_DEVIATIONS,
     AD_SIDES,
     AD_VECTOR,
     CUDA_MODEL,
@@ -42,6 +43,7 @@ from ..datasets.ads import catalogue
 from ..datasets.encoded import Rows, encode_split
 from ..datasets.fields import check_fields
 from ..datasets.prepared import Prepared, column_of
+from ..deviations import npy
 from ..evaluate import Measures, measure
 from ..networks import NETWORKS
 from ..networks.contract import CLICK, RequestTensors
@@ -54,7 +56,6 @@ from ..train import Trained
 from ..train_settings import TrainError, TrainSettings
 from ..weights import CALIBRATION, WEIGHTS, packed
 from .ad_side import ad_side, check_ad_side
-from .deviations import deviations_file
 from .explain import explain_graph, tensors_of
 from .graph import chunks, feeds_of, open_graph
 from .int8 import moved, quantised, refusal
@@ -297,7 +298,7 @@ def contents(data: Prepared, trained: Trained, progress: Progress) -> tuple[dict
         METRICS: json.dumps(metrics, indent=1).encode(),
         **({IDLE: trained.tenure.to_json()} if trained.settings["evict_after"] else {}),
         REFERENCE: (reference := make_reference(data, encoder.vocabularies)),
-        **deviations_file(data, encoder),
+        **({} if trained.ad_deviations is None else {AD_DEVIATIONS: npy(trained.ad_deviations)}),
         **retrieval,
         **tables,
         **report_files(data, trained, json.loads(reference), progress),

@@ -7,14 +7,14 @@ p (1 - p) from each impression. τ² is how much ads differ, by the moments of D
 import io
 
 import numpy as np
-import polars as pl
 
-from features.bundle import AD_DEVIATIONS
 from features.encode import Encoder
 from features.policy import Array
+from features.schema import IDENTITY
 
-from ..datasets.prepared import Prepared
+from .datasets.encoded import Rows
 
+AT_ONCE = 1_000_000
 LEAST = 0.1
 """Of τ: nobody knows that all ads are alike."""
 
@@ -33,26 +33,21 @@ def deviations(shown: Array, clicks: Array) -> Array:
     return found
 
 
-def ad_deviations(data: Prepared, encoder: Encoder) -> Array | None:
-    """Deviations by the id of an ad `(V,)`, from the train split; None where the schema does not tell ads by their ids."""
-    field = next((field for field in encoder.schema.side("ad") if field.name == "ad_id"), None)
-    if field is None:
+def ad_deviations(rows: Rows, encoder: Encoder) -> Array | None:
+    """Deviations by the id of an ad `(V,)`, from the rows of train; None where the schema does not tell ads by their ids."""
+    slot = next((slot for slot in encoder.layouts["ad"].ids if slot.field.name == IDENTITY["ad"]), None)
+    if slot is None:
         return None
-    vocabulary = encoder.vocabularies.categories[field.vocabulary]
-    shown, clicks = np.zeros(vocabulary.size), np.zeros(vocabulary.size)
-    for frame in data.frames("train"):
-        of_ad = frame.drop_nulls("ad_id").group_by("ad_id").agg(pl.len(), pl.sum("label"))
-        ids = vocabulary.encode(of_ad["ad_id"].to_list())
-        np.add.at(shown, ids, of_ad["len"].to_numpy())
-        np.add.at(clicks, ids, of_ad["label"].to_numpy())
+    shown, clicks = np.zeros((2, encoder.vocabularies.categories[slot.field.vocabulary].size))
+    for start in range(0, len(rows), AT_ONCE):
+        ids, labels = rows.ad.ids[start : start + AT_ONCE, slot.start], rows.labels[start : start + AT_ONCE]
+        np.add.at(shown, ids, 1)
+        np.add.at(clicks, ids, labels)
     shown[:2] = clicks[:2] = 0  # an ad without an id of its own is a new one, however many of those there were
     return deviations(shown, clicks)
 
 
-def deviations_file(data: Prepared, encoder: Encoder) -> dict[str, bytes]:
-    """The bundle's file of `ad_deviations`, where it has such."""
-    found, file = ad_deviations(data, encoder), io.BytesIO()
-    if found is None:
-        return {}
-    np.save(file, found, allow_pickle=False)
-    return {AD_DEVIATIONS: file.getvalue()}
+def npy(numbers: Array) -> bytes:
+    """The file of a bundle that holds some numbers."""
+    np.save(file := io.BytesIO(), numbers, allow_pickle=False)
+    return file.getvalue()
