@@ -15,6 +15,7 @@ from features.policy import EpsilonGreedy
 from features.served import pack_served
 from features.state import Ad, UserState, pack_ad, pack_user, unpack_ad, unpack_user
 from features.streams import Entry
+from service.api.wire import OmittedAnswer
 from service.errors import InvalidError
 from service.feedback.ingest import Ages, Intake
 from service.ranking.rules import Rules
@@ -116,6 +117,7 @@ async def test_capped_and_clicked_ads_are_no_candidates_and_propensities_are_tho
     for _ in range(600):
         made = await counted.rank(**asked)
         assert set(made.omitted) == {("a1", "frequency_seen"), ("a3", "already_clicked")}
+        assert [OmittedAnswer(ad_id=ad_id, reason=reason) for ad_id, reason in made.omitted]
         assert made.propensity == pytest.approx([1 / 3, 1, 1 / 2, 1])
         orders[tuple(made.ad_ids)] += 1
     every = {(first, "a5", *rest) for first, *rest in permutations(["a2", "a4", "a6"])}

@@ -39,6 +39,11 @@ def prepare_csv(folder: Path, table: str | pl.DataFrame, schema: str = SCHEMA) -
     return folder / "out"
 
 
+def test_an_empty_cell_may_be_listed_as_missing(tmp_path: Path) -> None:
+    prepared = open_prepared(prepare_csv(tmp_path, LOG + log_line() * 9, SCHEMA + '[table]\nmissing = ["", "NULL"]\nnobody = ""\n'))
+    assert {field.missing_values for field in prepared.schema.fields if field.kind == "category" and field.name == "age"} == {("NULL",)}
+
+
 def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     blocks = dict(re.findall(r"```(csv|toml)\n(.*?)```", (ROOT / "docs" / "data.md").read_text("utf-8"), re.DOTALL))
     out = prepare_csv(tmp_path, blocks["csv"], blocks["toml"])

@@ -343,8 +343,8 @@ class OmittedAnswer(Wire):
 
     ad_id: str
     reason: (
-        Literal["below_floor", "below_reserve", "duplicate", "not_scored", "top_k", "unknown_ad"]
-        | Annotated[str, Field(pattern="^(max_per|distance)_")]
+        Literal["already_clicked", "below_floor", "below_reserve", "duplicate", "not_scored", "top_k", "unknown_ad"]
+        | Annotated[str, Field(pattern="^(max_per|distance|frequency)_")]
     )
 
 

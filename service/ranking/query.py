@@ -194,7 +194,7 @@ def check_query(query: Query, model: Model) -> None:
     if query.objective == "weighted" and not query.weights:
         raise InvalidError.at(("options", "objective"), "needs the service's setting weights, such as ADRANK_WEIGHTS=click=1,conversion=20")
     if isinstance(query.policy, Thompson) and model.bundle.ad_deviations is None:
-        why = f"model {model.name} version {model.bundle.version} does not say how sure it is of each ad; train it again"
+        why = f"model {model.name} version {model.bundle.version} does not say how sure it is of each ad; train it again, with ad_id"
         raise InvalidError.at(("options", "explore", "policy"), why)
     if query.rules is not None:
         _check_rules(query.rules, query, model)

@@ -136,9 +136,12 @@ def _unknown(entries: Mapping[str, Any], known: set[str]) -> str:
 
 
 def _listed(name: str, value: str | list[str]) -> tuple[str, ...]:
-    """The texts of an entry; those that stand for values as the texts that these are looked up by, as cells are: -1.0 is -1."""
+    """The texts of an entry; those that stand for values as the texts that these are looked up by, as cells are: -1.0 is -1.
+
+    "" is what an empty cell is read as: no value, whether it is listed or not.
+    """
     texts = [value] if isinstance(value, str) else value
-    return tuple(texts if name == "ts_format" else plain_all(texts))
+    return tuple(texts if name == "ts_format" else filter(None, plain_all(texts)))
 
 
 def _is_texts(value: object) -> bool:
