@@ -62,7 +62,7 @@ def measure(ads: int, count: int, rounds: int) -> tuple[dict[str, float], list[S
     categories = [value("category", i) for i in range(CATEGORIES)]
     columns = {"ad_id": ad_ids, "category": [categories[i] for i in random.integers(CATEGORIES, size=ads)]}
     table.put(ad_ids, encoder.encode("ad", columns, ads))
-    view, vectors = View(Ads({"f": table}), "f"), table.vectors[tower]
+    view, vectors = View(Ads({"f": table}, ids=table.ids), "f"), table.vectors[tower]
     model: Any = SimpleNamespace(bundle=SimpleNamespace(encoder=encoder), towers=tower, name="two_tower")
     kinds = {
         f"retrieve {count}": Selection({}, ads, count),

@@ -12,7 +12,7 @@ import numpy as np
 
 from .ages import UNKNOWN_TIME, ages_of
 from .counters import Array, Counts, Together, decayed, tallies_of
-from .index import AdIds
+from .index import AdIds, grown
 from .schema import AGES, FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, Slot, lay_out
 from .values import ValueTextError, plain_all, text_of
 from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
@@ -375,7 +375,7 @@ class AdTable:
         self.vectors: dict[AdTower, Numbers] = {}
         """Of all rows `(rows or more, K)`, by each tower that was asked to give them."""
         tallies = encoder.ad_tallies
-        self._counts, self._counted = np.zeros((2, rows, len(tallies) + 1))
+        self._counts, self._counted = np.zeros((2, rows, len(tallies) + bool(tallies)))
         """By row and tally how much was counted, and when; the last counts nothing."""
         self._windows, self._keys = np.array([*(tally.window for tally in tallies), 1.0]), [tally.key for tally in tallies]
         self._revisions, self._revision = np.zeros(rows, np.int64), 0
@@ -472,14 +472,11 @@ class AdTable:
         self._active[self.rows(ad_ids)] = False
 
     def _grow(self, rows: int) -> None:
-        have = len(self._active)
-        if rows <= have:
-            return
-        more = max(rows, have * 2) - have
-        self._block = Block(np.pad(self._block.ids, ((0, more), (0, 0))), np.pad(self._block.numbers, ((0, more), (0, 0))))
-        self._active, self._revisions = np.pad(self._active, (0, more)), np.pad(self._revisions, (0, more))
-        self.vectors = {tower: np.pad(vectors, ((0, more), (0, 0))) for tower, vectors in self.vectors.items()}
-        self._counts, self._counted = np.pad((self._counts, self._counted), ((0, 0), (0, more), (0, 0)))
+        if rows > len(self._active):
+            self._block = Block(grown(self._block.ids, rows), grown(self._block.numbers, rows))
+            self._active, self._revisions = grown(self._active, rows), grown(self._revisions, rows)
+            self.vectors = {tower: grown(vectors, rows) for tower, vectors in self.vectors.items()}
+            self._counts, self._counted = grown(self._counts, rows), grown(self._counted, rows)
 
 
 @dataclass(frozen=True, slots=True)

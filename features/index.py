@@ -6,6 +6,7 @@ memory for each id, one after the other, which after a model has run costs more 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,11 +94,21 @@ class AdIds(RowIndex):
     def add(self, ids: Sequence[str]) -> Ids:
         """See `RowIndex`."""
         before, rows = len(self), super().add(ids)
-        if (more := len(self) + 1 - len(self.texts)) > 0:
-            self.texts = np.append(self.texts, np.empty(max(more, len(self.texts)), np.object_))
+        self.texts = grown(self.texts, len(self) + 1)
         fresh = np.flatnonzero(rows > before)
         self.texts[rows[fresh]] = [ids[i] for i in fresh.tolist()]
         return rows
+
+
+def grown(array: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
+    """The array if it has so many rows, else a larger one with zeros behind its own: nothing touches those, so they take no memory yet."""
+    have = len(array)
+    if rows <= have:
+        return array
+    zeros = np.empty if array.dtype.hasobject else np.zeros  # objects are none yet, either way
+    larger = zeros((max(rows, 2 * have), *array.shape[1:]), array.dtype)
+    larger[:have] = array
+    return larger
 
 
 def _hashes(ids: Sequence[str]) -> Ids:

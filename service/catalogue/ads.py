@@ -12,8 +12,11 @@ import numpy as np
 from features.counters import Counts
 from features.encode import AdTable, Encoder
 from features.id_remap import IdRemap
+from features.index import AdIds
 from features.state import ACTIVE, NEVER, Ad, pack_features, unpack_features
 from features.vocabulary import Ids
+
+from .packed import PackedFeatures
 
 AT_ONCE = 1_000
 """Ads whose rows are taken over from another table before other work gets a turn on the event loop: about half a millisecond."""
@@ -47,7 +50,6 @@ class Ads:
     """All ads: encoded, by fingerprint; their packed features; and which of them have left."""
 
     tables: dict[str, AdTable]
-    packed: dict[str, bytes] = field(default_factory=dict)
     gone: dict[str, float] = field(default_factory=dict)
     """Those that have left, and when: `ALWAYS` where it is not known, `NEVER` where they are not in the store any more."""
     misfits: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
@@ -55,6 +57,14 @@ class Ads:
     counts: dict[str, Counts] = field(default_factory=dict)
     """Of those ads with which something is counted."""
     latest: _Change = field(default_factory=_Change)
+    packed: PackedFeatures = field(default_factory=PackedFeatures)
+    """Of every ad that has an id, by its row, those of misfits included."""
+    ids: AdIds = field(default_factory=AdIds)
+    """What all tables number ads by."""
+
+    def features(self, ad_ids: Sequence[str]) -> dict[str, bytes | None]:
+        """The packed features of ads, None of those that are not known."""
+        return dict(zip(ad_ids, self.packed.get(self.ids.rows(ad_ids)), strict=True))
 
     def misfits_of(self, fingerprint: str) -> dict[str, bytes | None]:
         """Those of one table."""
@@ -62,8 +72,7 @@ class Ads:
 
     def add(self, fingerprint: str, encoder: Encoder) -> None:
         """Have one more table, empty, with the same rows as the others."""
-        ids = next((table.ids for table in self.tables.values()), None)
-        self.tables[fingerprint] = AdTable(encoder, len(self.packed), ids)
+        self.tables[fingerprint] = AdTable(encoder, len(self.ids), self.ids)
 
     def change(self, ads: Sequence[Ad], encode: Encode) -> None:
         """Take over ads that were read: keep their features, and encode them into each table.
@@ -72,25 +81,27 @@ class Ads:
         """
         counted = [ad for ad in ads if ad.counts]
         self.counts.update((ad.ad_id, ad.counts) for ad in counted)
-        self._change([ad for ad in ads if not (ad.counts and self._is_known(ad))], encode)
+        before = self.features([ad.ad_id for ad in ads])
+        self._change([ad for ad in ads if not (ad.counts and self._is_known(ad, before[ad.ad_id]))], before, encode)
         for table in self.tables.values():
             table.count([ad.ad_id for ad in counted], [ad.counts for ad in counted])
 
-    def _is_known(self, ad: Ad) -> bool:
-        return ad.active and ad.ad_id not in self.gone and self.packed.get(ad.ad_id) == pack_features(ad.features)
+    def _is_known(self, ad: Ad, packed: bytes | None) -> bool:
+        return ad.active and ad.ad_id not in self.gone and packed == pack_features(ad.features)
 
-    def _change(self, ads: Sequence[Ad], encode: Encode) -> None:
+    def _change(self, ads: Sequence[Ad], before: Sources, encode: Encode) -> None:
         if not ads:
             return
         change, self.latest = self.latest, _Change()
-        change.packed = {ad.ad_id: self.packed.get(ad.ad_id) for ad in ads}
+        change.packed = {ad.ad_id: before[ad.ad_id] for ad in ads}
         change.misfits = {fingerprint: self._misfits_among(fingerprint, change.packed) for fingerprint in self.tables}
         change.following = self.latest
-        self.packed.update((ad.ad_id, pack_features(ad.features)) for ad in ads if ad.active or ad.features)
+        packed = {ad.ad_id: pack_features(ad.features) for ad in ads if ad.active or ad.features}
+        self.packed.put(self.ids.add([*packed]), [*packed.values()])
         for ad in ads:
             if ad.active:
                 self.gone.pop(ad.ad_id, None)
-            elif ad.ad_id in self.packed:
+            elif ad.ad_id in packed or before[ad.ad_id] is not None:
                 self.gone[ad.ad_id] = ad.changed.get(ACTIVE, ALWAYS if ad.features else NEVER)
         for fingerprint in self.tables:
             self._encode(fingerprint, ads, change.packed, encode)
@@ -105,22 +116,16 @@ class Ads:
         Rows that another table has are taken over from there where its encoder differs in its vocabularies only; `size` ads
         at once are encoded where not.
         """
-        table = self.tables[fingerprint]
-        if source := (yield from self._like(fingerprint)):
-            end = len(table.ids) + 1
-            for start in range(1, end, AT_ONCE):
-                rows = np.arange(start, min(start + AT_ONCE, end))
-                rest = self._take_over(fingerprint, source, rows)
-                yield
-                yield from self._fill(fingerprint, table.ad_ids(rest), size, encode)
-                self._count(table, table.ad_ids(rows))
-        ad_ids = list(self.packed) if table.ads < len(self.packed) else []
-        for start in range(0, len(ad_ids), AT_ONCE):
-            some = ad_ids[start : start + AT_ONCE]
-            some = [some[i] for i in np.flatnonzero(table.rows(some) == 0)]
+        table, misfits, end = self.tables[fingerprint], self.misfits_of(fingerprint), len(self.ids) + 1
+        source = yield from self._like(fingerprint)
+        for start in range(1, end, AT_ONCE):
+            rows = np.arange(start, min(start + AT_ONCE, end))
+            if source:
+                self._take_over(fingerprint, source, rows)
+            rest = table.ad_ids(rows[table.lacks(rows)])
             yield
-            yield from self._fill(fingerprint, [ad_id for ad_id in some if ad_id not in self.misfits_of(fingerprint)], size, encode)
-            self._count(table, some)
+            yield from self._fill(fingerprint, [ad_id for ad_id in rest if ad_id not in misfits], size, encode)
+            self._count(table, table.ad_ids(rows))
 
     def _count(self, table: AdTable, ad_ids: Sequence[str]) -> None:
         if table.encoder.ad_tallies:
@@ -136,26 +141,24 @@ class Ads:
                 return other, remap
         return None
 
-    def _take_over(self, fingerprint: str, source: tuple[str, IdRemap], rows: Ids) -> Ids:
-        """Take over rows from another table; those of them that could not be."""
+    def _take_over(self, fingerprint: str, source: tuple[str, IdRemap], rows: Ids) -> None:
+        """Take over those of some rows from another table that can be."""
         other, remap = source
         if not {fingerprint, other} <= self.tables.keys():
-            return rows
+            return
         table, misfits = self.tables[other], self.misfits_of(other)
-        unsure = table.lacks(rows)
-        rows, lacking = rows[~unsure], rows[unsure]
+        rows = rows[~table.lacks(rows)]
         ads, unsure = remap(table.take(rows))
         if misfits:
             unsure |= np.isin(rows, table.ids.rows(list(misfits)))
         sure = np.flatnonzero(~unsure)
         self.tables[fingerprint].put_rows(rows[sure], ads.take(sure), table.active(rows[sure]))
-        return np.concatenate([lacking, rows[unsure]])
 
     def _fill(self, fingerprint: str, ad_ids: list[str], size: int, encode: Encode) -> Iterator[None]:
         for at in range(0, len(ad_ids), size):
             if fingerprint in self.tables:
-                packed = {ad_id: self.packed[ad_id] for ad_id in ad_ids[at : at + size]}
-                ads = [Ad(ad_id, unpack_features(features), ad_id not in self.gone) for ad_id, features in packed.items()]
+                packed = self.features(ad_ids[at : at + size])
+                ads = [Ad(ad_id, unpack_features(each), ad_id not in self.gone) for ad_id, each in packed.items() if each is not None]
                 self._encode(fingerprint, ads, packed, encode)
             yield
 
@@ -200,7 +203,7 @@ class View:
 
     def features(self, ad_ids: Sequence[str]) -> Mapping[str, bytes]:
         """The packed features (`state.pack_features`) of those of the ads that had a row, whether or not they had left."""
-        found = dict(zip(ad_ids, map(self._ads.packed.get, ad_ids), strict=True))
+        found = self._ads.features(ad_ids)
         if self._misfits:
             found.update((ad_id, self._misfits[ad_id]) for ad_id in found.keys() & self._misfits.keys())
         change, restored = self._since, set[str]()

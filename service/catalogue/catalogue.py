@@ -121,18 +121,15 @@ class Catalogue:
 
     def features(self, ad_ids: Sequence[str]) -> dict[str, Features]:
         """The features of those of the ads that are known, whether or not they have left."""
-        packed = self._ads.packed
-        return {ad_id: unpack_features(packed[ad_id]) for ad_id in ad_ids if ad_id in packed}
+        return {ad_id: unpack_features(packed) for ad_id, packed in self._ads.features(ad_ids).items() if packed is not None}
 
     async def sample(self, count: int, wanted: Callable[[Ad], bool]) -> list[Ad]:
         """Active ads at random that are wanted, `count` at most. Other work gets its turns: where few are wanted, all are looked at."""
         ads, found = self._ads, list[Ad]()
-        ad_ids = list(ads.packed)
-        order = np.random.default_rng().permutation(len(ad_ids))
-        for start in range(0, len(ad_ids), AT_ONCE):
-            for ad_id in (ad_ids[at] for at in order[start : start + AT_ONCE].tolist()):
-                ad = Ad(ad_id, unpack_features(ads.packed[ad_id]))
-                if ad_id not in ads.gone and wanted(ad):
+        rows = np.random.default_rng().permutation(len(ads.ids)) + 1
+        for start in range(0, len(rows), AT_ONCE):
+            for ad_id, packed in ads.features(ads.ids.texts[rows[start : start + AT_ONCE]].tolist()).items():
+                if packed is not None and ad_id not in ads.gone and wanted(ad := Ad(ad_id, unpack_features(packed))):
                     found.append(ad)
                 if len(found) == count:
                     return found
