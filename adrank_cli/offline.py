@@ -43,10 +43,15 @@ DATA_SETS = ("movielens", "frappe", "criteo", "open-bandit", "csv")
 def init(source: Path, out: Path, **named: str | None) -> None:
     """Look at a table and write a first schema file for it, with comments that say what was guessed, and why."""
     from training.datasets.first_schema import first_schema
+    from training.datasets.prepared import DataError
 
     if out.exists():
         raise Refusal(f"{out} is there already; name another file, --out FILE, or remove it first")
-    text = first_schema(source, {role: column for role, column in named.items() if column}).text(out.absolute().parent.name or "log")
+    try:
+        text = first_schema(source, {role: column for role, column in named.items() if column}).text(out.absolute().parent.name or "log")
+    except DataError as error:
+        published = ", ".join(each for each in DATA_SETS if each != "csv")
+        raise Refusal(f"{error}. A public data set, as published, needs no schema: adrank prepare {published}") from error
     try:
         out.write_text(text, "utf-8")
     except OSError as error:

@@ -379,3 +379,11 @@ async def test_each_route_can_be_tried_on_the_page_of_docs(browser, client):
         await details.get_by_role("button", name="Send").click()
         await expect(details.locator("pre").first).to_contain_text("p_click")
         await expect(details.locator("pre").first).to_contain_text("200")
+        await page.locator("summary", has_text="/v1/rank").click()
+        await page.locator("summary", has_text="/v1/events").click()
+        body = details.get_by_role("textbox", name="Body of POST /v1/events")
+        await body.fill((await body.input_value()).replace("a56", "a5"))  # one that the catalogue has
+        await details.get_by_role("button", name="Send").click()
+        await expect(details.locator("pre").first).to_contain_text("202 Accepted")
+        told = json.loads((await details.locator("pre").first.inner_text()).partition("\n")[2])
+        assert [each["status"] for each in told["events"]] == ["accepted"] * 5

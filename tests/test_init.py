@@ -6,6 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tests.test_cli import refused, run
 from training.datasets import csv_table
 from training.datasets.first_schema import first_schema
 from training.datasets.prepared import DataError, open_prepared
@@ -110,6 +111,8 @@ def test_what_cannot_be_guessed_is_said(tmp_path: Path, text: str, told: str) ->
     (tmp_path / "log.csv").write_text(text)
     with pytest.raises(DataError, match=told):
         first_schema(tmp_path / "log.csv", {})
+    answer = run("init", "--source", tmp_path / "log.csv", "--out", tmp_path / "schema.toml")
+    refused(answer, f"{told}.*adrank prepare movielens, frappe, criteo, open-bandit")
 
 
 def test_a_column_that_is_named_must_be_there(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ EVENTS = [
     {"type": "click", "event_id": "e2", "ts": 1764512007, "user_id": "u378", "ad_id": "a98", "request_id": "r1"},
     {"type": "conversion", "event_id": "e3", "ts": 1764512900, "request_id": "r1", "ad_id": "a98", "value": 19.9},
     {"type": "user", "event_id": "e4", "ts": 1764513000, "user_id": "u378", "features": {"age": "25"}},
-    {"type": "ad", "event_id": "e5", "ts": 1764513000, "ad_id": "a56", "active": False},
+    {"type": "ad", "event_id": "e5", "ts": 1764513000, "ad_id": "a56", "active": True},
 ]
 TOLD = {"request_id": "0b9f", "events": [{"event_id": each["event_id"], "status": "accepted"} for each in EVENTS]}
 MODEL = {
