@@ -7,6 +7,7 @@ from itertools import permutations
 
 import bundles
 import pytest
+from test_counters import COUNTERS
 from test_served_log import World
 
 from features.counters import KEYS_KEPT, VALUES_KEPT, CountedPart, with_event
@@ -22,29 +23,6 @@ from service.ranking.rules import Rules
 from training.join.raw import LogColumns, impressions_of
 
 pytestmark = pytest.mark.anyio
-COUNTERS = """
-[counter.ad_clicks]
-of = "click"
-by = "ad"
-window = "1h"
-[counter.rate]
-of = "click/impression"
-by = "ad"
-window = "1d"
-transform = "none"
-[counter.clicks]
-of = "click"
-by = "user"
-window = "1h"
-[counter.liked]
-of = "click"
-by = ["user", "genre"]
-window = "7d"
-[counter.seen]
-of = "impression"
-by = ["user", "ad_id"]
-window = "1d"
-"""
 NOW = float(round(time.time()))
 
 
@@ -67,7 +45,7 @@ class Counted(World):
 
 @pytest.fixture
 async def counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(bundles, "SCHEMA", bundles.SCHEMA + COUNTERS)
+    monkeypatch.setattr(bundles, "SCHEMA", bundles.SCHEMA + COUNTERS.replace("topic", "genre"))
     bundles.publish(tmp_path)
     return await Counted(tmp_path).load()
 
@@ -88,12 +66,12 @@ async def test_a_ranking_is_made_of_what_events_counted_and_the_log_has_the_very
     )
     made = await counted.rank(ad_ids=["a1", "a4", "a2", "no ad"], sent={2: {"rate": 0.5}}, top_k=4)
     record = counted.check(made)
-    assert record.user["clicks"] == after(3_600, 7_200, 600, 90)
+    assert record.user["shown"] == after(600, 7_300, 60, 100)
     ads = record.sent
-    assert [ads[ad]["ad_clicks"] for ad in ("a1", "a4", "a2", "no ad")] == [after(3_600, 7_200, 30), after(3_600, 600), 0, 0]
+    assert [ads[ad]["clicks"] for ad in ("a1", "a4", "a2", "no ad")] == [after(3_600, 7_200, 30), after(3_600, 600), 0, 0]
     day = 86_400
     shown, clicked = math.exp(-7_300 / day) + math.exp(-60 / day), math.exp(-7_200 / day) + math.exp(-30 / day)
-    assert ads["a1"]["rate"] == pytest.approx((1 + clicked) / (20 + shown))
+    assert ads["a1"]["rate"] == pytest.approx((2 + clicked) / (10 + shown))
     assert ads["a2"]["rate"] == 0.5, "what was sent goes before"
     comedies = after(604_800, 7_200, 600)
     assert [ads[ad]["liked"] for ad in ("a1", "a4", "a2", "no ad")] == [comedies, comedies, 0, 0]
@@ -103,8 +81,8 @@ async def test_a_ranking_is_made_of_what_events_counted_and_the_log_has_the_very
     assert columns["liked"] == pytest.approx([math.log1p(ads[ad]["liked"]) for ad in made.encoded.request.candidates])
     entry = Entry(f"{int(NOW * 1000)}-0", pack_served(record))
     (rows,) = impressions_of([entry], "served", LogColumns(counted.encoder.schema)).frames.values()
-    assert rows["user.clicks"].to_list() == [record.user["clicks"]]
-    for name in ("ad_clicks", "rate", "liked", "seen"):
+    assert rows["user.shown"].to_list() == [record.user["shown"]]
+    for name in ("clicks", "rate", "liked", "seen"):
         assert rows[f"ad.{name}"].to_list() == [[ads[ad][name] for ad in record.ad_ids]], name
 
 
@@ -128,12 +106,12 @@ async def test_capped_and_clicked_ads_are_no_candidates_and_propensities_are_tho
 
 
 async def test_an_explored_ranking_logs_the_counters_of_all_candidates_and_a_failing_store_counts_nothing(counted):
-    await counted.tell(("click", 60, "u1", "a1"))
+    await counted.tell(("click", 60, "u1", "a1"), ("impression", 60, "u1", "a1"))
     counted.store.failure = True
     made = await counted.rank(ad_ids=["a1", "a2"])
     record = counted.check(made)
-    assert record.user["clicks"] == 0
-    assert record.sent["a1"]["ad_clicks"] == after(3_600, 60), "an ad's are in memory"
+    assert record.user["shown"] == 0
+    assert record.sent["a1"]["clicks"] == after(3_600, 60), "an ad's are in memory"
     assert record.sent["a1"]["liked"] == 0
     assert {entry.stage for entry in made.degraded} >= {"user"}
 
