@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -272,8 +273,10 @@ def compare_arms(folder: Path, experiment: str, since: int | None, until: int | 
         shares = [float(each) for each in options["shares"].split(",") if each]
     except ValueError:
         raise Refusal(f"--shares {options['shares']}: expected numbers apart by commas, such as 0.9,0.1") from None
+    if len(names) == 1 or len(set(names)) < len(names):
+        raise Refusal(f"--arms {options['arms']}: expected at least two arms, each once, such as control,green")
     by_user, crossed = arms.users_by_arm(open_log(folder, since, until, settings=settings), experiment, names)
-    if shares and (len(shares) != len(by_user) or min(shares) <= 0):
+    if shares and (len(shares) != len(by_user) or not all(0 < share < math.inf for share in shares)):
         raise Refusal(f"--shares {options['shares']}: expected a share above 0 for each of the arms {', '.join(by_user)}")
     found = arms.compare_arms(by_user, options["planned"], shares, crossed)
     tell({**asdict(found), "warnings": found.warnings}, lambda: arms.show(found, console()), as_json)

@@ -167,6 +167,9 @@ def test_the_command_compares_the_arms_of_a_log(tmp_path) -> None:
         (("--experiment", "other"), "has no user in the arm a second one"),
         (("--experiment", "button", "--arms", "control,red"), "has no user in the arm red; the log has control, green"),
         (("--experiment", "button", "--shares", "0.5"), "expected a share above 0 for each of the arms control, green"),
+        (("--experiment", "button", "--arms", "control"), "expected at least two arms, each once"),
+        (("--experiment", "button", "--arms", "control,control"), "expected at least two arms, each once"),
+        (("--experiment", "button", "--shares", "nan,1"), "expected a share above 0 for each of the arms control, green"),
         (("--experiment", "button", "--shares", "half"), "expected numbers apart by commas"),
     ],
 )
