@@ -1,8 +1,9 @@
 """Rows of a table by a text id, found by arrays: a hash table with open addressing. Knows nothing about ads.
 
-Ids are known by Python's hash of them, 64 bits under a key that each process draws anew: that two of a million ids share one has
-a chance of 3 in 100 million, that an unknown id passes for one of them 5 in 10**14. A dict follows three pointers into cold
-memory for each id, one after the other, which after a model has run costs more than anything else that is done to a request.
+Ids are known by Python's hash of them, 64 bits under a key that each process draws anew. A slot keeps those that do not say where it
+is: that two of a million ids pass for one has a chance of 4 in 100 million, that an unknown id passes for one of them 8 in 10**14.
+A dict follows three pointers into cold memory for each id, one after the other, which after a model has run costs more than anything
+else that is done to a request.
 """
 
 from collections.abc import Sequence
@@ -19,13 +20,13 @@ SLOTS = 1_024
 class RowIndex:
     """Numbers ids from 1 in the order in which they come."""
 
-    def __init__(self, room: int = 0, spread: int = 4) -> None:
-        """Make room for so many ids: what grows on its way moves all that it has, which takes long when there is much.
+    def __init__(self, room: int, spread: int = 4) -> None:
+        """Have room for so many ids and no more.
 
-        There are `spread` slots and more for each id when it grows: 2 take half of the memory of 4, and look-ups up to 60 % longer.
+        There are `spread` slots and more for each: 2 take half of the memory of 4, and look-ups up to 60 % longer.
         """
         self._spread, self._count = spread, 0
-        self._slots = self._free(max(SLOTS, self._slots_for(room)))
+        self._slots = self._free(room)
 
     def __len__(self) -> int:
         return self._count
@@ -42,58 +43,54 @@ class RowIndex:
             fresh = absent[np.sort(np.unique(absent, return_index=True)[1])]
             rows = np.arange(self._count + 1, self._count + 1 + len(fresh))
             self._count += len(fresh)
-            self._grow()
             self._place(fresh, rows)
         return self._find(hashes)
 
     def _find(self, hashes: Ids) -> Ids:
         last = len(self._slots) - 1
-        found = self._slots.take(hashes & last, 0)
-        rows: Ids = found[:, 1].copy()
-        (others,) = ((found[:, 0] != hashes) & (rows != 0)).nonzero()
+        found = self._slots.take(hashes & last)
+        rows: Ids = found & last
+        (others,) = (((found ^ hashes) & ~last != 0) & (found != 0)).nonzero()
         step = 0
         while len(others):
             step += 1
-            found = self._slots.take(hashes.take(others) + step & last, 0)
-            rows[others] = found[:, 1]
-            others = others[(found[:, 0] != hashes.take(others)) & (found[:, 1] != 0)]
+            wanted = hashes.take(others)
+            found = self._slots.take(wanted + step & last)
+            rows[others] = found & last
+            others = others[((found ^ wanted) & ~last != 0) & (found != 0)]
         return rows
 
-    def _grow(self) -> None:
-        """Keep two slots of three free where there are 4 for each id, so that most ids are found at the first look."""
-        if 3 * self._spread * self._count > 4 * len(self._slots):
-            taken = self._slots[self._slots[:, 1] != 0]
-            self._slots = self._free(self._slots_for(self._count))
-            self._place(taken[:, 0], taken[:, 1])
-
-    def _slots_for(self, ids: int) -> int:
-        return 1 << (self._spread * ids).bit_length()
-
-    @staticmethod
-    def _free(slots: int) -> Ids:
-        return np.zeros((slots, 2), np.int64)  # hash, row: side by side, for one look into memory; row 0 is a free slot
+    def _free(self, room: int) -> Ids:
+        """A slot has the row in the bits that say where an id's slot is, and above them those of its hash; 0 is a free slot."""
+        return np.zeros(max(SLOTS, 1 << (self._spread * room).bit_length()), np.int64)
 
     def _place(self, hashes: Ids, rows: Ids) -> None:
         """Put distinct ids into free slots; of several that want the same one, the last has it and the others look further."""
-        at = hashes & (len(self._slots) - 1)
+        last = len(self._slots) - 1
+        at, slots = hashes & last, hashes & ~last | rows
         while len(at):
-            free = self._slots[at, 1] == 0
-            self._slots[at[free]] = np.stack([hashes[free], rows[free]], 1)
-            without = self._slots[at, 0] != hashes
-            at, hashes, rows = at[without] + 1 & (len(self._slots) - 1), hashes[without], rows[without]
+            free = self._slots[at] == 0
+            self._slots[at[free]] = slots[free]
+            without = self._slots[at] != slots
+            at, slots = at[without] + 1 & last, slots[without]
 
 
 class AdIds(RowIndex):
-    """The same, with the ids themselves: what several tables of the same ads number them by."""
+    """The same, with the ids themselves, and room for more: what several tables of the same ads number them by."""
 
     def __init__(self, room: int = 0) -> None:
+        """Make room for so many ids: what grows on its way moves all that it has, which takes long when there is much."""
         super().__init__(room)
         self.texts = np.empty(room + 1, np.object_)
         """By row."""
 
     def add(self, ids: Sequence[str]) -> Ids:
-        """See `RowIndex`."""
-        before, rows = len(self), super().add(ids)
+        """See `RowIndex`. Two slots of three stay free, so that most ids are found at the first look."""
+        before = len(self)
+        if 3 * (before + len(ids)) > len(self._slots):
+            self._slots = self._free(before + len(ids))
+            self._place(_hashes(self.texts[1 : before + 1].tolist()), np.arange(1, before + 1))
+        rows = super().add(ids)
         self.texts = grown(self.texts, len(self) + 1)
         fresh = np.flatnonzero(rows > before)
         self.texts[rows[fresh]] = [ids[i] for i in fresh.tolist()]
