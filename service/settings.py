@@ -110,11 +110,15 @@ class Settings(BaseSettings):
     temperature: Annotated[float, Field(ge=COLDEST, le=HOTTEST)] = 1.0
     """Of `plackett_luce`: the higher, the more is left to chance."""
     weights: Annotated[
-        str, Field(pattern=r"^$|^[a-z][a-z0-9_]*=[0-9]{1,9}(\.[0-9]{1,6})?(,[a-z][a-z0-9_]*=[0-9]{1,9}(\.[0-9]{1,6})?)*$")
+        str,
+        Field(
+            pattern=r"^$|^[a-z][a-z0-9_]*=[0-9]{1,9}(\.[0-9]{1,6})?(,[a-z][a-z0-9_]*=[0-9]{1,9}(\.[0-9]{1,6})?)*$",
+            examples=["click=1,conversion=20"],
+        ),
     ] = ""
     """Of heads, for requests of the objective `weighted`, such as click=1,conversion=20: ads are then ordered by the weighted sum of their
     probabilities."""
-    experiments: Annotated[str, Field(pattern=EXPERIMENTS)] = ""
+    experiments: Annotated[str, Field(pattern=EXPERIMENTS, examples=["button=control|green,floor=none|low"])] = ""
     """The experiments that requests may name, and their arms, such as button=control|green,floor=none|low: others are refused, so that
     metrics have no label that a caller can choose."""
     log_share: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -256,6 +260,8 @@ def _sentence(mistake: Mapping[str, Any]) -> str:
     if mistake["type"] == "extra_forbidden":
         return f"{name} is not a setting{_meant(name, [PREFIX + known.upper() for known in Settings.model_fields])}"
     text = str(mistake["msg"]).removeprefix("Value error, ")
+    if mistake["type"] == "string_pattern_mismatch" and (examples := Settings.model_fields[str(mistake["loc"][0])].examples):
+        text = f"expected a value such as {examples[0]}"
     return f"setting {name}: {text[:1].lower()}{text[1:]}{_of_a_service(name)}"
 
 

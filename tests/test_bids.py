@@ -241,5 +241,5 @@ def test_what_cannot_be_ranked_so_is_pointed_at(plain, candidates, options, poin
 def test_the_setting_of_weights():
     assert Settings(weights="click=1,conversion=20.5").head_weights == {"click": 1.0, "conversion": 20.5}
     assert Settings().head_weights == {}
-    with pytest.raises(SettingsError, match="ADRANK_WEIGHTS"):
+    with pytest.raises(SettingsError, match="ADRANK_WEIGHTS: expected a value such as click=1,conversion=20"):
         load_settings({"weights": "click:1"})
