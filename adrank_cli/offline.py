@@ -1,5 +1,6 @@
 """From a data set to a bundle: `init`, `prepare`, `train`, `tune`."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -99,18 +100,20 @@ def prepare(data_set: str, source: Path, out: Path, schema: Path | None, as_json
 
 def _print_profile(found: Any) -> None:
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from training.datasets.profile import RULE
 
-    table = Table("field", "kind", "missing", "values", "most frequent, or the mean")
+    table = Table(*(Column(name, overflow="fold") for name in ("field", "kind", "missing", "values", "most frequent, or the mean")))
     for column in found.columns:
         usual = (
             f"{share:g}" if column.kind in ("number", "vector") else f"{value[:20]} {share:.1%}" for value, share in column.usual.items()
         )
         table.add_row(column.name, column.kind, f"{column.missing:.1%}", f"{column.distinct:,}", escape(", ".join(usual)))
     rates = ", ".join(f"{split} {rate:.2%}" for split, rate in found.click_rate.items())
-    console().print(f"Click rate: {rates}\nThe train split. {RULE}", table, sep="\n", highlight=False)
+    out = console()
+    width = shutil.get_terminal_size().columns if out.is_terminal else out.width  # many columns of a few values: here folding cuts none
+    out.print(f"Click rate: {rates}\nThe train split. {RULE}", table, sep="\n", highlight=False, width=width, soft_wrap=False)
 
 
 @click.command(cls=WithNetworks, epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")

@@ -28,7 +28,7 @@ from features.bundle import current_path, publish, read_manifest
 from service.settings import Settings
 from training.simulation import DAYS, SLOTS, World, make_world
 
-from .demo import NETWORKS, DemoError, stage
+from .demo import NETWORKS, START_SECONDS, DemoError, stage
 from .visits import post, tell
 
 ROUND_SECONDS = 60.0
@@ -179,7 +179,12 @@ def _joiner(settings: Settings, folder: Path) -> Iterator[None]:
     command += ["--window", str(WINDOW_SECONDS), "--lateness", str(LATENESS_SECONDS)]
     with (folder / "join.log").open("wb") as output:
         process = subprocess.Popen(_adrank(*command), env=_environment(settings), stdout=output, stderr=output)
+    deadline = time.monotonic() + START_SECONDS
     try:
+        while process.poll() is None and not (folder / "log" / "schema.toml").exists():
+            if time.monotonic() > deadline:
+                raise DemoError(f"the joiner did not start within {START_SECONDS} s; {folder / 'join.log'} may say why")
+            time.sleep(0.05)
         yield
         if process.poll() is not None:
             raise DemoError(f"the joiner ended; {folder / 'join.log'} says why")

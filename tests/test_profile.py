@@ -1,10 +1,14 @@
 import json
 from decimal import Decimal
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from test_cli import run
 
+from adrank_cli import offline
 from training.datasets.prepared import open_prepared
 from training.datasets.profile import profile
 
@@ -53,6 +57,17 @@ def test_the_profile_counts_values_as_they_are_looked_up(tmp_path: Path) -> None
     assert "25.0 is 25" in printed
     assert "Click rate: train 50.00%, valid 50.00%, test 50.00%" in printed
     assert "│ user.age     │ category │ 25.0%   │ 2      │ 25 50.0%, 30 25.0% " in printed
+
+
+def test_a_terminal_s_width_folds_what_is_frequent_and_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = {"05db9164": 0.499, "68fd1e64": 0.172, "5a9ed9b0": 0.085}
+    column = SimpleNamespace(name="ad.C1", kind="category", missing=0.0, distinct=157, usual=usual)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(offline, "console", lambda: Console(file=out, width=200, force_terminal=True, color_system=None, soft_wrap=True))
+    out = StringIO()
+    offline._print_profile(SimpleNamespace(columns=[column], click_rate={"train": 0.2}))
+    assert max(map(len, out.getvalue().splitlines())) <= 60
+    assert all(f"{value} {share:.1%}" in out.getvalue() for value, share in usual.items())
 
 
 @pytest.mark.parametrize(
