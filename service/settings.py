@@ -185,6 +185,15 @@ class Settings(BaseSettings):
                 raise ValueError(f"{origin.strip()[:80]!r} is no origin; write it as browsers do, such as https://shop.example")
         return text
 
+    @field_validator("weights", "experiments")
+    @classmethod
+    def _are_named_once(cls, text: str) -> str:
+        names, arms = zip(*(each.partition("=")[::2] for each in text.split(",")), strict=True)
+        for told in (names, *(each.split("|") for each in arms)):
+            if twice := next((name for name in told if told.count(name) > 1), None):
+                raise ValueError(f"{twice} is there twice; name each once")
+        return text
+
     @property
     def origins(self) -> frozenset[str]:
         """The origins that are allowed."""

@@ -48,7 +48,10 @@ def test_an_experiment_or_arm_that_there_is_not_is_pointed_at(sent: bytes, point
     assert says in mistake.detail
 
 
-@pytest.mark.parametrize("text", ["button", "button=", "button=one", "button=a|b,", "b c=a|b", "button=a|" + "x" * 33])
+TWICE = ["a=x|x", "a=x|y,a=z|w"]
+
+
+@pytest.mark.parametrize("text", [*TWICE, "button", "button=", "button=one", "button=a|b,", "b c=a|b", "button=a|" + "x" * 33])
 def test_a_setting_of_experiments_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="setting ADRANK_EXPERIMENTS"):
         load_settings({"experiments": text})

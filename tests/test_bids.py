@@ -243,3 +243,5 @@ def test_the_setting_of_weights():
     assert Settings().head_weights == {}
     with pytest.raises(SettingsError, match="ADRANK_WEIGHTS: expected a value such as click=1,conversion=20"):
         load_settings({"weights": "click:1"})
+    with pytest.raises(SettingsError, match="ADRANK_WEIGHTS: click is there twice; name each once"):
+        load_settings({"weights": "click=1,conversion=20,click=2"})
