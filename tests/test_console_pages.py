@@ -140,8 +140,9 @@ async def rank(page: Page, user: str, candidates: str) -> None:
 
 
 async def cells(page: Page, region: str) -> list[list[str]]:
-    rows = await page.get_by_role("region", name=region).locator("tbody tr").all()
-    return [await row.locator("td").all_inner_texts() for row in rows]
+    rows = page.get_by_role("region", name=region).locator("tbody tr")
+    await rows.first.wait_for()
+    return [await row.locator("td").all_inner_texts() for row in await rows.all()]
 
 
 async def test_a_ranking_made_by_clicks_is_the_one_of_the_api(browser, client):
@@ -246,6 +247,8 @@ async def test_a_canary_ranks_beside_the_live_version_and_both_are_told(browser,
         await page.get_by_label("Model").select_option(f"din {live.name} live")
         await page.get_by_label("Beside it").select_option(f"din {other.name} canary")
         await rank(page, ours[True], "a1\na2")
+        side_by_side = page.get_by_role("region", name=f"2 ads by din {live.name}")
+        await side_by_side.get_by_text(f"din {other.name}").wait_for()
         both = await cells(page, f"2 ads by din {live.name}")
         for column, version in ((3, live.name), (5, other.name)):
             asked = {"user": {"id": ours[True]}, "candidates": ["a1", "a2"], "options": {"version": version}}
@@ -253,8 +256,7 @@ async def test_a_canary_ranks_beside_the_live_version_and_both_are_told(browser,
             by_ad = {ad["ad_id"]: f"{ad['p_click']:.4f}" for ad in answer["ads"]}
             assert answer["model"]["version"] == version
             assert {row[1]: row[column] for row in both} == by_ad
-        headings = page.get_by_role("region", name=f"2 ads by din {live.name}").locator("th")
-        assert {f"din {live.name}", f"din {other.name}"} <= set(await headings.all_inner_texts())
+        assert {f"din {live.name}", f"din {other.name}"} <= set(await side_by_side.locator("th").all_inner_texts())
 
 
 async def test_percentiles_are_of_what_came_between_two_reads(browser, client):
