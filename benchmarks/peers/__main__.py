@@ -41,6 +41,7 @@ PEERS = ("fastapi", "litserve", "bentoml", "ray", "mlserver")
 TUNED = "fastapi, row-wise"
 CLOSE, ABOUT = 1e-5, 0.05
 WORKERS = 2
+WARM_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ def check_alike(name: str, subject: Subject, body: bytes, scores: dict[str, floa
 
 
 def turn(subject: Subject, bodies: Mapping[int, Sequence[bytes]], seconds: float) -> dict[int, tuple[Measured, Measured]]:
-    """The peak of a closed loop, and an open loop at half of it, by candidates."""
+    """The peak of a closed loop, and an open loop at half of it, by candidates; once most ads have been ranked, as where it has been up."""
     found = {}
+    load(subject, bodies[max(bodies)], LoadPlan(None, WARM_SECONDS, WARM_UP, CONNECTIONS))
     for candidates, asked in bodies.items():
         peak = load(subject, asked, LoadPlan(None, seconds, WARM_UP, CONNECTIONS))
         found[candidates] = peak, load(subject, asked, LoadPlan(peak.requests_per_second / 2, seconds, WARM_UP, CONNECTIONS))
@@ -163,15 +165,18 @@ def plot(rows: Sequence[Compared], path: Path) -> None:
     """Candidates a second of each server, a panel a network, with how many times as fast adrank is."""
     mpl.rcParams["svg.hashsalt"] = "adrank"
     models, names = (list(dict.fromkeys(getattr(row, field) for row in rows)) for field in ("benchmark_model", "subject"))
+    counts = dict.fromkeys(row.candidates for row in rows)
     figure = Figure(figsize=(5 * len(models), 4), layout="constrained")
     for axes, model in zip(np.atleast_1d(figure.subplots(1, len(models))), models, strict=True):
         for i, name in enumerate(names):
             mine = [row for row in rows if (row.benchmark_model, row.subject) == (model, name)]
+            if not mine:  # int8, of a network that has none
+                continue
             places = np.arange(len(mine)) + (i - len(names) / 2) * 0.8 / len(names)
             bars = axes.bar(places, [row.candidates_per_s / 1000 for row in mine], 0.75 / len(names), label=f"{name} {mine[0].version}")
-            if name != OURS:
+            if name not in (OURS, INT8):
                 axes.bar_label(bars, [f"{row.adrank_is:.1f}×" for row in mine], fontsize=6)
-        axes.set_xticks(range(len(mine)), [f"{row.candidates} candidates" for row in mine])
+        axes.set_xticks(range(len(counts)), [f"{each} candidates" for each in counts])
         axes.set(title=model, ylabel="thousand candidates a second")
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7)
