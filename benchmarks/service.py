@@ -223,6 +223,8 @@ def show(document: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) 
     """A table of each part, its columns the names of the figures, as wide as they need."""
     console = Console(file=console.file, width=max(console.width, 160))
     for part, rows in document.items():
+        if not rows:
+            continue
         table = Table(*rows[0], title=part, title_justify="left")
         for row in rows:
             table.add_row(*map(_text, row.values()))
