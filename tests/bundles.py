@@ -55,9 +55,11 @@ ADS = {f"a{i}": {"genre": ("drama", "comedy", "news")[i % 3], "tags": ["x", "y"]
 
 def vocabularies() -> Vocabularies:
     """Those of the schema."""
-    values = {"age": ["25", "35"], "genre": ["drama", "comedy", "news"], "slot": ["feed", "side"], "tags": ["x", "y"]}
+    values = {"age": ["25", "35"], "genre": ["drama", "comedy", "news"], "slot": ["feed", "side"], "tags": ["x", "y"], "ad_id": [*ADS]}
     schema = parse_schema(SCHEMA)
-    return parse_vocabularies(Vocabularies({name: Vocabulary(each) for name, each in values.items()}, {}).to_json(), schema)
+    listed = {field.vocabulary for field in schema.fields if not field.buckets}
+    own = {name: Vocabulary(each) for name, each in values.items() if name in listed}
+    return parse_vocabularies(Vocabularies(own, {}).to_json(), schema)
 
 
 def encoder() -> Encoder:

@@ -43,9 +43,11 @@ class Counted(World):
         self.cursor = await self.catalogue._step(self.cursor)
 
 
-@pytest.fixture
-async def counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(bundles, "SCHEMA", bundles.SCHEMA + COUNTERS.replace("topic", "genre"))
+@pytest.fixture(params=["hashed", "listed"])
+async def counted(request, tmp_path, monkeypatch):
+    """With ids of ads that are hashed, or that the vocabulary lists, whose texts the catalogue then shares."""
+    schema = bundles.SCHEMA if request.param == "hashed" else bundles.SCHEMA.replace("buckets = 5000\n", "")
+    monkeypatch.setattr(bundles, "SCHEMA", schema + COUNTERS.replace("topic", "genre"))
     bundles.publish(tmp_path)
     return await Counted(tmp_path).load()
 

@@ -229,7 +229,7 @@ class Catalogue:
             some = ads[start : start + AT_ONCE]
             if listed is not None:  # the text of an id is in memory once
                 own = listed.own([ad.ad_id for ad in some])
-                some = [Ad(ad_id, ad.features, ad.active, ad.changed) for ad_id, ad in zip(own, some, strict=True)]
+                some = [Ad(ad_id, ad.features, ad.active, ad.changed, ad.counts) for ad_id, ad in zip(own, some, strict=True)]
             into.change(some, self._encode)
             await asyncio.sleep(0)
 
