@@ -9,12 +9,12 @@ from pathlib import Path
 
 from features.errors import AdrankError
 
+from .report.files import PAGE
 from .train import Trained
 
 SERVER = "MLFLOW_TRACKING_URI"
 USUAL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 """Of MLflow's client, where nothing else is set: its own 7 retries are four minutes of silence, and it prints into `--json`."""
-REPORT = "report.html"
 
 
 class TrackerError(AdrankError, RuntimeError):
@@ -83,8 +83,8 @@ def _mlflow(trained: Trained, scalars: list[dict[str, float]], bundle: Path) -> 
             mlflow.log_params(trained.settings)
             for step, values in enumerate(scalars, 1):
                 mlflow.log_metrics(values, step=step)
-            if (bundle / REPORT).exists():
-                mlflow.log_artifact(str(bundle / REPORT))
+            if (bundle / PAGE).exists():
+                mlflow.log_artifact(str(bundle / PAGE))
     except mlflow.exceptions.MlflowException as error:
         raise TrackerError(f"MLflow at {os.environ[SERVER]}: {_first(error)}") from error
     return f"logged to {os.environ[SERVER]}, run {run.info.run_id}"
