@@ -24,6 +24,7 @@ from .options import (
     memory_of,
     moment,
     needs,
+    networks,
     on_device,
     pair,
     progress_bar,
@@ -218,7 +219,7 @@ def replay_command(folder: Path, bundle: Path, policy: str, since: int | None, u
 @click.option("--until", callback=moment, metavar="TIME", help="End of the window. Default: the log's.")
 @click.option("--days", type=click.IntRange(1, 36_500), help="Length of the window, in place of --since.")
 @click.option("--start", type=click.Choice(["warm", "scratch"]), default="warm", show_default=True, help="Weights to begin with.")
-@click.option("--model", "network", help="The network, where it is not the live version's: deepfm or din.")
+@click.option("--model", "network", shell_complete=networks, help="The network, where it is not the live version's.")
 @click.option("--holdout", type=float, default=0.1, show_default=True, help="Share of the rows, the newest, to compare on.")
 @click.option("--valid", type=float, default=0.1, show_default=True, help="Share before them, for early stopping and calibration.")
 @click.option("--gate", type=click.Choice(["better", "not-worse"]), help="What log loss has to be; default better.")

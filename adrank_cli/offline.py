@@ -21,6 +21,7 @@ from .options import (
     in_json,
     memory_of,
     needs,
+    networks,
     on_device,
     pair,
     print_metrics,
@@ -118,7 +119,7 @@ def _print_profile(found: Any) -> None:
 
 @click.command(cls=WithNetworks, epilog="Example: adrank train --data data/ml-1m --model din --models models --set embedding_l2=0.01")
 @click.option("--data", "--log", "data", type=FOLDER, required=True, help="A prepared data set, or a log.")
-@click.option("--model", required=True, help="The network, one of those below.")
+@click.option("--model", required=True, shell_complete=networks, help="The network, one of those below.")
 @click.option("--models", type=FOLDER, default="models", show_default=True, help="The model repository.")
 @click.option("--name", help="Name in the repository; default: the network's.")
 @click.option("--seed", type=int, help="One seed makes a run repeatable to the last bit on one machine.")
@@ -200,7 +201,7 @@ def _print_outcome(outcome: Any, path: Path) -> None:
 
 @click.command(cls=WithNetworks, epilog="Example: adrank tune --data data/ml-1m --model din --minutes 60 --set epochs=5")
 @click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
-@click.option("--model", "family", required=True, help="The network, one of those below.")
+@click.option("--model", "family", required=True, shell_complete=networks, help="The network, one of those below.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), required=True, help="How long to search; the file goes on from before.")
 @click.option("--trials", "path", type=FILE, help="The file of trials; default data/tune/DATA-MODEL.log.")
 @click.option("--most", type=click.IntRange(min=1), help="Stop after so many trials.")

@@ -170,6 +170,13 @@ class WithNetworks(click.Command):
                 formatter.write_dl([(name, str(network.__doc__).partition("\n")[0]) for name, network in NETWORKS.items()])
 
 
+def networks(_context: click.Context, _option: click.Parameter, begun: str) -> list[str]:
+    """The names of networks that begin so, for whoever completes `--model` in a shell, which cannot wait for torch."""
+    from training.families import CLASSES
+
+    return [name for name in CLASSES if name.startswith(begun)]
+
+
 def settings_of(data_set: str, family: str, file: Path | None, given: Sequence[str]) -> dict[str, str]:
     """The settings of a training as texts: those of the command, before those of a file, or else those known for the data set."""
     from training.networks import NETWORKS

@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 import click
 
-from .options import FILE, FOLDER, Refusal, WithNetworks, console, in_json, is_quiet, needs, progress_bar, settings_of, tell
+from .options import FILE, FOLDER, Refusal, WithNetworks, console, in_json, is_quiet, needs, networks, progress_bar, settings_of, tell
 
 
 @click.command(epilog="Example: adrank demo --once")
@@ -98,7 +98,7 @@ def benchmark() -> None:
     "models", cls=WithNetworks, epilog="Example: adrank benchmark models --data data/frappe --model lr --model deepfm --seeds 3"
 )
 @click.option("--data", type=FOLDER, required=True, help="A prepared data set.")
-@click.option("--model", "families", multiple=True, help="A network; several may be given. Default: all.")
+@click.option("--model", "families", multiple=True, shell_complete=networks, help="A network; several may be given. Default: all.")
 @click.option("--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="Trainings of each.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting for all of them, where they have it.")
 @click.option("--settings", "file", type=FILE, help="Settings in a TOML file. Default: those known for the data set.")

@@ -18,6 +18,7 @@ from training.datasets.prepared import Prepared, open_prepared
 from training.evaluate import measure, unmeasured
 from training.export.export import contents
 from training.fit import Epoch
+from training.report.files import PLACE
 from training.retrain import gate, publish
 from training.retrain.compare import Gate, compare, no_better, violations
 from training.retrain.data_checks import Enough, Limits, too_little
@@ -45,7 +46,7 @@ def train(data: Prepared, made: Made, tmp_path: Path, monkeypatch: pytest.Monkey
 
     def run_it(*words: object, changed: Trained | None = None) -> tuple[int, str]:
         monkeypatch.setattr(publish, "train", lambda *_: changed or made[0])
-        monkeypatch.setattr(publish, "contents", lambda *_: made[1:])
+        monkeypatch.setattr(publish, "contents", lambda *_: (made[1] | {"report.html": PLACE}, made[2]))
         code, printed, complaint = run("train", "--data", data.folder, "--model", "deepfm", "--models", tmp_path / "models", *words)
         return code, printed + complaint
 
@@ -64,6 +65,12 @@ def relabelled(data: Prepared, folder: Path, split: str, label: int) -> Path:
 
 def versions(models: Path) -> list[str]:
     return sorted(path.name for path in (models / "deepfm").iterdir() if path.name.isdigit())
+
+
+def page_of(models: Path) -> str:
+    """What the newest version's `report.html` says at its top."""
+    page = (models / "deepfm" / versions(models)[-1] / "report.html").read_text()
+    return re.sub(r"(<[^>]*>)+", " / ", page).strip(" /")
 
 
 def test_a_first_version_that_is_fit_is_live_and_says_on_what_its_calibration_rests(
@@ -99,6 +106,7 @@ def test_what_is_not_fit_is_published_and_not_live_with_the_reason_and_the_fix(
     code, printed = train(changed=replace(made[0], clicks=none))
     assert code == 3
     [version] = versions(models)
+    assert page_of(models) == "Not made live / all 1,500 labels of the data set are 0"
     assert "\nnot live: all 1,500 labels of the data set are 0\n" in printed
     fix = f"adrank promote --models {models} --name deepfm --version {version}"
     assert f"{version} is published and not live; {fix} makes it so\n" in printed
@@ -134,6 +142,7 @@ def test_a_loss_that_runs_away_is_a_flaw(data: Prepared, rate: float, reason: st
 def test_promote_says_when_a_version_is_live(train: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     models = tmp_path / "models"
     assert train("--promote", "if-better")[0] == 0  # the first, with nothing to compare
+    assert page_of(models) == "Made live"
     first = current_path(models, "deepfm").name
     code, printed = train("--promote", "if-better")  # the same again, which is no better
     assert (code, current_path(models, "deepfm").name) == (3, first)
@@ -143,9 +152,11 @@ def test_promote_says_when_a_version_is_live(train: Callable[..., tuple[int, str
     code, printed = train("--promote", "never")
     assert (code, current_path(models, "deepfm").name) == (0, second)
     assert "is published and not live; adrank promote" in printed
+    assert page_of(models) == "Not made live (--promote never)"
     code, printed = train("--promote", "always", "--set", "least_rows=2000")
     assert code == 0
     assert "live all the same: the data set has 1,500 rows, too few to judge by: least_rows is 2,000" in printed
+    assert page_of(models).startswith("Made live (--promote always) / the data set has 1,500 rows")
     assert current_path(models, "deepfm").name == versions(models)[-1] != second
     code, printed = train("--set", "least_rows=1")
     assert (code, "least_rows is 1; it must be at least 3" in printed) == (2, True)

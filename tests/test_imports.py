@@ -36,6 +36,17 @@ def test_the_command_line_loads_nothing_until_it_runs() -> None:
     assert loaded("import adrank\nadrank.cli(['--help'], standalone_mode=False)") & (FRAMEWORKS | SIDES | {"numpy"}) == set()
 
 
+@pytest.mark.parametrize("command", ["train", "tune", "retrain", "benchmark models"])
+def test_a_shell_completes_the_names_of_networks_and_loads_none(command: str) -> None:
+    from training.networks import NETWORKS  # noqa: PLC0415
+
+    program = "from click.shell_completion import ShellComplete\nimport adrank\n"
+    program += "shell = ShellComplete(adrank.cli, {}, 'adrank', '_ADRANK_COMPLETE')\n"
+    program += f"found = shell.get_completions({[*command.split(), '--model']}, 'd')\n"
+    program += f"assert {{each.value for each in found}} == {{{', '.join(repr(name) for name in NETWORKS if name[0] == 'd')}}}"
+    assert loaded(program) & FRAMEWORKS == set()
+
+
 def test_training_never_loads_the_service() -> None:
     assert loaded("import training.simulation, training.datasets.states, training.join.sink") & {"service", "fastapi", "redis"} == set()
 

@@ -24,7 +24,7 @@ from training.datasets.prepared import Prepared, open_prepared
 from training.fit import predict
 from training.position import Curve
 from training.report import charts, files
-from training.report.files import report_files
+from training.report.files import report_files, tell_verdict
 from training.report.numbers import by_user, findings, moments, thinned, timings, worst
 from training.report.page import page
 from training.retrain.drift import make_reference
@@ -197,6 +197,18 @@ def test_the_page_is_text_alone_loads_nothing_and_tells_of_no_user(found: dict[s
             "Where it was most wrong",
         )
     )
+
+
+def test_what_became_of_a_training_is_at_the_top_of_its_page(found: dict[str, Any]) -> None:
+    written = {"report.html": page(found).encode()}
+    tell_verdict(written, "Not made live", False, ["the first <b>reason</b>", HOSTILE])
+    seen, html = Seen(written["report.html"].decode()), written["report.html"].decode()
+    assert "Not made livethe first <b>reason</b>" + HOSTILE in seen.text
+    assert html.index("<li>") < html.index("<main>")
+    assert str(escape(HOSTILE)) in html
+    none: dict[str, bytes] = {}
+    tell_verdict(none, "Made live", True)
+    assert none == {}
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])

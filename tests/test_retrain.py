@@ -22,6 +22,7 @@ import small
 import small_log
 from rich.progress import Progress
 from test_cli import refused, run
+from test_report import Seen
 
 from features.bundle import VOCABULARIES, current_path, load_bundle, publish
 from service.ranking.scorer import Scorer
@@ -176,7 +177,7 @@ def trained(better: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch) -> Non
     """Trainings that end at once, with what `better` has."""
     made, files = trained_of(better[0])
     monkeypatch.setattr(retraining, "train", made)
-    monkeypatch.setattr(retraining, "contents", lambda *_: (files | {"report.html": b"drawn"}, {}))
+    monkeypatch.setattr(retraining, "contents", lambda *_: (files | {"report.html": b"drawn <!-- verdict -->"}, {}))
 
 
 @pytest.mark.parametrize(("gate", "code"), [("better", 3), ("not-worse", 0)])
@@ -201,8 +202,12 @@ def test_a_challenger_that_is_no_better_is_refused_with_exit_code_3_unless_that_
             r"log loss (\S+) against the champion's \1, difference .*: the interval must lie below 0 \(gate better\)", reason
         )
         assert (out / "report.md").read_text().startswith("**Refused shop: log loss ")
-        assert (out / "training.html").read_text() == "drawn"  # which no bundle has
+        seen = Seen((out / "training.html").read_text())  # which no bundle has
+        assert seen.text == f"drawn Refused: shop stays as it is{reason}"
         assert (current_path(models, "shop"), report["version"]) == (before, None)
+    else:
+        page = Seen((current_path(models, "shop") / "report.html").read_text())
+        assert page.text == f"drawn Made live, in place of {before.name}"
 
 
 def test_a_live_version_that_changed_meanwhile_voids_the_comparison(

@@ -1,7 +1,8 @@
 """The report of a training as files of its bundle: `report.html` for people, and in `report.json` the numbers that it is made of."""
 
+import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from rich.progress import Progress
@@ -11,6 +12,8 @@ from ..train import Trained
 from .numbers import findings
 
 PAGE, NUMBERS = "report.html", "report.json"
+PLACE = b"<!-- verdict -->"
+"""Where the page has room for what became of the training, which is known after it has been drawn."""
 KEPT = ("epochs", "best", "reliability", "heads", "examination", "segments", "users", "importance")
 """Of the numbers, those that others may want to draw: nothing of single rows."""
 
@@ -32,3 +35,12 @@ def report_files(data: Prepared, trained: Trained, reference: Mapping[str, Any],
         return {}
     finally:
         progress.update(task, completed=1)
+
+
+def tell_verdict(files: MutableMapping[str, Any], verdict: str, accepted: bool, reasons: Sequence[str] = ()) -> None:
+    """Say at the top of the page, if it is among a bundle's files, what became of the training, and the reasons, a sentence each."""
+    told = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons)
+    kind = "verdict" if accepted else "verdict no"
+    section = f'<section class="{kind}"><h2>{html.escape(verdict)}</h2>{f"<ul>{told}</ul>" if told else ""}</section>'
+    if PAGE in files:
+        files[PAGE] = files[PAGE].replace(PLACE, section.encode(), 1)

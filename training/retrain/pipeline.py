@@ -31,6 +31,7 @@ from ..export.export import METRICS, check_asked, contents
 from ..join.attribution import Attribution
 from ..networks import NETWORKS
 from ..report.files import PAGE as DRAWN
+from ..report.files import tell_verdict
 from ..train import Start, train
 from ..train_settings import TrainSettings, overridden
 from ..weights import sampling_of, settings_of, start_of
@@ -138,6 +139,8 @@ def _challenge(order: RetrainRequest, plan: RetrainPlan, data: Prepared, report:
     training["calibration"] = "; ".join(each.line(head) for head, each in trained.calibrations.items())
     training |= {f"ids of {name}": line for name, line in trained.tenure.counts.items()}
     report = replace(report, reasons=reasons, training=training, comparison=found, warnings=_warnings(order, plan, data))
+    verdict = f"Refused: {order.name} stays as it is" if reasons else f"Made live, in place of {report.champion or 'no version'}"
+    tell_verdict(files, verdict, not reasons, reasons)
     if reasons:
         return replace(report, trained_page=bytes(files.get(DRAWN, b"")).decode())
     if (now := _live(order)) != report.champion:

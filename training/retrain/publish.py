@@ -14,6 +14,7 @@ from ..checkpoint import Checkpoint
 from ..datasets.prepared import Prepared
 from ..export.export import check_asked, contents
 from ..networks import NETWORKS
+from ..report.files import tell_verdict
 from ..train import Trained, train
 from ..train_settings import TrainError, TrainSettings, overridden
 from ..weights import start_of
@@ -82,6 +83,8 @@ def train_and_publish(  # noqa: PLR0913, PLR0917  # the whole road, from data to
     if champion and (now := _live(models, name)) and now.version != champion.version:
         reasons.append(f"the live version was {champion.version} and is {now.version} now, so the comparison is void")
     live = promote == "always" or (promote != "never" and not reasons)
+    verdict = ("Made live" if live else "Not made live") + (f" (--promote {promote})" if promote in ("always", "never") else "")
+    tell_verdict(files, verdict, live, reasons)
     path = publish(models, name, files, {**facts, "gate": {"promote": promote, "reasons": reasons, **measured}}, make_current=live)
     if checkpoint:
         checkpoint.remove()

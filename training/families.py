@@ -1,0 +1,31 @@
+"""The names of the networks. Imports none of them: torch takes seconds, and completing a word in a shell has not got them."""
+
+CLASSES = {
+    "lr": "lr.LR",
+    "fm": "fm.FM",
+    "ffm": "ffm.FFM",
+    "fwfm": "fwfm.FwFM",
+    "mf": "mf.MF",
+    "fnn": "fnn.FNN",
+    "ipnn": "pnn.IPNN",
+    "opnn": "pnn.OPNN",
+    "wide_deep": "wide_deep.WideDeep",
+    "deepfm": "deepfm.DeepFM",
+    "deeplight": "deeplight.DeepLight",
+    "deep_crossing": "deep_crossing.DeepCrossing",
+    "dcn": "dcn.DCN",
+    "dcn_v2": "dcn_v2.DCNV2",
+    "dlrm": "dlrm.DLRM",
+    "tab_transformer": "tab_transformer.TabTransformer",
+    "finalmlp": "finalmlp.FinalMLP",
+    "youtube_dnn": "youtube_dnn.YoutubeDNN",
+    "din": "din.DIN",
+    "dien": "dien.DIEN",
+    "bst": "bst.BST",
+    "dkt": "dkt.DKT",
+    "two_tower": "two_tower.TwoTower",
+    "vae_cf": "vae_cf.VAECF",
+    "esmm": "esmm.ESMM",
+    "mmoe": "mmoe.MMoE",
+}
+"""The file in `networks/` and the class of each network, by what `--model` calls it."""
