@@ -107,8 +107,8 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m compileall -q -j 0 .venv/lib || true  # pip would do it in one process
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --upgrade pip  # that of Python 3.11 takes a minute more to choose
+	$(BIN)/python -m pip install --no-compile -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'  # what is imported is compiled then
 	touch $@
 
 $(K8S): k8s/requirements.txt
