@@ -15,6 +15,7 @@ from features.encode import Encoder, Features
 from features.state import MemoryStore, Store, StoreError
 
 from .api.console import OPEN, console_routes
+from .api.docs import OPEN_DOCS, docs_routes
 from .api.edge import Edge, add_error_handlers
 from .api.events import EventsCORS, event_routes
 from .api.openapi import describe, openapi_page
@@ -227,7 +228,7 @@ def _guard(settings: Settings) -> Guard | None:
     if settings.tokens is None:
         return None
     opened = (PROBES if settings.open_probes else frozenset()) | (METRICS if settings.open_metrics else frozenset())
-    opened |= OPEN if settings.console else frozenset()
+    opened |= OPEN_DOCS | (OPEN if settings.console else frozenset())
     return Guard(settings.tokens, opened)
 
 
@@ -277,10 +278,13 @@ def create_app(settings: Settings, store: Store | None = None, registry: Registr
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},  # its own would tell what callers sent
     )
     ranking = rank_routes(service.ranker, service.explanations, service.served, metrics, settings)
-    app.include_router(ranking)
-    app.include_router(event_routes(_intake(service), settings))
+    app.include_router(ranking, tags=["rank"])
+    app.include_router(event_routes(_intake(service), settings), tags=["events"])
     reload = service.reload
-    app.include_router(status_routes(service.ranker, metrics, service.health, lambda: reload.stuck or reload.default.notice))
+    app.include_router(
+        status_routes(service.ranker, metrics, service.health, lambda: reload.stuck or reload.default.notice), tags=["status"]
+    )
+    app.include_router(docs_routes())
     if settings.console:
         app.include_router(console_routes(service.ranker, service.store, settings))
     add_error_handlers(app)

@@ -21,7 +21,7 @@ async def test_the_root_leads_to_the_console_whose_pages_may_load_nothing_from_e
         assert (page.status_code, page.content) == (200, (STATIC / name).read_bytes())
         assert page.headers["content-security-policy"].startswith("default-src 'self'; ")
         assert "unsafe" not in page.headers["content-security-policy"]
-    assert {path.name for path in STATIC.iterdir()} == set(PAGES.values())
+    assert {path.name for path in STATIC.iterdir()} == {*PAGES.values(), "docs.html", "docs.js"}
 
 
 async def test_behind_a_prefix_the_root_leads_to_the_console_there(run):

@@ -24,8 +24,6 @@ ROUTES = {
     "read": [
         ("GET", "/v1/models"),
         ("GET", "/v1/schema"),
-        ("GET", "/openapi.json"),
-        ("GET", "/docs"),
         ("GET", "/metrics"),
         ("GET", "/made-up"),
     ],
@@ -108,9 +106,9 @@ async def test_what_is_no_token_of_the_file_is_refused(run, ads, tokens, header)
 
 
 @pytest.mark.anyio
-async def test_probes_are_open_and_metrics_are_not_unless_settings_say_so(run, tokens):
+async def test_probes_and_docs_are_open_and_metrics_are_not_unless_settings_say_so(run, tokens):
     async with run(tokens=tokens) as client:
-        assert (await client.get("/livez")).status_code == 200
+        assert {(await client.get(path)).status_code for path in ("/livez", "/docs", "/docs/docs.js", "/openapi.json")} == {200}
         assert (await client.get("/metrics")).status_code == 401
     async with run(tokens=tokens, open_metrics=True, open_probes=False, ready=False) as client:
         assert [(await client.get(path)).status_code for path in ("/livez", "/readyz", "/metrics")] == [401, 401, 200]

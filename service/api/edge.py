@@ -15,6 +15,7 @@ from ..public import SCORING
 from ..telemetry.logs import REQUEST, RateLimitFilter
 from ..telemetry.metrics import Metrics, RequestTimings
 from .console import CONSOLE
+from .docs import DOCS
 from .openapi import EVENTS, RANKED
 from .tokens import Guard
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 READ, WRITTEN = "GET, HEAD, OPTIONS", "OPTIONS, POST"
 METHODS = {
     **dict.fromkeys([*RANKED, EVENTS], WRITTEN),
-    **dict.fromkeys(("/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/docs", "/openapi.json", *CONSOLE), READ),
+    **dict.fromkeys(("/livez", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/openapi.json", *DOCS, *CONSOLE), READ),
 }
 """What each path takes."""
 ROUTES = frozenset(METHODS)

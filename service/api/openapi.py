@@ -71,6 +71,7 @@ def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
                 components.setdefault("schemas", {}).update({**described.pop("$defs", {}), model.__name__: described})
             for path, (body, answer) in EXAMPLES.items():
                 for operation in document["paths"][path].values():
+                    operation["summary"] = operation.pop("description")
                     if body is not None:
                         operation["requestBody"]["content"]["application/json"]["example"] = body
                     good = next(each for status, each in operation["responses"].items() if status.startswith("2"))

@@ -2,7 +2,6 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pydantic_core
@@ -12,8 +11,6 @@ from fastapi.responses import PlainTextResponse
 from ..ranking.ranker import Ranker
 from ..telemetry.metrics import CONTENT_TYPE, Metrics
 from ..telemetry.scrapes import Scrapes
-
-DOCS = Path(__file__).with_name("docs.html")
 
 Health = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -43,11 +40,6 @@ def status_routes(ranker: Ranker, metrics: Metrics, health: Health, notice: Call
         ranker.catalogue.observe()
         metrics.flush()
         return Response(await scrapes.text(), headers={"content-type": CONTENT_TYPE})
-
-    @router.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        """The OpenAPI document for people. Our own page: FastAPI's loads Swagger UI from the internet and is blank without it."""
-        return Response(DOCS.read_bytes(), media_type="text/html")
 
     @router.get("/v1/models")
     async def models() -> Response:
