@@ -33,7 +33,7 @@ bench: $(INSTALLED)  ## scoring, service and growth, on this machine; tables, an
 bench-peers: $(INSTALLED)  ## adrank beside FastAPI, LitServe, BentoML, Ray Serve and MLServer, each in an environment of its own; a table and a plot
 	for peer in 'litserve==0.2.19' 'bentoml==1.4.40' 'ray[serve]==2.60.0' 'mlserver==1.7.1 uvloop<0.22'; do at=build/bench-peers/$${peer%%[[=]*}; \
 		$(PYTHON) -m venv $$at && $$at/bin/python -m pip install --quiet --disable-pip-version-check $$peer \
-		$$(grep -E '^(hiredis|msgpack|numpy|onnxruntime|orjson|pydantic-settings|redis|tomli[-_]w)==' constraints.txt) || echo "$$peer cannot be installed"; done
+		$$(grep -E '^(hiredis|msgspec|numpy|onnxruntime|orjson|pydantic-settings|redis|tomli[-_]w)==' constraints.txt) || echo "$$peer cannot be installed"; done
 	$(BIN)/python -m benchmarks.peers --json data/bench/peers.json --plot docs/images/peers.png $(ARGS)
 
 k8s-test: $(INSTALLED) $(K8S)  ## the manifests: rendered, held against the schemas of two versions and the operator's, and checkov

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -227,17 +226,6 @@ def merged_counts(stored: Counts, loaded: Counts) -> Counts:
         largest = sorted(kept.items(), key=lambda each: _size(each[1], window), reverse=True)
         together[key] = dict(largest[:VALUES_KEPT])
     return {key: together[key] for key in list(together)[-KEYS_KEPT:]}
-
-
-def are_counts(document: Any) -> bool:
-    """Whether something that was stored is counts."""
-    if not document or type(document) is not dict:
-        return type(document) is dict
-    if not set(map(type, document.values())) <= {dict}:
-        return False
-    pairs = [pair for each in document.values() for pair in each.values()]
-    whole = {*map(type, pairs)} <= {list} and {*map(len, pairs)} <= {2}
-    return whole and {*map(type, chain.from_iterable(pairs))} <= {int, float}
 
 
 def tallies_of(counters: Sequence[Counter]) -> Iterator[Tally]:

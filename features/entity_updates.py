@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 from .counters import CountedPart
 from .events import Event, EventType
-from .state import NEVER, Ad, StateError, UserState, pack_ad, pack_features, pack_user, unpack_ad, unpack_user
+from .packing import StateError
+from .state import NEVER, Ad, UserState, pack_ad, pack_features, pack_user, unpack_ad, unpack_user
 
 Kind = Literal["user", "ad", "request", "ad_counts"]
 """`ad_counts`: an ad as events are counted with it, whose ids are remembered apart from those of the ad's own updates."""
@@ -87,11 +88,9 @@ class EntityUpdates:
             return None, True
         empty = UserState() if self.kind == "user" else Ad(self.id, {})
         try:
-            state = empty if not packed else unpack_user(self.id, packed) if self.kind == "user" else unpack_ad(self.id, packed)
+            return empty if not packed else unpack_user(self.id, packed) if self.kind == "user" else unpack_ad(self.id, packed), True
         except StateError:
             return empty, False
-        times = [*state.changed.values(), *(state.ts if isinstance(state, UserState) else ())]
-        return (state, True) if set(map(type, times)) <= {int, float} else (empty, False)
 
     def _packed(self, state: UserState | Ad | None) -> bytes:
         if state is None:

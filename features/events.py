@@ -3,35 +3,20 @@
 Knows nothing about the wire format (`service/feedback/ingest.py`) or about what an event leads to.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
-import msgpack
+import msgspec
 
-from .encode import Features
-from .state import StateError
+from .packing import StateError, pack, unpacker
 
 EventType = Literal["impression", "click", "conversion", "user", "ad"]
 TYPES: tuple[EventType, ...] = get_args(EventType)
 JOINED: tuple[EventType, ...] = ("impression", "click", "conversion")
 """The events that the joiner reads; the others end in the store."""
-_TYPES_OF: Mapping[str, tuple[type, ...]] = {
-    "type": (str,),
-    "event_id": (str,),
-    "ts": (int, float),
-    "user_id": (str,),
-    "request_id": (str,),
-    "ad_id": (str,),
-    "position": (int, type(None)),
-    "value": (int, float, type(None)),
-    "features": (dict,),
-    "active": (bool, type(None)),
-}
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """One event. What a type has no use for is empty; `ts` in seconds since 1970, as the caller's clock had it."""
 
     type: EventType
@@ -46,7 +31,7 @@ class Event:
     """Of an impression: where the ad was really shown, from 1."""
     value: float | None = None
     """Of a conversion, in the advertiser's currency."""
-    features: Features = field(default_factory=dict)
+    features: Mapping[str, Any] = {}
     """Of a user or an ad: what is told of it; None takes a feature away."""
     active: bool | None = None
     """Of an ad: whether it may be shown, None where that is not told."""
@@ -57,11 +42,12 @@ class Event:
         return {"click": self.user_id, "user": self.user_id, "ad": self.ad_id}.get(self.type, self.request_id)
 
 
+_unpack_event: Callable[[bytes], Event] = unpacker(Event)
+
+
 def pack_event(event: Event) -> bytes:
     """An event as one value of a stream."""
-    values = {name: getattr(event, name) for name in Event.__slots__}
-    packed: bytes = msgpack.packb({name: value for name, value in values.items() if value not in ("", None, {})})
-    return packed
+    return pack(event)
 
 
 def unpack_event(value: bytes) -> Event:
@@ -71,10 +57,6 @@ def unpack_event(value: bytes) -> Event:
         StateError: the value is not an event.
     """
     try:
-        document = msgpack.unpackb(value)
-        wrong = [name for name, entry in document.items() if type(entry) not in _TYPES_OF[name]]
-        if not wrong and document["type"] in TYPES:
-            return Event(**document)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        pass
-    raise StateError("the value is not an event")
+        return _unpack_event(value)
+    except StateError as error:
+        raise StateError(f"the value is not an event: {error}") from error

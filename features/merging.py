@@ -6,13 +6,16 @@ The type of a time tells where it comes from, here and in what is stored: whole 
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from .counters import merged_counts
 from .encode import Features
 from .entity_updates import FEATURES_BYTES
-from .state import ACTIVE, HISTORY_LIMIT, STATE_BYTES, Ad, StateError, UserState, pack_ad, pack_features, pack_user, unpack_ad, unpack_user
+from .packing import StateError
+from .state import ACTIVE, HISTORY_LIMIT, STATE_BYTES, Ad, UserState, pack_ad, pack_features, pack_user, unpack_ad, unpack_user
 
 TWIN_SECONDS = (-60.0, 1_800.0)
 """How much later than a behaviour of a data set, which may have the time of its ranking, an event of the same ad may be to be the same."""
@@ -118,7 +121,7 @@ class RetireAd:
         self.stays = any(type(ts) is float and _is_newer(ts, self.until) for ts in ad.changed.values())
         if self.stays or not ad.active:
             return None
-        return pack_ad(replace(ad, active=False, changed={**ad.changed, ACTIVE: self.now}))
+        return pack_ad(msgspec.structs.replace(ad, active=False, changed={**ad.changed, ACTIVE: self.now}))
 
 
 @dataclass(slots=True)

@@ -3,15 +3,16 @@
 Values are raw, as `encode_request` takes them, so whatever was encoded online can be encoded again. Knows nothing about streams.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
+from typing import Any
 
-import msgpack
 import numpy as np
 
 from .encode import AdTable, Encoder, Features, Feeds, Request, encode_request
-from .state import StateError, unpack_features
+from .packing import StateError, pack, unpacker
+from .state import unpack_features
 
 FORMAT = 2
 WITH_TIMES, WITH_BIDS, WITH_EXPERIMENT, WITH_COUNTERS = 3, 4, 5, 6
@@ -103,6 +104,7 @@ class ServedRecord:
         return encode_request(table, request)[0]
 
 
+_unpack: Callable[[bytes], list[Any]] = unpacker(list[Any])
 _values = attrgetter(*(entry.name for entry in fields(ServedRecord)))
 
 
@@ -114,8 +116,7 @@ def pack_served(served: ServedRecord) -> bytes:
         document = [WITH_BIDS, *values[: len(_SHAPES) + len(_MONEY_SHAPES)]]
     if document[0] == WITH_BIDS and not served.bids and served.objective == "pctr":
         document = [WITH_TIMES, *values[: len(_SHAPES)]] if served.history_ts else [FORMAT, *values[: len(_SHAPES) - 1]]
-    packed: bytes = msgpack.packb(document)
-    return packed
+    return pack(document)
 
 
 def unpack_served(value: bytes) -> ServedRecord:
@@ -124,15 +125,12 @@ def unpack_served(value: bytes) -> ServedRecord:
     Raises:
         StateError: the value is not one.
     """
-    try:
-        document = msgpack.unpackb(value)
-    except ValueError as error:
-        raise StateError(f"not a packed value: {error}") from error
+    document = _unpack(value)
     for before, added in _ADDED.items():
-        if isinstance(document, list) and document[:1] == [before]:
+        if document[:1] == [before]:
             document = [max(before + 1, FORMAT), *document[1:], *added]
     shapes = [*_SHAPES, *_MONEY_SHAPES, *_EXPERIMENT_SHAPES, *_COUNTERS_SHAPES]
-    if not isinstance(document, list) or document[:1] != [WITH_COUNTERS] or [*map(type, document[1:])] != shapes:
+    if document[:1] != [WITH_COUNTERS] or [*map(type, document[1:])] != shapes:
         raise StateError(f"the value is not a served ranking of format {FORMAT} to {WITH_COUNTERS}")
     served = _with_counters(ServedRecord(*document[1:]))
     bidding = len(served.candidates or served.ad_ids) if served.bids else 0

@@ -9,14 +9,14 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-import msgpack
+import msgspec
 
-from .counters import CountedPart, Counts, are_counts, with_event
+from .counters import CountedPart, Counts, with_event
 from .encode import Features
 from .errors import AdrankError
+from .packing import StateError, pack, unpacker
 
 if TYPE_CHECKING:  # it is made of what stands here
     from .entity_updates import EntityUpdates, Outcome
@@ -43,10 +43,6 @@ SEEN_LIMIT = 10_000
 """The most events remembered of a user, an ad or a ranking; the oldest by their own time are forgotten first."""
 
 
-class StateError(ValueError):
-    """A packed value is not a state, or is another user's."""
-
-
 class StoreError(AdrankError, RuntimeError):
     """The store did not answer; `reason` is a metric label, such as `store_timeout`."""
 
@@ -70,35 +66,28 @@ class ChangesLostError(RuntimeError):
     """The change stream no longer reaches back to a cursor: the catalogue has to be read whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class UserState:
+class UserState(msgspec.Struct, frozen=True):
     """A user's features and behaviours, oldest first; `ts` in seconds since 1970, beside `ad_ids`: floats where an event told them.
 
     `changed` says when features were last told by an event, so that one that comes late does not undo a newer one.
     """
 
-    features: Features = field(default_factory=dict)
+    features: Features = {}
     ad_ids: Sequence[str] = ()
     ts: Sequence[float] = ()
-    changed: Mapping[str, float] = field(default_factory=dict)
-    counts: Counts = field(default_factory=dict)
+    changed: Mapping[str, float] = {}
+    counts: Counts = {}
 
     def clicked(self, ad_id: str, ts: float) -> "UserState":
-        """The state with one more behaviour, in its place by time: after those of the same time, and gone if too old for the limit.
-
-        Raises:
-            StateError: a stored time is none.
-        """
-        if not set(map(type, self.ts)) <= {int, float}:
-            raise StateError("the stored history has times that are none")
+        """The state with one more behaviour, in its place by time: after those of the same time, and gone if too old for the limit."""
         at = bisect_right(self.ts, ts)
         # A float: what comes with a data set has whole seconds, see `merging.py`.
         ad_ids, times = [*self.ad_ids[:at], ad_id, *self.ad_ids[at:]], [*self.ts[:at], float(ts), *self.ts[at:]]
-        return replace(self, ad_ids=ad_ids[-HISTORY_LIMIT:], ts=times[-HISTORY_LIMIT:])
+        return msgspec.structs.replace(self, ad_ids=ad_ids[-HISTORY_LIMIT:], ts=times[-HISTORY_LIMIT:])
 
     def counted(self, parts: Sequence[CountedPart], ts: float) -> "UserState":
         """The state with one more event counted."""
-        return replace(self, counts=with_event(self.counts, parts, ts)) if parts else self
+        return msgspec.structs.replace(self, counts=with_event(self.counts, parts, ts)) if parts else self
 
     def updated(self, features: Features, ts: float) -> "UserState":
         """The state with features as they were told at a time; None takes one away, and what was told later stays.
@@ -107,11 +96,10 @@ class UserState:
             StateError: there would be too many features.
         """
         known, changed = _updated(self.features, self.changed, features, ts)
-        return replace(self, features=known, changed=changed)
+        return msgspec.structs.replace(self, features=known, changed=changed)
 
 
-@dataclass(frozen=True, slots=True)
-class Ad:
+class Ad(msgspec.Struct, frozen=True):
     """An ad's features. One that is no longer `active` has left the catalogue but still stands in histories.
 
     `changed` is as in `UserState`, with when `active` was told under `ACTIVE`.
@@ -120,12 +108,12 @@ class Ad:
     ad_id: str
     features: Features
     active: bool = True
-    changed: Mapping[str, float] = field(default_factory=dict)
-    counts: Counts = field(default_factory=dict)
+    changed: Mapping[str, float] = {}
+    counts: Counts = {}
 
     def counted(self, parts: Sequence[CountedPart], ts: float) -> "Ad":
         """The ad with one more event counted."""
-        return replace(self, counts=with_event(self.counts, parts, ts)) if parts else self
+        return msgspec.structs.replace(self, counts=with_event(self.counts, parts, ts)) if parts else self
 
     def updated(self, features: Features, active: bool | None, ts: float) -> "Ad":
         """The ad with features, and whether it is active where that is not None, as they were told at a time.
@@ -135,8 +123,8 @@ class Ad:
         """
         known, changed = _updated(self.features, self.changed, features, ts)
         if active is None or ts < changed.get(ACTIVE, NEVER):
-            return replace(self, features=known, changed=changed)
-        return replace(self, features=known, changed={**changed, ACTIVE: float(ts)}, active=active)
+            return msgspec.structs.replace(self, features=known, changed=changed)
+        return msgspec.structs.replace(self, features=known, changed={**changed, ACTIVE: float(ts)}, active=active)
 
 
 def _updated(known: Features, changed: Mapping[str, float], news: Features, ts: float) -> tuple[Features, Mapping[str, float]]:
@@ -152,11 +140,52 @@ def _updated(known: Features, changed: Mapping[str, float], news: Features, ts: 
     return together, times
 
 
+_Times = dict[str, int | float]
+_Counts = dict[str, dict[str, tuple[float, float]]]
+
+
+class _StoredUser(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
+    """A user as format 1 has one; the first of its array is the format."""
+
+    owner: str
+    features: dict[str, Any]
+    ad_ids: list[str]
+    ts: list[int | float]
+
+
+class _ChangedUser(_StoredUser, frozen=True, tag=FORMAT):
+    changed: _Times
+
+
+class _CountedUser(_ChangedUser, frozen=True, tag=WITH_COUNTS):
+    counts: _Counts
+
+
+class _StoredAd(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
+    """An ad as format 1 has one."""
+
+    active: bool
+    features: dict[str, Any]
+
+
+class _ChangedAd(_StoredAd, frozen=True, tag=FORMAT):
+    changed: _Times
+
+
+class _CountedAd(_ChangedAd, frozen=True, tag=WITH_COUNTS):
+    counts: _Counts
+
+
+_unpack_user: Callable[[bytes], _StoredUser] = unpacker(_StoredUser | _ChangedUser | _CountedUser, STATE_BYTES)
+_unpack_ad: Callable[[bytes], _StoredAd] = unpacker(_StoredAd | _ChangedAd | _CountedAd, STATE_BYTES)
+_unpack_features: Callable[[bytes], Features] = unpacker(dict[str, Any], STATE_BYTES)
+
+
 def pack_user(user_id: str, state: UserState) -> bytes:
     """A user's state as one value of the store; the newest `HISTORY_LIMIT` behaviours are kept."""
-    features = dict(state.features)
-    changed = dict(state.changed)
-    return _packed([user_id, features, list(state.ad_ids[-HISTORY_LIMIT:]), list(state.ts[-HISTORY_LIMIT:]), changed], state.counts)
+    behaviours = list(state.ad_ids[-HISTORY_LIMIT:]), list(state.ts[-HISTORY_LIMIT:])
+    parts = [user_id, dict(state.features), *behaviours, dict(state.changed)]
+    return pack([WITH_COUNTS, *parts, state.counts] if state.counts else [FORMAT, *parts])
 
 
 def unpack_user(user_id: str, value: bytes) -> UserState:
@@ -165,21 +194,21 @@ def unpack_user(user_id: str, value: bytes) -> UserState:
     Raises:
         StateError: the value is not a packed state, or is that of another user, which must never be ranked with.
     """
-    document = _unpack(value)
-    if not _is(document, [int, str, dict, list, list, dict, dict]):
-        raise StateError(f"the value stored for user {user_id!r} is not a user state of format {FORMAT}")
-    _, owner, features, ad_ids, ts, changed, counts = document
-    if owner != user_id:
+    try:
+        stored = _unpack_user(value)
+    except StateError as error:
+        raise StateError(f"the value stored for user {user_id!r} is not a user state of format {FORMAT}: {error}") from error
+    if stored.owner != user_id:
         raise StateError("the value stored for a user names another user")
-    if len(ad_ids) != len(ts) or not set(map(type, ad_ids)) <= {str}:
+    if len(stored.ad_ids) != len(stored.ts):
         raise StateError(f"the history stored for user {user_id!r} is damaged")
-    _check_times(changed)
-    return UserState(features, ad_ids, ts, changed, counts)
+    return UserState(*msgspec.structs.astuple(stored)[1:])
 
 
 def pack_ad(ad: Ad) -> bytes:
     """An ad as one value of the store."""
-    return _packed([ad.active, dict(ad.features), dict(ad.changed)], ad.counts)
+    parts = [ad.active, dict(ad.features), dict(ad.changed)]
+    return pack([WITH_COUNTS, *parts, ad.counts] if ad.counts else [FORMAT, *parts])
 
 
 def unpack_ad(ad_id: str, value: bytes) -> Ad:
@@ -188,16 +217,16 @@ def unpack_ad(ad_id: str, value: bytes) -> Ad:
     Raises:
         StateError: the value is not a packed ad.
     """
-    document = _unpack(value)
-    if not _is(document, [int, bool, dict, dict, dict]):
-        raise StateError(f"the value stored for ad {ad_id!r} is not an ad of format {FORMAT}")
-    _check_times(document[3])
-    return Ad(ad_id, document[2], document[1], *document[3:])
+    try:
+        active, features, *rest = msgspec.structs.astuple(_unpack_ad(value))
+    except StateError as error:
+        raise StateError(f"the value stored for ad {ad_id!r} is not an ad of format {FORMAT}: {error}") from error
+    return Ad(ad_id, features, active, *rest)
 
 
 def pack_features(features: Features) -> bytes:
     """An ad's features alone: how the catalogue keeps them and how a served ranking is logged with them."""
-    return _pack(dict(features))
+    return pack(dict(features))
 
 
 def unpack_features(value: bytes) -> Features:
@@ -206,44 +235,10 @@ def unpack_features(value: bytes) -> Features:
     Raises:
         StateError: the value is not packed features.
     """
-    features = _unpack(value)
-    if not isinstance(features, dict):
-        raise StateError("the value is not packed features")
-    return features
-
-
-def _check_times(changed: Mapping[str, object]) -> None:
-    if changed and not set(map(type, changed.values())) <= {int, float}:
-        raise StateError("what is stored has times of changes that are none")
-
-
-def _is(document: object, shapes: list[type]) -> bool:
-    """Whether it has these parts, counts the last. One of format 1, which had no times of changes, or 2 is brought up to date."""
-    if not isinstance(document, list) or not document or type(document[0]) is not int:
-        return False
-    lacking = WITH_COUNTS - document[0]
-    if 0 < lacking == len(shapes) - len(document):
-        document[0] = WITH_COUNTS
-        document += [{} for _ in range(lacking)]
-    return [*map(type, document)] == shapes and document[0] == WITH_COUNTS and are_counts(document[-1])
-
-
-def _packed(parts: list[Any], counts: Counts) -> bytes:
-    return _pack([WITH_COUNTS, *parts, counts] if counts else [FORMAT, *parts])
-
-
-def _pack(document: object) -> bytes:
-    packed: bytes = msgpack.packb(document)
-    return packed
-
-
-def _unpack(value: bytes) -> Any:
-    if len(value) > STATE_BYTES:
-        raise StateError(f"it takes more than {STATE_BYTES:,} bytes, the most that are read")
     try:
-        return msgpack.unpackb(value)
-    except ValueError as error:  # msgpack's own errors, and bad UTF-8, are ValueErrors
-        raise StateError(f"not a packed value: {error}") from error
+        return _unpack_features(value)
+    except StateError as error:
+        raise StateError(f"the value is not packed features: {error}") from error
 
 
 class Store(Protocol):

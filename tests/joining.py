@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import bundles
+import msgspec
 import numpy as np
 import polars as pl
 from processes import ROOT, environment
@@ -238,9 +239,9 @@ def messy(chance: random.Random, rankings: int = 120, events: int = 900) -> tupl
         )
         for i in range(events)
     ]
-    made = [each if each.type == "click" else replace(each, user_id=chance.choice(["", each.user_id])) for each in made]
-    made = [replace(e, position=chance.choice([None, 1, 7])) if e.type == "impression" else e for e in made]
-    made = [replace(e, value=chance.choice([None, 1.5, 2.0])) if e.type == "conversion" else e for e in made]
+    made = [each if each.type == "click" else msgspec.structs.replace(each, user_id=chance.choice(["", each.user_id])) for each in made]
+    made = [msgspec.structs.replace(e, position=chance.choice([None, 1, 7])) if e.type == "impression" else e for e in made]
+    made = [msgspec.structs.replace(e, value=chance.choice([None, 1.5, 2.0])) if e.type == "conversion" else e for e in made]
     return log, sorted([*made, *chance.sample(made, events // 15)], key=lambda event: event.ts)
 
 

@@ -141,6 +141,6 @@ def test_counts_stay_bounded_and_survive_the_store():
     counts = with_event({"k": {f"v{i}": [1.0, 1_000.0 + i] for i in range(VALUES_KEPT)}}, [CountedPart("k", "new", 60.0)], 1_100.0)
     assert "v0" not in counts["k"]
     assert len(counts["k"]) == VALUES_KEPT
-    counts = {"k": {"a": [1.5, 2.0]}}
+    counts = {"k": {"a": (1.5, 2.0)}}
     assert unpack_user("u", pack_user("u", UserState(counts=counts))).counts == counts
     assert unpack_ad("a", pack_ad(Ad("a", {"x": 1}, counts=counts))) == Ad("a", {"x": 1}, counts=counts)

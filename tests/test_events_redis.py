@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import time
 
-import msgpack
 import pytest
 import redis
 import redis.asyncio
 from conftest import redis_store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import msgpack
 
 from features.entity_updates import by_entity
 from features.events import unpack_event
@@ -120,8 +120,8 @@ class TestServer:
             b"nonsense",
             b"\xc1",
             pack_user("u2", UserState()),
-            msgpack.packb([2, "u1", {}, ["a"], ["x"], {}]),
-            msgpack.packb([2, "u1", {}, [], [], {"age": []}]),
+            msgpack.encode([2, "u1", {}, ["a"], ["x"], {}]),
+            msgpack.encode([2, "u1", {}, [], [], {"age": []}]),
         ],
     )
     async def test_a_state_that_cannot_be_read_gives_way(self, store, raw, value):
@@ -182,7 +182,7 @@ def test_any_order_and_any_repetition_end_in_the_same_state(servers):
 
     def normal(value):
         """The order in which features were told is of no matter."""
-        return value and [sorted(part.items()) if isinstance(part, dict) else part for part in msgpack.unpackb(value)]
+        return value and [sorted(part.items()) if isinstance(part, dict) else part for part in msgpack.decode(value)]
 
     with asyncio.Runner() as runner:  # one loop: a connection that is collected after its loop would warn in whatever test runs then
         check()

@@ -10,7 +10,6 @@ import subprocess
 from collections import Counter
 
 import bundles
-import msgpack
 import pytest
 from conftest import until
 from hypothesis import HealthCheck, given, settings
@@ -29,6 +28,7 @@ from joining import (
     rows,
     table,
 )
+from msgspec import msgpack
 from redis_servers import eventually
 
 from features.events import pack_event
@@ -352,13 +352,13 @@ values = st.recursive(
 
 def mutated(packed: bytes):
     """A record with some of its parts replaced."""
-    whole = msgpack.unpackb(packed)
+    whole = msgpack.decode(packed)
     keys = list(whole) if isinstance(whole, dict) else list(range(len(whole)))
 
     def replaced(changes):
         for key, value in changes.items():
             whole[key] = value
-        return msgpack.packb(whole)
+        return msgpack.encode(whole)
 
     return st.dictionaries(st.sampled_from(keys), values, min_size=1, max_size=2).map(replaced)
 

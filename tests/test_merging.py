@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.merging import ForgetAd, MergeAd, MergeUser, RetireAd, left_before, merged_ad, merged_user
-from features.state import ACTIVE, HISTORY_LIMIT, Ad, StateError, UserState, pack_ad, pack_user, unpack_ad, unpack_user
+from features.packing import StateError
+from features.state import ACTIVE, HISTORY_LIMIT, Ad, UserState, pack_ad, pack_user, unpack_ad, unpack_user
 from tests.test_datasets import patient
 
 UNTIL = 1_000_000

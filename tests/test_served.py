@@ -1,14 +1,15 @@
 from dataclasses import replace
 
 import bundles
-import msgpack
 import numpy as np
 import pytest
+from msgspec import msgpack
 
 from features.encode import AdTable, Request, encode_request
 from features.events import Event, pack_event, unpack_event
+from features.packing import StateError
 from features.served import ServedRecord, pack_served, unpack_served
-from features.state import StateError, pack_features
+from features.state import pack_features
 
 ADS = {ad_id: pack_features(features) for ad_id, features in bundles.ADS.items()}
 SERVED = ServedRecord(
@@ -34,7 +35,7 @@ BIDDING = replace(SERVED, objective="ecpm", bids=[10**15, -1, 0], bid_types=["cp
 
 @pytest.mark.parametrize(("served", "form"), [(SERVED, 2), (BIDDING, 4), (replace(SERVED, objective="weighted"), 4)])
 def test_a_served_ranking_packed_and_unpacked_is_the_same(served: ServedRecord, form: int) -> None:
-    assert msgpack.unpackb(pack_served(served))[0] == form  # readers of before know the first two, which most rankings are
+    assert msgpack.decode(pack_served(served))[0] == form  # readers of before know the first two, which most rankings are
     again = unpack_served(pack_served(served))
     assert again == ServedRecord(**{name: getattr(again, name) for name in again.__slots__})
     assert [getattr(again, name) for name in again.__slots__] == [
@@ -68,10 +69,10 @@ def test_the_ads_to_encode_can_be_chosen() -> None:
     [
         b"",
         b"\xc1",
-        msgpack.packb(None),
-        msgpack.packb([1]),
-        msgpack.packb([3, *msgpack.unpackb(pack_served(SERVED))[1:]]),
-        msgpack.packb([1, *msgpack.unpackb(pack_served(SERVED))[1:]]),
+        msgpack.encode(None),
+        msgpack.encode([1]),
+        msgpack.encode([3, *msgpack.decode(pack_served(SERVED))[1:]]),
+        msgpack.encode([1, *msgpack.decode(pack_served(SERVED))[1:]]),
         pack_served(SERVED)[:-1],
         pack_served(replace(SERVED, shown=len(SERVED.ad_ids) + 1)),
         pack_served(replace(SERVED, shown=-1)),
@@ -87,16 +88,16 @@ def test_what_is_no_served_ranking_is_refused(value: bytes) -> None:
 
 def test_a_record_from_before_it_said_what_is_shown_says_nothing() -> None:
     said = replace(SERVED, shown=1)
-    old = msgpack.packb([1, *msgpack.unpackb(pack_served(said))[1:-1]])
+    old = msgpack.encode([1, *msgpack.decode(pack_served(said))[1:-1]])
     assert unpack_served(pack_served(said)).shown == 1
     assert unpack_served(old) == unpack_served(pack_served(replace(said, shown=0)))
 
 
 def test_columns_of_different_length_are_refused() -> None:
-    document = msgpack.unpackb(pack_served(SERVED))
+    document = msgpack.decode(pack_served(SERVED))
     document[10] = [0.5]
     with pytest.raises(StateError, match="differ in length"):
-        unpack_served(msgpack.packb(document))
+        unpack_served(msgpack.encode(document))
 
 
 CLICK = Event("click", "e1", 1_763_800_001, "u1", "r1", "a1")
@@ -123,6 +124,6 @@ def test_an_event_packed_and_unpacked_is_the_same(event: Event) -> None:
 )
 def test_what_is_no_event_is_refused(document: object) -> None:
     with pytest.raises(StateError):
-        unpack_event(msgpack.packb(document))
+        unpack_event(msgpack.encode(document))
     with pytest.raises(StateError):
         unpack_event(b"\xc1")

@@ -2,16 +2,16 @@ import contextlib
 from random import Random
 from typing import Any
 
-import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import msgpack
 
+from features.packing import StateError
 from features.state import (
     FEATURES_LIMIT,
     HISTORY_LIMIT,
     Ad,
-    StateError,
     UserState,
     pack_ad,
     pack_features,
@@ -82,11 +82,17 @@ def test_another_user_s_state_is_refused_and_not_named() -> None:
         [2, "u", {}, {}, [], {}],
         [2, "u", {}, ["a"], [], {}],
         [2, "u", {}, [3], [3], {}],
+        [2, "u", {}, ["a"], ["x"], {}],
+        [2, "u", {}, ["a"], [True], {}],
+        [3, "u", {}, [], [], {}, []],
+        [3, "u", {}, [], [], {}, {"click@60": {"a1": [1.0]}}],
+        [3, "u", {}, [], [], {}, {"click@60": {"a1": [1.0, "x"]}}],
+        [4, "u", {}, [], [], {}, {}],
     ],
 )
 def test_what_is_no_state_is_refused(document: object) -> None:
     with pytest.raises(StateError, match="user 'u'"):
-        unpack_user("u", msgpack.packb(document))
+        unpack_user("u", msgpack.encode(document))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +100,7 @@ def test_what_is_no_state_is_refused(document: object) -> None:
 )
 def test_what_is_no_ad_is_refused(document: object) -> None:
     with pytest.raises(StateError, match="ad 'a1'"):
-        unpack_ad("a1", msgpack.packb(document))
+        unpack_ad("a1", msgpack.encode(document))
 
 
 def test_a_value_cut_short_or_with_more_behind_it_is_refused() -> None:
@@ -126,8 +132,8 @@ def test_a_changed_byte_is_a_state_error_or_another_state_of_the_same_user(data:
 
 
 def test_a_value_of_format_1_is_read_as_one_that_no_event_has_changed() -> None:
-    assert unpack_user("u", msgpack.packb([1, "u", {"age": "25"}, ["a1"], [7]])) == UserState({"age": "25"}, ["a1"], [7])
-    assert unpack_ad("a", msgpack.packb([1, False, {"price": 1.0}])) == Ad("a", {"price": 1.0}, active=False)
+    assert unpack_user("u", msgpack.encode([1, "u", {"age": "25"}, ["a1"], [7]])) == UserState({"age": "25"}, ["a1"], [7])
+    assert unpack_ad("a", msgpack.encode([1, False, {"price": 1.0}])) == Ad("a", {"price": 1.0}, active=False)
 
 
 @patient
@@ -137,11 +143,6 @@ def test_clicks_land_in_their_place_by_time_in_whatever_order_they_come(behaviou
     for ad_id, ts in shuffled:
         state = state.clicked(ad_id, ts)
     assert list(zip(state.ad_ids, state.ts, strict=True)) == sorted(shuffled, key=lambda behaviour: behaviour[1])
-
-
-def test_a_history_whose_times_are_none_is_refused() -> None:
-    with pytest.raises(StateError, match="times that are none"):
-        UserState({}, ["a1"], ["x"]).clicked("a2", 1)
 
 
 @patient
@@ -191,15 +192,15 @@ def test_what_was_taken_away_is_not_remembered_without_end() -> None:
 def test_features_packed_and_unpacked_are_the_same(known: dict[str, object]) -> None:
     assert unpack_features(pack_features(known)) == known
     with pytest.raises(StateError):
-        unpack_features(msgpack.packb([known]))
+        unpack_features(msgpack.encode([known]))
 
 
 def test_times_of_changes_that_are_none_are_refused() -> None:
     for times in ({"age": "x"}, {"": None}, {"age": [1]}, {"age": True}):
-        with pytest.raises(StateError, match="times"):
-            unpack_user("u", msgpack.packb([2, "u", {}, [], [], times]))
-        with pytest.raises(StateError, match="times"):
-            unpack_ad("a", msgpack.packb([2, False, {}, times]))
+        with pytest.raises(StateError, match="ad 'a'|user 'u'"):
+            unpack_user("u", msgpack.encode([2, "u", {}, [], [], times]))
+        with pytest.raises(StateError, match="ad 'a'|user 'u'"):
+            unpack_ad("a", msgpack.encode([2, False, {}, times]))
 
 
 def test_what_is_nested_without_end_is_refused() -> None:

@@ -4,9 +4,9 @@ import asyncio
 import random
 import time
 
-import msgpack
 import pytest
 from conftest import redis_store
+from msgspec import msgpack
 
 from features.counters import CountedPart
 from features.entity_updates import by_entity
@@ -62,7 +62,7 @@ class TestEvents:
         for _ in range(2):
             entities = by_entity(events, counting=counting)
             await asyncio.gather(*(store.apply(entities[i:]) for i in range(3)))
-        once = [1.0, NOW]
+        once = (1.0, NOW)
         known = {"impression@60": {"a1": once}, "conversion@60": {"a1": once}, "click@60": {"a1": once, "none": once}}
         assert (await store.get_user("u1")).counts == known
         assert await everything(store) == {"a1": Ad("a1", {"genre": "news"}, counts={f"{e.type}@60": {"": once} for e in events})}
@@ -251,7 +251,7 @@ class TestRedis:
         assert 0 < await raw.ttl(user_key("u1")) <= 100
         assert sorted(await raw.keys()) == sorted([b"adrank:user:{u1}", ads_key("a1").encode(), CHANGES.encode()])
 
-    @pytest.mark.parametrize("value", [b"nonsense", b"\xc1", msgpack.packb([1, "u1", {}, [], []])[:-1], pack_user("u2", UserState())])
+    @pytest.mark.parametrize("value", [b"nonsense", b"\xc1", msgpack.encode([1, "u1", {}, [], []])[:-1], pack_user("u2", UserState())])
     async def test_a_damaged_or_foreign_value_is_never_ranked_with(self, redis_only, raw, value):
         await raw.set(user_key("u1"), value)
         with pytest.raises(StoreError) as caught:
@@ -337,11 +337,11 @@ class TestLostChanges:
         await self.put(redis_only, 1)
         cursor = await redis_only.cursor()
         await raw.delete(CHANGES)
-        await raw.xadd(CHANGES, {"ads": msgpack.packb(["old"])}, id="1-1")
+        await raw.xadd(CHANGES, {"ads": msgpack.encode(["old"])}, id="1-1")
         with pytest.raises(ChangesLostError):
             await redis_only.changed_ads(cursor, 0.01)
 
-    @pytest.mark.parametrize("entry", [{"ads": b"\xc1"}, {"ads": msgpack.packb([1])}, {"other": b""}])
+    @pytest.mark.parametrize("entry", [{"ads": b"\xc1"}, {"ads": msgpack.encode([1])}, {"other": b""}])
     async def test_a_damaged_entry(self, redis_only, raw, entry):
         cursor = await redis_only.cursor()
         await raw.xadd(CHANGES, entry)

@@ -5,9 +5,9 @@ import logging
 import time
 
 import bundles
-import msgpack
 import pytest
 from conftest import redis_store, running
+from msgspec import msgpack
 
 from features.events import unpack_event
 from features.state import STATE_BYTES, Ad, StoreError, UserState, pack_ad, pack_user
@@ -135,7 +135,7 @@ async def test_a_catalogue_with_a_hash_of_a_wrong_type_is_read_and_followed(redi
     assert set(await everything(store)) == there - lost
     assert len(damaged) == 1
     assert f"'{ads_key('a1')}'" in caplog.text
-    await raw.xadd(CHANGES, {"ads": msgpack.packb(["a1", "a2"])})
+    await raw.xadd(CHANGES, {"ads": msgpack.encode(["a1", "a2"])})
     ads, cursor = await store.changed_ads(cursor, 0.01)
     assert {each.ad_id for each in ads} == {"a2"} - lost
     assert len(damaged) == 2

@@ -13,8 +13,9 @@ from typing import TypeVar
 from rich.progress import Progress
 
 from features.merging import ForgetAd, MergeAd, MergeUser, RetireAd, Rewrite, bounded
+from features.packing import StateError
 from features.schema import Side
-from features.state import StateError, Store, pack_ad, pack_user
+from features.state import Store, pack_ad, pack_user
 
 from .datasets.prepared import DataError, Prepared
 from .datasets.states import ads, newest_time, user_states

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgpack
 import numpy as np
 import onnxruntime
+from msgspec import msgpack
 
 from features.bundle import load_bundle
 from features.encode import Encoder, Feeds
@@ -65,7 +65,7 @@ class PeerModel:
 
     def feeds(self, ads: PeerAds, user_id: str, packed: Any, candidates: list[str]) -> Feeds:
         """Tensors of a request, one row a candidate; `packed` is the user's state as the store has it."""
-        _, _, features, behaviours, *_ = msgpack.unpackb(packed) if packed else (0, 0, {}, [], [])
+        _, _, features, behaviours, *_ = msgpack.decode(packed) if packed else (0, 0, {}, [], [])
         known = {"user_id": user_id, **features}
         user = np.array([[int(vocabulary.encode([known.get(name)])[0]) for name, vocabulary in self._fields]])
         feeds = {"user_ids": np.repeat(user, len(candidates), axis=0), "ad_ids": ads.take(candidates)}

@@ -15,17 +15,16 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
-import msgpack
 from redis.exceptions import RedisError, ResponseError
 
 from features.entity_updates import EntityUpdates, Kind, Outcome
 from features.merging import Rewrite
+from features.packing import StateError, pack, unpacker
 from features.state import (
     OF_ADS,
     STATE_BYTES,
     Ad,
     ChangesLostError,
-    StateError,
     StoreError,
     StoreRoom,
     UserState,
@@ -60,6 +59,8 @@ FOLLOW_SECONDS = 5.0
 """How long past its wait a read of changes may take: soon enough to notice a server that is there but silent."""
 WAIT_SECONDS = 5.0
 """The longest wait for a change."""
+
+_unpack_ids: Callable[[bytes], list[str]] = unpacker(list[str])
 
 log = logging.getLogger(__name__)
 
@@ -333,7 +334,7 @@ def fields_of(words: Sequence[Any]) -> dict[Any, Any]:
 
 
 def _announcement(ad_ids: Sequence[str]) -> Command:
-    packed: bytes = msgpack.packb(ad_ids)
+    packed = pack(ad_ids)
     return (b"XADD", CHANGES, b"MAXLEN", b"~", str(min(CHANGES_KEPT, CHANGES_BYTES // len(packed))), b"*", b"ads", packed)
 
 
@@ -354,12 +355,9 @@ async def answering(seconds: float) -> AsyncIterator[None]:
 
 def _announced(entry: dict[bytes, bytes]) -> Sequence[str]:
     try:
-        ad_ids: Any = msgpack.unpackb(entry[b"ads"])
-        if all(type(ad_id) is str for ad_id in ad_ids):
-            return list(ad_ids)
-    except (KeyError, ValueError, TypeError):
-        pass
-    raise ChangesLostError("an entry of the change stream is damaged")
+        return _unpack_ids(entry[b"ads"])
+    except (KeyError, StateError) as error:
+        raise ChangesLostError("an entry of the change stream is damaged") from error
 
 
 def _order(entry_id: str) -> tuple[int, ...]:

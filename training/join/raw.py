@@ -15,9 +15,10 @@ import polars as pl
 
 from features.encode import IDENTITIES, Features, FieldError, clean
 from features.events import JOINED, Event, unpack_event
+from features.packing import StateError
 from features.schema import Field, Schema, Side
 from features.served import ServedRecord, unpack_served
-from features.state import StateError, unpack_features
+from features.state import unpack_features
 from features.streams import Entry, Stream
 
 from ..datasets.prepared import DTYPES

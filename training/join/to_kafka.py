@@ -9,8 +9,9 @@ from typing import Any
 import orjson
 from confluent_kafka import KafkaError, KafkaException, Producer
 
+from features.packing import StateError
 from features.served import ServedRecord
-from features.state import StateError, StoreError, unpack_features
+from features.state import StoreError, unpack_features
 from features.streams import Entry
 
 from .raw import read_served
