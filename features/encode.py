@@ -15,7 +15,7 @@ from .counters import Array, Counts, Together, decayed, tallies_of
 from .index import AdIds, grown
 from .schema import AGES, FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, Slot, lay_out
 from .values import ValueTextError, plain_all, text_of
-from .vocabulary import PADDING, UNKNOWN, Ids, Numbers, Vocabularies
+from .vocabulary import FIRST, PADDING, UNKNOWN, Ids, Numbers, Vocabularies, Vocabulary
 
 Value = str | int | float | Sequence[str] | Sequence[float] | None
 Features = Mapping[str, Value]
@@ -379,6 +379,9 @@ class AdTable:
         """By row and tally how much was counted, and when; the last counts nothing."""
         self._windows, self._keys = np.array([*(tally.window for tally in tallies), 1.0]), [tally.key for tally in tallies]
         self._revisions, self._revision = np.zeros(rows, np.int64), 0
+        columns = [slot for slot in layout.ids if slot.field.name == IDENTITY["ad"]]
+        vocabulary = encoder.vocabularies.categories[columns[0].field.vocabulary] if columns else None
+        self._listed = (columns[0].start, vocabulary.values) if isinstance(vocabulary, Vocabulary) else None
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._active[: self._end]))
@@ -433,7 +436,18 @@ class AdTable:
     def put(self, ad_ids: Sequence[str], ads: Block, active: bool | Mask = True) -> None:
         """Add ads, or replace those already there. `active`, of all or `(n,)`: whether they have not left."""
         if len(ad_ids):
-            self.put_rows(self.ids.add(ad_ids), ads, active)
+            rows = self.ids.add(ad_ids)
+            self._share_texts(rows, ads)
+            self.put_rows(rows, ads, active)
+
+    def _share_texts(self, rows: Ids, ads: Block) -> None:
+        """Have the ids as the objects that the vocabulary has of them, so that no text is in memory twice."""
+        if self._listed:
+            column, values = self._listed
+            texts = self.ids.texts
+            for row, i in zip(rows.tolist(), ads.ids[:, column].tolist(), strict=True):
+                if i >= FIRST and values[i - FIRST] == texts[row]:
+                    texts[row] = values[i - FIRST]
 
     def put_rows(self, rows: Ids, ads: Block, active: bool | Mask) -> None:
         """The same by their rows."""

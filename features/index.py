@@ -38,13 +38,17 @@ class RowIndex:
     def add(self, ids: Sequence[str]) -> Ids:
         """Row `(n,)` of each id, a new one where there was none."""
         hashes = _hashes(ids)
-        absent = hashes[self._find(hashes) == 0]
+        rows = self._find(hashes)
+        (absent,) = (rows == 0).nonzero()
         if len(absent):
-            fresh = absent[np.sort(np.unique(absent, return_index=True)[1])]
-            rows = np.arange(self._count + 1, self._count + 1 + len(fresh))
-            self._count += len(fresh)
-            self._place(fresh, rows)
-        return self._find(hashes)
+            _, first, which = np.unique(hashes.take(absent), return_index=True, return_inverse=True)
+            order = first.argsort()
+            fresh = np.empty_like(order)
+            fresh[order] = np.arange(self._count + 1, self._count + 1 + len(order))
+            self._count += len(order)
+            self._place(hashes.take(absent.take(first)), fresh)
+            rows[absent] = fresh.take(which)
+        return rows
 
     def _find(self, hashes: Ids) -> Ids:
         last = len(self._slots) - 1

@@ -81,30 +81,32 @@ class Ads:
         """
         counted = [ad for ad in ads if ad.counts]
         self.counts.update((ad.ad_id, ad.counts) for ad in counted)
-        before = self.features([ad.ad_id for ad in ads])
-        self._change([ad for ad in ads if not (ad.counts and self._is_known(ad, before[ad.ad_id]))], before, encode)
+        before = self.features([ad.ad_id for ad in counted])
+        same = {ad.ad_id for ad in counted if self._is_known(ad, before[ad.ad_id])}
+        self._change([ad for ad in ads if ad.ad_id not in same], encode)
         for table in self.tables.values():
             table.count([ad.ad_id for ad in counted], [ad.counts for ad in counted])
 
     def _is_known(self, ad: Ad, packed: bytes | None) -> bool:
         return ad.active and ad.ad_id not in self.gone and packed == pack_features(ad.features)
 
-    def _change(self, ads: Sequence[Ad], before: Sources, encode: Encode) -> None:
+    def _change(self, ads: Sequence[Ad], encode: Encode) -> None:
         if not ads:
             return
+        told = {ad.ad_id: ad.features for ad in ads if ad.active or ad.features}
+        rows, before = self.ids.add([*told]), self.features([ad.ad_id for ad in ads])
         change, self.latest = self.latest, _Change()
-        change.packed = {ad.ad_id: before[ad.ad_id] for ad in ads}
-        change.misfits = {fingerprint: self._misfits_among(fingerprint, change.packed) for fingerprint in self.tables}
+        change.packed = before
+        change.misfits = {fingerprint: self._misfits_among(fingerprint, before) for fingerprint in self.tables}
         change.following = self.latest
-        packed = {ad.ad_id: pack_features(ad.features) for ad in ads if ad.active or ad.features}
-        self.packed.put(self.ids.add([*packed]), [*packed.values()])
+        self.packed.put(rows, [*map(pack_features, told.values())])
         for ad in ads:
             if ad.active:
                 self.gone.pop(ad.ad_id, None)
-            elif ad.ad_id in packed or before[ad.ad_id] is not None:
+            elif ad.features or before[ad.ad_id] is not None:
                 self.gone[ad.ad_id] = ad.changed.get(ACTIVE, ALWAYS if ad.features else NEVER)
         for fingerprint in self.tables:
-            self._encode(fingerprint, ads, change.packed, encode)
+            self._encode(fingerprint, ads, before, encode)
 
     def _misfits_among(self, fingerprint: str, ad_ids: Collection[str]) -> Sources:
         misfits = self.misfits_of(fingerprint)

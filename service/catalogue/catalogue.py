@@ -17,7 +17,6 @@ from features.encode import AdTable, AdTower, Encoder, Features, FieldError, cle
 from features.merging import ForgetAd, left_before
 from features.schema import IDENTITY, Field
 from features.state import Ad, ChangesLostError, Store, StoreError, unpack_features
-from features.vocabulary import Vocabulary
 
 from ..telemetry.metrics import Metrics
 from .ads import Ads, View
@@ -223,14 +222,8 @@ class Catalogue:
         return None if self._has_much_to_free else cursor_after
 
     async def _put(self, into: Ads, ads: Sequence[Ad]) -> None:
-        lists = [table.encoder.vocabularies.categories.get(IDENTITY["ad"]) for table in into.tables.values()]
-        listed = next((each for each in lists if isinstance(each, Vocabulary)), None)
         for start in range(0, len(ads), AT_ONCE):
-            some = ads[start : start + AT_ONCE]
-            if listed is not None:  # the text of an id is in memory once
-                own = listed.own([ad.ad_id for ad in some])
-                some = [Ad(ad_id, ad.features, ad.active, ad.changed, ad.counts) for ad_id, ad in zip(own, some, strict=True)]
-            into.change(some, self._encode)
+            into.change(ads[start : start + AT_ONCE], self._encode)
             await asyncio.sleep(0)
 
     def _encode(self, table: AdTable, ads: Sequence[Ad]) -> Collection[str]:
