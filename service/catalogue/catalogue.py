@@ -5,6 +5,7 @@ Knows nothing about requests. Everything here runs on the event loop, so that a 
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -222,8 +223,9 @@ class Catalogue:
         return None if self._has_much_to_free else cursor_after
 
     async def _put(self, into: Ads, ads: Sequence[Ad]) -> None:
-        for start in range(0, len(ads), AT_ONCE):
-            into.change(ads[start : start + AT_ONCE], self._encode)
+        size = math.ceil(len(ads) / max(1, round(len(ads) / AT_ONCE)))  # a reply of 540 is one slice, not one of 500 and one of 40
+        for start in range(0, len(ads), max(1, size)):
+            into.change(ads[start : start + size], self._encode)
             await asyncio.sleep(0)
 
     def _encode(self, table: AdTable, ads: Sequence[Ad]) -> Collection[str]:
@@ -240,6 +242,8 @@ def put_ads(table: AdTable, ads: Sequence[Ad]) -> dict[str, str]:
     for active in (True, False):
         # An ad that was deleted outright has no features: those it had stay, for the histories that hold it.
         kept = [ad for ad in ads if ad.active == active and (active or ad.features)]
+        if not kept:
+            continue
         try:
             columns = _columns(fields, kept)
         except FieldError:
