@@ -17,11 +17,12 @@ pytestmark = pytest.mark.skipif(not SOURCES.is_dir(), reason=f"a set of public d
 
 
 def whole(data: Prepared, *columns: str) -> pl.DataFrame:
-    return pl.concat([frame.select(columns) for split in SPLITS for frame in data.frames(split)])
+    """All rows as they lie there: `frames` would read every column and check it, a million histories each time."""
+    return pl.read_parquet([path for split in SPLITS for path in data.files(split)], columns=list(columns))
 
 
 def clicks(data: Prepared) -> dict[str, int]:
-    return {split: sum(int(frame["label"].sum()) for frame in data.frames(split)) for split in SPLITS}
+    return {split: int(pl.read_parquet(data.files(split), columns=["label"])["label"].cast(pl.Int64).sum()) for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
