@@ -258,6 +258,7 @@ async def test_a_canary_ranks_beside_the_live_version_and_both_are_told(browser,
             assert answer["model"]["version"] == version
             assert {row[1]: row[column] for row in both} == by_ad
         assert {f"din {live.name}", f"din {other.name}"} <= set(await side_by_side.locator("th").all_inner_texts())
+        assert await side_by_side.evaluate("each => each.scrollWidth <= each.clientWidth")  # no column is cut
 
 
 async def test_percentiles_are_of_what_came_between_two_reads(browser, client):
@@ -312,6 +313,8 @@ async def test_quality_is_what_the_joiner_told_last_and_before(browser, client):
         lines = [[await line.get_attribute("points") for line in await each.locator("polyline").all()] for each in charts]
         # 264 wide from 44, for an hour before and now; 140 high from 150 up: 0.8 to 1.2, and 0.05 to 0.3, where a field was told once.
         assert lines == [["44.0,45.0 308.0,10.0", "44.0,150.0 308.0,150.0"], ["44.0,122.0 308.0,10.0", "308.0,150.0"]]
+        [once] = await page.locator("svg.chart circle").all()
+        assert (await once.get_attribute("cx"), await once.get_attribute("cy")) == ("308.0", "150.0")
 
 
 async def test_events_are_told_by_outcome_and_how_fresh_they_are(browser, client):

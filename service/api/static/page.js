@@ -103,6 +103,9 @@ export function chart(label, lines, places = [0, 3]) {
     svg.append(shape("line", { x1: LEFT, x2: WIDE - 12, y1: y(up), y2: y(up) }));
     svg.append(shape("text", { x: LEFT - 5, y: y(up) + 3, class: "end" }, up.toFixed(places[1])), shape("text", { x: x(across), y: HIGH - 4, class: "middle" }, across.toFixed(places[0])));
   }
-  for (const { points, kind } of known) svg.append(shape("polyline", { class: kind, points: points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ") }));
+  for (const { points, kind } of known) {
+    svg.append(shape("polyline", { class: kind, points: points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ") }));
+    if (points.length === 1) svg.append(shape("circle", { class: kind, cx: x(points[0][0]).toFixed(1), cy: y(points[0][1]).toFixed(1), r: 2.5 })); // no line shows it
+  }
   return svg;
 }
