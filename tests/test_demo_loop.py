@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("traced_export")
 def test_users_visit_click_and_are_learned_from(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop with rounds of seconds, whose retraining only looks: that of minutes is measured, and retraining has its own tests."""
     make_small(monkeypatch)
-    monkeypatch.setattr(demo_loop, "ROUND_SECONDS", 4.0)
+    monkeypatch.setattr(demo_loop, "ROUND_SECONDS", 2.5)
     monkeypatch.setattr(demo_loop, "WINDOW_SECONDS", 0.5)
     monkeypatch.setattr(demo_loop, "LATENESS_SECONDS", 0.2)
     monkeypatch.setattr(demo_loop, "_retrain", lambda *_: subprocess.Popen([sys.executable, "-c", f"exit({demo_loop.REFUSED})"]))
