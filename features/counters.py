@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .index import grown
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 COUNTED = ("click", "impression", "conversion")
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
@@ -22,6 +24,10 @@ PRIOR = (1.0, 20.0)
 Counts = Mapping[str, Mapping[str, Sequence[float]]]
 """Of a user or an ad: by key of a tally and by value ("" where counts do not differ by one) how much, and when that was."""
 TINY = 1e-300
+NOTHING: Sequence[float] = (0.0, 0.0)
+NONE: Mapping[str, Sequence[float]] = {}
+LONG, FARTHEST = 300.0, 700.0
+"""In windows: how far a count may be from the time that its column shares, and the most whose exponential is a number."""
 KEYS_KEPT, VALUES_KEPT = 64, 256
 """The most tallies kept of a user or an ad, those that were changed last; and of each the most values, those of the largest counts."""
 
@@ -79,8 +85,7 @@ class Counter:
 
     def of_counts(self, counts: Sequence[Any]) -> Any:
         """The number, from the counts beside `of`: numbers or arrays."""
-        above, below = self.smoothing
-        return (counts[0] + above) / (counts[1] + below) if self.is_rate else counts[0]
+        return smoothed(counts[0], counts[1], self.prior or PRIOR) if len(counts) > 1 else counts[0]
 
     @property
     def is_rate(self) -> bool:
@@ -105,25 +110,9 @@ class Counter:
         return {"of": "/".join(self.of), "by": by, "window": f"{self.window / UNITS[unit]:.0f}{unit}", **prior}
 
 
-class Together(NamedTuple):
-    """Several counters of one row of counts `(n, tallies + 1)`, of which the last is 0: `(counts + above) / (other counts + below)`."""
-
-    tops: np.ndarray[Any, np.dtype[np.int64]]
-    bottoms: np.ndarray[Any, np.dtype[np.int64]]
-    above: Array
-    below: Array
-
-    @classmethod
-    def of(cls, counters: Sequence[Counter], tallies: Sequence[Tally]) -> "Together":
-        """Of counters, and what stands in the row; a plain count is one over that 0 and 1."""
-        made_of = [[tallies.index(tally) for tally in counter.tallies] for counter in counters]
-        tops, bottoms = (np.array([(*made, len(tallies))[i] for made in made_of], np.int64) for i in (0, 1))
-        return cls(tops, bottoms, *np.array([counter.smoothing for counter in counters]).reshape(-1, 2).T)
-
-    def numbers(self, counts: Array) -> Array:
-        """The counters `(n, counters)`."""
-        numbers: Array = (counts.take(self.tops, 1) + self.above) / (counts.take(self.bottoms, 1) + self.below)
-        return numbers
+def smoothed(count: Any, other: Any, smoothing: tuple[Any, Any]) -> Any:
+    """The number of a counter, of what it counts and of what that is the rate; numbers or arrays."""
+    return (count + smoothing[0]) / (other + smoothing[1])
 
 
 def counter_of(entries: Mapping[str, Any]) -> tuple[Counter | None, list[str]]:
@@ -156,12 +145,15 @@ def counter_of(entries: Mapping[str, Any]) -> tuple[Counter | None, list[str]]:
 
 def decayed(counts: Any, seconds: Any, window: Any) -> Any:
     """What counts have become after some seconds, of shapes that broadcast; before their time they are what they are then."""
-    return counts * np.exp(-np.maximum(seconds, 0.0) / window)
+    return counts * np.exp(np.maximum(seconds, 0.0) / -window)
 
 
 def decayed_one(count: Sequence[float] | None, ts: float, window: float) -> float:
     """The same of one count (how much, and when) at a time, without what an array costs; None: nothing was counted."""
-    return 0.0 if count is None else count[0] * math.exp(-max(ts - count[1], 0.0) / window)
+    if count is None:
+        return 0.0
+    much, when = count
+    return much * math.exp((when - ts) / window) if ts > when else much
 
 
 def counted(count: Sequence[float], ts: float, window: float) -> tuple[float, float]:
@@ -170,6 +162,56 @@ def counted(count: Sequence[float], ts: float, window: float) -> tuple[float, fl
     if ts < last:
         return much + decayed_one((1.0, ts), last, window), last
     return decayed_one(count, ts, window) + 1.0, ts
+
+
+class CountTable:
+    """What some counters of many rows are made of: of each the counts of what it is of, and after those of what it is the rate.
+
+    A count is kept as what it comes to at a time that all rows of its column share, so that what it has become by another is one product,
+    without an exponential of its own; and beside that as what it was in the end, which is the most that it is. A clock that goes back by
+    more than `LONG` windows finds nothing of what was counted before.
+    """
+
+    def __init__(self, counters: Sequence[Counter], rows: int) -> None:
+        tallies = [(*counter.tallies, None)[i] for i in (0, 1) for counter in counters]
+        self._keys = [tally.key if tally else "" for tally in tallies]  # a plain count is over nothing
+        self._windows = np.array([tally.window if tally else math.inf for tally in tallies])
+        above, below = np.array([counter.smoothing for counter in counters]).T.reshape(2, -1, 1)
+        self._smoothing = above, below
+        self._since = np.zeros(len(tallies))
+        self._until = 0.0
+        """Until when times are near to all of `_since`."""
+        self._counts = np.zeros((rows, 2 * len(tallies)))
+
+    def put(self, rows: Any, counts: Sequence[Counts]) -> None:
+        """Have other counts in rows `(n,)`."""
+        if self._keys and len(rows):
+            pairs = np.array([[each.get(key, NONE).get("", NOTHING) for key in self._keys] for each in counts])
+            much, when = pairs[..., 0], pairs[..., 1]
+            self._bring(when.max())
+            self._counts[rows] = np.hstack([much * np.exp((when - self._since) / self._windows), much])
+
+    def numbers(self, rows: Any, ts: float) -> Array:
+        """The counters `(counters, n)` of rows `(n,)` at a time."""
+        self._bring(ts)
+        columns = len(self._keys)
+        counts = self._counts.take(rows, 0).T.copy()  # each column in one piece
+        kept = np.exp(np.minimum((self._since - ts) / self._windows, FARTHEST))
+        now = np.minimum(counts[:columns] * kept[:, None], counts[columns:])
+        numbers: Array = smoothed(now[: columns // 2], now[columns // 2 :], self._smoothing)
+        return numbers
+
+    def _bring(self, ts: float) -> None:
+        """Bring what is kept of columns to a time that is long after that which they share: an exponential of more is no number."""
+        if ts > self._until:
+            far = np.flatnonzero(ts - self._since > LONG * self._windows)
+            self._counts[:, far] *= np.exp((self._since[far] - ts) / self._windows[far])
+            self._since[far] = ts
+            self._until = (self._since + LONG * self._windows).min()
+
+    def grow(self, rows: int) -> None:
+        """Have room for so many rows."""
+        self._counts = grown(self._counts, rows)
 
 
 def counts_before(groups: Any, ts: Any, happened: Any, window: float) -> Array:

@@ -6,16 +6,16 @@ The only code that does so. Training replays its log through it and the service 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 
 from .ages import UNKNOWN_TIME, ages_of
-from .counters import Array, Counts, Together, decayed, tallies_of
+from .counters import Array, Counter, Counts, CountTable, tallies_of
 from .index import AdIds, grown
 from .schema import AGES, FLOAT32_MAX, IDENTITY, SIDES, Field, Layout, Schema, Side, Slot, lay_out
 from .values import ValueTextError, plain_all, text_of
-from .vocabulary import FIRST, PADDING, UNKNOWN, Ids, Numbers, Vocabularies, Vocabulary
+from .vocabulary import FIRST, PADDING, UNKNOWN, HashBuckets, Ids, Numbers, Vocabularies, Vocabulary
 
 Value = str | int | float | Sequence[str] | Sequence[float] | None
 Features = Mapping[str, Value]
@@ -24,7 +24,6 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 IDENTITIES = frozenset(IDENTITY.values())
-_NO_NUMBERS: Numbers = np.zeros((1, 0), np.float32)
 
 
 class FieldError(ValueError):
@@ -119,6 +118,21 @@ def _missing(field: Field) -> int:
     return UNKNOWN if field.missing == "unknown" else PADDING
 
 
+class UserCounter(NamedTuple):
+    """A counter that differs by user."""
+
+    name: str
+    counter: Counter
+    keys: Sequence[str]
+    """Of its tallies."""
+    row: int
+    """Of `Request.counted`, where it differs by ad too."""
+    column: int = 0
+    """Of blocks of ads, where it differs by their values of a field but `ad_id`."""
+    lookup: Vocabulary | HashBuckets | None = None
+    """The vocabulary of that field."""
+
+
 class Encoder:
     """Encodes fields as a schema and its vocabularies say."""
 
@@ -134,14 +148,11 @@ class Encoder:
         """What is counted for this schema."""
         counters = [(field.name, field.counter) for field in schema.side("ad") if field.counter]
         self.counted = [name for name, _ in counters]
-        """The counters that differ by ad: the columns of `Request.counted`."""
+        """The counters that differ by ad: the rows of `Request.counted`."""
         self.ad_tallies = [tally for tally in self.tallies if tally.by == "ad"]
-        by_ad = [(column, each) for column, (_, each) in enumerate(counters) if each.by == ("ad",)]
-        self.by_ad = [column for column, _ in by_ad], Together.of([each for _, each in by_ad], self.ad_tallies)
-        """Those of them that are the same for all users, and how they are made of `AdTable.counts`."""
-        of_user = [(name, each) for name, each in schema.counters.items() if each.by != ("ad",)]
-        self.by_user = [(name, each, [tally.key for tally in each.tallies], each.least) for name, each in of_user]
-        """The others by name, the keys that each is made of, and the number of what nothing has happened to."""
+        by_ad = [row for row, (_, each) in enumerate(counters) if each.by == ("ad",)]
+        self.by_ad = by_ad, [counters[row][1] for row in by_ad]
+        """Those of them that are the same for all users: their rows of `Request.counted`, and how they count."""
         self._nobody = frozenset(("", *schema.nobody))
         self._padding = frozenset(schema.history_padding)
         ad = self.layouts["ad"]
@@ -149,16 +160,20 @@ class Encoder:
         history = [columns[name] for name in schema.history_fields]
         self.counter_columns = [columns[name].start for name in self.counted]
         """Theirs in a block of ads."""
-        self.told_apart = {
-            each.value: (columns[each.value].start, vocabularies.categories[columns[each.value].field.vocabulary])
-            for _, each in of_user
-            if each.value in columns
-        }
-        """The fields of ads by whose values users' counts differ: the column, and the vocabulary."""
+        by_user = [(name, each) for name, each in schema.counters.items() if each.by != ("ad",)]
+        self.by_user = [self._user_counter(name, each, columns) for name, each in by_user]
+        """The others."""
         self._scalings = _by_transform([columns[name] for name in self.counted])
         self.history_ids, self.history_numbers = (
             np.array([c for s in history if s.field.dense == dense for c in range(s.start, s.stop)], np.int64) for dense in (False, True)
         )
+
+    def _user_counter(self, name: str, counter: Counter, columns: Mapping[str, Slot]) -> UserCounter:
+        keys, row = [tally.key for tally in counter.tallies], self.counted.index(name) if counter.value else 0
+        if counter.value in ("", IDENTITY["ad"]):
+            return UserCounter(name, counter, keys, row)
+        told = columns[counter.value]
+        return UserCounter(name, counter, keys, row, told.start, self.vocabularies.categories[told.field.vocabulary])
 
     def encode(self, side: Side, columns: Mapping[str, Sequence[Any]], rows: int) -> Block:
         """Encode `rows` rows of one side, given as clean columns by field name; an absent column is missing throughout."""
@@ -202,9 +217,11 @@ class Encoder:
 
     def _numbers(self, field: Field, values: Any, rows: int) -> Numbers:
         raw = np.full(rows, np.nan) if values is None else np.array(values, np.float64)
-        return self._scaled(field, np.where(np.isnan(raw), float(field.missing), raw))
+        scaled: Numbers = self._scaled(field, np.where(np.isnan(raw), float(field.missing), raw))
+        return scaled
 
-    def _scaled(self, field: Field, raw: Array) -> Numbers:
+    def _scaled(self, field: Field, raw: Any) -> Any:
+        """Numbers as the field's transform has them, float32: of an array, or one of numpy's."""
         if field.transform == "log":
             raw = np.copysign(np.log1p(np.abs(raw)), raw)
         elif field.transform == "standard":
@@ -219,25 +236,33 @@ class Encoder:
             FieldError: a name that the schema does not have, or a value that does not fit its field.
         """
         ids, numbers = self._row(side, self._cleaned(side, features), identity)
-        return Block(np.array([ids], np.int64), np.concatenate([_NO_NUMBERS, *numbers], 1))
+        return Block(np.array([ids], np.int64), np.array([numbers], np.float32))
 
     def encode_user(self, request: "Request") -> Block:
         """The row of the part `user`: the user's fields, then the context's. Raises as `encode_one` does."""
         ids, numbers = self._row("user", {**request.stored, **self._cleaned("user", request.user)}, request.user_id)
         more_ids, more_numbers = self._row("context", self._cleaned("context", request.context), None)
-        return Block(np.array([ids + more_ids], np.int64), np.concatenate([_NO_NUMBERS, *numbers, *more_numbers], 1))
+        return Block(np.array([ids + more_ids], np.int64), np.array([numbers + more_numbers], np.float32))
 
     def _cleaned(self, side: Side, features: Features) -> dict[str, Any]:
         return {name: clean(self._sendable(side, name), value) for name, value in features.items()}
 
-    def _row(self, side: Side, values: dict[str, Any], identity: str | None) -> tuple[list[int], list[Numbers]]:
-        """Ids and numbers `(1, width)` of one row of clean values, one by one: a column of one costs as much as one of hundreds."""
+    def _row(self, side: Side, values: dict[str, Any], identity: str | None) -> tuple[list[int], list[float]]:
+        """Ids and numbers of one row of clean values, one by one: a column of one costs as much as one of hundreds."""
         if identity is not None and not (side == "user" and self.is_nobody(identity)):
             values[IDENTITY[side]] = identity
         ids: list[int] = []
         for slot in self.sides[side].ids:
             ids += self._ids_of_one(slot.field, values.get(slot.field.name))
-        return ids, [self._dense(slot.field, [values.get(slot.field.name)], 1) for slot in self.sides[side].numbers]
+        numbers: list[float] = []
+        for slot in self.sides[side].numbers:
+            numbers += self._numbers_of_one(slot.field, values.get(slot.field.name))
+        return ids, numbers
+
+    def _numbers_of_one(self, field: Field, value: Any) -> Sequence[float]:
+        if field.kind == "vector":
+            return (0.0,) * field.length if value is None else value
+        return [self._scaled(field, np.float64(field.missing if value is None else value))]
 
     def _ids_of_one(self, field: Field, value: Any) -> list[int]:
         lookup = self.vocabularies.categories[field.vocabulary]
@@ -314,9 +339,10 @@ class Encoder:
             block.numbers[rows, slot.columns] = self._dense(slot.field, values, len(rows))
 
     def set_counters(self, block: Block, counted: Array) -> None:
-        """Write the numbers of `counted`, `(n, counters)`, into an ad block."""
-        for kind, columns, where in self._scalings:
-            block.numbers[:, where] = self._scaled(kind, counted[:, columns])
+        """Write the numbers of `counted`, `(counters, n)`, into an ad block."""
+        for kind, rows, where in self._scalings:
+            some = counted[rows]
+            block.numbers[:, where] = (np.log1p(some) if kind.transform == "log" else self._scaled(kind, some)).T  # none is below 0
 
     def feeds(self, blocks: Mapping[str, Block]) -> Feeds:
         """The tensors that a network takes, by name, from blocks of one request; blocks without columns are left out."""
@@ -374,10 +400,7 @@ class AdTable:
         self._active = np.zeros(rows, np.bool_)
         self.vectors: dict[AdTower, Numbers] = {}
         """Of all rows `(rows or more, K)`, by each tower that was asked to give them."""
-        tallies = encoder.ad_tallies
-        self._counts, self._counted = np.zeros((2, rows, len(tallies) + bool(tallies)))
-        """By row and tally how much was counted, and when; the last counts nothing."""
-        self._windows, self._keys = np.array([*(tally.window for tally in tallies), 1.0]), [tally.key for tally in tallies]
+        self._counts = CountTable(encoder.by_ad[1], rows)
         self._revisions, self._revision = np.zeros(rows, np.int64), 0
         columns = [slot for slot in layout.ids if slot.field.name == IDENTITY["ad"]]
         vocabulary = encoder.vocabularies.categories[columns[0].field.vocabulary] if columns else None
@@ -471,15 +494,18 @@ class AdTable:
 
     def count(self, ad_ids: Sequence[str], counts: Sequence[Counts]) -> None:
         """Take over what is counted with ads; those that the table does not have are left out."""
-        for row, counted in zip(self.rows(ad_ids).tolist() if self._keys else (), counts, strict=False):
-            if row:
-                pairs = [counted.get(key, {}).get("", (0.0, 0.0)) for key in self._keys]
-                self._counts[row, :-1], self._counted[row, :-1] = zip(*pairs, strict=True)
+        rows = self.rows(ad_ids)
+        known = rows.nonzero()[0]
+        self._counts.put(rows[known], [counts[i] for i in known.tolist()])
 
-    def counts(self, rows: Ids, ts: float) -> Array:
-        """What was counted with the ads of some rows, as it is at a time: `(n, tallies + 1)`, of which the last is 0."""
-        now: Array = decayed(self._counts.take(rows, 0), ts - self._counted.take(rows, 0), self._windows)
-        return now
+    def ids_in(self, rows: Ids, column: int) -> Ids:
+        """One column of the ids of rows `(n,)`."""
+        ids: Ids = self._block.ids[rows, column]  # `take` of a column copies it whole
+        return ids
+
+    def counters(self, rows: Ids, ts: float) -> Array:
+        """The counters `(counters, n)` that are the same for all users, of the ads of some rows, at a time."""
+        return self._counts.numbers(rows, ts)
 
     def remove(self, ad_ids: Sequence[str]) -> None:
         """Mark ads as gone; their rows stay for histories."""
@@ -490,7 +516,7 @@ class AdTable:
             self._block = Block(grown(self._block.ids, rows), grown(self._block.numbers, rows))
             self._active, self._revisions = grown(self._active, rows), grown(self._revisions, rows)
             self.vectors = {tower: grown(vectors, rows) for tower, vectors in self.vectors.items()}
-            self._counts, self._counted = grown(self._counts, rows), grown(self._counted, rows)
+            self._counts.grow(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -515,7 +541,7 @@ class Request:
     rows: Ids | None = None
     """The table's rows of the candidates, where they were looked up already."""
     counted: Array | None = None
-    """The counters `Encoder.counted` of the candidates `(C, counters)`; what was sent goes before."""
+    """The counters `Encoder.counted` of the candidates `(counters, C)`; what was sent goes before."""
 
 
 def encode_request(table: AdTable, request: Request) -> tuple[Feeds, Mask]:

@@ -7,12 +7,13 @@ import polars as pl
 import pytest
 from rich.progress import Progress
 
-from features.counters import counted, counts_before, decayed
+from features.counters import Counter, CountTable, counted, counts_before, decayed
 from features.counting import numbers_of
 from features.encode import AdTable, Encoder
 from features.events import Event
 from features.schema import SchemaError, parse_schema
 from features.state import Ad, MemoryStore
+from features.vocabulary import Vocabularies, Vocabulary
 from service.catalogue.catalogue import put_ads
 from service.feedback.ingest import Ages, Intake
 from service.telemetry.metrics import Metrics
@@ -132,6 +133,55 @@ def test_counts_before_rows_are_those_that_the_service_would_have_had(seed: int)
     assert found == pytest.approx(brute_force(groups.tolist(), ts.tolist(), happened.tolist(), 60.0), rel=1e-9, abs=1e-12)
 
 
+def test_a_table_of_counts_has_what_each_count_has_become_however_far_apart_times_are() -> None:
+    counters = [Counter(("click", "impression"), ("ad",), 60.0, (2.0, 10.0)), Counter(("click",), ("ad",), 86_400.0)]
+    table, random, now = CountTable(counters, 1), np.random.default_rng(2), 1.8e9
+    keys = ("click@60", "impression@60", "click@86400")
+    table.grow(20)
+    kept: dict[int, dict[str, dict[str, tuple[float, float]]]] = {row: {} for row in range(20)}
+    for step in range(200):
+        now += float(random.choice([0.0, 5.0, 3_000.0, 40_000.0, 3e6, -3_000.0]))
+        row, when = int(random.integers(20)), now + float(random.choice([-1e6, -50.0, 0.0, 290.0]))
+        key = keys[step % 3]
+        kept[row] |= {key: {"": (float(random.uniform(0, 9)), when)}}
+        table.put([row], [kept[row]])
+        click, shown, daily = (np.array([kept[i].get(key, {}).get("", (0.0, 0.0)) for i in range(20)]) for key in keys)
+        rate = (2.0 + decayed(click[:, 0], now - click[:, 1], 60.0)) / (10.0 + decayed(shown[:, 0], now - shown[:, 1], 60.0))
+        assert table.numbers(np.arange(20), now) == pytest.approx(
+            np.array([rate, decayed(daily[:, 0], now - daily[:, 1], 86_400.0)]), rel=1e-9
+        )
+
+
+@pytest.mark.parametrize("values", [3, 40])
+@pytest.mark.parametrize("known", [20, 12_000])
+def test_a_users_numbers_are_those_of_the_values_that_ads_have(values: int, known: int) -> None:
+    """However many values the vocabulary knows and the user has; ads whose value it does not know have nothing."""
+    schema = parse_schema(
+        FIELDS.replace('kind = "list"\nlength = 2', 'kind = "category"')
+        + COUNTERS.replace('click"\nby = ["user"', 'click/impression"\nby = ["user"')
+    )
+    topics = [f"t{i}" for i in range(known)]
+    encoder = Encoder(schema, Vocabularies({"user_id": Vocabulary([]), "ad_id": Vocabulary([]), "topic": Vocabulary(topics)}, {}))
+    table, ad_ids = AdTable(encoder), [f"a{i}" for i in range(60)]
+    of = [topics[i % 30 % known] if i % 7 else "unheard of" for i in range(60)]
+    table.put(ad_ids, encoder.encode("ad", {"ad_id": ad_ids, "topic": of}, 60))
+    counts = {
+        f"{event}@604800@topic": {f"t{i}": (1.0 + i, 100.0 * i) for i in range(skip, values)}
+        for skip, event in enumerate(("click", "impression"))
+    }
+    counts["click@604800@topic"]["unheard of"] = counts["click@604800@topic"]["another"] = (9.0, 0.0)
+    counts["impression@86400@ad_id"] = {f"a{i}": (2.0, 50.0) for i in range(50, 50 + values)}
+    _, found = numbers_of(table, ad_ids, table.rows(ad_ids), counts, 5_000.0)
+
+    def much(key: str, value: str, window: float) -> float:
+        count = counts[key].get(value, (0.0, 0.0))
+        return 0.0 if value == "unheard of" else float(decayed(count[0], 5_000.0 - count[1], window))
+
+    liked = [(1 + much("click@604800@topic", each, 604_800.0)) / (20 + much("impression@604800@topic", each, 604_800.0)) for each in of]
+    assert found[encoder.counted.index("liked")] == pytest.approx(liked)
+    assert found[encoder.counted.index("seen")] == pytest.approx([much("impression@86400@ad_id", ad_id, 86_400.0) for ad_id in ad_ids])
+
+
 def test_prepare_makes_counters_of_what_was_before_each_row(tmp_path: Path) -> None:
     table = pl.DataFrame(
         {
@@ -199,7 +249,7 @@ async def test_counts_that_are_loaded_are_those_of_the_same_events_and_of_the_ro
         found = {}
         for user in ("u1", "u2", "u3"):
             of_user, of_ads = numbers_of(table, ad_ids, table.rows(ad_ids), (await store.get_user(user)).counts, now)
-            for ad, row in zip(ad_ids, of_ads.tolist(), strict=True):
+            for ad, row in zip(ad_ids, of_ads.T.tolist(), strict=True):
                 found |= {(user, ad, f"user.{name}"): each for name, each in of_user.items()}
                 found |= {(user, ad, f"ad.{name}"): each for name, each in zip(encoder.counted, row, strict=True)}
         return found

@@ -126,7 +126,7 @@ def _counted(ranking: Ranking, most: int) -> Mapping[str, bytes]:
     counted = ranking.encoded.request.counted
     if counted is None:
         return {}
-    columns = counted.take(ranking.rows if ranking.explored else ranking.kept[:most], 0).T
+    columns = counted.take(ranking.rows if ranking.explored else ranking.kept[:most], 1)
     return {name: column.tobytes() for name, column in zip(ranking.model.bundle.encoder.counted, columns, strict=True)}
 
 

@@ -122,7 +122,7 @@ def _had(encoded: Encoded) -> dict[str, Mask]:
     # Halfway to one more: at a steady rate that comes to as many in a window as are allowed.
     had = dict[str, Mask]()
     if request.counted is not None:
-        columns = dict(zip(encoded.model.bundle.encoder.counted, request.counted.T, strict=True))
+        columns = dict(zip(encoded.model.bundle.encoder.counted, request.counted, strict=True))
         had = {f"frequency_{name}": columns[name] > most - 0.5 for name, most in rules.frequency.items()}
     if rules.already_clicked:
         clicked = set(request.history)

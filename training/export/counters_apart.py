@@ -17,7 +17,9 @@ NUMBERS = "ad_numbers"
 TRIED, EXACT = 64, 1e-5
 """Ads that the polynomial is tried on, and how far it may be off, of the largest value or of 1, whichever is more."""
 ROUNDING = 1e-6
-"""How large squares may seem, of what is linear."""
+"""How large squares may seem, of what is linear, and the other way round."""
+NARROW = 32
+"""Up to so many numbers an ad, those that are no counters are multiplied by 0: to leave them out takes longer."""
 Effect = Mapping[str, Numbers]
 """By value of ads what counters and their squares `(2n,)` add to it: `(2n, ...)`."""
 
@@ -63,20 +65,26 @@ def without_counters(ads: ModelProto, counters: Sequence[int]) -> ModelProto:
 
 def with_counters(rest: ModelProto, numbers: ValueInfoProto, counters: Sequence[int], effect: Effect) -> ModelProto:
     """The rest, which adds to the values of its candidates what their counters do."""
-    held: dict[str, np.ndarray[Any, Any]] = {"counter_columns": np.array(counters, np.int64)}
-    nodes = [
-        helper.make_node("Gather", [NUMBERS, "counter_columns"], ["counters"], axis=2),
-        helper.make_node("Mul", ["counters", "counters"], ["counters_squared"]),
-        helper.make_node("Concat", ["counters", "counters_squared"], ["counters_twice"], axis=2),
-    ]
+    held: dict[str, np.ndarray[Any, Any]] = {}
+    nodes, columns, width = [], list(counters), numbers.type.tensor_type.shape.dim[2].dim_value
+    powers = {"counters": NUMBERS, "counters_squared": "counters_squared", "counters_twice": "counters_twice"}
+    if width > NARROW:
+        held["counter_columns"], width, columns = np.array(counters, np.int64), len(counters), list(range(len(counters)))
+        nodes.append(helper.make_node("Gather", [NUMBERS, "counter_columns"], ["counters"], axis=2))
+        powers["counters"] = "counters"
     for node in rest.graph.node:
         node.input[:] = [f"{name.removesuffix('_of_candidates')}_now" if name.endswith("_of_candidates") else name for name in node.input]
-    gathers = len(effect)
+    gathers, terms = len(effect), {name: _terms(made) for name, made in effect.items()}
+    if {*terms.values()} - {"counters"}:
+        nodes.append(helper.make_node("Mul", [powers["counters"], powers["counters"]], ["counters_squared"]))
+    if "counters_twice" in terms.values():
+        nodes.append(helper.make_node("Concat", [powers["counters"], "counters_squared"], ["counters_twice"], axis=2))
     for name, made in effect.items():
         by, counted = f"{name}_by_counters", f"{name}_counted"
-        linear = np.abs(made[len(counters) :]).max() <= ROUNDING * np.abs(made[: len(counters)]).max()
-        held[by] = made[: len(counters) if linear else None].reshape(-1, int(np.prod(made.shape[1:])))
-        nodes.append(helper.make_node("MatMul", ["counters" if linear else "counters_twice", by], [counted]))
+        halves = np.zeros((2, width, int(np.prod(made.shape[1:]))), np.float32)
+        halves[:, columns] = made.reshape(2, len(counters), -1)
+        held[by] = {"counters": halves[0], "counters_squared": halves[1], "counters_twice": np.concatenate(halves)}[terms[name]]
+        nodes.append(helper.make_node("MatMul", [powers[terms[name]], by], [counted]))
         if made.ndim != 2:
             held[f"{name}_shape"] = np.array([0, 0, *made.shape[1:]], np.int64)
             nodes.append(helper.make_node("Reshape", [counted, f"{name}_shape"], [counted := f"{name}_shaped"]))
@@ -87,3 +95,9 @@ def with_counters(rest: ModelProto, numbers: ValueInfoProto, counters: Sequence[
     rest.graph.node.extend(whole)
     rest.graph.input.append(numbers)
     return rest
+
+
+def _terms(made: Numbers) -> str:
+    """What a value is made of: of the counters, of their squares, or of both."""
+    first, second = (np.abs(half).max() for half in np.split(made, 2))
+    return "counters" if second <= ROUNDING * first else "counters_squared" if first <= ROUNDING * second else "counters_twice"
