@@ -418,8 +418,8 @@ from features import bundle
 import adrank
 import small
 from training.export import export
-export.to_onnx = small.traced
-export.explain_graph = lambda *_: ({}, [])
+export.to_onnx, export.SIZES = small.traced, (1, 7)
+export.explain_graph, export.report_files = lambda *_: ({}, []), lambda *_: {}
 write = bundle._write
 def dying(path, data):
     if path.name.startswith(".current"):
