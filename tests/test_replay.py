@@ -102,17 +102,21 @@ def test_the_interval_of_the_log_is_that_of_a_mean() -> None:
         assert [each.value, each.low, each.high] == pytest.approx([clicks.mean(), clicks.mean() - error, clicks.mean() + error])
 
 
-def test_an_interval_has_its_estimate_in_it_even_where_that_is_below_any_click_rate() -> None:
-    found = estimate(
-        trail(clicks=[[0], [0], [0]], ratios=[[2], [1.5], [1]], predicted=[[0.2], [0.1], [0.1]], expected=[[0.1]] * 3, baseline=[[0.1]] * 3)
-    )
-    assert found.dr.low == found.dr.value < 0 < found.dr.high
+@pytest.mark.parametrize(("expected", "weight"), [(0.1, 1.0), (0.001, 0.0), (0.0, 0.0)])
+def test_a_doubly_robust_interval_is_that_of_a_mean_also_below_any_click_rate_and_without_weights(expected: float, weight: float) -> None:
+    ratios = weight * np.array([[2], [1.5], [1]])
+    predicted, baseline = np.array([[0.2], [0.1], [0.1]]), expected * np.array([[0.5], [2], [1]])
+    made = trail(clicks=[[0], [0], [0]], ratios=ratios, predicted=predicted, expected=baseline, baseline=baseline)
+    found, values = estimate(made).dr, (baseline - ratios * predicted)[:, 0]
+    error = 1.959964 * values.std(ddof=1) / 3**0.5
+    assert (found.value, found.low, found.high) == pytest.approx((values.mean(), values.mean() - error, values.mean() + error))
 
 
 def test_what_cannot_be_estimated_is_no_number_and_warned_of() -> None:
     found = estimate(trail(clicks=[[1], [0]], ratios=[[0], [0]]))
-    assert np.isnan(found.snips.value)
-    assert (found.ips.value, found.effective_sample) == (0, 0)
+    for each in (found.snips, found.ips):
+        assert np.isnan([each.value, each.low, each.high]).all(), "0 of 0 would seem certain"
+    assert found.effective_sample == 0
     assert found.warnings == [
         "the effective sample is 0.0 rankings; below 100 the intervals are too narrow",
         "0 clicks speak of this policy; below 10 the intervals are too narrow",

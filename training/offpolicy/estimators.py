@@ -65,6 +65,10 @@ class Estimate:
     high: float
 
 
+UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
+"""Where nothing that was shown has any weight: 0 would seem certain."""
+
+
 @dataclass(frozen=True)
 class Estimates:
     """What a policy's clicks an impression come to, and how much of the log speaks of it."""
@@ -112,34 +116,36 @@ def estimate(trail: Trail, clip: float | None = None) -> Estimates:
     effective = np.divide(sums**2, squares, out=np.zeros(len(sums)), where=squares > 0)
     return Estimates(
         _ratio((trail.clicks * shown).sum(1), places),
-        _ratio((weights * trail.clicks).sum(1), places),
+        _ratio((weights * trail.clicks).sum(1), places) if weights.any() else UNKNOWN,
         _normalised(weights, trail.clicks, shown),
-        _ratio(robust.sum(1), places),
+        _ratio(robust.sum(1), places, least=-np.inf),
         float(effective.min()),
         float(weights.max()),
         int(((weights > 0) & (trail.clicks > 0)).sum()),
     )
 
 
-def _ratio(totals: Array, places: Array) -> Estimate:
-    """The sum of the rankings' totals over that of their places."""
+def _ratio(totals: Array, places: Array, least: float = 0.0) -> Estimate:
+    """The sum of the rankings' totals over that of their places, which is at least `least`."""
     value = totals.sum() / places.sum()
-    return _interval(value, (totals - value * places) / places.sum())
+    return _interval(value, (totals - value * places) / places.sum(), least)
 
 
 def _normalised(weights: Array, clicks: Array, shown: Array) -> Estimate:
     """At each place the weighted mean of clicks, and of these the mean over impressions; no number where a place has no weight at all."""
     sums, counts = weights.sum(0), shown.sum(0)
     if not (sums > 0).all():
-        return Estimate(float("nan"), float("nan"), float("nan"))
+        return UNKNOWN
     means = (weights * clicks).sum(0) / sums
     value = (counts * means).sum() / counts.sum()
     influence = shown * (means - value) + counts * weights * (clicks - means) / sums
     return _interval(value, influence.sum(1) / counts.sum())
 
 
-def _interval(value: float, influence: Array) -> Estimate:
-    """Around an estimate to which each ranking adds its influence. A click rate is not below 0; a doubly robust estimate of one can be."""
+def _interval(value: float, influence: Array, least: float = 0.0) -> Estimate:
+    """Around an estimate to which each ranking adds its influence. A click rate is not below 0; a doubly robust estimate of one can be, and
+    its interval then reaches as far below it as above.
+    """
     count, value = len(influence), float(value)
     reach = Z * float(np.sqrt((influence**2).sum() * count / (count - 1)))
-    return Estimate(value, min(value, max(0.0, value - reach)), value + reach)
+    return Estimate(value, max(least, value - reach), value + reach)
