@@ -51,6 +51,12 @@ def test_products_take_bytes_and_scores_stay_near(graphs: tuple[bytes, bytes]) -
     assert 0 < off.max() < 0.02
 
 
+def test_no_two_products_overflow_16_bits_so_that_scores_are_those_of_every_processor(graphs: tuple[bytes, bytes]) -> None:
+    tensors = [tensor for tensor in onnx.load_from_string(graphs[1]).graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    weights = [onnx.numpy_helper.to_array(tensor).astype(np.int64) for tensor in tensors if tensor.dims]
+    assert max(np.abs(each).max() for each in weights) <= (2**15 - 1) // (2 * (2**8 - 1))
+
+
 def test_a_score_does_not_depend_on_the_other_candidates(graphs: tuple[bytes, bytes]) -> None:
     (feeds,) = requests(1)
     together = run(graphs[1], feeds)
