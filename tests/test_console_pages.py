@@ -153,7 +153,7 @@ async def test_a_ranking_made_by_clicks_is_the_one_of_the_api(browser, client):
         await page.get_by_label("Where").select_option("genre")
         await page.get_by_label("is (ids: begins)").fill("news")
         await page.get_by_role("button", name="Take a sample").click()
-        await page.wait_for_function("document.querySelector('textarea').value !== ''")
+        await expect(page.get_by_label("Candidates")).not_to_have_value("")
         sampled = (await page.get_by_label("Candidates").input_value()).split("\n")
         assert sorted(sampled) == sorted(f"a{i}" for i in range(2, 30, 3))
         await page.get_by_label("Beside it").select_option("other")
