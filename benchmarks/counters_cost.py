@@ -63,7 +63,7 @@ def build(folder: Path, what: str, counters: str) -> tuple[Path, Prepared]:
     return models, open_prepared(data)
 
 
-class Subject:
+class LocalService:
     """An application in this process."""
 
     def __init__(self, service: Service, app: Any, prepared: Prepared) -> None:
@@ -91,7 +91,7 @@ class Subject:
             await asyncio.sleep(0)
 
 
-async def open_subject(stack: AsyncExitStack, models: Path, prepared: Prepared) -> Subject:
+async def open_local(stack: AsyncExitStack, models: Path, prepared: Prepared) -> LocalService:
     """The application with the users and ads of the data, as of the end of it."""
     store = MemoryStore()
     with Progress(disable=True) as progress:
@@ -100,10 +100,10 @@ async def open_subject(stack: AsyncExitStack, models: Path, prepared: Prepared) 
     await stack.enter_async_context(app.router.lifespan_context(app))
     service, now = app.state.service, newest_time(prepared)
     service.ranker._clock = lambda: float(now or 0)
-    return Subject(service, app, prepared)
+    return LocalService(service, app, prepared)
 
 
-def bodies(subject: Subject, candidates: int, count: int, random: np.random.Generator) -> list[bytes]:
+def bodies(subject: LocalService, candidates: int, count: int, random: np.random.Generator) -> list[bytes]:
     """Requests of random users for random ads."""
     return [
         json.dumps(
@@ -117,7 +117,7 @@ def bodies(subject: Subject, candidates: int, count: int, random: np.random.Gene
     ]
 
 
-async def turn(subject: Subject, asked: Sequence[bytes]) -> float:
+async def turn(subject: LocalService, asked: Sequence[bytes]) -> float:
     """Microseconds of CPU of this thread for a request."""
     began = time.thread_time()
     for body in asked:
@@ -131,7 +131,7 @@ async def measure(folder: Path, rounds: int, sizes: Sequence[int]) -> None:
     world = of_the_world(1_000)[2]
     made = {what: build(folder, what, counters) for what, counters in (("without", ""), ("with", world), ("seen", world + SEEN))}
     async with AsyncExitStack() as stack:
-        subjects = {what: await open_subject(stack, *each) for what, each in made.items()}
+        subjects = {what: await open_local(stack, *each) for what, each in made.items()}
         for size in sizes:
             took: dict[str, list[float]] = {what: [] for what in subjects}
             for number in range(WARM + rounds):
