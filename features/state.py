@@ -66,7 +66,7 @@ class ChangesLostError(RuntimeError):
     """The change stream no longer reaches back to a cursor: the catalogue has to be read whole."""
 
 
-class UserState(msgspec.Struct, frozen=True):
+class UserState(msgspec.Struct, frozen=True, gc=False):
     """A user's features and behaviours, oldest first; `ts` in seconds since 1970, beside `ad_ids`: floats where an event told them.
 
     `changed` says when features were last told by an event, so that one that comes late does not undo a newer one.
@@ -99,7 +99,7 @@ class UserState(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, features=known, changed=changed)
 
 
-class Ad(msgspec.Struct, frozen=True):
+class Ad(msgspec.Struct, frozen=True, gc=False):
     """An ad's features. One that is no longer `active` has left the catalogue but still stands in histories.
 
     `changed` is as in `UserState`, with when `active` was told under `ACTIVE`.
