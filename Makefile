@@ -94,7 +94,7 @@ dist:  ## the wheel and the source distribution, in dist/, each installed into a
 	$(PYTHON) -m venv build/dist
 	build/dist/bin/python -m pip install --quiet --disable-pip-version-check build
 	build/dist/bin/python -m build --outdir dist
-	for extra in client otel tune demo; do $(PYTHON) -m venv build/from-$$extra && build/from-$$extra/bin/python -m pip install --quiet \
+	for extra in client otel kafka tune mlflow tensorboard demo; do $(PYTHON) -m venv build/from-$$extra && build/from-$$extra/bin/python -m pip install --quiet \
 		--disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[$$extra]" && build/from-$$extra/bin/adrank --version || exit 1; done
 	cd build/from-client && bin/python -c "import adrank_client" && bin/adrank serve --help > serve.txt
 	cd build/from-demo && bin/adrank demo --once --port 8134
