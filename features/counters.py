@@ -85,7 +85,7 @@ class Counter:
 
     def of_counts(self, counts: Sequence[Any]) -> Any:
         """The number, from the counts beside `of`: numbers or arrays."""
-        return smoothed(counts[0], counts[1], self.prior or PRIOR) if len(counts) > 1 else counts[0]
+        return smoothed(counts[0], counts[1], self.smoothing) if self.is_rate else counts[0]
 
     @property
     def is_rate(self) -> bool:

@@ -341,8 +341,7 @@ class Encoder:
     def set_counters(self, block: Block, counted: Array) -> None:
         """Write the numbers of `counted`, `(counters, n)`, into an ad block."""
         for kind, rows, where in self._scalings:
-            some = counted[rows]
-            block.numbers[:, where] = (np.log1p(some) if kind.transform == "log" else self._scaled(kind, some)).T  # none is below 0
+            block.numbers[:, where] = self._scaled(kind, counted[rows]).T
 
     def feeds(self, blocks: Mapping[str, Block]) -> Feeds:
         """The tensors that a network takes, by name, from blocks of one request; blocks without columns are left out."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from .packing import StateError, pack, unpacker
+from .packing import pack, unpacker
 
 EventType = Literal["impression", "click", "conversion", "user", "ad"]
 TYPES: tuple[EventType, ...] = get_args(EventType)
@@ -42,7 +42,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
         return {"click": self.user_id, "user": self.user_id, "ad": self.ad_id}.get(self.type, self.request_id)
 
 
-_unpack_event: Callable[[bytes], Event] = unpacker(Event)
+_unpack_event: Callable[[bytes], Event] = unpacker(Event, "an event")
 
 
 def pack_event(event: Event) -> bytes:
@@ -56,7 +56,4 @@ def unpack_event(value: bytes) -> Event:
     Raises:
         StateError: the value is not an event.
     """
-    try:
-        return _unpack_event(value)
-    except StateError as error:
-        raise StateError(f"the value is not an event: {error}") from error
+    return _unpack_event(value)

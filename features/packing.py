@@ -16,16 +16,16 @@ class StateError(ValueError):
     """A packed value is not what it is read as, or is another user's."""
 
 
-def unpacker(kind: Any, most: int | None = None) -> Callable[[bytes], Any]:
-    """What reads packed values of a type, of so many bytes at most. It raises StateError for any other value."""
+def unpacker(kind: Any, what: str, most: int | None = None) -> Callable[[bytes], Any]:
+    """What reads packed values of a type, of so many bytes at most. It raises StateError for any other value, which is not `what`."""
     decode = msgspec.msgpack.Decoder(kind).decode
 
     def unpack(value: bytes) -> Any:
         if most is not None and len(value) > most:
-            raise StateError(f"it takes more than {most:,} bytes, the most that are read")
+            raise StateError(f"the value takes more than {most:,} bytes, the most that are read")
         try:
             return decode(value)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-            raise StateError(f"not a packed value of this kind: {error}") from error
+            raise StateError(f"the value is not {what}: {error}") from error
 
     return unpack

@@ -104,7 +104,7 @@ class ServedRecord:
         return encode_request(table, request)[0]
 
 
-_unpack: Callable[[bytes], list[Any]] = unpacker(list[Any])
+_unpack: Callable[[bytes], list[Any]] = unpacker(list[Any], "a served ranking")
 _values = attrgetter(*(entry.name for entry in fields(ServedRecord)))
 
 

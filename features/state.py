@@ -176,9 +176,9 @@ class _CountedAd(_ChangedAd, frozen=True, tag=WITH_COUNTS):
     counts: _Counts
 
 
-_unpack_user: Callable[[bytes], _StoredUser] = unpacker(_StoredUser | _ChangedUser | _CountedUser, STATE_BYTES)
-_unpack_ad: Callable[[bytes], _StoredAd] = unpacker(_StoredAd | _ChangedAd | _CountedAd, STATE_BYTES)
-_unpack_features: Callable[[bytes], Features] = unpacker(dict[str, Any], STATE_BYTES)
+_unpack_user: Callable[[bytes], _StoredUser] = unpacker(_StoredUser | _ChangedUser | _CountedUser, "a user state", STATE_BYTES)
+_unpack_ad: Callable[[bytes], _StoredAd] = unpacker(_StoredAd | _ChangedAd | _CountedAd, "an ad", STATE_BYTES)
+_unpack_features: Callable[[bytes], Features] = unpacker(dict[str, Any], "packed features", STATE_BYTES)
 
 
 def pack_user(user_id: str, state: UserState) -> bytes:
@@ -197,7 +197,7 @@ def unpack_user(user_id: str, value: bytes) -> UserState:
     try:
         stored = _unpack_user(value)
     except StateError as error:
-        raise StateError(f"the value stored for user {user_id!r} is not a user state of format {FORMAT}: {error}") from error
+        raise StateError(f"stored for user {user_id!r}: {error}") from error
     if stored.owner != user_id:
         raise StateError("the value stored for a user names another user")
     if len(stored.ad_ids) != len(stored.ts):
@@ -220,7 +220,7 @@ def unpack_ad(ad_id: str, value: bytes) -> Ad:
     try:
         active, features, *rest = msgspec.structs.astuple(_unpack_ad(value))
     except StateError as error:
-        raise StateError(f"the value stored for ad {ad_id!r} is not an ad of format {FORMAT}: {error}") from error
+        raise StateError(f"stored for ad {ad_id!r}: {error}") from error
     return Ad(ad_id, features, active, *rest)
 
 
@@ -235,10 +235,7 @@ def unpack_features(value: bytes) -> Features:
     Raises:
         StateError: the value is not packed features.
     """
-    try:
-        return _unpack_features(value)
-    except StateError as error:
-        raise StateError(f"the value is not packed features: {error}") from error
+    return _unpack_features(value)
 
 
 class Store(Protocol):

@@ -60,7 +60,7 @@ FOLLOW_SECONDS = 5.0
 WAIT_SECONDS = 5.0
 """The longest wait for a change."""
 
-_unpack_ids: Callable[[bytes], list[str]] = unpacker(list[str])
+_unpack_ids: Callable[[bytes], list[str]] = unpacker(list[str], "a list of ids")
 
 log = logging.getLogger(__name__)
 
