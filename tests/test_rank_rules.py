@@ -1,6 +1,7 @@
 """Rules after ranking: orders, reasons and propensities held to their definitions, place by place."""
 
 import asyncio
+import contextlib
 import json
 import math
 from collections import Counter
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from test_bids import ask, clicks, converting, plain, rank  # noqa: F401  # fixtures
 
-from features.policy import EpsilonGreedy, PlackettLuce
+from features.policy import PLACES, EpsilonGreedy, PlackettLuce, Thompson
 from service.api.requests import parse_request, to_query
 from service.errors import InvalidError
 from service.feedback.impression_log import served
+from service.ranking.query import DRAWN_FROM, LOOKED_AT, check_candidates
 from service.ranking.rules import Filling, Rules
 
 DRAWS = 1_500
@@ -136,6 +138,14 @@ def test_diversity_worked_out_by_hand():
         assert filled(Rules(alike=["genre"], trade_off=trade_off), ads, 3)[1].order.tolist() == order
 
 
+def test_thompson_draws_as_many_places_as_without_rules():
+    ads = [(i, -1, 60 - i) for i in range(PLACES + 30)]
+    _, found = filled(Rules(max_per={"genre": 1}), ads, len(ads), Thompson(np.ones(len(ads))))
+    rest = found.order[PLACES:].tolist()
+    assert (rest, found.propensity[PLACES:].tolist()) == (sorted(rest), [1.0] * 30)
+    assert max(found.propensity[:PLACES]) < 1
+
+
 CANDIDATES = [{"ad_id": f"a{i}"} for i in range(12)]
 
 
@@ -189,3 +199,25 @@ def test_a_rule_that_cannot_hold_is_pointed_at(plain, rules, pointer):  # noqa: 
     with pytest.raises(InvalidError) as caught:
         asyncio.run(plain.ranker.rank(to_query(parse_request(body), 100), plain.metrics.begin("/rank")))
     assert [mistake.pointer for mistake in caught.value.mistakes] == [pointer]
+
+
+@pytest.mark.parametrize(
+    ("options", "most", "pointer"),
+    [
+        ({"rules": {"distance": {"genre": 2}}}, math.isqrt(LOOKED_AT), "/options/top_k"),
+        ({"rules": {"distance": {"genre": 2}}, "top_k": 64}, LOOKED_AT // 64, "/options/top_k"),
+        ({"explore": {"policy": "thompson"}}, DRAWN_FROM, "/options/explore/policy"),
+    ],
+)
+def test_more_than_can_be_placed_without_holding_up_others_is_refused(options, most, pointer):
+    """Rules held the event loop for six seconds with 10,000 candidates, and Thompson sampling for four."""
+    for count, pointers in ((most, []), (most + 1, [pointer])):
+        body = json.dumps({"user": {"id": "u1"}, "candidates": [f"a{i}" for i in range(count)], "options": options}).encode()
+        with contextlib.ExitStack() as stack:
+            caught = stack.enter_context(pytest.raises(InvalidError)) if pointers else None
+            check_candidates(to_query(parse_request(body), 10**5))
+        assert not caught or [mistake.pointer for mistake in caught.value.mistakes] == pointers
+
+
+def test_caps_alone_are_no_matter_of_places():
+    assert not Rules(frequency={"seen": 2}, already_clicked=True).by_place

@@ -176,7 +176,8 @@ class ExplorePlackettLuce(Wire):
 
 class ExploreThompson(Wire):
     """At each of the first 20 places one of the ads left, each as likely as it is the best for all that training could tell: ads that were
-    seldom shown are tried. Their propensities are integrals, which take about half a millisecond a place with 200 candidates.
+    seldom shown are tried. Their propensities are integrals, which take about half a millisecond a place with 200 candidates; of more
+    than 1,000 it is refused.
     """
 
     policy: Literal["thompson"]
@@ -211,7 +212,8 @@ class Diversity(Wire):
 
 class RankRules(Wire):
     """What holds for the ads of the answer. Features are categories of ads by the schema's names; an ad that has no value of one is free of
-    its rules. An ad that falls is in `omitted`, with the rule that keeps it from the next place as its reason.
+    its rules. An ad that falls is in `omitted`, with the rule that keeps it from the next place as its reason. Places times candidates are
+    at most 1,048,576, but for `frequency` and `already_clicked` alone.
     """
 
     max_per: Annotated[dict[Name, Annotated[int, Field(ge=1, le=CANDIDATES)]], Field(max_length=8)] = {}

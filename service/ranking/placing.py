@@ -133,7 +133,7 @@ def _had(encoded: Encoded) -> dict[str, Mask]:
 def _placed(encoded: Encoded, best: Ids, worth: Worth, policy: Policy | None, random: np.random.Generator) -> Placed:
     """Rows that stand best first, at places."""
     query = encoded.query
-    if query.rules is None:
+    if query.rules is None or not query.rules.by_place:
         order, propensity = arrange(best, worth.by, policy, query.top_k, random)
         below = best_below(worth, order)[: query.top_k] if query.prices else []
         return Placed(order[: query.top_k], propensity, below, {"top_k": order[query.top_k :]} if query.top_k else {})

@@ -19,6 +19,10 @@ from .explain import Seen
 from .rules import Rules
 
 MISTAKES_TOLD = 20
+LOOKED_AT = 2**20
+"""Candidates that rules look at for all places of one request: with several features, a quarter of a second of a processor."""
+DRAWN_FROM = 1_000
+"""Candidates of a request that Thompson sampling draws from, which takes it as long."""
 
 
 class Selection(NamedTuple):
@@ -198,6 +202,8 @@ def check_query(query: Query, model: Model) -> None:
         raise InvalidError.at(("options", "explore", "policy"), why)
     if query.rules is not None:
         _check_rules(query.rules, query, model)
+    if query.selection is None:
+        check_candidates(query)
     if query.objective == "ecpm" or query.reserve is not None or (query.rules and query.rules.reserves):
         _check_all("bid", query, "the objective ecpm needs" if query.objective == "ecpm" else "a reserve needs")
     elif query.objective == "value":
@@ -211,8 +217,6 @@ def _check_rules(rules: Rules, query: Query, model: Model) -> None:
             raise InvalidError.at(
                 ("options", "rules", *path), f"{name} is no category of ads of model {model.name}: {', '.join(sorted(categories))}"
             )
-    if query.selection is None:
-        check_pinned(query)
     check_counters(rules, model)
     if query.prices and rules.alike:
         raise InvalidError.at(
@@ -220,12 +224,20 @@ def _check_rules(rules: Rules, query: Query, model: Model) -> None:
         )
 
 
-def check_pinned(query: Query) -> None:
-    """That the ads that are pinned are candidates.
+def check_candidates(query: Query) -> None:
+    """That the candidates can be placed as asked without holding up what else the worker does, and those that are pinned are among them.
 
     Raises:
-        InvalidError: one is not, or is pinned twice.
+        InvalidError: they are too many, or one that is pinned is none of them, or is pinned twice.
     """
+    count = len(query.ad_ids)
+    if isinstance(query.policy, Thompson) and count > DRAWN_FROM:
+        raise InvalidError.at(
+            ("options", "explore", "policy"), f"thompson draws from at most {DRAWN_FROM:,} candidates, and there are {count:,}"
+        )
+    if query.rules is not None and query.rules.by_place and min(query.top_k or count, count) * count > LOOKED_AT:
+        detail = f"with rules, at most {LOOKED_AT // count:,} places are filled from {count:,} candidates: say top_k"
+        raise InvalidError.at(("options", "top_k"), detail)
     pinned = {} if query.rules is None else query.rules.pinned
     for place, ad_id in pinned.items():
         if ad_id not in query.ad_ids or list(pinned.values()).count(ad_id) > 1:

@@ -24,7 +24,7 @@ from ..models.loaded import Model, Models
 from ..telemetry.metrics import Metrics, RequestTimings
 from .executor import Scoring
 from .placing import ranked
-from .query import Degraded, Encoded, Query, Ranking, Selection, check_pinned, check_query
+from .query import Degraded, Encoded, Query, Ranking, Selection, check_candidates, check_query
 from .selection import searcher, select
 
 
@@ -106,7 +106,7 @@ class Ranker:
 
         pinned = [] if query.rules is None else list(query.rules.pinned.values())
         query.ad_ids, query.passed_over = select(selection, by, view, vector, pinned)
-        check_pinned(query)
+        check_candidates(query)
 
     async def _by_live(self, asked: "Asked", model: Model, view: View, challenge: Challenge | None) -> Ranking:
         query, stages = asked.query, asked.stages

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from features.policy import Array, Policy
+from features.policy import PLACES, Array, Policy, Thompson
 from features.vocabulary import Ids
 
 from .bids import ABSENT, Floats, Micros
@@ -36,6 +36,11 @@ class Rules:
     """About how often at most an ad is shown to a user in a window, by the counter of that; an ad that is above it is no candidate."""
     already_clicked: bool = False
     """Whether ads among the user's behaviours are no candidates."""
+
+    @property
+    def by_place(self) -> bool:
+        """Whether who may stand at a place depends on it, or on the ads above: then places are filled one after the other."""
+        return bool(self.max_per or self.distance or self.alike or self.pinned or self.reserves)
 
     @property
     def features(self) -> dict[str, tuple[str, ...]]:
@@ -83,7 +88,8 @@ class Filling:
                 allowed &= ~those
             first = int(allowed.argmax())
             if place not in self._pins and allowed[first]:
-                chosen, chance = self._choose(allowed, policy, random)
+                drawn = not isinstance(policy, Thompson) or place <= PLACES
+                chosen, chance = self._choose(allowed, policy if drawn else None, random)
             elif self._pins:
                 chosen, chance = self._pins.pop(place if place in self._pins else min(self._pins)), 1.0
             else:
