@@ -97,15 +97,16 @@ def test_nobody_has_no_history(tmp_path: Path) -> None:
 
 def test_values_that_look_missing_are_told(tmp_path: Path) -> None:
     table = "".join(line(i, os="NULL" if i % 10 == 0 else "ios", price=-1 if i % 5 == 0 else 3, topics="x|0|0") for i in range(100))
-    table += line(100, user="None", ad="null") + line(101, user="None")
+    table += line(100, user="None", ad="null") + line(101, user="None") + line(102, user=" ", ad="<NA>") + line(103, user=" ")
     message = "\n".join(prepare(tmp_path, table))
     for part in (
-        "'None' 2.0%",
-        'nobody = ["None"]',
+        "'None' 1.9%",
+        'nobody = ["None", " "]',
         "1 rows have the ad 'null'",
-        "context.os has 'NULL' (9.8%) … missing = [\"NULL\"]",
-        'ad.price is -1 in 19.6% of the rows … missing_values = ["-1"] in [ad.price]',
-        "98% of the lists of ad.topics end with a value twice, mostly '0'",
+        "1 rows have the ad '<NA>'",
+        "context.os has 'NULL' (9.6%) … missing = [\"NULL\"]",
+        'ad.price is -1 in 19.2% of the rows … missing_values = ["-1"] in [ad.price]',
+        "96% of the lists of ad.topics end with a value twice, mostly '0'",
     ):
         for piece in part.split(" … "):
             assert piece in message
@@ -118,6 +119,11 @@ def test_a_user_with_many_rows_is_told(tmp_path: Path) -> None:
     assert 'nobody = ["a99f214a"], else nobody = []' in doubt
     for settings in ("nobody = []", 'nobody = ["a99f214a"]'):
         assert prepare(tmp_path / settings[-5:-2], table, settings) == []
+
+
+def test_lists_in_brackets_are_told(tmp_path: Path) -> None:
+    (doubt,) = prepare(tmp_path, "".join(line(i, topics="['x'; 'y']") for i in range(20)), 'list_separator = "; "')
+    assert """100% of the lists of ad.topics are written in brackets, as "['x'|'y']\"""" in doubt
 
 
 def test_usual_data_raise_no_doubt(tmp_path: Path) -> None:
@@ -202,6 +208,19 @@ def test_numbers_that_are_times_written_otherwise_are_refused(tmp_path: Path, se
 def test_strange_times_that_may_be_meant_are_told(tmp_path: Path, first: int, message: str) -> None:
     (doubt,) = prepare(tmp_path, "".join(line(i, time=first + i) for i in range(20)), 'ts = "time"')
     assert doubt.startswith(message)
+
+
+def test_minutes_that_could_be_seconds_are_told(tmp_path: Path) -> None:
+    (doubt,) = prepare(tmp_path, "".join(line(i, time=1_306_060_000 + i) for i in range(20)), 'ts = "time"')
+    assert "looks like yymmddHHMM, 2013-06-06 00:00 to 2013-06-06 00:19" in doubt
+    assert prepare(tmp_path / "hours", "".join(line(i, time=1_306_060_000 + 3600 * i) for i in range(20)), 'ts = "time"') == []
+
+
+@pytest.mark.parametrize("times", [pl.Series(["1.76198E+09"] * 20), pl.Series([1_760_000_000.0] * 20, dtype=pl.Float32)])
+def test_a_time_that_has_lost_digits_is_refused(tmp_path: Path, times: pl.Series) -> None:
+    table = pl.read_csv((HEADER + "".join(map(line, range(20)))).encode()).with_columns(time=times)
+    with pytest.raises(DataError, match=r"row 1: time is .* has lost digits"):
+        prepare(tmp_path, table, 'ts = "time"')
 
 
 @pytest.mark.parametrize("time", ["1012", "2511010", "noon", "", "31/12/2025"])

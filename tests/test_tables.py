@@ -19,8 +19,9 @@ from backports import zstd
 
 from tests.test_csv_table import SCHEMA
 from tests.test_datasets import BANDIT, ITEMS, bandit_row, criteo_line, frappe_source, movielens_source, refuses, rows
-from training.datasets import criteo, csv_table, frappe, movielens, open_bandit
+from training.datasets import criteo, csv_table, frappe, movielens, open_bandit, tables
 from training.datasets.prepared import DataError
+from training.datasets.tables import first_rows
 
 HEADER = "label,user_id,ad_id,age,price,topics\n"
 PACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -93,6 +94,9 @@ def test_the_names_of_folders_are_columns(tmp_path: Path) -> None:
         text = HEADER.replace("age,", "") + "".join(f"0,u,a{day},1,x\n" for _ in range(10))
         file(tmp_path / "log" / f"age={day}" / "0.csv", text)
     assert prepared(tmp_path, tmp_path / "log")["user.age"].to_list() == ["2025-11-01"] * 10 + ["2025-11-02"] * 10
+    assert "age" in first_rows(tmp_path / "log")[0].frame.columns
+    file(tmp_path / "log" / "age=2025-11-02" / "1.csv", HEADER + lines(0, 1))
+    refused(tmp_path / "log", tmp_path / "log", "1.csv: age is a column of the file, and the name of its folder says it too")
 
 
 def test_a_wrong_row_of_a_part_is_told_with_its_file_and_line(tmp_path: Path) -> None:
@@ -120,6 +124,10 @@ def test_no_part_is_left_out_or_read_twice_without_a_word(tmp_path: Path) -> Non
         (latest := part.with_name("latest")).symlink_to(target)
         refused(tmp_path / "elsewhere", part.parent, message)
         latest.unlink()
+    for copy in (part.name + ".gz", part.name + "~", part.name + ".bak"):
+        file(part.with_name(copy), HEADER + lines(0, 10))
+        refused(tmp_path / "elsewhere", part.parent, f"{copy} looks like part-1.csv once more")
+        part.with_name(copy).unlink()
 
 
 @pytest.mark.timeout(60)
@@ -192,16 +200,20 @@ def test_json_lines_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_json_values_that_have_no_one_text_are_refused_with_their_line(
-    tmp_path: Path, one: dict[str, object], other: dict[str, object], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one: dict[str, object], other: dict[str, object], message: str
 ) -> None:
     common: dict[str, object] = {"label": 1, "user_id": "u", "ad_id": "a", "age": None, "price": 1, "topics": None}
-    refused(tmp_path, file(tmp_path / "log", "".join(json.dumps(common | each) + "\n" for each in (one, other))), message)
+    with monkeypatch.context() as small:
+        refused(tmp_path, file(tmp_path / "log", "".join(json.dumps(common | each) + "\n" for each in (one, other))), message)
+        small.setattr(tables, "CHUNK", 1)
+        refused(tmp_path, tmp_path / "log", message)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"label": 1,\n', "log, line 1: not JSON"),
+        ('{"label": 1, "user_id": "u", "ad_id": "a", "label": 0}\n', "log, line 1: not JSON: it names label twice"),
         ('{"label": 1, "user_id": "u", "ad_id": "a"}\n\n[1]\n', "log, line 3: expected a JSON object"),
         ('{"label": 1, "user_id": "u", "ad_id": "a", "price": 1, "topics": []}\n', "log: column age is missing; it has label, user_id"),
         ('{"label": 1, "user_id": "u", "ad_id": "a", "price": 1, "topics": [], "age": {"x": 1}}\n', "log, line 1: age is an object"),

@@ -51,6 +51,8 @@ TABLE_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
 """Folders whose part files alone are not the table: some of them are there for older versions of it."""
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError, gzip.BadGzipFile)
+COPY = re.compile(r"(.+?)(?:\.gz|\.zst|\.bz2|\.xz|~|\.bak|\.orig|\.old|\.tmp|\.copy)")
+"""What a part is called that was packed, or kept from before, beside its own file."""
 PEEK = 4096
 
 
@@ -203,6 +205,9 @@ def _all_within(source: Path) -> Iterator[Path]:
         for path in (Path(folder), *parts):
             if (first := seen.setdefault(path.resolve(), path)) != path:
                 raise DataError(f"{path} is {first} once more, whose rows would count twice: take the link away")
+        copies = {name: found[1] for name in names if (found := COPY.fullmatch(name)) and found[1] in names}
+        for name, of in copies.items():
+            raise DataError(f"{Path(folder, name)} looks like {of} once more, whose rows would count twice: take one of them away")
         for path in parts:
             if not path.is_file():
                 raise DataError(f"{path} is no file, or a link to none: take it out of the folder")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .looks import SAME, Entries, Looks, words_of
-from .plausible import ZEROS
+from .plausible import NO_ID
 from .prepared import SPLITS, DataError
 from .tables import first_rows
 
@@ -118,7 +118,7 @@ def _more(looks: Looks, roles: Mapping[str, str], found: FirstSchema) -> None:
         if "position" in looks.texts and (places := looks.numbers("position")) is not None and (places >= 1).all():
             found.table["position"] = ("position", "")
     users = looks.texts[roles["user_id"]].drop_nulls() if roles["user_id"] else None
-    if users is not None and (nobody := users.filter(users.str.contains(ZEROS)).unique().sort().to_list()):
+    if users is not None and (nobody := users.filter(users.str.contains(NO_ID)).unique().sort().to_list()):
         found.table["nobody"] = (nobody, "zeros: devices that do not tell their id")
     if looks.missing:
         found.table["missing"] = (list(looks.missing), "words that programs write where there is no value")

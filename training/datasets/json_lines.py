@@ -27,12 +27,20 @@ def objects(file: SourceFile, lines: Iterable[str]) -> Iterator[tuple[int, dict[
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found = json.loads(line)
+                found = json.loads(line, object_pairs_hook=_unique)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{file.name}, line {number}: not JSON: {error}") from error
             if not isinstance(found, dict):
                 raise DataError(f'{file.name}, line {number}: expected a JSON object, such as {{"label": 1}}')
             yield number, found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in found if names.count(name) > 1)} twice")
+    return found
 
 
 def value_of(found: Mapping[str, Any], name: str) -> Any:

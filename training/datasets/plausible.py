@@ -13,24 +13,25 @@ from features.vocabulary import Ids
 
 from .prepared import DataError
 from .table_settings import TableSettings
-from .times import SECOND, plausible
+from .times import LOOKED_AT, SECOND, from_formats, plausible, span
 
 Doubts = Callable[[str], None]
 """Told what there is to doubt, a sentence at a time."""
 WORDS = ("null", "none", "nan", "na", "n/a", "nil", "undefined")
 USUAL = (
     *(spelt for word in WORDS for spelt in (word, word.upper(), word.capitalize())),
-    *("NaN", "\\N", "(null)", "<null>", "#N/A", "-", "?"),
+    *("NaN", "NaT", "<NA>", "\\N", "(null)", "<null>", "<nil>", "#N/A", "-", "?"),
 )
 """How programs write that there is no value."""
-ZEROS = r"^[0:-]{7,}$"
-"""The ids of devices that do not tell theirs."""
+NO_ID = r"^(?:[0:-]{7,}|[fF:-]{12,}|\s+|-1)$"
+"""The ids of devices that do not tell theirs, blanks, and what stands for no number."""
 SHARE = 0.01
 """Of a column's rows, from which on a usual word for missing is told."""
 USER_SHARE, USER_TIMES = 0.05, 10
 """Of all rows, and of the rows of the user in the middle: one who has more of both may be many."""
 HALF = 0.5
 OFTEN = 0.2
+MINUTES = "%y%m%d%H%M"
 FEW = 10
 """Histories that may be alike by chance."""
 TOLD = 3
@@ -57,8 +58,10 @@ def look_through(log: pl.DataFrame, instants: Ids | None, schema: Schema, settin
         for field in schema.fields:
             if field.path in log.columns:
                 yield from _stand_ins(log[field.path], field)
+    yield from _brackets(log)
     if instants is not None:
         yield from _strange_times(instants)
+        yield from _compact_times(instants, settings)
     if settings.propensity:
         yield from _strange_propensities(log)
 
@@ -73,7 +76,7 @@ def _crowds(users: pl.Series) -> Iterator[str]:
         return
     middle, rows = float(counts["count"].median()), len(users)  # type: ignore[arg-type]  # of numbers
     large = (pl.col("count") >= USER_SHARE * rows) & (pl.col("count") >= USER_TIMES * middle)
-    odd = pl.col("user_id").is_in(USUAL) | pl.col("user_id").str.contains(ZEROS)
+    odd = pl.col("user_id").is_in(USUAL) | pl.col("user_id").str.contains(NO_ID)
     found = counts.filter(large | (odd & (pl.col("count") > 1))).head(TOLD)
     if len(found):
         found_text = ", ".join(f"{user_id!r} {count / rows:.1%}" for user_id, count in found.rows())
@@ -84,7 +87,7 @@ def _crowds(users: pl.Series) -> Iterator[str]:
 
 
 def _no_ads(ads: pl.Series) -> Iterator[str]:
-    counts = ads.filter(ads.is_in(USUAL) | ads.str.contains(ZEROS)).value_counts(sort=True).head(TOLD)
+    counts = ads.filter(ads.is_in(USUAL) | ads.str.contains(NO_ID)).value_counts(sort=True).head(TOLD)
     for ad_id, count in counts.rows():
         yield f"{count:,} rows have the ad {ad_id!r}, which looks like no ad: leave such rows out, or say missing = [] if it is one"
 
@@ -145,6 +148,32 @@ def _padded_histories(log: pl.DataFrame, settings: TableSettings) -> Iterator[st
     at_an_end = max(int((histories.list.first() == value).sum()), int((histories.list.last() == value).sum()))
     if at_an_end >= HALF * len(histories) and histories.list.count_matches(value).sum() >= OFTEN * behaviours:
         yield f"{found_text}, mostly at an end; {fix}"
+
+
+def _brackets(log: pl.DataFrame) -> Iterator[str]:
+    """Lists as Python or JSON write them, in a table whose lists are texts."""
+    for lists in log.select(pl.col(pl.List(pl.String))):
+        some = lists.filter(lists.list.len() > 0)
+        written = some.list.first().str.starts_with("[") & some.list.last().str.ends_with("]")
+        if len(some) and written.sum() >= HALF * len(some):
+            found_text = (
+                f"{written.sum() / len(some):.0%} of the lists of {lists.name} are written in brackets, as {'|'.join(some[0])[:50]!r}"
+            )
+            yield f"{found_text}, which become part of their values: write the values alone, with list_separator between them"
+
+
+def _compact_times(instants: Ids, settings: TableSettings) -> Iterator[str]:
+    """From 2010 to 2017 yymmddHHMM are numbers that seconds since 1970 are too, but of those only one in 200 has a month, a day, ..."""
+    if settings.ts_unit != "s" or settings.ts_format:
+        return
+    seconds = pl.Series(np.unique(instants // SECOND)[:LOOKED_AT])
+    read = from_formats(seconds.cast(pl.String), (MINUTES,))
+    first, last = (second * SECOND for second in plausible())
+    if len(seconds) >= FEW and read.is_between(first, last).fill_null(value=False).all():
+        yield (
+            f"every time is {span(seconds * SECOND)} in seconds since 1970, and looks like yymmddHHMM, {span(read)}: "
+            f'if it is that, say ts_format = "{MINUTES}"'
+        )
 
 
 def _strange_times(instants: Ids) -> Iterator[str]:

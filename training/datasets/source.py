@@ -72,8 +72,7 @@ class Table:
         rows = wrong.fill_null(True).arg_true()
         if len(rows):
             line = int(self.lines[rows[0]])
-            value = self.frame[name][rows[0]]
-            raise RowError(f"{self.path}, {self.unit} {line}: {name} is {brief(repr(value))}; expected {expected}", line)
+            raise RowError(f"{self.path}, {self.unit} {line}: {name} is {self._told(name, rows[0])}; expected {expected}", line)
 
     def whole(self, name: str, low: int, high: int) -> pl.Series:
         """A column of whole numbers, as Int64."""
@@ -122,10 +121,12 @@ class Table:
         try:
             return texts(values)
         except CellError as error:
-            cell = self.frame[name][error.row]
-            cells = cell.to_list() if isinstance(cell, pl.Series) else cell
-            line = int(self.lines[error.row])
-            raise RowError(f"{self.path}, {self.unit} {line}: {name} is {brief(repr(cells))}; expected {error.expected}", line) from error
+            line, told = int(self.lines[error.row]), self._told(name, error.row)
+            raise RowError(f"{self.path}, {self.unit} {line}: {name} is {told}; expected {error.expected}", line) from error
+
+    def _told(self, name: str, row: int) -> str:
+        cell = self.frame[name][row]
+        return brief(repr(cell.to_list() if isinstance(cell, pl.Series) else cell))
 
     def required(self, name: str) -> pl.Series:
         """As `text`, of which every row must have some."""
@@ -172,6 +173,7 @@ class Table:
             RowError: a row has no time, or all numbers look like times that are written otherwise.
         """
         values = self.column(name)
+        self.refuse(name, times.cut(values), f"a time in full: {times.CUT}")
         if isinstance(values.dtype, pl.Datetime | pl.Date):
             instants = values.cast(pl.Datetime("us")).dt.epoch("us")
             wanted = "a time from 1970 to 9999"

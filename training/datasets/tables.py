@@ -57,11 +57,11 @@ def first_rows(source: Path) -> tuple[Table, Dialect]:
                 row = ", ".join(columns[:4])
                 raise DataError(f"{file.name}: the first line looks like a row ({row} …); write a header, with a name for each column")
             try:
-                table = next(_read(file, columns, dialect, alone=True), None)
+                table = next(_read(file, [*columns, *file.partitions], dialect, alone=True), None)
             except DataError:
                 if file.form != "csv" or columns != _columns(file, plain := replace(dialect, quote="")):
                     raise
-                dialect, table = plain, next(_read(file, columns, plain, alone=True), None)
+                dialect, table = plain, next(_read(file, [*columns, *file.partitions], plain, alone=True), None)
             if table:
                 return replace(table, frame=table.frame.head(CHUNK), lines=table.lines[:CHUNK]), dialect
         raise DataError(f"{source} is empty: it has no rows")
@@ -77,7 +77,7 @@ def _columns(file: SourceFile, dialect: Dialect) -> list[str]:
         found = dict[str, None]()
         for _, document in islice(objects(file, lines), CHUNK):
             found |= dict.fromkeys(paths(document))
-        return [*found, *(name for name in file.partitions if name not in found)]
+        return list(found)
 
 
 def read_csv(path: Path, keep: Sequence[str]) -> Table:
@@ -116,6 +116,9 @@ def count_lines(file: SourceFile) -> int:
 
 def _read(file: SourceFile, keep: Sequence[str], dialect: Dialect, *, alone: bool) -> Iterator[Table]:
     constants = {name: value for name, value in file.partitions.items() if name in keep}
+    twice = [name for name in constants if name in _columns(file, dialect)] if constants else []
+    if twice:
+        raise DataError(f"{file.name}: {twice[0]} is a column of the file, and the name of its folder says it too: rename one of them")
     wanted = [name for name in keep if name not in constants]
     if file.form == "parquet":
         tables = _read_parquet(file, wanted)
@@ -148,7 +151,7 @@ def _read_csv(file: SourceFile, keep: Sequence[str], dialect: Dialect, *, alone:
 
 def _read_json(file: SourceFile, keep: Sequence[str]) -> Iterator[Table]:
     """A column may be missing in many objects, but not in all."""
-    absent, seen = set(keep), dict[str, None]()
+    absent, seen, listed = set(keep), dict[str, None](), dict[str, bool]()
     with file.text() as lines:
         found = objects(file, lines)
         while chunk := list(islice(found, CHUNK)):
@@ -157,23 +160,24 @@ def _read_json(file: SourceFile, keep: Sequence[str]) -> Iterator[Table]:
             if absent:
                 seen |= dict.fromkeys(chain.from_iterable(documents))
             columns = {name: [value_of(document, name) for document in documents] for name in keep}
-            _refuse_nested(file, numbers, columns)
+            _refuse_nested(file, numbers, columns, listed)
             frame = pl.DataFrame([series(name, values) for name, values in columns.items()])
             yield Table(file.name, frame, np.fromiter(numbers, np.int64, len(numbers)))
     _require_columns(file, [name for name in dict.fromkeys((*seen, *keep)) if name not in absent], keep)
 
 
-def _refuse_nested(file: SourceFile, numbers: Sequence[int], columns: dict[str, list[object]]) -> None:
-    """Refuse what would become one text that nobody means: objects, lists of lists, lists in some rows and not in others."""
+def _refuse_nested(file: SourceFile, numbers: Sequence[int], columns: dict[str, list[object]], listed: dict[str, bool]) -> None:
+    """Refuse what would become one text that nobody means: objects, lists of lists, lists in some rows and not in others.
+
+    `listed` keeps which columns had lists in the rows before.
+    """
     for name, values in columns.items():
-        kind: bool | None = None
         for number, value in zip(numbers, values, strict=True):
             if found := wrong(value):
                 fix = f"; name a value in it, such as {name}.id" if isinstance(value, dict) else ""
                 raise DataError(f"{file.name}, line {number}: {name} is {found}{fix}")
-            if value is not None and kind not in (None, isinstance(value, list)):
+            if value is not None and listed.setdefault(name, isinstance(value, list)) != isinstance(value, list):
                 raise DataError(f"{file.name}, line {number}: {name} is a list in some rows and not in others; write it one way in all")
-            kind = kind if value is None else isinstance(value, list)
 
 
 def _require_columns(file: SourceFile, columns: Collection[str], needed: Sequence[str], fix: str = "") -> None:

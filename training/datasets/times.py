@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 
 import polars as pl
 
+from .texts import LOST
+
 UNITS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 """Nanoseconds in each."""
 SECOND = 1_000_000
@@ -25,6 +27,18 @@ COMPACT = (
 NAMES = {"%Y": "yyyy", "%y": "yy", "%m": "mm", "%d": "dd", "%H": "HH", "%M": "MM", "%S": "SS", "%f": "f"}
 LOOKED_AT = 2_000
 """Distinct numbers that are looked at for what they look like."""
+
+
+CUT = "a number with an exponent, or a float in so few bits, has lost digits, and with them minutes or days"
+
+
+def cut(values: pl.Series) -> pl.Series:
+    """Which times are numbers that have lost digits: text with an exponent, and large floats in fewer than 64 bits."""
+    if values.dtype == pl.String:
+        return values.str.contains(LOST).fill_null(value=False)
+    if values.dtype.is_float() and values.dtype != pl.Float64:
+        return (values.abs() >= 2 ** (24 if values.dtype == pl.Float32 else 11)).fill_null(value=False)
+    return pl.repeat(False, len(values), dtype=pl.Boolean, eager=True)
 
 
 def plausible() -> tuple[int, int]:
