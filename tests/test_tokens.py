@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import re
 
 import pytest
@@ -50,8 +51,9 @@ def tokens(tmp_path):
         ("rank short", "line 1: expected scopes"),
         (f"rank {RANK} {RANK}", "line 1: expected scopes"),
         (f"rank {RANK}\nrank {'x' * 31}ü", "line 2: expected scopes"),
-        (f"\nrank,write {RANK}", "line 2: 'write' is no scope; those are rank, events, read"),
-        (f"rank, {RANK}", "line 1: '' is no scope"),
+        (f"\nrank,write {RANK}", "line 2: its first word is not of scopes; those are rank, events, read"),
+        (f"rank, {RANK}", "line 1: its first word is not of scopes"),
+        (f"{RANK} {EVENTS}", "line 1: its first word is not of scopes"),
         (f"rank {RANK}\nread {RANK}", "line 2: this token stands in the file twice"),
     ],
 )
@@ -61,13 +63,16 @@ def test_a_file_that_says_something_else_is_refused_without_telling_a_token(text
     assert RANK not in str(refused.value)
 
 
-def test_a_file_that_is_not_there_or_too_large_is_refused(tmp_path):
+def test_a_file_that_is_none_or_too_large_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TokenError, match="cannot be read: it is a pipe, not a file"):
+        Guard(tmp_path / "pipe")
     with pytest.raises(TokenError, match="cannot be read: No such file"):
         Guard(tmp_path / "none")
     with pytest.raises(TokenError, match="cannot be read: Is a directory"):
         Guard(tmp_path)
     (tmp_path / "large").write_bytes(b"#" * (MOST_BYTES + 1))
-    with pytest.raises(TokenError, match="it is over 262,144 bytes"):
+    with pytest.raises(TokenError, match="it has 262,145 bytes, more than the 262,144 that belong there"):
         Guard(tmp_path / "large")
 
 

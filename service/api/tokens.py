@@ -12,6 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from features import files
+
 from .. import errors
 from ..errors import Kind
 
@@ -47,8 +49,8 @@ def parse_tokens(text: bytes) -> dict[bytes, frozenset[str]]:
         if len(words) != 2 or not TOKEN.fullmatch(words[1]):
             expected = "16 to 512 letters, digits or ._~+/- (such as `openssl rand -hex 32` makes)"
             raise TokenError(f"line {number}: expected scopes, a space, and a token of {expected}")
-        if unknown := scopes - {*SCOPES}:
-            raise TokenError(f"line {number}: {min(unknown)!r} is no scope; those are {', '.join(SCOPES)}, with commas between them")
+        if scopes - {*SCOPES}:  # not told: it may be a token
+            raise TokenError(f"line {number}: its first word is not of scopes; those are {', '.join(SCOPES)}, with commas between them")
         digest = hashlib.sha256(words[1]).digest()
         if digest in tokens:
             raise TokenError(f"line {number}: this token stands in the file twice")
@@ -65,13 +67,9 @@ def read_tokens(path: Path) -> bytes:
         TokenError: it cannot be read, or is too large for what it is.
     """
     try:
-        with path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1)
+        return files.read(path, MOST_BYTES)
     except OSError as error:
         raise TokenError(f"it cannot be read: {error.strerror}") from error
-    if len(text) > MOST_BYTES:
-        raise TokenError(f"it is over {MOST_BYTES:,} bytes")
-    return text
 
 
 @dataclass(frozen=True, slots=True)
