@@ -53,6 +53,16 @@ def read(path: Path, most: int = MEGABYTE) -> bytes:
     return data
 
 
+def allocate(path: Path, size: int) -> None:
+    """Make a file of zeros, for writing to it through memory, with its blocks: a disk that has no more of them then ends the process.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    with path.open("ab") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
 def digest(path: Path, most: int, notes: Path | None = None) -> str:
     """The SHA-256 of a regular file; raises as `opened` does.
 

@@ -72,14 +72,22 @@ class TestRefused:
         refused(run(*good, "--host", "no-such-host.invalid"), "Name or service not known")
         one_line(adrank(*good, ADRANK_PORT_8000_TCP="tcp://10.0.0.1:8000"), "enableServiceLinks: false")
 
-    def test_of_workers_that_have_no_folder_for_their_metrics(self, repository):
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            "tempfile._candidate_tempdir_list = lambda: ['/proc/nowhere']\n",  # as where the root file system may not be written
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, 2**19))\n",  # as on a disk that is full
+        ],
+    )
+    def test_of_workers_that_have_no_room_for_their_metrics(self, repository, wrong):
         code = (
-            "import tempfile, sys, adrank\n"
-            "tempfile._candidate_tempdir_list = lambda: ['/proc/nowhere']\n"  # as where the root file system may not be written
+            f"import resource, tempfile, sys, adrank\n{wrong}"
             f"adrank.main(['serve', '--models', {str(repository)!r}, '--model', 'din', '--redis', 'memory://', '--workers', '2', "
             f"'--port', '{free_port()}'])"
         )
-        one_line(subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False), "set TMPDIR")
+        done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+        assert "set TMPDIR" in done.stderr.splitlines()[-1]
 
     def test_of_the_joiner(self, locked, repository, tmp_path):
         (tmp_path / "file").touch()

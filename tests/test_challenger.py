@@ -716,6 +716,7 @@ class TestJudge:
         self.now = 1000.0
         windows = [EvidenceWindow(lambda: self.now, tmp_path, "din.7.x") for _ in range(3)]
         other = EvidenceWindow(lambda: self.now, tmp_path, "din.7.y")
+        assert all(path.stat().st_blocks * 512 >= path.stat().st_size for path in tmp_path.iterdir()), "a disk that fills would end all"
         for window in (*windows, other):
             for _ in range(10):
                 window.scored(LIVE, 0.001, 0.2)

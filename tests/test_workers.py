@@ -19,7 +19,7 @@ from processes import PATIENCE, SERVE, environment, serving, workers_of
 from prometheus_client.mmap_dict import MmapedDict
 
 from service.serving.listen import ListenError, listen
-from service.serving.workers import SILENT_SECONDS, _tell_threads
+from service.serving.workers import COUNTED, SILENT_SECONDS, _tell_threads
 from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -218,6 +218,9 @@ async def test_a_worker_that_is_killed_is_replaced_and_gets_its_share(pair):
                     await caller.close()
             await asyncio.sleep(0.02)
     assert f"worker {victim} ended with exit code -9; another takes its place" in pair.log.read_text()
+    counts = {path.name: path.stat() for path in counts_of(pair).glob("*.db")}
+    assert counts.keys() == {f"{kind}_{slot}.db" for kind in COUNTED for slot in (0, 1)}
+    assert all(each.st_blocks * 512 >= each.st_size for each in counts.values()), "a disk that fills would end every worker"
 
 
 async def ask_until_refused(client, caller, keep, asked):
@@ -328,7 +331,7 @@ async def test_connections_that_no_file_descriptor_was_left_for_are_not_counted_
 
 def counts_of(client):
     """The folder that the workers count in."""
-    variables = dict(line.partition("=")[::2] for line in Path(f"/proc/{workers_of(client)[0]}/environ").read_text().split("\0"))
+    variables = dict(line.partition("=")[::2] for line in Path(f"/proc/{workers_of(client)[-1]}/environ").read_text().split("\0"))
     return Path(variables["PROMETHEUS_MULTIPROC_DIR"])
 
 

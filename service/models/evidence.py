@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from features import files
+
 SLOTS, SLOT_SECONDS = 60, 10.0
 FASTEST, STEP, BINS = 1e-5, 1.05, 340
 """Times are counted in bins that are 5 % wide, from 10 µs to 2.5 min."""
@@ -72,7 +74,7 @@ class EvidenceWindow:
         """Its own, or that of all processes that name the same folder and key."""
         self._clock, self._folder, self._key = clock, folder, key
         self._file = folder / f"{key}.{os.getpid()}.{id(self)}.evidence" if folder else None
-        self._own: Array = _mapped(self._file, "w+") if self._file else np.zeros((SLOTS, WIDTH))
+        self._own: Array = _mapped(self._file) if self._file else np.zeros((SLOTS, WIDTH))
         self._others: dict[Path, Array] = {}
 
     def scored(self, side: int, seconds: float, p_click: float) -> None:
@@ -140,9 +142,10 @@ def _period(counts: Array) -> Period:
     return Period(counts[: 2 * COUNTS].reshape(2, COUNTS), counts[2 * COUNTS :].reshape(2, BINS))
 
 
-def _mapped(path: Path, mode: Any) -> Array:
+def _mapped(path: Path) -> Array:
     try:
-        return np.memmap(path, np.float64, mode, shape=(SLOTS, WIDTH))
+        files.allocate(path, SLOTS * WIDTH * 8)
+        return np.memmap(path, np.float64, "r+", shape=(SLOTS, WIDTH))
     except OSError:  # the folder is gone or full: each judges for itself
         return np.zeros((SLOTS, WIDTH))
 

@@ -23,7 +23,9 @@ from pathlib import Path
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
-from ..settings import Settings, load_settings, processors
+from features import files
+
+from ..settings import Settings, SettingsError, load_settings, processors
 from ..startup_checks import check_start, tokens_loose
 from ..telemetry import FIRST, logs
 from .connection import Connection
@@ -38,6 +40,8 @@ FULL_SECONDS = 0.05
 SILENT_SECONDS = 2.0
 """A worker that was not heard of for so long stands still: it gets no new connections while another moves."""
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
+COUNTED = {"counter": 2**20, "histogram": 2**20, **dict.fromkeys(("gauge_livemax", "gauge_livemin", "gauge_livesum"), 2**16)}
+"""Bytes of each file that a worker counts in: prometheus_client takes what is there, and doubles it without its blocks."""
 SPAWN = multiprocessing.get_context("spawn")
 
 log = logging.getLogger(__name__)
@@ -79,6 +83,13 @@ def _serve(settings: Settings, listeners: list[socket.socket]) -> None:
             raise SystemExit(STARTUP_FAILURE)
         return
     with metrics_folder() as folder:
+        try:
+            for slot, (kind, size) in itertools.product(range(settings.workers), COUNTED.items()):
+                files.allocate(folder / f"{kind}_{slot}.db", size)
+        except OSError as error:
+            total = settings.workers * sum(COUNTED.values()) / 2**20
+            why = f"there is no room for the {total:.0f} MiB that {settings.workers} workers count in, in {folder.parent}: {reason(error)}"
+            raise SettingsError(f"{why}; make room there, set TMPDIR to another folder, or use --workers 1") from error
         os.environ[METRICS] = str(folder)  # the workers, which are fresh processes, import prometheus_client after this
         if not asyncio.run(Parent(settings, listeners, folder).run()):
             raise SystemExit(STARTUP_FAILURE)
@@ -266,7 +277,8 @@ class Parent:
         worker.pair.close()
         self._workers.remove(worker)
         for path in self._metrics.glob(f"gauge_*_{worker.slot}.db"):  # what it counted stays counted, what it was is over
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError), path.open("r+b") as file:  # not removed: the next might find no room
+                file.write(bytes(path.stat().st_size))
         if self._ending.is_set():
             if not self._workers:
                 self._ended.set()
