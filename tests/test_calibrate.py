@@ -118,6 +118,7 @@ def test_the_mean_is_right_and_the_order_stays_whatever_the_logits_are(spread: f
     logits = random.normal(0, 1, 5000)
     labels = (random.random(5000) < sigmoid(-logits - 2)).astype(float)
     found = fit(logits * spread, labels)
+    assert np.isfinite(fit(np.r_[3e38, -3e38, logits], np.r_[0, 0, labels]).shift)  # near what 32 bits hold
     p = found.on_log(logits * spread)
     assert found.scale > 0
     assert p.sum() == pytest.approx(labels.sum())

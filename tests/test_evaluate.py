@@ -11,6 +11,7 @@ from sklearn import metrics as sklearn
 from sklearn.calibration import calibration_curve
 
 from tests.test_datasets import patient
+from training.datasets.prepared import DataError
 from training.evaluate import auc, calibration_error, gauc, log_loss, measure
 from training.retrain.compare import points
 
@@ -152,5 +153,5 @@ def test_one_class_only_has_no_auc_and_that_is_null_in_json(label: int) -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match="no row to measure"):
         measure(np.array([]), np.array([]), np.array([]))
-    with pytest.raises(ValueError, match="not a finite number"):
+    with pytest.raises(DataError, match="no number for 1 of 2 rows, the first of them row 2"):
         measure(np.array([1.0, 0.0]), np.array([0.5, np.nan]), np.array([0, 0]))

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import small
 import torch
@@ -10,7 +11,7 @@ import torch
 from features.encode import Encoder
 from training.calibrate import Calibration
 from training.datasets.encoded import Rows, encode_split
-from training.datasets.prepared import Prepared
+from training.datasets.prepared import DataError, Prepared
 from training.datasets.vocabularies import learn_vocabularies
 from training.evaluate import auc
 from training.fit import fit_network, predict
@@ -259,6 +260,15 @@ def test_a_training_that_diverges_is_a_sentence(rows: tuple[Rows, Rows]) -> None
     [sentence] = diverged(epochs)
     assert sentence == "the training diverged in epoch 1, the weights are the best of those before it; try a learning_rate below 1e+30"
     assert (predict(network, rows[1]) == before).all()
+
+
+def test_numbers_too_large_for_a_network_are_a_sentence(tmp_path: Path) -> None:
+    schema = small.schema('name = "numbers"\n[user.income]\nkind = "number"\ntransform = "none"\n[ad.price]\nkind = "number"\n')
+    data = replace(small.data_set(tmp_path), schema=schema)
+    frame = pl.read_parquet(path := data.folder / "test" / "0.parquet")
+    frame.with_columns(pl.lit(1e38).alias("user.income")).write_parquet(path)
+    with pytest.raises(DataError, match=r"what the network gives is no number for .* of 100 rows, the first of them row"):
+        small.quick(data, epochs=1)
 
 
 def test_the_facts_tell_the_threads_that_trained(data: Prepared) -> None:

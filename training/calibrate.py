@@ -111,7 +111,7 @@ def _intercept(scaled: Array, rate: float, maturity: Array) -> float:
     ends = logit(rate) - scaled.max(), logit(_eventual(rate, maturity)) - scaled.min()
     if ends[0] == ends[1] or (maturity * expit(scaled + ends[1])).mean() < rate:  # of fewer rows than have come, all come
         return float(ends[1])
-    return float(brentq(lambda shift: (maturity * expit(scaled + shift)).mean() - rate, *ends, xtol=1e-12))
+    return float(brentq(lambda shift: (maturity * expit(scaled + shift)).mean() - rate, *ends, xtol=1e-12, maxiter=1000))
 
 
 def _eventual(rate: float, maturity: Array) -> float:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from .datasets.prepared import DataError
+
 Array = np.ndarray[Any, np.dtype[Any]]
 BINS = 20
 
@@ -39,17 +41,34 @@ def measure(labels: Array, p_click: Array, users: Array) -> Measures:
     """All metrics of `labels (N,)` in {0, 1}, `p_click (N,)` and `users (N,)`, a number a user.
 
     Raises:
-        ValueError: there is no row, or a probability is not a number.
+        DataError: a probability is not a number.
+        ValueError: there is no row.
     """
     p, labels = np.asarray(p_click, np.float64), np.asarray(labels, np.float64)
-    if not len(p) or not np.isfinite(p).all():
-        raise ValueError("no row to measure" if not len(p) else "a probability is not a finite number")
+    if not len(p):
+        raise ValueError("no row to measure")
+    check_finite(p)
     loss, rate = log_loss(labels, p), float(labels.mean())
     entropy = log_loss(labels, np.full(len(p), rate)) if 0 < rate < 1 else float("nan")
     clicks = int(labels.sum())
     ratio = float(p.sum() / clicks) if clicks else float("nan")
     error = calibration_error(labels, p)
     return Measures(auc(labels, p), gauc(labels, p, users), loss, loss / entropy, error, ratio, len(p), clicks)
+
+
+def check_finite(*found: Array) -> None:
+    """Raise where what a network gives for rows `(N, ...)` is no number.
+
+    Raises:
+        DataError: it says how many rows, and what to do.
+    """
+    for each in found:
+        wrong = ~np.isfinite(each.reshape(len(each), -1)).all(1)
+        if wrong.any():
+            raise DataError(
+                f"what the network gives is no number for {np.count_nonzero(wrong):,} of {len(each):,} rows, the first of them row "
+                f'{wrong.argmax() + 1:,}: numbers there are too large for it; give such fields transform = "log" and train again'
+            )
 
 
 def unmeasured(labels: Array) -> Measures:

@@ -27,7 +27,7 @@ from .datasets.vocabularies import learn_vocabularies
 from .deviations import ad_deviations
 from .device import device_of
 from .distributed import Logits
-from .evaluate import Measures, measure
+from .evaluate import Measures, check_finite, measure
 from .first_order import settled
 from .fit import Epoch, deterministic, fit_network, predict_heads
 from .networks import NETWORKS, build
@@ -221,8 +221,13 @@ def heads_of(family: str, asked: str = "") -> tuple[str, ...]:
 
 
 def calibrated(rows: Rows, head: str, logits: Logits, negative_sampling: float) -> Calibration:
-    """The calibration of a head's logits `(N,)`, on the rows whose label is known."""
+    """The calibration of a head's logits `(N,)`, on the rows whose label is known.
+
+    Raises:
+        DataError: a logit is no number.
+    """
     labels, known = rows.known(head)
+    check_finite(logits[known])
     return fit(logits[known], labels[known], negative_sampling if head == CLICK else 1.0, rows.maturity_of(head, known))
 
 

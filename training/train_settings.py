@@ -104,7 +104,7 @@ class TrainSettings:
             ("seed", 0 <= self.seed < 2**63, "at least 0, and below 2**63"),
             ("epochs", self.epochs >= 0, "at least 1, or 0: by the rows"),
             ("batch", self.batch == 0 or self.batch >= 2, "at least 2 rows, to normalise over, or 0: by the rows"),
-            ("learning_rate", self.learning_rate >= 0, "above 0, or 0: by the batch"),
+            ("learning_rate", 0 <= self.learning_rate < math.inf, "above 0, or 0: by the batch"),
             ("drop", 0 < self.drop <= 1, "above 0, at most 1"),
             ("patience", self.patience >= 1, "at least 1"),
             ("least_steps", self.least_steps >= 0, "at least 0"),

@@ -57,7 +57,7 @@ from ..train_settings import TrainError, TrainSettings
 from ..weights import CALIBRATION, WEIGHTS, packed
 from .ad_side import ad_side, check_ad_side
 from .explain import explain_graph, tensors_of
-from .graph import chunks, feeds_of, open_graph
+from .graph import by_head, chunks, feeds_of, open_graph
 from .int8 import moved, quantised, refusal
 from .onnx import OnnxFile, request_graph, table_files
 from .retrieval import AD_VECTORS, AdVectors, RequestVectors, ad_vectors
@@ -386,9 +386,5 @@ def scores(
 
     It is the rows that say how they were sampled: what the graph was trained on plays no part.
     """
-    session = open_graph(graph)
-    names = [output.name for output in session.get_outputs() if output.name.startswith("p_")]
-    some = progress.track(chunks(np.arange(len(rows))), description="scoring")
-    found = [session.run(names, feeds_of(schema, rows, chunk)) for chunk in some]
-    served = {name.removeprefix("p_"): np.concatenate([each[i][:, 0] for each in found]) for i, name in enumerate(names)}
+    served = by_head(open_graph(graph), schema, rows, progress.track(chunks(np.arange(len(rows))), description="scoring"))
     return sampled_heads(served, negative_sampling)

@@ -1,7 +1,7 @@
 """A published bundle on encoded rows: what one of its graphs gives in ONNX Runtime. Knows nothing about logs."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from features.graph_file import GraphFileError, graph_facts
 from features.schema import AGES, Schema
 
 from ..datasets.encoded import Rows
+from ..evaluate import check_finite
 from ..tables import Table
 from .onnx import tables_of
 
@@ -84,16 +85,34 @@ class Graph:
         `head` names another output.
         """
         step = REQUESTS if ads is None else max(1, min(REQUESTS, PAIRS // ads.ids.shape[1]))
-        scores: Array = np.concatenate(
-            [self._session.run([head], feeds_of(self.schema, rows, some, ads))[0] for some in chunks(np.arange(len(rows)), step)]
-        )
+        (scores,) = outputs(self._session, [head], (feeds_of(self.schema, rows, some, ads) for some in chunks(np.arange(len(rows)), step)))
         return scores[:, 0] if ads is None else scores
 
     def by_head(self, rows: Rows) -> dict[str, Array]:
         """The probabilities `(N,)` float32 of the rows' own ads, of each head that the graph has."""
-        names = [output.name for output in self._session.get_outputs() if output.name.startswith("p_")]
-        found = [self._session.run(names, feeds_of(self.schema, rows, some)) for some in chunks(np.arange(len(rows)))]
-        return {name.removeprefix("p_"): np.concatenate([each[i][:, 0] for each in found]) for i, name in enumerate(names)}
+        return by_head(self._session, self.schema, rows, chunks(np.arange(len(rows))))
+
+
+def by_head(session: onnxruntime.InferenceSession, schema: Schema, rows: Rows, parts: Iterable[Array]) -> dict[str, Array]:
+    """The probabilities `(N,)` float32 of the rows' own ads, of each head that a graph has, some rows at a time.
+
+    Raises:
+        DataError: one is no finite number.
+    """
+    names = [output.name for output in session.get_outputs() if output.name.startswith("p_")]
+    found = outputs(session, names, (feeds_of(schema, rows, some) for some in parts))
+    return {name.removeprefix("p_"): p[:, 0] for name, p in zip(names, found, strict=True)}
+
+
+def outputs(session: onnxruntime.InferenceSession, names: Sequence[str], feeds: Iterable[Feeds]) -> list[Array]:
+    """Outputs of a graph for the rows of some feeds, one after the other.
+
+    Raises:
+        DataError: a probability is no finite number: measured with it, the whole would be none, or be wrong.
+    """
+    found = [np.concatenate(parts) for parts in zip(*(session.run(names, each) for each in feeds), strict=True)]
+    check_finite(*found)
+    return found
 
 
 def chunks(rows: Array, step: int = REQUESTS) -> list[Array]:
