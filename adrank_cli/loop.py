@@ -14,6 +14,7 @@ import click
 
 from .options import (
     FOLDER,
+    PLACE,
     Refusal,
     attributing,
     attribution_of,
@@ -180,7 +181,7 @@ def skew(folder: Path, models: Path, name: str | None, since: int | None, until:
 
 @click.command("replay", epilog="Example: adrank replay --log log --bundle models/din/20261122101500 --policy plackett_luce:0.5 --top-k 3")
 @click.option("--log", "folder", type=FOLDER, required=True, help="The log that adrank join writes, or a data set with propensities.")
-@click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
+@click.option("--bundle", type=PLACE, required=True, help="A version in the model repository.")
 @click.option("--policy", default="greedy", show_default=True, help="How it shows ads: greedy, epsilon_greedy:E, plackett_luce:T.")
 @click.option("--objective", type=click.Choice(["pctr", "ecpm"]), default="pctr", show_default=True, help="What it orders ads by.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Only the first so many places; default: all that were shown.")

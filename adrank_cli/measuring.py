@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from .options import FILE, FOLDER, bounded, console, in_json, memory_of, needs, print_metrics, progress_bar, tell
+from .options import FILE, FOLDER, PLACE, bounded, console, in_json, memory_of, needs, print_metrics, progress_bar, tell
 
 SPLIT = click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
 DATA = click.option("--data", type=FOLDER, required=True, help="A prepared data set, or a log.")
-BUNDLE = click.option("--bundle", type=FOLDER, required=True, help="A version in the model repository.")
+BUNDLE = click.option("--bundle", type=PLACE, required=True, help="A version in the model repository.")
 
 
 @click.command(epilog="Example: adrank evaluate --bundle models/din/20261122101500 --data data/ml-1m --json")
@@ -74,8 +74,8 @@ def score(bundle: Path, data: Path, split: str, out: Path) -> None:
 @click.command(
     epilog="Example: adrank compare models/din/20261122101500 models/din/20261129101500 --data data/ml-1m --segment context.slot"
 )
-@click.argument("first", type=FOLDER)
-@click.argument("second", type=FOLDER)
+@click.argument("first", type=PLACE)
+@click.argument("second", type=PLACE)
 @DATA
 @SPLIT
 @click.option("--segment", metavar="FIELD", help="Compare by the values of a field as well, such as context.slot.")

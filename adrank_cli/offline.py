@@ -11,6 +11,7 @@ import click
 from .options import (
     FILE,
     FOLDER,
+    PLACE,
     Refusal,
     WithNetworks,
     attributing,
@@ -128,7 +129,7 @@ def _print_profile(found: Any) -> None:
 @by_workers
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of training, of the network or of the gate.")
 @click.option("--settings", "file", type=FILE, help="Settings in a TOML file; --set goes before. Default: those known for the data set.")
-@click.option("--init-from", type=FOLDER, metavar="BUNDLE", help="A bundle whose embeddings are where this network's begin.")
+@click.option("--init-from", type=PLACE, metavar="BUNDLE", help="A bundle whose embeddings are where this network's begin.")
 @click.option(
     "--promote",
     type=click.Choice(["gate", "always", "if-better", "never"]),

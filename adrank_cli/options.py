@@ -19,7 +19,7 @@ SHARE = click.FloatRange(0, 1, min_open=True)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 PLACE = click.Path(readable=False, path_type=Path)
-"""What a service is pointed at is for the service to judge: it may wait for it."""
+"""What is for who reads it to judge: a service may wait for it, and a bundle says what is in its place."""
 
 
 class Refusal(click.ClickException):

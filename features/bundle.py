@@ -545,6 +545,9 @@ def _no_bundle(path: Path) -> str:
     """What a folder without a manifest is, and what may have been meant."""
     said = f"bundle {path} cannot be read: there is no {MANIFEST}"
     with contextlib.suppress(OSError, BundleError):
+        if path.name == CURRENT and path.is_file():
+            name = path.parent.name
+            return f"{path} says which version of {name} is live, it is none; name {current_path(path.parent.parent, name)}"
         if (path / CURRENT).exists():
             return f"{path} is a model, not one of its versions; its live one is {current_path(path.parent, path.name)}"
         if path.is_dir() and (there := version_numbers(path)):

@@ -98,6 +98,9 @@ class TestWhatIsNoBundle:
         refused(run("evaluate", "--bundle", first.parent, *data), rf"din is a model, not one of its versions, and none .* name {second}")
         promote(tmp_path, "din", int(first.name))
         refused(run("evaluate", "--bundle", first.parent, *data), rf"din is a model, not one of its versions; its live one is {first}")
+        for words in (("score", "--out", tmp_path / "out"), ("evaluate",)):
+            refused(run(*words, *data, "--bundle", first.parent / "current"), rf"din is live, it is none; name {first}")
+        refused(run("compare", first.parent / "releases.jsonl", first, *data), r"din has no version releases.jsonl; there are")
         refused(run("evaluate", "--bundle", first.parent / "7", *data), rf"din has no version 7; there are {first.name}, {second.name}; ")
         refused(run("evaluate", "--bundle", tmp_path, *data), rf"is a model repository, not a bundle; name a version, such as {first}")
         refused(run("evaluate", "--bundle", tmp_path / "none", *data), "there is no manifest.json; a bundle is a version's folder")
