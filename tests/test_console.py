@@ -1,5 +1,6 @@
 """The console's routes: who may read them, what they tell, and that they tell no path."""
 
+import asyncio
 import json
 
 import bundles
@@ -66,6 +67,19 @@ async def test_a_sample_is_of_active_ads_with_a_value(client):
     assert len(set.union(*some)) > 15, "always the same"
     for count in ("0", "1001", "-1", "x", "", "１"):
         assert (await client.get(ADS, params={"count": count})).json()["detail"] == "count is a number from 1 to 1,000"
+
+
+async def test_what_takes_long_is_done_once_at_a_time_however_many_ask(client, monkeypatch):
+    """Of 100,000 ads a search takes a second: 200 requests whose callers had left held up rankings for minutes."""
+    answers = await asyncio.gather(*(client.get(ADS, params={"field": "genre", "value": "none"}) for _ in range(8)))
+    assert sorted(answer.status_code for answer in answers) == [200, *[429] * 7]
+    assert (await client.get(ADS)).status_code == 200
+    listed = []
+    monkeypatch.setattr("service.api.console._versions", lambda models: listed.append(models) or {})
+    monkeypatch.setattr("service.api.console._reports", lambda models: listed.append(models) or [])
+    for path in (VERSIONS, REPORTS):
+        assert {answer.status_code for answer in await asyncio.gather(*(client.get(path) for _ in range(8)))} == {200}
+    assert len(listed) == 2
 
 
 async def test_a_user_is_told_with_the_features_of_what_they_clicked(client):

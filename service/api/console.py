@@ -25,7 +25,9 @@ from features.values import plain
 from ..errors import InvalidError, StoreDownError
 from ..public import LOG, of_store
 from ..ranking.ranker import Ranker
+from ..serving.shares import Shares
 from ..settings import Settings
+from ..telemetry.scrapes import Scrapes
 
 STATIC = Path(__file__).with_name("static")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -62,7 +64,8 @@ log = logging.getLogger(__name__)
 
 def console_routes(ranker: Ranker, store: Store, settings: Settings) -> APIRouter:
     """The pages, and what only they read."""
-    router = APIRouter(include_in_schema=False)
+    router, searches = APIRouter(include_in_schema=False), Shares(1, 1)
+    listing = Scrapes(lambda: pydantic_core.to_json(_versions(settings.models)))
 
     @router.get("/")
     async def root() -> Response:
@@ -80,7 +83,9 @@ def console_routes(ranker: Ranker, store: Store, settings: Settings) -> APIRoute
         """Ads at random: `count` of them, where `field` and `value` are given those that have that value, or an id that begins so."""
         asked = request.query_params
         field, value = asked.get("field", ""), asked.get("value", "")
-        found = await ranker.catalogue.sample(_count(asked.get("count", "20")), lambda ad: not value or _has(ad, field, value))
+        count = _count(asked.get("count", "20"))
+        with searches.holding(None, "the catalogue is being searched for somebody else; try again"):  # all of it, where few have the value
+            found = await ranker.catalogue.sample(count, lambda ad: not value or _has(ad, field, value))
         return _json({"ads": [{"ad_id": ad.ad_id, "features": ad.features} for ad in found], "catalogue": ranker.catalogue.ads})
 
     @router.get(USER)
@@ -95,7 +100,7 @@ def console_routes(ranker: Ranker, store: Store, settings: Settings) -> APIRoute
     @router.get(VERSIONS)
     async def versions() -> Response:
         """Every version in the repository."""
-        return _json(await asyncio.to_thread(_versions, settings.models))
+        return _answer(await listing.text())
 
     @router.get(VERSION)
     async def version(request: Request) -> Response:
@@ -112,6 +117,7 @@ def console_routes(ranker: Ranker, store: Store, settings: Settings) -> APIRoute
 def _of_the_loop(store: Store, settings: Settings) -> APIRouter:
     """What is known of the loop: what the joiner told, and what retrainings came to."""
     router = APIRouter()
+    listing = Scrapes(lambda: pydantic_core.to_json({"reports": _reports(settings.models)}))
 
     @router.get(FIGURES)
     async def figures() -> Response:
@@ -124,7 +130,7 @@ def _of_the_loop(store: Store, settings: Settings) -> APIRouter:
     @router.get(REPORTS)
     async def reports() -> Response:
         """The reports of retrainings that are in the repository, the newest first."""
-        return _json({"reports": await asyncio.to_thread(_reports, settings.models)})
+        return _answer(await listing.text())
 
     return router
 
@@ -201,4 +207,8 @@ def _parsed(text: bytes, kind: type[Json]) -> Json:
 
 
 def _json(document: Mapping[str, Any]) -> Response:
-    return Response(pydantic_core.to_json(document), headers={"cache-control": "no-store"}, media_type="application/json")
+    return _answer(pydantic_core.to_json(document))
+
+
+def _answer(text: bytes) -> Response:
+    return Response(text, headers={"cache-control": "no-store"}, media_type="application/json")

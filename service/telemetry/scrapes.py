@@ -1,4 +1,4 @@
-"""`/metrics` for any number of scrapers: one exposition is made at a time, and a pause after it, so that rankings go on."""
+"""What takes long to make, for any number who ask: one at a time, and a pause after it, so that rankings go on. `/metrics`, for one."""
 
 import asyncio
 from collections.abc import Callable
