@@ -191,6 +191,7 @@ BAD = {
     "a long history": ({**GOOD, "user": {"id": "u", "history": [{"ad_id": "a"}] * 1_001}}, ["/user/history"]),
     "a history of ids": ({**GOOD, "user": {"id": "u", "history": ["a1"]}}, ["/user/history/0"]),
     "some times": ({**GOOD, "user": {"id": "u", "history": [{"ad_id": "a", "ts": 1}, {"ad_id": "b"}]}}, ["/user/history/1/ts"]),
+    "milliseconds": ({**GOOD, "user": {"id": "u", "history": [{"ad_id": "a", "ts": 1_763_800_000_000}]}}, ["/user/history/0/ts"]),
     "a time with a fraction": ({**GOOD, "user": {"id": "u", "history": [{"ad_id": "a", "ts": 1.5}]}}, ["/user/history/0/ts"]),
     "a top_k of 0": ({**GOOD, "options": {"top_k": 0}}, ["/options/top_k"]),
     "another objective": ({**GOOD, "options": {"objective": "money"}}, ["/options/objective"]),

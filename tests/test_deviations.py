@@ -46,7 +46,7 @@ def test_little_or_nothing_leaves_the_least_prior(shown: list[float], clicks: li
 
 
 def test_ads_are_told_by_their_ids_and_those_without_one_are_new(tmp_path: Path) -> None:
-    rows = pl.DataFrame({"label": [1, 0, 0, 1, 1], "user_id": ["u"] * 5, "ad_id": ["a", "a", "b", "rare", None], "ts": range(5)})
+    rows = pl.DataFrame({"label": [1, 0, 0, 1, 1], "user_id": ["u"] * 5, "ad_id": ["a", "a", "b", "rare", ""], "ts": range(5)})
     with writing(tmp_path / "d") as folder:
         write_tables(folder, SCHEMA, pl.DataFrame({"ad_id": ["a", "b"]}), None)
         for split in ("train", "valid"):

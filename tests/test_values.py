@@ -110,6 +110,27 @@ def test_columns_follow_the_rule(values: list[str]) -> None:
     assert frame["request_id"].to_list() == values
 
 
+def test_gaps_of_a_data_set_by_others_are_no_values(tmp_path: Path) -> None:
+    gaps = [[None, "x"], ["x", None], ["", "x"], ["x"], [None], [], None]
+    frame = pl.DataFrame({"label": [0, 1] * 7, "user_id": [None, "u"] * 7, "ad_id": "a", "history": gaps * 2, "ad.l": gaps * 2})
+    for split in ("train", "valid", "test"):
+        (tmp_path / split).mkdir()
+        frame.cast({"label": pl.Int8}).write_parquet(tmp_path / split / "0.parquet")
+    fields = '[user.user_id]\nkind = "category"\n[ad.ad_id]\nkind = "category"\n[ad.l]\nkind = "list"\nlength = 2\n'
+    (tmp_path / "schema.toml").write_text('name = "gaps"\nhistory = { length = 2, fields = ["ad_id"] }\n' + fields)
+    pl.DataFrame({"ad_id": ["a"], "ad.l": [[None, "x"]]}).write_parquet(tmp_path / "ads.parquet")
+    data = open_prepared(tmp_path)
+    encoder = Encoder(data.schema, learn_vocabularies(data))
+    encoded, whole = encode_split(data, "train", encoder), ad_table(data, encoder)
+    assert encoded.ad.ids[:7, 1:].tolist() == [[2, 0]] * 4 + [[0, 0]] * 3
+    assert whole.take(whole.rows(["a"])).ids[0, 1:].tolist() == [2, 0]
+    assert (encoded.history[:4] > 0).sum(1).tolist() == [1] * 4
+    assert (encoded.history[4:7] > 0).sum() == 0
+    frame.cast({"label": pl.Int8}).with_columns(ad_id=pl.lit(None, pl.String)).write_parquet(tmp_path / "test" / "0.parquet")
+    with pytest.raises(DataError, match=r"0.parquet: 14 rows have no ad_id"):
+        encode_split(data, "test", encoder)
+
+
 def test_texts_that_are_their_own_are_not_copied() -> None:
     ids = ["a1", "a20", "1.10"]
     assert plain_all(ids) is ids
@@ -131,6 +152,9 @@ TYPES: dict[str, tuple[pl.DataType, st.SearchStrategy[Any]]] = {
     "boolean": (pl.Boolean(), st.booleans()),
     "date": (pl.Date(), st.dates(date(1970, 1, 1), date(2100, 1, 1))),
     "datetime": (pl.Datetime("us"), st.datetimes(datetime(1970, 1, 1), datetime(2100, 1, 1))),
+    "zoned": (pl.Datetime("us", "UTC"), st.datetimes(datetime(1970, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC))),
+    "time": (pl.Time(), st.times()),
+    "enum": (pl.Enum(["2.0", "2", "True", "a"]), st.sampled_from(["2.0", "2", "True", "a"])),
 }
 SCHEMA = """
 name = "cells"
@@ -164,7 +188,7 @@ def sent(cell: Any) -> Any:
             if cell == cell.to_integral_value() and abs(cell) < 2**63
             else (float(cell) if cell.as_tuple().exponent else str(cell))
         )
-    return cell.isoformat() if isinstance(cell, date | datetime) else cell
+    return cell.isoformat() if isinstance(cell, date | datetime | time) else cell
 
 
 def prepared(folder: Path, cells: Sequence[Any], dtype: pl.DataType) -> tuple[Any, AdTable]:

@@ -99,8 +99,8 @@ class Behaviour(Wire):
 
     ad_id: Id
     """Which."""
-    ts: Annotated[int, Field(ge=0, le=2**53)] | None = None
-    """When, in seconds since 1970; a model that is given ages takes one without for older than all others."""
+    ts: Annotated[int, Field(ge=0, lt=10**11)] | None = None
+    """When, in seconds, not milliseconds, since 1970; a model that is given ages takes one without for older than all others."""
 
 
 class User(Wire):

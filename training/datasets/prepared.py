@@ -330,6 +330,8 @@ def check_rows(frame: pl.DataFrame, schema: Schema, path: Path) -> None:
         DataError: a column is missing or of another type, a label is not 0 or 1, or a number is not finite.
     """
     check_columns(frame, {"label": pl.Int8(), "user_id": pl.String(), "ad_id": pl.String()}, path)
+    if frame["ad_id"].has_nulls():
+        raise DataError(f'{path}: {frame["ad_id"].null_count():,} rows have no ad_id; leave them out, or write "" where no row has one')
     if schema.history_length:
         check_columns(frame, {"history": pl.List(pl.String())}, path)
     if schema.history_ages:

@@ -8,6 +8,8 @@ from features.values import SPELLINGS, WHOLE, ValueTextError, text_of
 
 AT_ONCE = 100_000
 IDS = ("user_id", "ad_id", "history", "candidates")
+BESIDE = {"history_ts", "history_revisions"}
+"""Columns with an element for each behaviour."""
 TEXTS = (pl.String(), pl.List(pl.String()))
 ODD = f"^(?:{WHOLE}|{'|'.join(SPELLINGS)})$"
 """A text that is looked up as another."""
@@ -30,7 +32,8 @@ def plain_values(frame: pl.DataFrame) -> pl.DataFrame:
     for name, dtype in frame.schema.items():
         if dtype in TEXTS and (name in IDS or "." in name):
             column = plain_column(frame[name])
-            changed.append(column if name in IDS else _without_gaps(column))
+            kept = name in ("user_id", "ad_id") or (name == "history" and not BESIDE.isdisjoint(frame.columns))
+            changed.append(column.fill_null("") if name == "user_id" else column if kept else _without_gaps(column))
     return frame.with_columns(changed)
 
 
@@ -48,9 +51,11 @@ def _plain(texts: pl.Expr) -> pl.Expr:
 
 
 def _without_gaps(column: pl.Series) -> pl.Series:
-    """Empty text is missing."""
+    """Empty text is missing, and what is missing is no element of a list."""
     if column.dtype == pl.List:
-        return column.list.eval(pl.element().filter(pl.element() != "")) if (column.explode() == "").any() else column
+        flat, empty = column.explode(), (column.list.len().fill_null(0) == 0).sum()  # which explode to null
+        gaps = (flat == "").any() or flat.null_count() > empty
+        return column.list.eval(pl.element().filter(pl.element() != "")) if gaps else column
     return column.replace("", None)
 
 
