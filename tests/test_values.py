@@ -24,6 +24,7 @@ from training.datasets import csv_table
 from training.datasets.ads import ad_table
 from training.datasets.encoded import encode_split
 from training.datasets.prepared import DataError, open_prepared
+from training.datasets.states import user_states
 from training.datasets.texts import CellError, lists_of, plain_values, texts_of
 from training.datasets.vocabularies import learn_vocabularies
 
@@ -112,7 +113,9 @@ def test_columns_follow_the_rule(values: list[str]) -> None:
 
 def test_gaps_of_a_data_set_by_others_are_no_values(tmp_path: Path) -> None:
     gaps = [[None, "x"], ["x", None], ["", "x"], ["x"], [None], [], None]
-    frame = pl.DataFrame({"label": [0, 1] * 7, "user_id": [None, "u"] * 7, "ad_id": "a", "history": gaps * 2, "ad.l": gaps * 2})
+    frame = pl.DataFrame(
+        {"label": [0, 1] * 7, "user_id": [None, "2.0", "2"] + [""] * 11, "ad_id": "a", "history": gaps * 2, "ad.l": gaps * 2}
+    )
     for split in ("train", "valid", "test"):
         (tmp_path / split).mkdir()
         frame.cast({"label": pl.Int8}).write_parquet(tmp_path / split / "0.parquet")
@@ -126,6 +129,7 @@ def test_gaps_of_a_data_set_by_others_are_no_values(tmp_path: Path) -> None:
     assert whole.take(whole.rows(["a"])).ids[0, 1:].tolist() == [2, 0]
     assert (encoded.history[:4] > 0).sum(1).tolist() == [1] * 4
     assert (encoded.history[4:7] > 0).sum() == 0
+    assert [user_id for user_id, _ in user_states(data)] == ["2"]
     frame.cast({"label": pl.Int8}).with_columns(ad_id=pl.lit(None, pl.String)).write_parquet(tmp_path / "test" / "0.parquet")
     with pytest.raises(DataError, match=r"0.parquet: 14 rows have no ad_id"):
         encode_split(data, "test", encoder)

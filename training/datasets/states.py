@@ -16,6 +16,7 @@ from features.state import Ad, UserState
 
 from .counters import CountsAtEnd, counts_at_end
 from .prepared import ROWS_PER_FILE, SPLITS, DataError, Prepared, column_of, columns_of, read_parquet, without_nobody
+from .texts import plain_values
 
 Behaviours = tuple[list[str], list[int]]
 
@@ -93,7 +94,7 @@ def _last_rows(prepared: Prepared) -> pl.Series:
 
 
 def _keys(path: Path) -> pl.DataFrame:
-    return read_parquet(path, [name for name in ("user_id", "ts") if name in columns_of(path)])
+    return plain_values(read_parquet(path, [name for name in ("user_id", "ts") if name in columns_of(path)]))
 
 
 def _beside(rows: pl.DataFrame, table: pl.DataFrame | None) -> pl.DataFrame:
