@@ -208,6 +208,30 @@ def test_prepare_makes_counters_of_what_was_before_each_row(tmp_path: Path) -> N
     assert data["ad.seen"].to_list() == pytest.approx([0, 0, day(600), 0, day(1200), 0, 0, day(9000, 8400)])
 
 
+def test_a_log_that_kept_half_of_the_non_clicks_counts_as_the_whole_does(tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    told = {name: random.choice(values, 60).tolist() for name, values in {"user_id": ["u1", "u2"], "ad_id": ["a1", "a2"]}.items()}
+    half = pl.DataFrame(told | {"topic": "t", "time": np.arange(60) * 600, "click": random.integers(0, 2, 60)})
+    whole = pl.concat([half, half.filter(click=0)]).sort("time")
+    rate = '[counter.unsaid]\nof = "click/impression"\nby = "ad"\nwindow = "1d"\n'
+    found = []
+    for name, table, share in (("half", half, 0.5), ("whole", whole, 1.0)):
+        (folder := tmp_path / name).mkdir()
+        settings = TABLE.replace("[0.5, 0.25, 0.25]", f'"split"\nnegative_sampling = {share}')
+        split = pl.when(pl.col("time") < 30_000).then(pl.lit("train")).otherwise(pl.when(pl.col("time") < 33_000).then(pl.lit("valid")))
+        data = open_prepared(prepare_csv(folder, table.with_columns(split=split.fill_null("test")), FIELDS + COUNTERS + rate + settings))
+        counted = rows(data.folder).unique("ts", maintain_order=True).select(each.path for each in data.schema.fields if each.counter)
+        found.append((counted.rows(), data.schema.counters["unsaid"].prior, {ad.ad_id: ad.counts for ad in ads(data)}))
+    (ours, prior, stored), (theirs, their_prior, their_stored) = found
+    assert np.array(ours) == pytest.approx(np.array(theirs))
+    assert prior == their_prior
+    for ad_id, counts in stored.items():
+        for key, tally in counts.items():
+            assert {value: much for value, (much, _) in tally.items()} == pytest.approx(
+                {value: much for value, (much, _) in their_stored[ad_id][key].items()}
+            )
+
+
 @pytest.mark.anyio
 async def test_counts_that_are_loaded_are_those_of_the_same_events_and_of_the_rows_that_come_next(tmp_path: Path) -> None:
     """Offline, by `adrank load` and event by event; loading twice changes nothing, and what comes after is counted on top."""

@@ -18,13 +18,16 @@ LEAST_COUNT = 1e-12
 """What has decayed to less is not kept."""
 
 
-def count(log: pl.DataFrame, instants: Ids | None, schema: Schema) -> dict[str, pl.Series]:
-    """The columns of a schema's counters, by path, for all rows of a log in order of time (`instants`, in microseconds)."""
+def count(log: pl.DataFrame, instants: Ids | None, schema: Schema, sampling: float = 1.0) -> dict[str, pl.Series]:
+    """The columns of a schema's counters, by path, for all rows of a log in order of time (`instants`, in microseconds).
+
+    `sampling` is the share of the non-clicks that the log kept: the service counts all of them, so each that is there is so many.
+    """
     if instants is None or not schema.counters:
         return {}
     seconds = instants / MICROSECONDS
     tallies = list(tallies_of(list(schema.counters.values())))
-    counts = {tally: counts_before(_groups(log, tally), seconds, _happened(log, tally), tally.window) for tally in tallies}
+    counts = {tally: counts_before(_groups(log, tally), seconds, _happened(log, tally, sampling), tally.window) for tally in tallies}
     return {
         field.path: pl.Series(field.counter.of_counts([counts[tally] for tally in field.counter.tallies]), dtype=pl.Float64)
         for field in schema.fields
@@ -32,7 +35,7 @@ def count(log: pl.DataFrame, instants: Ids | None, schema: Schema) -> dict[str, 
     }
 
 
-def with_priors(schema: Schema, train: pl.DataFrame) -> Schema:
+def with_priors(schema: Schema, train: pl.DataFrame, sampling: float = 1.0) -> Schema:
     """The schema whose rates without a prior begin at what they come to in all of these rows, with the weight of `PRIOR`.
 
     A rate that begins elsewhere says how many events it is made of as much as what came of them, and how many there are changes with time.
@@ -42,7 +45,7 @@ def with_priors(schema: Schema, train: pl.DataFrame) -> Schema:
         counter = field.counter
         if counter is None or not counter.is_rate or counter.prior or train.is_empty():
             return field
-        top, bottom = (float(_happened(train, tally).sum()) for tally in counter.tallies)
+        top, bottom = (float(_happened(train, tally, sampling).sum()) for tally in counter.tallies)
         share = min(max(top / max(bottom, 1.0), LEAST_SHARE), 1 - LEAST_SHARE)
         counter = replace(counter, prior=(round(share * PRIOR[1], 3), PRIOR[1]))
         return replace(field, counter=counter, missing=counter.least)
@@ -50,9 +53,9 @@ def with_priors(schema: Schema, train: pl.DataFrame) -> Schema:
     return replace(schema, fields=tuple(map(begun, schema.fields)))
 
 
-def _happened(log: pl.DataFrame, tally: Tally) -> Array:
-    happened = np.ones(len(log)) if tally.event == "impression" else log["label"].to_numpy()
-    return happened.astype(np.float64)
+def _happened(log: pl.DataFrame, tally: Tally, sampling: float) -> Array:
+    clicked = log["label"].to_numpy() == 1
+    return np.where(clicked, 1.0, 1 / sampling if tally.event == "impression" else 0.0)
 
 
 def _groups(log: pl.DataFrame, tally: Tally) -> Ids:
@@ -101,13 +104,13 @@ def counts_at_end(prepared: Prepared, side: Side, end: int) -> CountsAtEnd:
         if lacking := needed - set(frame.columns):
             raise DataError(f"rows lack {', '.join(sorted(lacking))}, by which counters of the schema count; prepare the data set again")
         for tally in tallies:
-            parts = [_by_end(frame, tally, end), *([tables[tally]] if tally in tables else ())]
+            parts = [_by_end(frame, tally, end, prepared.negative_sampling), *([tables[tally]] if tally in tables else ())]
             tables[tally] = pl.concat(parts).group_by("id", "value").sum().filter(pl.col("much") > LEAST_COUNT)
     return CountsAtEnd(end, tables)
 
 
-def _by_end(frame: pl.DataFrame, tally: Tally, end: int) -> pl.DataFrame:
+def _by_end(frame: pl.DataFrame, tally: Tally, end: int, sampling: float) -> pl.DataFrame:
     id_, *value = _whose(frame, tally)
     age = (end - pl.col("ts")).clip(lower_bound=0)
-    much = pl.Series(_happened(frame, tally)) * (-age / tally.window).exp()
+    much = pl.Series(_happened(frame, tally, sampling)) * (-age / tally.window).exp()
     return frame.select(id=id_, value=value[0] if value else pl.lit(""), much=much).drop_nulls()

@@ -64,14 +64,15 @@ def prepare(source: Path, out: Path, schema_file: Path, progress: Progress = sil
         log = log.drop(SPLIT, strict=False)
         past = _past(log, instants, schema, settings)
         ads, users = _last(log, "ad"), _last(log, "user")
-        schema = with_priors(schema, log[order[splits["train"].start : splits["train"].stop]]) if schema.counters else schema
-        log = log.with_columns(**count(log, instants, schema))
+        sampling = settings.negative_sampling or 1.0
+        schema = with_priors(schema, log[order[splits["train"].start : splits["train"].stop]], sampling) if schema.counters else schema
+        log = log.with_columns(**count(log, instants, schema, sampling))
 
         def frame(rows: range) -> pl.DataFrame:
             part = order[rows.start : rows.stop]
             return log[part].with_columns(**past.columns(part)) if past else log[part]
 
-        write_tables(folder, schema, ads, users, settings.negative_sampling or 1.0)
+        write_tables(folder, schema, ads, users, sampling)
         if past:
             write_table(folder, "histories", past.after())
         return write_splits(folder, splits, frame, progress)
