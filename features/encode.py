@@ -72,7 +72,7 @@ def _unless_missing(field: Field, value: Value) -> Value:
     """Clean, or None where it is one of the values that mean that there is none."""
     cleaned = _clean(field, value)
     if isinstance(cleaned, float):
-        return None if any(cleaned == float(token) for token in field.missing_values) else cleaned
+        return None if np.float32(cleaned) in map(np.float32, field.missing_values) else cleaned  # as it is encoded
     if cleaned is None or isinstance(cleaned, str):
         return None if cleaned in field.missing_values else cleaned
     return [element for element in cleaned if element not in field.missing_values]  # type: ignore[return-value, union-attr]  # of texts

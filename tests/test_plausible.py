@@ -1,5 +1,6 @@
 """What data look like that nobody has said of them: missing values, nobodies, padding, times."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -84,6 +85,21 @@ def test_a_field_may_have_missing_values_of_its_own(tmp_path: Path) -> None:
     schema = SCHEMA.replace('kind = "number"', 'kind = "number"\nmissing_values = ["-1"]')
     prepare(tmp_path, line(0, os="-1", price="-1.0") + line(1) * 20, "missing = []", schema)
     assert rows(tmp_path / "out").select("context.os", "ad.price").rows()[0] == ("-1", None)
+    table = pl.read_csv((HEADER + "".join(line(i, price=[-999.9, 1.5][i % 2]) for i in range(20))).encode())
+    prepare(tmp_path / "bits", table.cast({"price": pl.Float32}), schema=schema.replace("-1", "-999.9"))
+    assert rows(tmp_path / "bits" / "out")["ad.price"].to_list() == [None, 1.5] * 10
+
+
+def test_what_means_missing_is_missing_in_rows_and_ads_of_others(tmp_path: Path) -> None:
+    """Such as a data set that was prepared without it, and is measured by a bundle that was told so."""
+    table = line(0, os="NULL", price=-1, topics="x|NULL") * 10 + line(1) * 10
+    prepare(tmp_path, table, "missing = []")
+    prepare(tmp_path / "told", table, 'missing = ["NULL", "-1"]')
+    data = replace(open_prepared(tmp_path / "out"), schema=open_prepared(tmp_path / "told" / "out").schema)
+    found, ads = next(data.frames("train")), data.table("ad")
+    assert ads is not None
+    assert found.select("context.os", "ad.price", "ad.topics").row(0) == (None, None, ["x"])
+    assert ads.select("ad.price", "ad.topics").row(0) == (None, ["x"])
 
 
 def test_nobody_has_no_history(tmp_path: Path) -> None:

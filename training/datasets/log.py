@@ -28,6 +28,7 @@ from .prepared import (
     SPLITS,
     DataError,
     Prepared,
+    as_said,
     by_order,
     check_columns,
     check_rows,
@@ -36,9 +37,8 @@ from .prepared import (
     read_facts,
     read_parquet,
     read_schema,
-    without_nobody,
+    values_as_said,
 )
-from .texts import plain_values
 
 HOUR = 3600
 SEPARATOR = "\x1f"
@@ -179,7 +179,7 @@ class ImpressionLog(Prepared):
             present = set(columns_of(path))
             frame = read_parquet(path, [name for name in dtypes if name in present])
             check_columns(frame, {name: dtype for name, dtype in dtypes.items() if not name.startswith("ad.") or name in present}, path)
-            frames.append(plain_values(frame))
+            frames.append(values_as_said(frame, self.schema))
         whole = pl.concat(frames, how="diagonal").unique(["ad_id", "revision"], keep="last", maintain_order=True)
         return whole.with_columns(versions_of(whole["ad_id"], whole["revision"]).alias("key"))
 
@@ -219,7 +219,7 @@ class ImpressionLog(Prepared):
             check_columns(frame, {"position": pl.Int64()}, path)
             frame = frame.with_columns(pl.col("position").cast(pl.String).alias(self.position_as))
         check_columns(frame, {name: dtype for name, dtype in CONVERTED.items() if name in more}, path)
-        return without_nobody(plain_values(frame.filter(pl.col("ts") >= begin, pl.col("ts") < end)), self.schema)
+        return as_said(frame.filter(pl.col("ts") >= begin, pl.col("ts") < end), self.schema)
 
 
 def is_log(folder: Path) -> bool:

@@ -40,7 +40,7 @@ from features.errors import AdrankError
 from features.schema import FLOAT32_MAX, Field, Schema, SchemaError, parse_schema, sampling_in
 
 from .memory import Memory
-from .texts import plain_values
+from .texts import plain_values, unless_missing
 
 SPLITS = ("train", "valid", "test")
 FACTS = "data.toml"
@@ -113,7 +113,7 @@ class Prepared:
             for start in range(0, max(rows_in(path), 1), ROWS_PER_FILE):
                 frame = read_parquet(path, start=start)
                 check_rows(frame, self.schema, path)
-                yield without_nobody(plain_values(frame), self.schema)
+                yield as_said(frame, self.schema)
 
     def slice(self, split: str, more: Sequence[str]) -> Iterator[pl.DataFrame]:
         """As `frames`, with `more` columns where the rows have them; those of a log may be none."""
@@ -145,7 +145,7 @@ class Prepared:
 
     def table(self, side: str) -> pl.DataFrame | None:
         """`ads.parquet` for "ad", `users.parquet` for "user"; None where the data set has no such table."""
-        return _keyed(self.folder / f"{side}s.parquet", f"{side}_id")
+        return _keyed(self.folder / f"{side}s.parquet", f"{side}_id", self.schema)
 
     def lookups(self, *sides: str) -> dict[str, pl.DataFrame | None]:
         """The tables that have what rows lack of these sides."""
@@ -180,7 +180,7 @@ class Prepared:
     def histories(self) -> pl.DataFrame | None:
         """`histories.parquet`; None where the data set has no such table."""
         path = self.folder / "histories.parquet"
-        frame = _keyed(path, "user_id")
+        frame = _keyed(path, "user_id", self.schema)
         if frame is None:
             return None
         check_columns(frame, {"history": pl.List(pl.String())}, path)
@@ -253,11 +253,19 @@ def read_facts(folder: Path) -> float | None:
         raise DataError(f"{path}: {error}") from error
 
 
-def without_nobody(frame: pl.DataFrame, schema: Schema) -> pl.DataFrame:
-    """Rows whose user is "" where the schema says that the id means no user."""
+def as_said(frame: pl.DataFrame, schema: Schema) -> pl.DataFrame:
+    """Rows with their values as `values_as_said` gives them, and "" for a user where the schema says that the id means none."""
+    frame = values_as_said(frame, schema)
     if not schema.nobody:
         return frame
     return frame.with_columns(user_id=pl.when(pl.col("user_id").is_in(schema.nobody)).then(pl.lit("")).otherwise(pl.col("user_id")))
+
+
+def values_as_said(frame: pl.DataFrame, schema: Schema) -> pl.DataFrame:
+    """A frame with its values as they are looked up, and nothing where the schema says that a value means that."""
+    frame = plain_values(frame)
+    fields = [field for field in schema.fields if field.missing_values and frame.schema.get(field.path) == DTYPES[field.kind]]
+    return frame.with_columns(unless_missing(frame[field.path], field) for field in fields)
 
 
 def column_of(frame: pl.DataFrame, field: Field) -> pl.Series | None:
@@ -289,10 +297,10 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None, start: int | 
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
 
-def _keyed(path: Path, key: str) -> pl.DataFrame | None:
+def _keyed(path: Path, key: str, schema: Schema) -> pl.DataFrame | None:
     if not path.exists():
         return None
-    frame = plain_values(read_parquet(path))
+    frame = values_as_said(read_parquet(path), schema)
     check_columns(frame, {key: pl.String()}, path)
     if frame[key].is_duplicated().any() or frame[key].has_nulls():
         raise DataError(f"{path}: {key} has duplicates or gaps; each row is one {key.removesuffix('_id')}")

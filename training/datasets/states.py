@@ -15,8 +15,7 @@ from features.schema import IDENTITY, Field, Schema, Side
 from features.state import Ad, UserState
 
 from .counters import CountsAtEnd, counts_at_end
-from .prepared import ROWS_PER_FILE, SPLITS, DataError, Prepared, column_of, columns_of, read_parquet, without_nobody
-from .texts import plain_values
+from .prepared import ROWS_PER_FILE, SPLITS, DataError, Prepared, as_said, column_of, columns_of, read_parquet
 
 Behaviours = tuple[list[str], list[int]]
 
@@ -85,7 +84,7 @@ def _counted(prepared: Prepared, side: Side) -> CountsAtEnd:
 def _last_rows(prepared: Prepared) -> pl.Series:
     """Whether each row of the log is its user's last; a user "" is nobody."""
     paths = [path for split in SPLITS for path in prepared.files(split)]
-    keys = pl.concat((without_nobody(_keys(path), prepared.schema) for path in paths), how="diagonal").with_row_index("row")
+    keys = pl.concat((as_said(_keys(path), prepared.schema) for path in paths), how="diagonal").with_row_index("row")
     ordered = keys.sort("ts", maintain_order=True) if "ts" in keys.columns else keys
     last = ordered.unique("user_id", keep="last").filter(pl.col("user_id") != "")["row"]
     is_last = np.zeros(len(keys), np.bool_)
@@ -94,7 +93,7 @@ def _last_rows(prepared: Prepared) -> pl.Series:
 
 
 def _keys(path: Path) -> pl.DataFrame:
-    return plain_values(read_parquet(path, [name for name in ("user_id", "ts") if name in columns_of(path)]))
+    return read_parquet(path, [name for name in ("user_id", "ts") if name in columns_of(path)])
 
 
 def _beside(rows: pl.DataFrame, table: pl.DataFrame | None) -> pl.DataFrame:

@@ -17,6 +17,7 @@ from .rows import CURE, Dialect
 from .source import RowError, Table
 from .table_settings import TableSettings
 from .tables import read_tables
+from .texts import unless_missing, without, without_elements
 from .times import SECOND
 
 INSTANT, SPLIT = "\x1finstant", "\x1fsplit"
@@ -105,13 +106,13 @@ def _ads(table: Table, settings: TableSettings) -> pl.Series:
 
 def _values(table: Table, feature: Field, column: str, settings: TableSettings) -> pl.Series:
     if feature.kind == "list":
-        return without_elements(table.lists(column, settings.list_separator), feature.missing_values)
+        return unless_missing(table.lists(column, settings.list_separator), feature)
     if feature.kind == "vector":
         return table.vectors(column, feature.length, settings.list_separator)
     if feature.kind == "category":
-        return without(table.text(column), feature.missing_values)
+        return unless_missing(table.text(column), feature)
     numbers = _blanked(table, column, (*(settings.missing or ()), *feature.missing_values)).numbers(column)
-    return numbers.set(numbers.is_in([float(token) for token in feature.missing_values]), None)
+    return unless_missing(numbers, feature)
 
 
 def _blanked(table: Table, column: str, tokens: tuple[str, ...]) -> Table:
@@ -119,16 +120,6 @@ def _blanked(table: Table, column: str, tokens: tuple[str, ...]) -> Table:
     if not tokens or table.column(column).dtype != pl.String:
         return table
     return replace(table, frame=table.frame.with_columns(without(table.column(column), tokens)))
-
-
-def without(texts: pl.Series, tokens: tuple[str, ...]) -> pl.Series:
-    """Texts of which some mean that there is none."""
-    return texts.set(texts.is_in(tokens), None) if tokens else texts
-
-
-def without_elements(lists: pl.Series, tokens: tuple[str, ...]) -> pl.Series:
-    """Lists without those elements that mean that there is none."""
-    return lists.list.eval(pl.element().filter(~pl.element().is_in(tokens))) if tokens else lists
 
 
 def _given_history(table: Table, schema: Schema, settings: TableSettings) -> pl.Series:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import polars as pl
 
+from features.schema import Field
 from features.values import SPELLINGS, WHOLE, ValueTextError, text_of
 
 AT_ONCE = 100_000
@@ -35,6 +36,26 @@ def plain_values(frame: pl.DataFrame) -> pl.DataFrame:
             kept = name in ("user_id", "ad_id") or (name == "history" and not BESIDE.isdisjoint(frame.columns))
             changed.append(column.fill_null("") if name == "user_id" else column if kept else _without_gaps(column))
     return frame.with_columns(changed)
+
+
+def unless_missing(column: pl.Series, field: Field) -> pl.Series:
+    """A column of a field, with nothing where the field says that a value means that; numbers as they are encoded, in 32 bits."""
+    if not field.missing_values:
+        return column
+    if field.kind == "number":
+        told = pl.Series(field.missing_values).cast(pl.Float64).cast(pl.Float32)
+        return column.set(column.cast(pl.Float32).is_in(told.implode()), None)
+    return (without_elements if field.kind == "list" else without)(column, field.missing_values)
+
+
+def without(texts: pl.Series, tokens: tuple[str, ...]) -> pl.Series:
+    """Texts of which some mean that there is none."""
+    return texts.set(texts.is_in(tokens), None) if tokens else texts
+
+
+def without_elements(lists: pl.Series, tokens: tuple[str, ...]) -> pl.Series:
+    """Lists without those elements that mean that there is none."""
+    return lists.list.eval(pl.element().filter(~pl.element().is_in(tokens))) if tokens else lists
 
 
 def plain_column(column: pl.Series) -> pl.Series:
