@@ -22,6 +22,7 @@ from features.schema import Schema, parse_schema
 from training.calibrate import Calibration
 from training.export.export import FEW, ServedNetwork, ad_sides, random_feeds, score, to_onnx
 from training.export.int8 import quantised
+from training.export.onnx import table_files
 from training.networks import NETWORKS
 from training.networks.contract import Fields
 from training.networks.deepfm import DeepFMSettings
@@ -157,6 +158,7 @@ def _write(benchmark_model: BenchmarkModel, home: Path) -> None:
     graphs = {MODEL: graph, **({INT8_MODEL: rough} if rough else {})}
     files = {
         **graphs,
+        **table_files([graph]),
         **ad_sides(graphs, [random_feeds(served.schema, benchmark_model.population.heights, *shape) for shape in FEW]),
         CUDA_MODEL: to_onnx(served, tile=None),
         SCHEMA: encoder.schema.to_toml().encode(),

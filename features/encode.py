@@ -404,6 +404,7 @@ class AdTable:
         columns = [slot for slot in layout.ids if slot.field.name == IDENTITY["ad"]]
         vocabulary = encoder.vocabularies.categories[columns[0].field.vocabulary] if columns else None
         self._listed = (columns[0].start, vocabulary.values) if isinstance(vocabulary, Vocabulary) else None
+        self.ids.expected = max(self.ids.expected, len(self._listed[1]) if self._listed else 0)
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._active[: self._end]))
@@ -466,10 +467,10 @@ class AdTable:
         """Have the ids as the objects that the vocabulary has of them, so that no text is in memory twice."""
         if self._listed:
             column, values = self._listed
-            texts = self.ids.texts
-            for row, i in zip(rows.tolist(), ads.ids[:, column].tolist(), strict=True):
-                if i >= FIRST and values[i - FIRST] == texts[row]:
-                    texts[row] = values[i - FIRST]
+            texts, ids = self.ids.texts, ads.ids[:, column] - FIRST
+            known = rows[ids >= 0], [*map(values.__getitem__, ids[ids >= 0].tolist())]
+            if texts[known[0]].tolist() == known[1]:
+                texts[known[0]] = known[1]
 
     def put_rows(self, rows: Ids, ads: Block, active: bool | Mask) -> None:
         """The same by their rows."""

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .errors import AdrankError
+from .temperatures import COLDEST, HOTTEST
 from .vocabulary import Ids
 
 Array = np.ndarray[Any, np.dtype[Any]]
-COLDEST, HOTTEST = 0.01, 100.0
-"""Bounds of a temperature: colder than this hardly ever explores, hotter is uniform."""
 PLACES = 20
 """That Thompson sampling draws at most: each costs an integral over all ads. Those below follow best first."""
 NODES, REACH, NARROWEST = 128, 6.0, 0.1

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from json.decoder import scanstring  # type: ignore[attr-defined]  # in C, and of one string
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Vocabulary:
 
     def __init__(self, values: Sequence[str], many: int = MANY) -> None:
         self.values = tuple(values)
-        self._index = RowIndex(len(self.values), spread=2) if len(self.values) >= many else None
+        self._index = RowIndex(len(self.values), spread=2) if len(self.values) >= max(many, 1) else None
         if self._index is None:
             self._ids: dict[str | None, int] = {value: i for i, value in enumerate(self.values, FIRST)}
         else:
@@ -77,8 +78,7 @@ class Vocabulary:
     def _indexed(self, index: RowIndex, values: Sequence[str | None]) -> Ids:
         """By the index: its rows are the ids but one, and a value that has none is unknown."""
         ids = index.rows(values) + (FIRST - 1)  # type: ignore[arg-type]  # None has a hash too
-        own = self.values
-        same = [i == UNKNOWN or own[i - FIRST] == value for i, value in zip(ids.tolist(), values, strict=True)]
+        same = [*map(eq, map(self.values.__getitem__, (ids - FIRST).tolist()), values)]
         return ids if all(same) else np.where(same, ids, UNKNOWN)
 
     def own(self, values: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from features.errors import AdrankError
 from features.memory import CGROUP
-from features.policy import COLDEST, HOTTEST
+from features.temperatures import COLDEST, HOTTEST
 
 from .store.url import parse_store_url, store_name
 

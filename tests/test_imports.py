@@ -36,6 +36,11 @@ def test_the_command_line_loads_nothing_until_it_runs() -> None:
     assert loaded("import adrank\nadrank.cli(['--help'], standalone_mode=False)") & (FRAMEWORKS | SIDES | {"numpy"}) == set()
 
 
+def test_what_hands_out_connections_loads_nothing_that_only_its_workers_need() -> None:
+    """With one worker it sets how many threads numpy starts, which has to be before it is there."""
+    assert loaded("import service.serving.workers") & {"numpy", "onnxruntime", "fastapi", "redis", "prometheus_client"} == set()
+
+
 @pytest.mark.parametrize("command", ["train", "tune", "retrain", "benchmark models"])
 def test_a_shell_completes_the_names_of_networks_and_loads_none(command: str) -> None:
     from training.networks import NETWORKS  # noqa: PLC0415

@@ -17,10 +17,16 @@ def test_it_is_a_dict_of_rows(slots: int, spread: int, monkeypatch: pytest.Monke
     @given(st.lists(st.lists(st.text(max_size=2), max_size=12), max_size=12), st.lists(st.text(max_size=2)))
     def check(batches: list[list[str]], asked: list[str]) -> None:
         index, rows = AdIds() if spread == 4 else RowIndex(144, spread), dict[str, int]()
+        if isinstance(index, AdIds):
+            index.expected = 20
         for batch in batches:
             for each in batch:
                 rows.setdefault(each, len(rows) + 1)
             assert index.add(batch).tolist() == [rows[each] for each in batch]
+            index.add(batch)[:] = 0  # who asked may write into what it got
+            assert index.rows(batch).tolist() == index.add(batch).tolist() == [rows[each] for each in batch]
+            batch.append("one more")
+            assert index.rows(batch).tolist() == [rows.get(each, 0) for each in batch]
             assert len(index) == len(rows)
             assert index.rows(asked).tolist() == [rows.get(each, 0) for each in asked]
             assert index.rows(asked).dtype == np.int64

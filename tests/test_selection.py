@@ -15,6 +15,7 @@ from features.served import unpack_served
 from features.state import Ad, MemoryStore, StoreError
 from service.api.examples import OF_ALL
 from service.api.wire import RankAnswer, RankRequest
+from service.ranking import selection
 
 pytestmark = pytest.mark.anyio
 ALL = {"user": {"id": "u1"}, "candidates": "all", "options": {"top_k": 5}}
@@ -239,6 +240,17 @@ async def test_a_version_that_comes_is_searched_by_its_own_vectors(run, ads, tmp
                 await asyncio.sleep(0.02)
         assert {ad["ad_id"] for ad in first["ads"]} != {ad["ad_id"] for ad in second["ads"]}
         assert len(client.app.state.service.ranker.catalogue.table(first["model"]["schema"]).vectors) == 1
+
+
+def test_the_nearest_are_those_of_a_sort_whatever_the_sample_says(monkeypatch):
+    monkeypatch.setattr(selection, "SAMPLE", 8)
+    random = np.random.default_rng(0)
+    for count in (1, 5, 30, 100, 198) * 20:
+        vectors, vector, rows = random.standard_normal((200, 3)), random.standard_normal(3), np.arange(1, 200)
+        best = rows[np.argsort(-(vectors[1:] @ vector))][: count - 1]
+        pinned = int(np.setdiff1d(rows, best)[-1])
+        found = selection._nearest(vectors, rows, vector, count, np.array([pinned]))
+        assert found.tolist() == sorted([*best.tolist(), pinned])
 
 
 async def test_without_vectors_nothing_is_retrieved(client):

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-LARGE = 2**26
-"""Bytes from which on a table has a file: below that a copy a worker is no matter, and a bundle of one file less is easier to look at."""
+LARGE = 3 * 2**24
+"""Bytes from which on a table has a file, such as a million rows of 16 numbers: below that a copy a worker is no matter, and a bundle of
+one file less is easier to look at."""
 
 Table = np.ndarray[Any, np.dtype[np.float32]]
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainValidator, Tag, WithJsonSchema
 
-from features.policy import COLDEST, HOTTEST
 from features.state import HISTORY_LIMIT
+from features.temperatures import COLDEST, HOTTEST
 
 from ..ranking.query import Ranking
 from ..telemetry.metrics import RequestTimings
