@@ -41,7 +41,7 @@ def needs(extra: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
                 if library in OURS:
                     raise
                 named = OF_LIBRARY.get(library, extra)
-                what = f"adrank {click.get_current_context().info_name} needs {library}, which is not installed"
+                what = f"adrank {click.get_current_context().command_path.partition(' ')[2]} needs {library}, which is not installed"
                 raise Refusal(f"{what}: pip install 'adrank[{named}]', which has all that it needs") from missing
 
         return run

@@ -209,16 +209,21 @@ WITHOUT = {
     "retrain --log . --name din": "train",
     "demo --once": "demo",
     "bench": "bench",
+    "benchmark models --data .": "bench",
+    "init --source .": "train",
+    "attribute --log . --out x": "train",
+    "redis": "demo",
     "tune --data . --model din --minutes 1": "tune",
 }
 
 
 def test_the_base_installation_says_which_extra_a_command_needs(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(adrank.__file__).parent)}
-    command = [sys.executable, "-c", BASE, json.dumps([words.split() for words in WITHOUT])]
-    done = subprocess.run(command, check=False, cwd=tmp_path, env=env, capture_output=True, text=True)
+    program = [sys.executable, "-c", BASE, json.dumps([words.split() for words in WITHOUT])]
+    done = subprocess.run(program, check=False, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.splitlines() == [f"{words.split()[0]} 2" for words in WITHOUT]
     for line, (words, extra) in zip(done.stderr.splitlines(), WITHOUT.items(), strict=True):
-        needs = rf"Error: adrank {words.split()[0]} needs \w+, which is not installed: pip install 'adrank\[{extra}\]'.*"
+        command = "benchmark models" if words.startswith("benchmark") else words.split()[0]
+        needs = rf"Error: adrank {command} needs \w+, which is not installed: pip install 'adrank\[{extra}\]'.*"
         assert re.fullmatch(needs, line), line
     assert not list(tmp_path.iterdir())
