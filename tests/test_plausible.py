@@ -137,6 +137,20 @@ def test_a_user_with_many_rows_is_told(tmp_path: Path) -> None:
         assert prepare(tmp_path / settings[-5:-2], table, settings) == []
 
 
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (("ios  ", "android"), "context.os has values that begin or end with blanks, such as 'ios  '"),
+        (("01234", "1234"), "context.os has '01234' and '1234', which are two values"),
+        (("True", "0"), "context.os has true or false beside 0 or 1"),
+    ],
+)
+def test_one_value_in_two_spellings_is_told(tmp_path: Path, cells: tuple[str, str], message: str) -> None:
+    (doubt,) = prepare(tmp_path, "".join(line(i, os=cells[i % 2]) for i in range(20)))
+    assert doubt.startswith(message)
+    assert prepare(tmp_path / "one", "".join(line(i, os=cells[0].strip()) for i in range(20))) == []
+
+
 def test_lists_in_brackets_are_told(tmp_path: Path) -> None:
     (doubt,) = prepare(tmp_path, "".join(line(i, topics="['x'; 'y']") for i in range(20)), 'list_separator = "; "')
     assert """100% of the lists of ad.topics are written in brackets, as "['x'|'y']\"""" in doubt

@@ -25,6 +25,8 @@ USUAL = (
 """How programs write that there is no value."""
 NO_ID = r"^(?:[0:-]{7,}|[fF:-]{12,}|\s+|-1)$"
 """The ids of devices that do not tell theirs, blanks, and what stands for no number."""
+SAID = ("true", "false")
+FLAGS = {*SAID, "0", "1"}
 SHARE = 0.01
 """Of a column's rows, from which on a usual word for missing is told."""
 USER_SHARE, USER_TIMES = 0.05, 10
@@ -53,6 +55,7 @@ def look_through(log: pl.DataFrame, instants: Ids | None, schema: Schema, settin
     if settings.user_id and settings.nobody != ():
         yield from _crowds(log["user_id"])
     if settings.missing != ():
+        yield from _spellings(log)
         if settings.ad_id:
             yield from _no_ads(log["ad_id"])
         for field in schema.fields:
@@ -68,6 +71,23 @@ def look_through(log: pl.DataFrame, instants: Ids | None, schema: Schema, settin
 
 def _listed(values: Sequence[object]) -> str:
     return "[" + ", ".join('"' + str(value).replace("\\", "\\\\") + '"' for value in values) + "]"
+
+
+def _spellings(log: pl.DataFrame) -> Iterator[str]:
+    """Texts that are two values and may be meant to be one: with blanks, with zeros before a number, and true beside 1."""
+    for column in log.select(pl.col(pl.String), pl.col(pl.List(pl.String))):
+        flat = (column.explode() if column.dtype == pl.List else column).drop_nulls()
+        values, text, least = flat.value_counts(name="rows"), pl.col(column.name), max(SHARE * len(flat), 2)
+        padded = values.filter(text.str.contains(r"^\s+\S|\S\s+$"))
+        if padded["rows"].sum() >= least:
+            shown = f"{column.name} has values that begin or end with blanks, such as {padded[0, 0]!r}"
+            yield f"{shown}, and a request without those is of another value; trim them in the table if they mean nothing"
+        zeros = values.filter(text.str.contains("^0+[0-9]+$")).with_columns(short=text.str.replace("^0+(.)", "${1}"))
+        both = zeros.join(values, left_on="short", right_on=column.name)
+        if both["rows"].sum() >= least:
+            yield f"{column.name} has {both[0, 0]!r} and {both['short'][0]!r}, which are two values; write one if they are meant to be one"
+        if set(values[column.name].head(5)) <= FLAGS and values[column.name].is_in(SAID).n_unique() == 2:
+            yield f"{column.name} has true or false beside 0 or 1, which are other values; write them one way in all parts"
 
 
 def _crowds(users: pl.Series) -> Iterator[str]:
