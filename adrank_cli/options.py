@@ -110,6 +110,7 @@ def by_workers(command: Callable[..., None]) -> Callable[..., None]:
             callback=lambda _context, _option, address: address and os.environ.update(RAY_ADDRESS=address),
             help="The Ray cluster of the workers, such as head:6379 or auto. Default: RAY_ADDRESS, or one started on this machine.",
         ),
+        click.option("--shard-rows", type=click.IntRange(min=0), help="Split tables of more rows over the workers; docs/scale.md."),
         click.option("--workers", type=click.IntRange(min=1), help="Processes that share every batch, by Ray; docs/scale.md."),
     ):
         command = option(command)

@@ -149,6 +149,13 @@ def command(data: Prepared, models: Path, epochs: str, *more: str) -> list[str]:
     return ["train", *words, *more]
 
 
+def begun(words: Sequence[str], program: str = TRAIN) -> "subprocess.Popen[str]":
+    """A process of the command."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    whole = [sys.executable, "-c", program, *words]
+    return subprocess.Popen(whole, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def weights(models: Path) -> dict[str, bytes]:
     with np.load(current_path(models, "deepfm") / "weights.npz") as file:
         return {name: file[name].tobytes() for name in file.files}
@@ -156,13 +163,11 @@ def weights(models: Path) -> dict[str, bytes]:
 
 def test_the_command_killed_at_random_moments_ends_with_the_same_weights(data: Prepared, traced_export: None, tmp_path: Path) -> None:
     """Once; `RESUMES=10` kills it ten times, and writes when with -s."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     kills = int(os.environ.get("RESUMES", "1"))
     chance, moments, more, epochs = random.Random(kills), list[str](), list[str](), str(3 + kills)
     checkpoint = tmp_path / "killed-checkpoints" / "deepfm" / FILE
     while len(moments) < kills:
-        words = [sys.executable, "-c", TRAIN, *command(data, tmp_path / "killed", epochs, *EACH_STEP, *more)]
-        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = begun(command(data, tmp_path / "killed", epochs, *EACH_STEP, *more))
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         end, later = time.monotonic() + 120, chance.uniform(0, 0.4)
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:

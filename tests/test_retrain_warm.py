@@ -120,9 +120,12 @@ def test_a_bundle_s_weights_give_what_its_graph_gives(data: Prepared, published:
 
 
 def test_a_bundle_tells_how_it_was_trained(published: Path) -> None:
-    network, loop = settings_of(load_bundle(published))
+    bundle = load_bundle(published)
+    bundle.manifest["settings"] |= {"workers": 2, "shard_rows": 5}  # retraining is for one process, whoever trained before
+    network, loop = settings_of(bundle)
     assert network == small.NETWORK_SETTINGS["deepfm"]
     assert (loop.seed, loop.embedding_l2, loop.learning_rate, loop.threads) == (5, 0.25, 0.02, 0)
+    assert (loop.workers, loop.shard_rows) == (1, 0)
 
 
 def test_a_training_goes_on_where_the_other_ended(data: Prepared, published: Path) -> None:

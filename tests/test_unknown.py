@@ -203,4 +203,4 @@ def test_a_warm_start_keeps_what_it_knows_of_values_that_its_rows_do_not_have(on
                 left[own] &= (was[own] != was[own.start]).any(1)  # buckets that nothing was ever hashed into follow the unknown
             assert left.sum() > 5
             assert (now[left] == was[left]).all()
-    assert all(len(never) == 0 or (table[never] == table[unknown]).all() for table, never, unknown in Unseen(network, few, warm=True).found)
+    assert all(len(never) == 0 or (table(never) == table(unknown)).all() for table, never, unknown in Unseen(network, few, warm=True).found)

@@ -5,6 +5,7 @@ plain values alone.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -60,7 +61,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it cannot be written; the one of before is as it was.
         """
-        part = self.path.with_name(f".{FILE}.part")
+        part = self.path.with_name(f".{self.path.name}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
@@ -95,9 +96,21 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is of another training: {', and '.join(wrong)}; train as it was, or without --resume")
         return values, tensors
 
+    def of_rank(self, rank: int, steps: int) -> "Checkpoint":
+        """What another process than rank 0 writes, of the rows of tables that it owns, after so many steps; rank 0's says which counts."""
+        other = copy.copy(self)
+        other.path = self.path.with_name(f"{FILE}.{rank}.{steps}")
+        return other
+
+    def only(self) -> None:
+        """Remove what the same process wrote before."""
+        for old in self.path.parent.glob(f"{self.path.stem}.*"):
+            if old != self.path:
+                old.unlink()
+
     def remove(self) -> None:
         """Leave nothing of it behind, nor of folders that are ours; one that a user has chosen stays."""
-        for path in (self.path, self.path.with_name(f".{FILE}.part")):
+        for path in (*self.path.parent.glob(f"{FILE}*"), *self.path.parent.glob(f".{FILE}*.part")):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # there is something else in it
             for folder in self.path.parents[:2] if self.ours else ():

@@ -35,7 +35,9 @@ class Process:
         return DistributedDataParallel(loss, find_unused_parameters=True, broadcast_buffers=False)
 
     def told(self, what: T) -> list[T]:
-        """What each process says, in the order of ranks."""
+        """What each process says, in the order of ranks, once all have."""
+        if self.of == 1:
+            return [what]
         parts: list[Any] = [None] * self.of
         distributed.all_gather_object(parts, what)
         return parts
@@ -54,9 +56,25 @@ class Process:
 
     def together(self, work: Callable[[Numbers], Logits], rows: int) -> Logits:
         """What `work` says of so many rows `(N,)`, asked of each process for its part of their numbers."""
-        if rows < self.of or self.of == 1:
+        if self.of == 1:
             return work(np.arange(rows))
-        return np.concatenate(self.told(work(np.array_split(np.arange(rows), self.of)[self.rank])))
+        each = -(-rows // self.of)  # of all alike: what lies beyond the last begins anew, so that no process is asked for less
+        return np.concatenate(self.told(work(np.arange(self.rank * each, (self.rank + 1) * each) % rows)))[:rows]
+
+    def decides(self, what: bool) -> bool:
+        """What rank 0 says."""
+        if self.of == 1:
+            return what
+        said = torch.tensor(what)
+        distributed.broadcast(said, 0)
+        return bool(said)
+
+    def norm(self, of: Tensor) -> Tensor:
+        """The norm `()` of what all have a part of, from that of this one's."""
+        if self.of == 1:
+            return of
+        distributed.all_reduce(square := of.square())
+        return square.sqrt()
 
 
 ONLY = Process()

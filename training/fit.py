@@ -24,6 +24,7 @@ from .evaluate import Measures, measure, unmeasured
 from .first_order import SHARE, FirstOrder, times
 from .networks.contract import CLICK, Labels, Network, RequestTensors
 from .order import RowOrder
+from .shards import split
 from .train_settings import TrainError, TrainSettings
 from .unknown import Hiding, Unseen
 from .updates import Updates
@@ -106,6 +107,8 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
     """
     settings, device = settings.for_rows(len(rows)), device_of(settings.device)
     check_steps(network, len(rows), settings, process.of)
+    shards = split(network, process, settings.seed)
+    together = process if shards else ONLY
     network.to(device).begin(moved(rows.ads, device))
     more = _second_task(network, rows, settings, device)
     updates = Updates(network, rows, settings, more, process)
@@ -121,7 +124,7 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
     patient = max(network.settles_after, settings.least_steps // (SHARE if alone else 1))
     state = LoopState(_weights(network), patient, alone is not None)
     if checkpoint and checkpoint.resume:
-        state = _go_on(checkpoint, updates, hiding, alone)
+        state = _go_on(checkpoint, updates, hiding, alone, together)
         at = f"epoch {len(state.epochs) + 1}, step {len(state.losses):,} of it"
         progress.console.print(f"going on from {at} (step {state.steps:,} of all), by {checkpoint.path}", soft_wrap=True)
     _draw_apart(process.rank, updates, hiding, (settings.seed, process.rank, state.steps))
@@ -138,8 +141,8 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
             state.steps += 1
             network.after_step(state.steps)
             state.losses.append(loss.item() if loss.is_cpu else loss.detach())  # another device would have to be waited for
-            if checkpoint and not process.rank and checkpoint.due():
-                _write(checkpoint, state, updates, drawn)
+            if checkpoint and (shards or not process.rank) and together.decides(checkpoint.due()):
+                _write(checkpoint, state, updates, drawn, together)
         unseen.fill()
         process.share_buffers(network)
         valid_logits = process.together(lambda part: predict(network, valid, part), len(valid))
@@ -166,13 +169,14 @@ def fit_network(  # noqa: C901, PLR0913, PLR0915, PLR0917  # the loop in plain s
         elif state.stale >= settings.patience:
             break
     network.load_state_dict(state.best)
-    _end(network, unseen, hiding if state.best_score > -np.inf and not process.rank else None)
+    hiding.random.bit_generator.state = together.told(hiding.random.bit_generator.state)[0]  # all move the unknown as one would
+    _end(network, unseen, hiding if state.best_score > -np.inf and (shards or not process.rank) else None)
     return state.epochs
 
 
-def _write(checkpoint: Checkpoint, state: LoopState, updates: Updates, hidden: dict[str, Any]) -> None:
+def _write(checkpoint: Checkpoint, state: LoopState, updates: Updates, hidden: dict[str, Any], together: Process) -> None:
     """Write all that the loop changes, `hidden` being where `Hiding` was after the last step's batch; the order of rows follows from the
-    seed and the number of epochs.
+    seed and the number of epochs. What other ranks write counts once rank 0, the last, has written; until then that of before does.
     """
     random = [
         [each.get_state() for each in generators(home(updates.network))],
@@ -180,12 +184,23 @@ def _write(checkpoint: Checkpoint, state: LoopState, updates: Updates, hidden: d
     ]
     optimisers = [each.state_dict() for each in updates.optimisers]
     values = {"loop": state.values, "hiding": hidden}
-    checkpoint.write(values, [changing(updates.modules), optimisers, state.best, random])
+    tensors = [changing(updates.modules), optimisers, state.best, random]
+    other = checkpoint.of_rank(together.rank, state.steps)
+    if together.rank:
+        other.write(values, tensors)
+    together.told(None)
+    if not together.rank:
+        checkpoint.write(values, tensors)
+    together.told(None)
+    if together.rank:
+        other.only()
 
 
-def _go_on(checkpoint: Checkpoint, updates: Updates, hiding: Hiding, alone: FirstOrder | None) -> LoopState:
+def _go_on(checkpoint: Checkpoint, updates: Updates, hiding: Hiding, alone: FirstOrder | None, together: Process) -> LoopState:
     """Put all back as it was when the checkpoint was written; `alone` is let go of if the first order had learned by then."""
-    values, (modules, optimisers, best, random) = checkpoint.read()
+    first = None if together.rank else checkpoint.read()
+    steps = together.told(first[0]["loop"]["steps"] if first else 0)[0]
+    values, (modules, optimisers, best, random) = first or checkpoint.of_rank(together.rank, steps).read()
     try:
         state = LoopState.of(values["loop"], best)
         if alone and not state.alone:

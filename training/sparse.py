@@ -15,6 +15,7 @@ from features.vocabulary import PADDING
 
 from .distributed import ONLY, Process
 from .networks.lookup import EmbeddingTable, Touched
+from .shards import own_rows
 
 
 class SparseTables:
@@ -27,13 +28,13 @@ class SparseTables:
         if tables:
             torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]  # as they are, but torch's Adagrad would warn of it
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
-        self._place = np.zeros(max((table.num_embeddings for table in tables), default=0), np.int32)
+        self._place = np.zeros(max((len(table.weight) for table in tables), default=0), np.int32)
 
     @classmethod
     def among(cls, modules: Iterable[nn.Module], above: int, process: Process = ONLY) -> "SparseTables":
-        """Those of more than so many rows; 0: none."""
+        """Those of more than so many rows, 0: none; and those that are split."""
         found = {id(each): each for module in modules for each in module.modules() if isinstance(each, EmbeddingTable)}
-        return cls([each for each in found.values() if above and each.num_embeddings > above], process)
+        return cls([each for each in found.values() if each.shard or 0 < above < each.num_embeddings], process)
 
     def gather(self) -> None:
         """Make the gradients of a backward pass, with each row once; None where there was no lookup."""
@@ -42,10 +43,13 @@ class SparseTables:
             table.weight.grad = None
             if not table.touched:
                 continue
-            rows, sums = self._summed(table.touched)
-            if self.process.of > 1:  # each sums its own before they travel
-                rows, sums = self._summed([self.process.gathered(rows, sums)])
-            sums[:1].masked_fill_(rows[:1, None] == PADDING, 0)  # they are in order
+            if table.shard:  # lookups have summed their own
+                rows, sums = self._summed([table.shard.sent(*map(torch.cat, zip(*table.touched, strict=True)))])
+            else:
+                rows, sums = self._summed(table.touched)
+                if self.process.of > 1:  # each sums its own before they travel
+                    rows, sums = self._summed([self.process.gathered(rows, sums)])
+            sums[:1].masked_fill_(rows[:1, None] == PADDING - own_rows(table)[0], 0)  # they are in order
             table.weight.grad = torch.sparse_coo_tensor(rows[None], sums, table.weight.shape, is_coalesced=True)
             table.touched.clear()
 
@@ -94,7 +98,7 @@ class LazyAdam(torch.optim.Optimizer):
     def _step(self, weight: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[weight], group["betas"]
         if not state:
-            state |= {"step": 0, "mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
+            state |= {"step": 0, "mean": _zeros_like(weight), "square": _zeros_like(weight)}
         state["step"] += 1
         mean = state["mean"].index_select(0, rows).lerp_(gradient, 1 - beta1)
         square = state["square"].index_select(0, rows).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -104,6 +108,11 @@ class LazyAdam(torch.optim.Optimizer):
         size = square.sqrt_().add_(group["eps"] * correction)
         step = -group["lr"] * correction / (1 - beta1 ** state["step"])
         weight.index_copy_(0, rows, weight.index_select(0, rows).addcdiv_(mean, size, value=step))
+
+
+def _zeros_like(weight: Tensor) -> Tensor:
+    """On a CPU they take memory where they are written, so that rows that no batch has have no moments."""
+    return torch.from_numpy(np.zeros(weight.shape, np.float32)) if weight.is_cpu else torch.zeros_like(weight)
 
 
 def lazily(optimisers: Sequence[torch.optim.Optimizer], tables: SparseTables) -> list[torch.optim.Optimizer]:

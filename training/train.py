@@ -35,6 +35,7 @@ from .networks.contract import CLICK, Fields, Network
 from .networks.pretrained import copy_embeddings
 from .networks.warm_start import warm_start
 from .position import Curve, by_tower, check_position_bias, examined, placed, tower_of, weighted
+from .shards import check_split
 from .tenure import Tenure, renewed
 from .train_settings import TrainError, TrainSettings
 from .workers import check_workers, fit_by_workers
@@ -109,6 +110,8 @@ def train(  # noqa: PLR0915  # its steps, one after the other
     check_position_bias(data, settings.position_bias, heads)
     tenure = Tenure(settings.evict_after, dict(whole.idle) if whole else {})
     settings = replace(settings, device=device_of(settings.device).type)
+    if start and settings.shard_rows:
+        raise TrainError("tables that are split over workers begin fresh; leave out --init-from, or --shard-rows")
     if settings.workers > 1:
         check_workers()
     with deterministic(settings):
@@ -126,7 +129,9 @@ def train(  # noqa: PLR0915  # its steps, one after the other
         network_settings = settled(network_settings, few)
         progress.console.print(settings.summary(len(rows)), soft_wrap=True)
         try:
-            network = build(family, Fields.of(data.schema, encoder.vocabularies, heads), network_settings)
+            fields = Fields.of(data.schema, encoder.vocabularies, heads)._replace(shard_rows=settings.shard_rows)
+            network = build(family, fields, network_settings)
+            check_split(family, network)
             if whole:
                 shift = math.log(whole.negative_sampling / data.negative_sampling)
                 warm_start(whole.network, network, shift, renewed(whole.vocabularies, encoder.vocabularies))

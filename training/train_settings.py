@@ -76,6 +76,9 @@ class TrainSettings:
     """Threads of torch; 0 is as many as the machine allows. Another number may give other last bits."""
     workers: int = 1
     """Processes of `adrank train` that share every `batch`, by Ray (docs/scale.md)."""
+    shard_rows: int = 0
+    """Tables of more rows than this are split by rows over the workers: each has its part, updates it sparsely, and sends others the rows
+    of their batches. 0: each worker has all of every table."""
     cooccurrence: float = 0.0
     """Weight of a second task for the vectors of ads, how often two are clicked by one user (`cooccurrence.py`); 0: none."""
     position_bias: str = ""
@@ -120,6 +123,10 @@ class TrainSettings:
             ("threads", self.threads >= 0, "at least 0"),
             ("workers", self.workers >= 1, "at least 1"),
             ("workers", self.workers <= 1 or self.regularise == "table", "1 where regularise is batch"),
+            ("shard_rows", self.shard_rows >= 0, "at least 0"),
+            ("shard_rows", not self.shard_rows or self.workers > 1, "0 where workers is 1: there is nobody to share tables with"),
+            ("shard_rows", not self.shard_rows or self.device != "cuda", "0 where device is cuda: parts of tables travel between CPUs"),
+            ("shard_rows", not self.shard_rows or not self.cooccurrence, "0 where there is cooccurrence, which counts by whole tables"),
             ("evict_after", self.evict_after >= 0, "at least 0"),
             ("position_bias", self.position_bias in ("", *KINDS), f"one of {', '.join(KINDS)}"),
             ("cooccurrence", 0 <= self.cooccurrence < float("inf"), "at least 0"),

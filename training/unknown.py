@@ -19,6 +19,7 @@ from .device import home, moved
 from .networks.contract import CLICK, Labels, Network, Part, RequestTensors
 from .networks.embeddings import Embeddings
 from .networks.lookup import EmbeddingTable
+from .shards import own_rows
 from .sparse import SparseTables, lazily
 
 ROWS_AT_ONCE = 4096
@@ -95,11 +96,11 @@ class Hiding:
             return
         network.eval()
         blocks = [module for module in network.modules() if isinstance(module, Embeddings)]
-        found = [(block.table.weight, _movable(block)) for block in blocks]
+        found = [(block.table, _movable(block)) for block in blocks]
         tables = SparseTables(
             [block.table for block in blocks if isinstance(block.table, EmbeddingTable) and block.table.touched is not None]
         )
-        optimisers = lazily([torch.optim.Adam([weight for weight, _ in found], lr=SETTLING_RATE)], tables)
+        optimisers = lazily([torch.optim.Adam([table.weight for table, _ in found], lr=SETTLING_RATE)], tables)
         for step in range(SETTLING_STEPS):
             for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
                 group["lr"] = SETTLING_RATE * (1 - step / SETTLING_STEPS)
@@ -112,10 +113,11 @@ class Hiding:
             network.zero_grad()
             (unknown - known.detach()).abs().mean().backward()
             tables.gather()
-            for weight, rows in found:
-                if weight.grad is not None:
-                    sparse = weight.grad.is_sparse
-                    (weight.grad._values() if sparse else weight.grad).mul_(rows[weight.grad._indices()[0]] if sparse else rows)
+            for table, movable in found:
+                if (gradient := table.weight.grad) is not None:
+                    sparse, (first, count) = gradient.is_sparse, own_rows(table)
+                    rows = gradient._indices()[0] + first if sparse else torch.arange(count, device=movable.device)
+                    (gradient._values() if sparse else gradient).mul_(torch.isin(rows, movable)[:, None])
             for optimiser in optimisers:
                 optimiser.step()
 
@@ -128,13 +130,11 @@ class Hiding:
 
 
 def _movable(embeddings: Embeddings) -> Tensor:
-    """1 for the rows `(rows of the table, 1)` that stand for an unknown value of an ad, 0 for all others."""
+    """The rows of the table `(K,)` that stand for an unknown value of an ad."""
     slots = embeddings.layouts["ad"].ids if "ad" in embeddings else ()
     names = {slot.field.vocabulary for slot in slots if slot.field.name not in IDENTITIES} or {slot.field.vocabulary for slot in slots}
-    rows = embeddings.table.weight.new_zeros((embeddings.table.num_embeddings, 1))
-    for vocabulary in names:
-        rows[embeddings.rows_of(vocabulary).start] = 1
-    return rows
+    rows = [embeddings.rows_of(vocabulary).start for vocabulary in names]
+    return torch.tensor(rows, dtype=torch.int64, device=embeddings.table.weight.device)
 
 
 class Unseen:
@@ -145,35 +145,39 @@ class Unseen:
     """
 
     def __init__(self, network: nn.Module, rows: Rows, warm: bool) -> None:
-        self.found: list[tuple[Tensor, Tensor, int]] = []
-        """A table, rows of it, and the row of their unknown."""
+        self.found: list[tuple[nn.Embedding, Tensor, Tensor]] = []
+        """A table, rows of it that this process has, numbered from its first, and the row `(1,)` of their unknown in the whole table."""
         for embeddings in (module for module in network.modules() if isinstance(module, Embeddings)):
             counts, table = occurrences(embeddings, rows), embeddings.table.weight
+            first, count = own_rows(embeddings.table)
             for vocabulary in embeddings.sizes:
-                own = embeddings.rows_of(vocabulary)
+                whole = embeddings.rows_of(vocabulary)
+                own = slice(*(min(max(end - first, 0), count) for end in (whole.start, whole.stop)))
                 never = counts[own] == 0
                 if warm:
                     never &= (table[own] == table[own.start]).all(1)
-                never[0] = False
-                self.found.append((table, never.nonzero().flatten() + own.start, own.start))
+                never[: max(0, whole.start + 1 - first - own.start)] = False
+                unknown = torch.tensor([whole.start], device=table.device)
+                self.found.append((embeddings.table, never.nonzero().flatten() + own.start, unknown))
 
     @torch.no_grad()
     def fill(self) -> None:
         """Give them the unknown's row as it is now."""
         for table, rows, unknown in self.found:
-            table[rows] = table[unknown].clone()
+            table.weight[rows] = table(unknown)
 
 
 def occurrences(embeddings: Embeddings, rows: Rows) -> Tensor:
-    """How often each row of the table `(rows of the table,)` is used by the rows of a split, behaviours included."""
-    total = embeddings.table.weight.new_zeros(embeddings.table.num_embeddings, dtype=torch.float64)  # in 32 bits it would stay at 2**24
+    """How often each row of the table that this process has `(rows,)` is used by the rows of a split, behaviours included."""
+    first, count = own_rows(embeddings.table)
+    total = embeddings.table.weight.new_zeros(count + 1, dtype=torch.float64)  # in 32 bits it would stay at 2**24
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = moved(rows.batch(np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))), total.device)
         for name, part in parts_of(batch, embeddings):
             times = total.new_ones(len(part.ids)) if part.rows is None else torch.bincount(part.rows.flatten()).double()
-            ids = embeddings.table_rows(name, part.ids).flatten(1)
-            total.index_add_(0, ids.flatten(), times.repeat_interleave(ids.shape[1]))
-    return total.float()
+            ids = embeddings.table_rows(name, part.ids).flatten(1) - first
+            total.index_add_(0, ids.where((ids >= 0) & (ids < count), count).flatten(), times.repeat_interleave(ids.shape[1]))
+    return total[:count].float()
 
 
 def parts_of(batch: RequestTensors, embeddings: Embeddings) -> Iterator[tuple[str, Part]]:

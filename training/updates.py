@@ -1,6 +1,6 @@
 """What a loss does to the weights of a network: gradients, the decay of its embeddings, clipping, and the optimisers' steps."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from .datasets.encoded import Rows
 from .distributed import ONLY, Process
 from .networks.contract import Network, RequestTensors
 from .networks.embeddings import Embeddings
+from .networks.lookup import EmbeddingTable
 from .sparse import SparseTables, lazily
 from .unknown import occurrences, parts_of
 
@@ -36,7 +37,8 @@ class Updates:
     def summary(self) -> Iterator[str]:
         """What is updated sparsely, a line a table."""
         for table in self.tables.tables:
-            yield f"a table of {len(table.weight):,} rows is updated sparsely: a step changes and decays the rows of its batch"
+            where = f", and split over the workers, {table.shard.each:,} each" if table.shard else ""
+            yield f"a table of {table.num_embeddings:,} rows is updated sparsely{where}: a step changes and decays the rows of its batch"
 
     def step(self, loss: Tensor, batch: RequestTensors) -> None:
         """One step down a loss, `batch` being its rows."""
@@ -44,18 +46,22 @@ class Updates:
         loss.backward()  # type: ignore[no-untyped-call]
         self.tables.gather()
         self.decay.add_gradient(batch)
-        clip(self.network.parameters(), self.clip)
+        clip(self.network.parameters(), self.clip, [table for table in self.tables.tables if table.shard])
         for optimiser in self.optimisers:
             optimiser.step()
 
 
 @torch.no_grad()
-def clip(weights: Iterable[nn.Parameter], most: float) -> None:
-    """`clip_grad_norm_` of torch, which knows no sparse gradients."""
-    whole = [weight.grad for weight in weights if weight.grad is not None]
-    gradients = [gradient._values() if gradient.is_sparse else gradient for gradient in whole]
-    factor = (most / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
+def clip(weights: Iterable[nn.Parameter], most: float, split: Sequence[EmbeddingTable] = ()) -> None:
+    """`clip_grad_norm_` of torch, which knows no sparse gradients, nor that of `split` tables others have the rest."""
+    parts = {id(table.weight) for table in split}
+    found = [(id(weight) in parts, weight.grad) for weight in weights if weight.grad is not None]
+    gradients = [(part, gradient._values() if gradient.is_sparse else gradient) for part, gradient in found]
+    norm = nn.utils.get_total_norm([gradient for part, gradient in gradients if not part])
+    for shard in [table.shard for table in split if table.shard][:1]:
+        norm = norm.hypot(shard.process.norm(nn.utils.get_total_norm([gradient for part, gradient in gradients if part])))
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)
+    for _, gradient in gradients:
         gradient.mul_(factor)
 
 
@@ -70,12 +76,14 @@ class EmbeddingDecay:
         self.embeddings = [module for module in network.modules() if isinstance(module, Embeddings) and module.sizes]
         first = {id(weight) for weight in network.first_weights()}
         self.of_table = [(settings.first_l2 if id(each.table.weight) in first else 0.0) or self.l2 for each in self.embeddings]
-        self.counts, self.unseen = [], []
-        for embeddings in self.embeddings:
+        self.counts, self.unseen = [], dict[int, Tensor]()
+        for i, embeddings in enumerate(self.embeddings):
+            if settings.regularise == "table" and isinstance(embeddings.table, EmbeddingTable) and embeddings.table.touched is not None:
+                continue  # the rows that a step has are no secret
             counts = occurrences(embeddings, rows)
             for vocabulary in embeddings.sizes:  # about as often as values are hidden
                 counts[embeddings.rows_of(vocabulary)][0] += 2 * settings.unknown_rate * counts[embeddings.rows_of(vocabulary)].sum()
-            self.unseen.append((counts == 0).nonzero().flatten())
+            self.unseen[i] = (counts == 0).nonzero().flatten()
             if settings.regularise == "batch":
                 self.counts.append(counts.clamp(min=1))
 

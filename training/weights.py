@@ -79,7 +79,7 @@ def sampling_of(bundle: Bundle) -> float:
 
 
 def settings_of(bundle: Bundle) -> tuple[Any, TrainSettings]:
-    """The settings that a bundle was trained with, those of the network and those of the loop; threads are the machine's own.
+    """The settings that a bundle was trained with, those of the network and those of the loop; threads and workers are the machine's own.
 
     Raises:
         BundleError: the manifest does not tell them, or tells what this program does not know.
@@ -92,4 +92,4 @@ def settings_of(bundle: Bundle) -> tuple[Any, TrainSettings]:
         network, loop = (kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings}) for kind in kinds)
     except (KeyError, TypeError, AttributeError, TrainError) as error:
         raise BundleError(f"bundle {bundle.path}: its manifest does not tell how it was trained: {error!r}") from error
-    return network, replace(loop, threads=0)
+    return network, replace(loop, threads=0, workers=1, shard_rows=0)

@@ -29,6 +29,7 @@ from .distributed import Process
 from .fit import Epoch, check_steps, deterministic, fit_network
 from .networks.contract import Network
 from .ray_cluster import LOCAL, check_cluster, cluster
+from .shards import map_tables, write_rows
 from .train_settings import TrainError, TrainSettings
 
 LOST = 3
@@ -70,7 +71,8 @@ def fit_by_workers(  # noqa: PLR0913, PLR0917  # what `fit_network` takes, and w
         given = {"network": network, "splits": splits, "settings": settings, "warm": warm, "checkpoint": where}
         config = {"given": [ray.put(given)], "lines": queue, "code": code()}
         weights, epochs = _run(config, settings, where[0])
-    network.load_state_dict({name: torch.tensor(values) for name, values in weights.items()})
+    map_tables(network, checkpoint.path)
+    network.load_state_dict({name: torch.tensor(values) for name, values in weights.items()}, strict=False)  # without what is mapped
     network.eval()
     return epochs
 
@@ -125,7 +127,9 @@ def _work(config: Mapping[str, Any]) -> str | tuple[Weights, list[Epoch]]:
         if not settings.threads:
             torch.set_num_threads(1)
         epochs = fit_network(network, rows, valid, settings, progress, given["warm"], checkpoint=checkpoint, process=process)
-    weights = {name: values.numpy() for name, values in network.cpu().state_dict().items()}  # Ray returns no tensors
+    apart = {id(table.weight) for table in write_rows(network, checkpoint.path)}
+    state = network.cpu().state_dict(keep_vars=True)
+    weights = {name: values.detach().numpy() for name, values in state.items() if id(values) not in apart}  # Ray returns no tensors
     return weights, epochs
 
 

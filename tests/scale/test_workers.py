@@ -10,13 +10,13 @@ import psutil
 import pytest
 import small
 
-from tests.test_checkpoint import EACH_STEP, TRAIN, command
+from tests.test_checkpoint import EACH_STEP, TRAIN, begun, command
 from training.checkpoint import FILE
 from training.datasets.prepared import Prepared
 
 pytest.importorskip("ray", reason="make scale-test")
 WORKERS = ("--workers", "2", *EACH_STEP)
-SECONDS = 400.0
+SECONDS, EPOCHS = 400.0, "10"
 Process = subprocess.Popen[str]
 
 
@@ -26,10 +26,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 @pytest.fixture
-def started(data: Prepared, tmp_path: Path) -> Iterator[Process]:
+def started(data: Prepared, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Process]:
     """A training that has written its first checkpoint."""
     process, checkpoint, end = (
-        command(data, tmp_path / "models", *WORKERS),
+        begun(command(data, tmp_path / "models", EPOCHS, *WORKERS, *getattr(request, "param", ()))),
         tmp_path / "models-checkpoints/deepfm" / FILE,
         time.monotonic() + SECONDS,
     )
@@ -45,6 +45,7 @@ def workers_of(process: Process) -> list[psutil.Process]:
     return [each for each in psutil.Process(process.pid).children(recursive=True) if "TrainWorker" in "".join(each.cmdline())]
 
 
+@pytest.mark.parametrize("started", [(), ("--shard-rows", "10")], ids=["whole tables", "tables that are split"], indirect=True)
 def test_a_worker_that_is_killed_costs_the_time_since_the_last_checkpoint(started: Process, tmp_path: Path) -> None:
     workers = workers_of(started)
     assert len(workers) == 2
@@ -69,7 +70,7 @@ def test_ctrl_c_ends_what_was_started(started: Process, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "auto"])
 def test_a_cluster_that_is_not_there_is_a_sentence(data: Prepared, tmp_path: Path, address: str) -> None:
-    process = command(data, tmp_path / "models", *WORKERS, "--ray", address)
+    process = begun(command(data, tmp_path / "models", EPOCHS, *WORKERS, "--ray", address))
     said = process.communicate(timeout=SECONDS)[0]
     assert process.returncode == 2, said
     assert f"Error: no Ray cluster at {address}: " in said
@@ -77,7 +78,8 @@ def test_a_cluster_that_is_not_there_is_a_sentence(data: Prepared, tmp_path: Pat
 
 
 def test_another_version_on_a_worker_is_a_sentence(data: Prepared, tmp_path: Path) -> None:
-    process = command(data, tmp_path / "models", *WORKERS, program="import training.workers; training.workers.code = str\n" + TRAIN)
+    words = command(data, tmp_path / "models", EPOCHS, *WORKERS)
+    process = begun(words, program="import training.workers; training.workers.code = str\n" + TRAIN)
     said = process.communicate(timeout=SECONDS)[0]
     assert process.returncode == 2, said
     assert "has another version of adrank or of torch than where the training began; make them the same" in said

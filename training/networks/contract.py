@@ -109,6 +109,8 @@ class Fields(NamedTuple):
     """The outcomes that the rows have labels for."""
     ages: bool = False
     """Whether requests have the ages of behaviours."""
+    shard_rows: int = 0
+    """Tables of more rows than this are to be split over processes (`shards.py`); 0: none is."""
 
     @classmethod
     def of(cls, schema: Schema, vocabularies: Vocabularies, heads: tuple[str, ...] = (CLICK,)) -> "Fields":
@@ -232,6 +234,8 @@ class Network(nn.Module):
     """What it predicts where no other heads are asked for."""
     many_heads: ClassVar[bool] = False
     """Whether it has all of `fields.heads` itself; others are trained once for each head, on the same embeddings (`heads.py`)."""
+    splits: bool = True
+    """Whether its tables may be split over processes: Adam alone changes them, and nothing looks at a whole one."""
     int8_pays: ClassVar[bool] = False
     """Whether an int8 graph of it is faster and as good."""
     retrieves: bool = False

@@ -71,6 +71,7 @@ class DeepLight(Network):
     """FwFM and an MLP, pruned as they learn to serve faster: fields' pairs, units and values (Deng et al. 2021)."""
 
     settings = DeepLightSettings
+    splits = False
 
     def __init__(self, fields: Fields, settings: DeepLightSettings) -> None:
         super().__init__(fields, settings)

@@ -57,6 +57,7 @@ class DIEN(Network):
     """Interests that evolve towards each candidate: a GRU, then a GRU with attention (Zhou et al. 2019)."""
 
     settings = DIENSettings
+    splits = False  # its loss looks nothing up for a batch without behaviours
     intercept_at = "tower.bias"
 
     def __init__(self, fields: Fields, settings: DIENSettings) -> None:

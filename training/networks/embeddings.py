@@ -27,7 +27,9 @@ class Embeddings(nn.Module):
         for vocabulary, size in self.sizes.items():
             starts[vocabulary] = rows - 1  # id 1 is the vocabulary's first row
             rows += size - 1
-        self.table: nn.Embedding = EmbeddingTable(rows, width)
+        table = EmbeddingTable(rows, width, split=0 < fields.shard_rows < rows)
+        table.deviation = deviation
+        self.table: nn.Embedding = table
         nn.init.normal_(self.table.weight, std=deviation)
         with torch.no_grad():
             self.table.weight[PADDING].zero_()

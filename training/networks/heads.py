@@ -17,6 +17,7 @@ class SharedEmbeddings(Network):
     def __init__(self, kind: type[Network], fields: Fields, settings: Any) -> None:
         super().__init__(fields, settings)
         self.embedding_l2, self.starts_from, self.retrieves = kind.embedding_l2, kind.starts_from, kind.retrieves
+        self.splits = kind.splits
         self.networks = nn.ModuleDict({head: kind(fields, settings) for head in fields.heads})
         self.settles_after = self.of(CLICK).settles_after
         shared = dict(self.of(CLICK).named_modules())

@@ -1,10 +1,13 @@
 """Rows of a table, as `F.embedding` looks them up. Torch's own gradient of that takes two to three times as long to sum."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from ..shards import Shard
 
 Touched = list[tuple[Tensor, Tensor]]
 """The rows that lookups took `(N,)`, and their gradients `(N, D)`; a row as often as it was taken."""
@@ -30,34 +33,54 @@ class EmbeddingTable(nn.Embedding):
     """
 
     touched: Touched | None = None
+    shard: "Shard | None" = None
+    """Which rows `weight` has, where other processes have the others."""
+    deviation = 1.0
+    """Of what a table begins with that has no memory yet."""
 
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__(rows, width, padding_idx=0)
+    def __init__(self, rows: int, width: int, split: bool = False) -> None:
+        """`split`: it takes no memory before `shards.py` splits it over processes."""
+        super().__init__(rows, width, padding_idx=0, device="meta" if split else None)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Vectors `(..., D)` of `rows (...)`."""
         if torch.is_grad_enabled() and self.weight.requires_grad and not torch.compiler.is_compiling():
-            return _Lookup.apply(self.weight, rows, self.padding_idx, self.touched)  # type: ignore[no-any-return, no-untyped-call]
-        return F.embedding(rows, self.weight)
+            return _Lookup.apply(self.weight, rows, self.padding_idx, self.touched, self.shard)  # type: ignore[no-any-return, no-untyped-call]
+        return _gathered(self.weight, rows, self.shard)[0]
+
+
+def _gathered(weight: Tensor, rows: Tensor, shard: "Shard | None") -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Vectors `(..., D)` of `rows (...)`, and what to save for their gradient: the rows, or of a table that is split the distinct ones, and
+    which of these each is.
+    """
+    if shard is None:
+        return F.embedding(rows, weight), (rows,)
+    distinct, at = rows.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    return F.embedding(at, shard.fetched(weight, distinct)), (distinct, at)
 
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor, padding: int | None = None, touched: Touched | None = None) -> Tensor:
-        ctx.save_for_backward(rows)
+    def forward(
+        ctx: Any, table: Tensor, rows: Tensor, padding: int | None = None, touched: Touched | None = None, shard: "Shard | None" = None
+    ) -> Tensor:
+        vectors, saved = _gathered(table, rows, shard)
+        ctx.save_for_backward(*saved)
         ctx.shape, ctx.padding, ctx.touched = table.shape, padding, touched
-        return F.embedding(rows, table)
+        return vectors
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         rows, gradient = ctx.saved_tensors[0].flatten(), gradient.flatten(0, -2)
+        for at in ctx.saved_tensors[1:]:
+            gradient = gradient.new_zeros((len(rows), gradient.shape[1])).index_add_(0, at.flatten(), gradient)
         if ctx.touched is not None:
             ctx.touched.append((rows, gradient))
-            return None, None, None, None
+            return None, None, None, None, None
         total = gradient.new_zeros(ctx.shape).index_add_(0, rows, gradient)
         if ctx.padding is not None:
             total[ctx.padding] = 0
-        return total, None, None, None
+        return total, None, None, None, None
 
 
 class _Sum(torch.autograd.Function):

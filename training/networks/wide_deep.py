@@ -41,6 +41,7 @@ class WideDeep(Network):
     """Stated crosses of fields beside an MLP, by FTRL and Adagrad (Cheng et al. 2016)."""
 
     settings = WideDeepSettings
+    splits = False
     intercept_at = "tower.bias"
 
     def __init__(self, fields: Fields, settings: WideDeepSettings) -> None:
