@@ -253,11 +253,14 @@ async def drained(client, stop, ended):
     await ended(asking)
 
 
-@pytest.mark.parametrize(("workers", "code"), [(1, -signal.SIGTERM), (2, 0)])
-async def test_sigterm_answers_all_that_was_asked(repository, workers, code):
+@pytest.mark.parametrize(
+    ("workers", "number", "code"), [(1, signal.SIGTERM, -signal.SIGTERM), (2, signal.SIGTERM, 0), (2, signal.SIGHUP, 0)]
+)
+async def test_what_was_asked_is_answered_before_the_end(repository, workers, number, code):
     async with serving(repository, "memory://", workers=workers) as client:
         client.callers = [Caller(client) for _ in range(8)]
-        await drained(client, client.process.terminate, lambda asking: asyncio.gather(*asking))
+        told = [client.process.pid, *(workers_of(client) if number == signal.SIGHUP else ())]  # a terminal tells all
+        await drained(client, lambda: [os.kill(each, number) for each in told], lambda asking: asyncio.gather(*asking))
         for caller in client.callers:
             await caller.close()
         assert client.process.wait(90) == code

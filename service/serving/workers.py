@@ -60,6 +60,8 @@ def serve(settings: Settings) -> None:
     check_start(settings)
     for inherited in (METRICS, METRICS.lower()):  # of whoever started this: its counts are none of ours
         os.environ.pop(inherited, None)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # of a terminal that was closed
     listeners = listen(settings)
     try:
         _serve(settings, listeners)
@@ -242,11 +244,11 @@ class Parent:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         worker = Worker(SPAWN.Process(target=work, args=(theirs, slot)), ours, slot)
-        # It inherits the mask: Ctrl-C reaches all processes of a terminal, and only the parent is to act on it.
+        # It inherits the mask: Ctrl-C and a hang-up reach all processes of a terminal, and only the parent is to act on them.
         resource_tracker.ensure_running()  # else the first start does so, which unblocks the signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         worker.process.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
         theirs.close()
         self._workers.append(worker)
         loop = asyncio.get_running_loop()
