@@ -287,10 +287,13 @@ async def log(world, made, monkeypatch):
 
 async def test_each_ranking_is_written_once_and_many_together(log):
     log = log()
+    log.store.answers.clear()  # until all are made, which takes longer than is waited for more on a busy machine
     log.put(500)
+    await log.until_made()
+    log.store.answers.set()
     await log.until(written=500)
     assert len(log.store.served) == 500
-    assert log.store.asked < 10
+    assert log.store.asked <= 4
     assert max(log.store.lengths) <= module.BATCH_RECORDS
 
 
