@@ -1,6 +1,7 @@
 """What the store asks its servers with: whose reply a reply is, however many are cancelled; how long is waited; forms of address."""
 
 import asyncio
+import contextlib
 import os
 import random
 import time
@@ -24,13 +25,18 @@ REQUESTS = int(os.environ.get("CANCELLED_REQUESTS", "1500"))
 MOST = 1_000
 
 
-def reads(server, timeout=5.0):
-    return Reads(server, timeout, MOST).read
+@contextlib.asynccontextmanager
+async def reads(server):
+    """Closed before the server, to which what nobody waits for any more would connect again."""
+    asked = Reads(server, 5.0, MOST)
+    yield asked.read
+    await asked.close()
 
 
-def commands(server, timeout=5.0):
-    client = Client(server, timeout)
-    return lambda key: client.ask(b"GETRANGE", key, b"0", str(MOST))
+@contextlib.asynccontextmanager
+async def commands(server):
+    client = Client(server, 5.0)
+    yield lambda key: client.ask(b"GETRANGE", key, b"0", str(MOST))
 
 
 @pytest.mark.parametrize("ways", [reads, commands])
@@ -39,18 +45,18 @@ async def test_no_reply_is_anothers_whoever_is_cancelled(arrangements, kind, way
     """redis-py left replies to commands that were cancelled to whoever came next, CVE-2023-28859."""
     server = open_servers(arrangements(kind))
     keys = [f"{{k{i}}}" for i in range(200)]
-    client, read = Client(server, 5), ways(server)
+    client = Client(server, 5)
     await client.ask_all([(b"SET", key, f"value of {key}") for key in keys])
     left, outcomes = iter(range(REQUESTS)), {"own": 0, "cancelled": 0, "timeout": 0}
 
-    async def ask(key, patience):
+    async def ask(read, key, patience):
         async with asyncio.timeout(patience):
             return await read(key)
 
-    async def one(chance):
+    async def one(read, chance):
         for _ in left:
             key = chance.choice(keys)
-            asking = asyncio.create_task(ask(key, chance.choice((0.0005, 0.002, 10))))
+            asking = asyncio.create_task(ask(read, key, chance.choice((0.0005, 0.002, 10))))
             if chance.random() < 0.4:
                 await asyncio.sleep(chance.choice((0, 0, chance.uniform(0, 0.003))))
                 asking.cancel()
@@ -62,7 +68,8 @@ async def test_no_reply_is_anothers_whoever_is_cancelled(arrangements, kind, way
             except TimeoutError:
                 outcomes["timeout"] += 1
 
-    await asyncio.gather(*(one(random.Random(n)) for n in range(CLIENTS)))
+    async with ways(server) as read:
+        await asyncio.gather(*(one(read, random.Random(n)) for n in range(CLIENTS)))
     await server.close()
     assert sum(outcomes.values()) == REQUESTS
     assert min(outcomes.values()) > REQUESTS / 100, outcomes
@@ -70,13 +77,14 @@ async def test_no_reply_is_anothers_whoever_is_cancelled(arrangements, kind, way
 
 async def test_those_who_ask_at_once_share_a_round_trip_and_none_loses_the_connection(server):
     asked = open_servers(server.url)
-    client, read = Client(asked, 5), Reads(asked, 5, MOST).read
-    for _ in range(3):
-        waiting = [asyncio.ensure_future(read(f"k{i}")) for i in range(200)]
-        await asyncio.sleep(0)
-        for each in waiting[::2]:
-            each.cancel()
-        assert await asyncio.gather(*waiting[1::2]) == [b""] * 100
+    client = Client(asked, 5)
+    async with reads(asked) as read:
+        for _ in range(3):
+            waiting = [asyncio.ensure_future(read(f"k{i}")) for i in range(200)]
+            await asyncio.sleep(0)
+            for each in waiting[::2]:
+                each.cancel()
+            assert await asyncio.gather(*waiting[1::2]) == [b""] * 100
     clients = (await client.ask(b"INFO", b"stats")).decode()
     assert "total_connections_received:2\r\n" in clients, "one was the test's own, to see that the server is up"
     await asked.close()
