@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import re
 from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
 
@@ -388,19 +387,13 @@ async def execute(page, path, status, change):
     return json.loads(await answer.locator("tbody .microlight, tbody .highlight-code code").first.inner_text())
 
 
-def of_here(events: str, prefix: str) -> str:
-    """The example with ids of its own, since each is taken once, and an ad that the catalogue has."""
-    return re.sub(r'"e(\d)"', rf'"{prefix}\1"', events).replace("a56", "a5")
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_each_route_can_be_tried_on_the_page_of_docs(browser, client, scheme):
-    async with watched(browser, f"{client.base_url}/docs", color_scheme=scheme) as page:
+async def test_each_route_can_be_tried_on_the_page_of_docs_in_the_dark(browser, client):
+    async with watched(browser, f"{client.base_url}/docs", color_scheme="dark") as page:
         asked = json.dumps({"user": {"id": "u378"}, "candidates": ["a1", "a2"]})
         assert {ad["ad_id"] for ad in (await execute(page, "/v1/rank", 200, lambda _: asked))["ads"]} == {"a1", "a2"}
-        told = await execute(page, "/v1/events", 202, lambda body: of_here(body, scheme))
+        told = await execute(page, "/v1/events", 202, lambda body: body.replace("a56", "a5"))  # which the catalogue has
         assert [each["status"] for each in told["events"]] == ["accepted"] * 5
-        assert await page.locator("html.dark-mode").count() == (scheme == "dark")
+        assert await page.locator("html.dark-mode").count() == 1
 
 
 async def test_docs_take_a_token_and_stay_under_a_prefix(browser, tmp_path):
