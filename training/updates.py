@@ -46,20 +46,20 @@ class Updates:
         loss.backward()  # type: ignore[no-untyped-call]
         self.tables.gather()
         self.decay.add_gradient(batch)
-        clip(self.network.parameters(), self.clip, [table for table in self.tables.tables if table.shard])
+        clip(self.network.parameters(), self.clip, [table for table in self.tables.tables if table.shard], self.tables.process)
         for optimiser in self.optimisers:
             optimiser.step()
 
 
 @torch.no_grad()
-def clip(weights: Iterable[nn.Parameter], most: float, split: Sequence[EmbeddingTable] = ()) -> None:
+def clip(weights: Iterable[nn.Parameter], most: float, split: Sequence[EmbeddingTable], process: Process) -> None:
     """`clip_grad_norm_` of torch, which knows no sparse gradients, nor that of `split` tables others have the rest."""
     parts = {id(table.weight) for table in split}
     found = [(id(weight) in parts, weight.grad) for weight in weights if weight.grad is not None]
     gradients = [(part, gradient._values() if gradient.is_sparse else gradient) for part, gradient in found]
     norm = nn.utils.get_total_norm([gradient for part, gradient in gradients if not part])
-    for shard in [table.shard for table in split if table.shard][:1]:
-        norm = norm.hypot(shard.process.norm(nn.utils.get_total_norm([gradient for part, gradient in gradients if part])))
+    if split:
+        norm = norm.hypot(process.norm(nn.utils.get_total_norm([gradient for part, gradient in gradients if part])))
     factor = (most / (norm + 1e-6)).clamp(max=1.0)
     for _, gradient in gradients:
         gradient.mul_(factor)
