@@ -34,6 +34,8 @@ USER_SHARE, USER_TIMES = 0.05, 10
 HALF = 0.5
 OFTEN = 0.2
 MINUTES = "%y%m%d%H%M"
+ENOUGH = 100_000
+"""Rows, from all over a log, whose values are counted by their spelling: of all, histories would take gigabytes."""
 FEW = 10
 """Histories that may be alike by chance."""
 TOLD = 3
@@ -75,7 +77,7 @@ def _listed(values: Sequence[object]) -> str:
 
 def _spellings(log: pl.DataFrame) -> Iterator[str]:
     """Texts that are two values and may be meant to be one: with blanks, with zeros before a number, and true beside 1."""
-    for column in log.select(pl.col(pl.String), pl.col(pl.List(pl.String))):
+    for column in log.gather_every(max(1, len(log) // ENOUGH)).select(pl.col(pl.String, pl.List(pl.String))):
         flat = (column.explode() if column.dtype == pl.List else column).drop_nulls()
         values, text, least = flat.value_counts(name="rows"), pl.col(column.name), max(SHARE * len(flat), 2)
         padded = values.filter(text.str.contains(r"^\s+\S|\S\s+$"))
