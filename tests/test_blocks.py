@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from features.schema import parse_schema
 from training.networks.contract import Fields, Part
 from training.networks.embeddings import Embeddings
-from training.networks.layers import BatchNorm, Dice, SplitLinear, Tower, VarianceNorm
+from training.networks.layers import BatchNorm, Dice, Dropout, SplitLinear, Tower, VarianceNorm
 
 # Vocabularies by name: b has ids 0 to 3, c has 0 to 2. Ids 0 are all row 0, so b takes rows 1 to 3 and c rows 4 and 5.
 FIELDS = Fields.of(
@@ -146,7 +146,7 @@ def test_a_tower_is_an_mlp_over_the_concatenation(norm: str) -> None:
     tower = Tower(3, 2, (5, 4), 0.3, norm).eval()
     kinds = [type(layer) for layer in tower.rest]
     activation = NORMALISED[norm]
-    assert kinds == [*activation, nn.Dropout, nn.Linear, *activation, nn.Dropout, nn.Linear]
+    assert kinds == [*activation, Dropout, nn.Linear, *activation, Dropout, nn.Linear]
     request, candidate = torch.randn(6, 3), torch.randn(6, 7, 2)
     whole = torch.cat([request.unsqueeze(1).expand(6, 7, 3), candidate], dim=-1)
     logits = tower(request, candidate)
@@ -159,6 +159,23 @@ def test_variance_norm_divides_by_the_deviation_of_a_row_and_moves_nothing() -> 
     rows = torch.tensor([[1.0, 3.0], [-20.0, 20.0], [5.0, 5.0]])
     expected = torch.tensor([[1.0, 3.0], [-1.0, 1.0], [5.0 / math.sqrt(1e-5)] * 2])
     assert torch.allclose(VarianceNorm()(rows), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.001, 0.2, 0.75, 1.0])
+def test_dropout_hides_its_share_and_scales_what_stays_so_that_the_mean_is_kept(p: float) -> None:
+    torch.manual_seed(1)
+    dropout, x = Dropout(p), torch.ones(499, 3, 335, requires_grad=True)
+    kept = dropout(x)
+    assert p == 1 or torch.allclose(kept[kept != 0], torch.tensor(1 / (1 - p)), rtol=1e-4)
+    spread = (p * (1 - p) / x.numel()) ** 0.5
+    assert float((kept == 0).float().mean()) == pytest.approx(p, abs=5 * spread + 2**-17)
+    by_lane = (kept.detach().flatten()[: 4 * 10_000].view(-1, 4) == 0).double().mean(0)  # of each 16 bits of a draw alike
+    assert torch.allclose(by_lane, torch.tensor(p, dtype=torch.float64), atol=5 * (p * (1 - p) / 10_000) ** 0.5 + 2**-17)
+    kept.sum().backward()
+    assert torch.equal(x.grad, kept.detach())
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), kept)
+    assert not p or torch.equal(dropout.eval()(x), x)
 
 
 def test_a_tower_with_a_norm_that_is_not_there_is_refused() -> None:

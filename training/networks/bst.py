@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .ages import AgeVectors
 from .contract import CLICK, Explained, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings
-from .layers import Tower
+from .layers import Dropout, Tower
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TransformerLayer(nn.Module):
         self.query, self.key, self.value, self.mix = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.feed = nn.Sequential(nn.Linear(width, width), nn.LeakyReLU(), nn.Linear(width, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, past: Tensor, mask: Tensor, itself: bool) -> Tensor:
         """`x (R, Q, D)` after it looked at `past (R, T, D)` where `mask (R, T)`, and each at `itself` too where it is not in there."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .contract import CLICK, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings
-from .layers import BatchNorm, Linear, begin_linear, merged
+from .layers import BatchNorm, Dropout, Linear, begin_linear, merged
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ResidualUnit(nn.Module):
     def __init__(self, width: int, inner: int, dropout: float) -> None:
         super().__init__()
         self.first = nn.Linear(width, inner)
-        left_out = [nn.Dropout(dropout)] if dropout else []
+        left_out = [Dropout(dropout)] if dropout else []
         self.rest = nn.Sequential(BatchNorm(inner), nn.ReLU(), *left_out, nn.Linear(inner, width), BatchNorm(width))
         begin_linear(self.first, *self.rest)
 

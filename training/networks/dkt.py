@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .contract import CLICK, Fields, Network, RequestTensors
 from .embeddings import Embeddings
+from .layers import Dropout
 from .recurrent import GRU, last_state
 
 
@@ -40,7 +41,7 @@ class DKT(Network):
         width = settings.embedding
         self.first, self.embed = Embeddings(fields, 1), Embeddings(fields, width)
         self.gru = GRU(fields.count("history") * width, settings.state)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
         self.read = nn.Linear(settings.state + fields.count("user") * width, fields.count("ad") * width)
         self.bias = nn.Parameter(torch.zeros(1))
 

@@ -46,6 +46,21 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, -2)).view(x.shape)
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose units are drawn by 16 bits each on the CPU, where torch draws a double for each: a quarter of the time.
+
+    The share that is hidden is `p` rounded to 1 / 65,536, and what stays is scaled by just that.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name
+        """Of `(...)`, that shape."""
+        if not (self.training and input.is_cpu and 0 < self.p < 1):
+            return super().forward(input)
+        hidden, count = round(self.p * 2**16), input.numel()
+        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count].view(input.shape)
+        return input * (bits >= hidden - 2**15).to(input.dtype).mul_(2**16 / (2**16 - hidden))
+
+
 class VarianceNorm(nn.Module):
     """Variance-only layer norm (Wang et al. 2020, https://arxiv.org/abs/2006.12753): x / σ, σ over a row's features.
 
@@ -135,7 +150,7 @@ class Tower(nn.Module):
         for i, width in enumerate(hidden):
             rest += [nn.Linear(hidden[i - 1], width)] if i else []
             rest += [Dice(width)] if norm == "dice" else [*norms_named(norm)(width), nn.ReLU()]
-            rest += [nn.Dropout(dropout)] if dropout else []
+            rest += [Dropout(dropout)] if dropout else []
         self.rest = nn.Sequential(*rest, nn.Linear(hidden[-1], 1))
         begin_linear(self.first, *self.rest)
 
@@ -177,7 +192,7 @@ class MLP(nn.Module):
         rest: list[nn.Module] = []
         for i, units in enumerate(hidden):
             rest += [nn.Linear(hidden[i - 1], units)] if i else []
-            rest += [*norms_named(norm)(units), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
+            rest += [*norms_named(norm)(units), nn.ReLU(), *([Dropout(dropout)] if dropout else [])]
         self.rest = nn.Sequential(*rest)
         begin_linear(self.first, *self.rest)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .contract import CLICK, Fields, MLPSettings, Network, RequestTensors
 from .embeddings import Embeddings, numbers_of
-from .layers import MLP
+from .layers import MLP, Dropout
 
 COLUMN_SHARE = 8
 """One in so many of a vector's values tells which field it is of."""
@@ -74,7 +74,7 @@ class FieldAttention(nn.Module):
         self.look, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Of `(..., F, D)`, that shape."""

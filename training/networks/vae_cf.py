@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .contract import CLICK, Fields, Labels, Network, Outputs, Part, RequestTensors
 from .embeddings import Embeddings
-from .layers import begin_linear
+from .layers import Dropout, begin_linear
 
 MOST_ADS = 200_000
 """Each step sums over all ads for each of its rows."""
@@ -62,7 +62,7 @@ class VAECF(Network):
         self.encoder = nn.Sequential(*_tanh(sizes), nn.Linear(sizes[-1], 2 * settings.latent))
         self.decoder = nn.Sequential(*_tanh((settings.latent, *reversed(sizes))))
         begin_linear(*self.encoder, *self.decoder)
-        self.hide = nn.Dropout(settings.dropout)
+        self.hide = Dropout(settings.dropout)
         self.bias = nn.Parameter(torch.zeros(1))
         self.reconstruction, self.beta, self.anneal = settings.reconstruction, settings.beta, settings.anneal
         self.steps, self.ads = 0, Part(torch.zeros((0, 0), dtype=torch.int64), torch.zeros((0, 0)))
