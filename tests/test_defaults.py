@@ -51,6 +51,13 @@ def test_what_is_given_stays_and_the_rate_follows_the_batch() -> None:
     assert TrainSettings(learning_rate=0.5).for_rows(500).learning_rate == 0.5
 
 
+@pytest.mark.parametrize(("rows", "batch", "rate"), [(6_470, 128, 3e-3), (202_027, 4096, 2**0.5 * 1e-3), (640_000, 8192, 2e-3)])
+def test_a_batch_of_several_workers_grows_where_there_are_rows_for_it(rows: int, batch: int, rate: float) -> None:
+    settled = TrainSettings(workers=4).for_rows(rows)
+    assert (settled.batch, settled.learning_rate) == (batch, pytest.approx(rate))
+    assert TrainSettings(workers=4, batch=4096).for_rows(rows).learning_rate == 1e-3
+
+
 @pytest.mark.parametrize(
     "given",
     [

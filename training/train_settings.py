@@ -13,7 +13,7 @@ BY_DATA = ("epochs", "batch", "learning_rate", "first_l2")
 ROWS_A_BATCH = 50
 """Rows of train for one row of a batch."""
 BATCHES, LARGE = (32, 2048), 512
-"""The smallest and the largest batch that is chosen, and from where on one counts as large."""
+"""The smallest batch that is chosen and the largest a worker, and from where on one counts as large."""
 RATES = (1e-3, 3e-3)
 """Learning rate of large batches and of small ones."""
 EPOCHS = 30
@@ -138,12 +138,14 @@ class TrainSettings:
     def for_rows(self, rows: int) -> "TrainSettings":
         """What is left to the data, settled for so many rows of train.
 
-        As measured (docs/decisions/2026-11-28-defaults-follow-the-rows.md): a batch of a fiftieth of the rows, 32 to 2,048, and a
-        learning rate that grows as the batch shrinks, so that a few thousand rows get the steps that they need. Below `flat_below` the
-        first order decays as little as in logistic regression with C = 1.
+        As measured (docs/decisions/2026-11-28-defaults-follow-the-rows.md): a batch of a fiftieth of the rows, 32 to 2,048 a worker, and a
+        learning rate that grows as the batch shrinks, so that a few thousand rows get the steps that they need, and with the square root of
+        what several workers add to a batch of 2,048 (Adam: Malladi et al. 2022, https://arxiv.org/abs/2205.10287). Below `flat_below`
+        the first order decays as little as in logistic regression with C = 1.
         """
-        batch = self.batch or min(max(2 ** round(math.log2(max(rows, 1) / ROWS_A_BATCH)), BATCHES[0]), BATCHES[1])
-        rate = self.learning_rate or (RATES[0] if batch >= LARGE else RATES[1])
+        batch = self.batch or min(max(2 ** round(math.log2(max(rows, 1) / ROWS_A_BATCH)), BATCHES[0]), BATCHES[1] * self.workers)
+        more = 1.0 if self.batch else max(1.0, batch / BATCHES[1])
+        rate = self.learning_rate or (RATES[0] if batch >= LARGE else RATES[1]) * math.sqrt(more)
         steps = max(1, rows // batch)
         few = rows < self.flat_below
         epochs = (SHARE if few else 1) * max(EPOCHS, math.ceil(2 * self.least_steps / steps))
