@@ -34,6 +34,7 @@ BINARIES = {"redis-server": shutil.which("redis-server"), "valkey": str(get_bina
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes are started, and each would compile our sources
 for foreign in [name for name in os.environ if name.upper().startswith(("ADRANK_", "OTEL_")) or name.upper().endswith("_PROXY")]:
     del os.environ[foreign]  # of whoever runs the tests: they set what they are about
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup leaves it ignored, and so would every server here
 
 hypothesis.settings.register_profile("adrank", derandomize=True, database=None, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("adrank")

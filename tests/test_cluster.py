@@ -210,7 +210,7 @@ async def test_lost_nodes_with_a_replica_and_without(tmp_path, run):
     nodes = Nodes(tmp_path, replicas_of=(1,))
     try:
         await fill(nodes.url)
-        async with run(redis=nodes.url, store_timeout_ms=200) as client, load(client, USERS) as made:
+        async with run(redis=nodes.url, store_timeout_ms=2000) as client, load(client, USERS) as made:
             await made.until(events=50)
             assert made.degraded() == []
             killed = kill(nodes, 1)

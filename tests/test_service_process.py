@@ -111,9 +111,12 @@ async def test_the_store_is_stopped_paused_and_started_again_while_requests_run(
                 await until_ready(client, "ready")
         # It kept nothing, but the service still has the ads, and says so until they are loaded again.
         async with asyncio.timeout(90):
-            while (report := await until_ready(client, "degraded"))["catalogue"]["reason"] != "store_emptied":
+            while True:
+                report = await until_ready(client, "degraded")
+                if (report["catalogue"]["reason"], report["store"]["status"]) == ("store_emptied", "up"):
+                    break
                 await asyncio.sleep(0.05)
-        assert (report["catalogue"]["ads"], report["store"]["status"]) == (30, "up")
+        assert report["catalogue"]["ads"] == 30
         await fill(filled.url)
         await until_ready(client, "ready")
         stop.set()
