@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-PROGRAMS := $(patsubst %,tests/test_bench_%.py,fleet gpu peers scoring service streaming worlds)
+PROGRAMS := $(patsubst %,tests/test_bench_%.py,fleet gpu peers scoring service streaming)
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 K8S := build/k8s-tools/installed
 
