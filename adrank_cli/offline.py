@@ -1,5 +1,6 @@
 """From a data set to a bundle: `init`, `prepare`, `train`, `tune`."""
 
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -60,7 +61,8 @@ def init(source: Path, out: Path, **named: str | None) -> None:
     except OSError as error:
         raise Refusal(f"cannot write {out}: {error.strerror}") from error
     print(text)
-    print(f"written to {out}; when it is right: adrank prepare csv --source {source} --schema {out} --out data/mine")
+    prepare = shlex.join(["adrank", "prepare", "csv", "--source", str(source), "--schema", str(out), "--out", "data/mine"])
+    print(f"written to {out}; when it is right: {prepare}")
 
 
 @click.command(epilog="Example: adrank prepare movielens --source ml-1m --out data/ml-1m")
@@ -196,7 +198,7 @@ def _print_outcome(outcome: Any, path: Path) -> None:
     for reason in outcome.reasons:
         print(f"{'live all the same' if outcome.live else 'not live'}: {reason}")
     if not outcome.live:
-        fix = f"adrank promote --models {path.parent.parent} --name {path.parent.name} --version {path.name}"
+        fix = f"adrank promote --models {shlex.quote(str(path.parent.parent))} --name {path.parent.name} --version {path.name}"
         print(f"{path.name} is published and not live; {fix} makes it so")
 
 

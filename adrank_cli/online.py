@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -122,6 +123,8 @@ def redis_command(port: int, folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept = {"appendonly": "yes", "maxmemory-policy": "noeviction", "save": ""}
         server = ValkeyServer(port=port, data_dir=folder, config=kept, persist=True)
+        os.chdir(folder)
+        server.data_dir = Path()  # it would write a folder with a blank in its name into valkey.conf as it stands, which is no folder there
         server.start()
     except (OSError, ValkeyServerError) as error:
         raise Refusal(f"Redis cannot be started on port {port} with {folder}: {error}; choose others with --port and --dir") from error

@@ -191,7 +191,7 @@ def _ranking(world: World, answer: Mapping[str, Any], truth: Sequence[float]) ->
 
 def commands(settings: Settings, folder: Path) -> list[str]:
     """The loop with this demo's store and models, a command a line: users visit, what they did is joined, checked and learned from."""
-    adrank = os.path.relpath(Path(sys.executable).with_name("adrank"))
+    adrank = shlex.quote(os.path.relpath(Path(sys.executable).with_name("adrank")))
     log, models = shlex.quote(str(folder / "log")), shlex.quote(str(settings.models))
     training = " ".join(f"--set {name}={value}" for name, value in LEARNING.items())
     return [

@@ -277,6 +277,7 @@ class TestStore:
     def test_a_store_that_is_not_there(self, repository, url, words):
         findings = self.found(url, repository)
         assert_finding(findings, "server", "problem", words)
+        assert not [each for each in findings if each.said.endswith(".")]
         assert_finding(findings, "store", "skipped", area="clock")
         assert exit_code(findings) == 10
 

@@ -1,6 +1,7 @@
 """`adrank init`: what it makes of tables, and that what it writes is a schema file that prepares them."""
 
 import json
+import shlex
 from pathlib import Path
 
 import polars as pl
@@ -113,6 +114,14 @@ def test_what_cannot_be_guessed_is_said(tmp_path: Path, text: str, told: str) ->
         first_schema(tmp_path / "log.csv", {})
     answer = run("init", "--source", tmp_path / "log.csv", "--out", tmp_path / "schema.toml")
     refused(answer, f"{told}.*adrank prepare movielens, frappe, criteo, open-bandit")
+
+
+def test_the_command_that_is_printed_runs_as_it_is_whatever_the_files_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table().write_csv("my log.csv")
+    _, printed, _ = run("init", "--source", "my log.csv", "--out", "a $1 'schema'.toml")
+    code, *_ = run(*shlex.split(printed.splitlines()[-1].partition(": adrank ")[2]))
+    assert code == 0
 
 
 def test_a_column_that_is_named_must_be_there(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for place, quick in (("export.to_onnx", small.traced), ("explain.request_graph", small.traced_request)):
         monkeypatch.setattr(f"training.export.{place}", quick)
     port, of_redis = str(free_port()), str(free_port())
-    monkeypatch.chdir(tmp_path)
+    (folder := tmp_path / "a folder").mkdir()  # with a blank, which is nothing special to anybody
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("ADRANK_PORT", port)
     monkeypatch.setenv("ADRANK_REDIS", f"redis://127.0.0.1:{of_redis}/0")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")

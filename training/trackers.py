@@ -5,6 +5,7 @@ Both are extras. They are told once, when the training has ended and its bundle 
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 from features.errors import AdrankError
@@ -71,7 +72,7 @@ def _tensorboard(trained: Trained, scalars: list[dict[str, float]], bundle: Path
         for step, values in enumerate(scalars, 1):
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
-    return f"logged to {runs}: tensorboard --logdir {runs}"
+    return f"logged to {runs}: tensorboard --logdir {shlex.quote(str(runs))}"
 
 
 def _mlflow(trained: Trained, scalars: list[dict[str, float]], bundle: Path) -> str:

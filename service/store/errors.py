@@ -25,7 +25,7 @@ TLS = {
 
 def as_store_error(error: Exception, seconds: float) -> StoreError:
     """The failure of something that might take so many seconds."""
-    text = _said(error).partition(", with args")[0]  # of an unknown command, which names users or a password
+    text = _said(error).partition(", with args")[0].rstrip(".")  # of an unknown command, which names users or a password
     if lacks_permission(error):
         return StoreError(DENIED, f"the store's user lacks a permission: {text.removeprefix('NOPERM ')}; docs/redis.md lists what it needs")
     if _says(text, NO_PASSWORD):
