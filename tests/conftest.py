@@ -156,6 +156,12 @@ def traced_export(unexplained: None) -> Iterator[None]:
 
 
 @pytest.fixture
+def settled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For trainings that hide values and are not about where the unknown ends, which takes six times as long as all else."""
+    monkeypatch.setattr("training.unknown.SETTLING_STEPS", 20)
+
+
+@pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
 

@@ -73,7 +73,7 @@ def state(of: Trained) -> dict[str, bytes]:
     ],
 )
 def test_a_training_that_was_killed_ends_as_one_that_was_not(
-    data: Prepared, tmp_path: Path, family: str, settings: dict[str, Any], steps: tuple[int, ...]
+    data: Prepared, tmp_path: Path, settled_soon: None, family: str, settings: dict[str, Any], steps: tuple[int, ...]
 ) -> None:
     whole = trained(data, family, None, settings)
     for after in steps:
@@ -161,7 +161,9 @@ def weights(models: Path) -> dict[str, bytes]:
         return {name: file[name].tobytes() for name in file.files}
 
 
-def test_the_command_killed_at_random_moments_ends_with_the_same_weights(data: Prepared, traced_export: None, tmp_path: Path) -> None:
+def test_the_command_killed_at_random_moments_ends_with_the_same_weights(
+    data: Prepared, traced_export: None, settled_soon: None, tmp_path: Path
+) -> None:
     """Once; `RESUMES=10` kills it ten times, and writes when with -s."""
     kills = int(os.environ.get("RESUMES", "1"))
     chance, moments, more, epochs = random.Random(kills), list[str](), list[str](), str(3 + kills)

@@ -101,7 +101,7 @@ def test_batches_are_made_ahead_by_a_thread_that_ends_with_them() -> None:
 
 
 def test_a_training_whose_batches_are_made_ahead_is_the_same_one_and_so_is_one_that_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, settled_soon: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "data").mkdir()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 from tests.test_checkpoint import USUAL
+from training import unknown
 from training.checkpoint import Checkpoint
 from training.datasets.encoded import Rows, encode_split
 from training.datasets.prepared import Prepared, open_prepared
@@ -84,6 +85,7 @@ def splits(data: Prepared, count: int) -> tuple[Rows, Rows]:
 def work(rank: int, folder: Path) -> None:
     """What a process does; it leaves what came of each case."""
     torch.set_num_threads(1)
+    unknown.SETTLING_STEPS = 20  # `test_unknown` shows where they end
     distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     data, process = open_prepared(folder / "data"), Process(rank, 2)
     found = {case: fitted(data, case, process) for case in CASES}

@@ -222,7 +222,7 @@ def test_a_loss_that_only_wavers_has_not_diverged() -> None:
     assert manifest == "the training diverged in epoch 2, the weights are the best of those after epoch 1; try a learning_rate below 0.1"
 
 
-def test_a_schema_without_a_history_is_trained(tmp_path: Path) -> None:
+def test_a_schema_without_a_history_is_trained(tmp_path: Path, settled_soon: None) -> None:
     """Nothing of a history can be hidden where there is none."""
     data = small.data_set(tmp_path, rows=(200, 60, 60))
     text = small.SCHEMA.replace(small.HISTORY, "")

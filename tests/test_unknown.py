@@ -155,7 +155,7 @@ def test_an_unknown_ad_ends_in_the_middle_and_stays_there_in_a_warm_start(data: 
         assert ours.table.weight[row].norm() > 3 * theirs.table.weight[row].norm()
 
 
-def test_valid_and_test_are_whole(data: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_and_test_are_whole(data: Prepared, settled_soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     batch = Hiding.batch
 
@@ -172,7 +172,7 @@ def test_valid_and_test_are_whole(data: Prepared, monkeypatch: pytest.MonkeyPatc
 HASHED = small.SCHEMA.replace('[ad.ad_id]\nkind = "category"', '[ad.ad_id]\nkind = "category"\nbuckets = 100')
 
 
-def test_buckets_that_nothing_was_hashed_into_are_unknown(data: Prepared) -> None:
+def test_buckets_that_nothing_was_hashed_into_are_unknown(data: Prepared, settled_soon: None) -> None:
     hashed = replace(data, schema=parse_schema(HASHED))
     encoder = Encoder(hashed.schema, learn_vocabularies(hashed))
     train_rows, valid = encode_split(hashed, "train", encoder), encode_split(hashed, "valid", encoder)
@@ -187,7 +187,7 @@ def test_buckets_that_nothing_was_hashed_into_are_unknown(data: Prepared) -> Non
         assert not same[counts > 0].any()
 
 
-def test_a_warm_start_keeps_what_it_knows_of_values_that_its_rows_do_not_have(once: Once, rows: Rows) -> None:
+def test_a_warm_start_keeps_what_it_knows_of_values_that_its_rows_do_not_have(once: Once, rows: Rows, settled_soon: None) -> None:
     network = deepcopy(once("deepfm")[0])
     few = replace(rows, labels=rows.labels[:3], users=rows.users[:3], user=rows.user.take([0, 1, 2]), ad=rows.ad.take([0, 1, 2]))
     few = replace(few, history=rows.history[:3])
