@@ -135,15 +135,15 @@ class Stall:
 
 
 def test_an_open_loop_shows_a_stall_that_a_closed_loop_hides() -> None:
-    with answering(stall=Stall(0.2, 2.0)) as server:
-        closed = asked(server, LoadPlan(None, 4, 0, 8))
-        opened = asked(server, LoadPlan(300, 4, 0, 8))
+    with answering(stall=Stall(0.2, 1.0)) as server:
+        closed = asked(server, LoadPlan(None, 2, 0, 8))
+        opened = asked(server, LoadPlan(300, 2, 0, 8))
     # 8 requests of each stall are late in a closed loop, since no more are sent; in the open one a tenth of all.
     assert 0 < np.count_nonzero(closed.latencies > 0.15) <= 8 * 4
     assert percentile(closed.latencies, 90) < 0.1
-    assert np.count_nonzero(opened.latencies > 0.1) > 0.02 * len(opened.latencies)
+    assert np.count_nonzero(opened.latencies > 0.1) > 0.05 * len(opened.latencies)
     assert percentile(opened.latencies, 99) > 0.15
-    assert len(opened.latencies) == 1_200
+    assert len(opened.latencies) == 600
     # Due while the server slept, they waited in turn: their latencies fall evenly from 200 ms.
     waited = np.sort(opened.latencies)[::-1][:40] - (opened.latencies.max() - 0.2)
     assert np.abs(np.diff(waited)).max() < 0.1
