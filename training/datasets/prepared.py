@@ -24,8 +24,8 @@ log, oldest first, with their times. `states.py` reads it.
 
 import math
 import re
+import secrets
 import shutil
-import tempfile
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -403,10 +403,10 @@ def writing(out: Path, mode: int = 0o755) -> Iterator[Path]:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(f"{out} already exists; name a new folder or remove it first")
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        staging = out.parent / f".{out.name}-{secrets.token_hex(4)}"
+        staging.mkdir(mode)  # less what the umask takes away
         try:
             yield staging
-            staging.chmod(mode)
             staging.replace(out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
