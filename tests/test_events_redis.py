@@ -43,10 +43,12 @@ class TestKeys:
         assert 0 < left.pop(user_key("u1")) <= 100
         assert 0 < left.pop(user_key("u2")) <= 100
         seen = {name: ttl / 24 / 3600 for name, ttl in left.items() if name.startswith("adrank:seen:")}
-        assert seen.pop("adrank:seen:request:{r2}") == pytest.approx(1, abs=0.01)  # until its only event is too old
+        assert seen.pop("adrank:seen:request:{r2}") == pytest.approx(
+            1, abs=0.1
+        )  # until its only event is too old; NOW is when the tests were read
         number = ads_key("a1").removeprefix("adrank:ads:")
         others = ["user:{u1}", "user:{u2}", "request:{r1}", f"ad:{number}:a1"]
-        assert seen == pytest.approx({f"adrank:seen:{name}": 8 for name in others}, abs=0.01)
+        assert seen == pytest.approx({f"adrank:seen:{name}": 8 for name in others}, abs=0.1)
 
     async def test_ids_go_once_they_are_too_old(self, raw, shared_server):
         store = redis_store(shared_server.url, bounds=Bounds(seen_seconds=20_000))

@@ -57,7 +57,7 @@ async def error_of(url, ask=RedisStore.ping):
 async def test_a_ranking_its_click_and_the_log(run, repository, url, tmp_path, caplog):
     await fill(url)
     joining = Joining(url, tmp_path / "log", repository, time.time())
-    async with run(redis=url) as client:
+    async with run(redis=url, store_timeout_ms=5000) as client:
         answer = await client.rank("u1", ["a1", "a2"], request_id="r1", options={"top_k": 2})
         assert answer["degraded"] == []
         clicked = {"type": "click", "event_id": "e1", "ts": time.time(), "user_id": "u1", "ad_id": "a1", "request_id": "r1"}
