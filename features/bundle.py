@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import tempfile
-import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -27,7 +26,7 @@ from .encode import AdTable, Block, Encoder, Features, Feeds, Request, encode_re
 from .errors import AdrankError
 from .graph_file import GraphFacts, GraphFileError, graph_facts
 from .repository import CURRENT, NAME, model_names
-from .schema import Schema, SchemaError, parse_schema, sampling_in
+from .schema import Schema, SchemaError, parse_schema
 from .vocabulary import Numbers, Vocabularies, fingerprint, parse_vocabularies
 
 MODEL, SCHEMA, VOCABULARIES, GOLDENS, MANIFEST = "model.onnx", "schema.toml", "vocabularies.json", "goldens.json", "manifest.json"
@@ -520,18 +519,12 @@ def read_bundle(path: Path, manifest: Mapping[str, Any], others: Collection[Bund
         ours, theirs = same[0].fingerprint if same else fingerprint(schema, vocabularies), manifest.get("fingerprint")
     except (OSError, ValueError, TypeError, SchemaError) as error:
         raise _unreadable(path, error) from error
-    if theirs != ours and theirs != _fingerprint_of_before(path, schema, vocabularies):
+    if theirs != ours:
         fix = "train it again with this version"
         raise BundleError(f"bundle {path}: made with feature contract {theirs}, this program has {ours}; {fix}", "other_contract")
     bundle = Bundle(path, *called(path, manifest), ours, schema, vocabularies, manifest)
     _ = bundle.goldens
     return bundle
-
-
-def _fingerprint_of_before(path: Path, schema: Schema, vocabularies: Vocabularies) -> str:
-    """What a bundle was published with when fingerprints covered how its log was sampled, and minimum counts."""
-    sampling = sampling_in(tomllib.loads((path / SCHEMA).read_text("utf-8"))) or 1.0
-    return fingerprint(schema, vocabularies, schema.canonical_with(sampling))
 
 
 def _unreadable(path: Path, error: Exception) -> BundleError:

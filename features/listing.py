@@ -4,7 +4,6 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +87,11 @@ def _listed(home: Path, version: int, role: str) -> Listed:
     except (OSError, ValueError, RecursionError) as error:
         return Listed(home.name, version, role, None, None, wrong=f"its manifest cannot be read: {error}")
     network = manifest.get("network")
-    return Listed(home.name, version, role, None if network is None else str(network), _created(manifest, version), _metrics(path))
+    return Listed(home.name, version, role, None if network is None else str(network), _created(manifest), _metrics(path))
 
 
-def _created(manifest: Mapping[str, Any], version: int) -> str | None:
-    """When it was published, which older bundles tell by their number alone."""
-    if isinstance(created := manifest.get("created"), str):
-        return created
-    with contextlib.suppress(ValueError):
-        return datetime.strptime(str(version), "%Y%m%d%H%M%S").replace(tzinfo=UTC).isoformat()
-    return None
+def _created(manifest: Mapping[str, Any]) -> str | None:
+    return created if isinstance(created := manifest.get("created"), str) else None
 
 
 def _metrics(path: Path) -> dict[str, float]:

@@ -213,11 +213,8 @@ class Schema:
         How often a value must be seen decides what a vocabulary holds, not what is made of it. `negative_sampling` was a part of
         schemas once: it stays in the text as it was for most, so that their fingerprints are still the same.
         """
-        return replace(self, fields=tuple(replace(field, min_count=1, max_size=0) for field in self.fields)).canonical_with(1.0)
-
-    def canonical_with(self, negative_sampling: float) -> str:
-        """The text that fingerprints were made of when they covered sampling and minimum counts too."""
-        return json.dumps({**_said(asdict(self)), "negative_sampling": negative_sampling}, sort_keys=True, separators=(",", ":"))
+        alike = replace(self, fields=tuple(replace(field, min_count=1, max_size=0) for field in self.fields))
+        return json.dumps({**_said(asdict(alike)), "negative_sampling": 1.0}, sort_keys=True, separators=(",", ":"))
 
 
 LATER = ("missing_values", "max_size", "counter", "nobody", "history_padding", "history_ages")
@@ -345,7 +342,7 @@ def _history(document: object) -> tuple[tuple[str, ...], int, tuple[str, ...], b
 
 
 def sampling_in(document: Mapping[str, Any]) -> float | None:
-    """The share of non-clicks that a log kept, where a document says it: `data.toml`, or a schema file of before that was.
+    """The share of non-clicks that a log kept, where a document says it: `data.toml`, or the section [table] of a schema file.
 
     Raises:
         SchemaError: it is not a share.
@@ -359,7 +356,7 @@ def sampling_in(document: Mapping[str, Any]) -> float | None:
 
 
 def parse_schema(text: str) -> Schema:
-    """Read a `schema.toml`. Its `negative_sampling`, which schema files may have, is told by `sampling_in`: it is no part of a schema.
+    """Read a `schema.toml`.
 
     Raises:
         SchemaError: the text is not TOML, or says something impossible; the message has a line for every mistake, with its field.
@@ -369,7 +366,7 @@ def parse_schema(text: str) -> Schema:
     except tomllib.TOMLDecodeError as error:
         raise SchemaError(f"not a TOML text: {error}") from error
     mistakes = list[str]()
-    known = {"name", "negative_sampling", "nobody", "history", "counter", *SIDES}
+    known = {"name", "nobody", "history", "counter", *SIDES}
     if unknown := sorted(set(document) - known):
         mistakes.append(f"unknown entries {unknown}; known are {sorted(known)}")
     name, nobody = document.get("name"), document.get("nobody", [])
@@ -377,7 +374,6 @@ def parse_schema(text: str) -> Schema:
         mistakes.append('name = "..." is missing at the top')
     if not _is_texts(nobody):
         mistakes.append("nobody must be a list of user ids")
-    tried(lambda: sampling_in(document), mistakes)
     fields = _fields(document, mistakes)
     history = tried(lambda: _history(document.get("history")), mistakes) or ((), 0, (), False)
     if not any(field.side == "ad" for field in fields) and not document.get("ad"):

@@ -144,40 +144,34 @@ _Times = dict[str, int | float]
 _Counts = dict[str, dict[str, tuple[float, float]]]
 
 
-class _StoredUser(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
-    """A user as format 1 has one; the first of its array is the format."""
+class _StoredUser(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=FORMAT):
+    """A user without counts; the first of its array is the format."""
 
     owner: str
     features: dict[str, Any]
     ad_ids: list[str]
     ts: list[int | float]
-
-
-class _ChangedUser(_StoredUser, frozen=True, tag=FORMAT):
     changed: _Times
 
 
-class _CountedUser(_ChangedUser, frozen=True, tag=WITH_COUNTS):
+class _CountedUser(_StoredUser, frozen=True, tag=WITH_COUNTS):
     counts: _Counts
 
 
-class _StoredAd(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
-    """An ad as format 1 has one."""
+class _StoredAd(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=FORMAT):
+    """An ad without counts."""
 
     active: bool
     features: dict[str, Any]
-
-
-class _ChangedAd(_StoredAd, frozen=True, tag=FORMAT):
     changed: _Times
 
 
-class _CountedAd(_ChangedAd, frozen=True, tag=WITH_COUNTS):
+class _CountedAd(_StoredAd, frozen=True, tag=WITH_COUNTS):
     counts: _Counts
 
 
-_unpack_user: Callable[[bytes], _StoredUser] = unpacker(_StoredUser | _ChangedUser | _CountedUser, "a user state", STATE_BYTES)
-_unpack_ad: Callable[[bytes], _StoredAd] = unpacker(_StoredAd | _ChangedAd | _CountedAd, "an ad", STATE_BYTES)
+_unpack_user: Callable[[bytes], _StoredUser] = unpacker(_StoredUser | _CountedUser, "a user state", STATE_BYTES)
+_unpack_ad: Callable[[bytes], _StoredAd] = unpacker(_StoredAd | _CountedAd, "an ad", STATE_BYTES)
 _unpack_features: Callable[[bytes], Features] = unpacker(dict[str, Any], "packed features", STATE_BYTES)
 
 

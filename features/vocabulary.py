@@ -18,7 +18,7 @@ import orjson
 from .index import Ids as Ids  # noqa: PLC0414  # it is imported from here
 from .index import RowIndex
 from .schema import Schema
-from .values import SPELLINGS, plain
+from .values import plain
 
 PADDING, UNKNOWN, FIRST = 0, 1, 2
 ENCODING = 1
@@ -53,9 +53,6 @@ class Vocabulary:
                 self._index.add(self.values[start : start + AT_ONCE])
         if (len(self._ids) if self._index is None else len(self._index)) != len(self.values):
             raise ValueError("a vocabulary names a value twice")
-        for value in self.values:  # of bundles made before every text was brought to its plain form
-            if (".0" in value or value in SPELLINGS) and self.id(plain(value)) == UNKNOWN:
-                self._ids[plain(value)] = self.id(value)
         self._ids[None] = PADDING
 
     @property
@@ -211,12 +208,9 @@ def _past(text: str, at: int, expected: str) -> int:
     return at + len(expected)
 
 
-def fingerprint(schema: Schema, vocabularies: Vocabularies, canonical: str | None = None) -> str:
-    """What encoding does, in 16 hexadecimal digits: bundles and services that differ in it must not meet.
-
-    `canonical` stands in for the schema's own text.
-    """
-    digest = hashlib.sha256(f"{ENCODING}\0{canonical or schema.canonical()}\0".encode())
+def fingerprint(schema: Schema, vocabularies: Vocabularies) -> str:
+    """What encoding does, in 16 hexadecimal digits: bundles and services that differ in it must not meet."""
+    digest = hashlib.sha256(f"{ENCODING}\0{schema.canonical()}\0".encode())
     for piece in vocabularies.json_pieces():
         digest.update(piece)
     return digest.hexdigest()[:16]

@@ -184,7 +184,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """A log that kept a fifth of its non-clicks."""
     folder = tmp_path_factory.mktemp("sampled")
     small.data_set(folder)
-    (folder / "schema.toml").write_text("negative_sampling = 0.2\n" + small.SCHEMA)
+    (folder / "data.toml").write_text("negative_sampling = 0.2\n")
     return open_prepared(folder)
 
 

@@ -2,10 +2,9 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import bundles
 import logs
 import numpy as np
 import polars as pl
@@ -13,12 +12,10 @@ import pytest
 import small
 from test_csv_table import SCHEMA, prepare_csv
 
-from features import bundle
-from features.bundle import BundleError, check_files, current_path, load_bundle, read_bundle
+from features.bundle import current_path, load_bundle
 from features.policy import parse_policy
 from features.served import ServedRecord
 from features.state import pack_features
-from features.vocabulary import fingerprint
 from service.ranking.scorer import Scorer
 from training import train as training
 from training.calibrate import as_sampled, fit
@@ -36,7 +33,6 @@ from training.retrain import pipeline as retraining
 from training.retrain.drift import make_reference
 from training.retrain.pipeline import RetrainRequest, retrain
 from training.retrain.publish import train_and_publish
-from training.weights import sampling_of
 
 pytestmark = pytest.mark.usefixtures("traced_export")
 KEPT = 0.1
@@ -175,13 +171,10 @@ def test_a_warm_start_on_rows_sampled_otherwise_begins_at_their_scale(data: Prep
 
 def test_prepare_moves_the_share_from_the_schema_file_to_the_data_set(tmp_path: Path) -> None:
     table = "label,user_id,age,ad_id,price,topics\n" + "1,u,25,a,1,\n0,u,25,b,2,\n" * 10
-    for number, schema in enumerate((SCHEMA + "\n[table]\nnegative_sampling = 0.25\n", "negative_sampling = 0.25\n" + SCHEMA)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        out = prepare_csv(folder, table, schema)
-        assert (out / "data.toml").read_text() == "negative_sampling = 0.25\n"
-        assert "negative_sampling" not in (out / "schema.toml").read_text()
-        assert open_prepared(out).negative_sampling == 0.25
+    out = prepare_csv(tmp_path, table, SCHEMA + "\n[table]\nnegative_sampling = 0.25\n")
+    assert (out / "data.toml").read_text() == "negative_sampling = 0.25\n"
+    assert "negative_sampling" not in (out / "schema.toml").read_text()
+    assert open_prepared(out).negative_sampling == 0.25
     (tmp_path / "plain").mkdir()
     assert open_prepared(prepare_csv(tmp_path / "plain", table)).negative_sampling == 1.0
 
@@ -189,7 +182,7 @@ def test_prepare_moves_the_share_from_the_schema_file_to_the_data_set(tmp_path: 
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ("negative_sampling = 0.5\n" + SCHEMA + "\n[table]\nnegative_sampling = 1.0\n", "told at the top and in .table., and differs"),
+        ("negative_sampling = 0.5\n" + SCHEMA, r"unknown entries \['negative_sampling'\]"),
         (SCHEMA + "\n[table]\nnegative_sampling = 0\n", "negative_sampling is 0; it is the share of non-clicks"),
         (SCHEMA + '\n[table]\nnegative_sampling = "a tenth"\n', "negative_sampling is 'a tenth'"),
     ],
@@ -199,64 +192,14 @@ def test_a_share_that_is_none_is_refused(tmp_path: Path, schema: str, message: s
         prepare_csv(tmp_path, "label,user_id,age,ad_id,price,topics\n" + "1,u,25,a,1,\n" * 10, schema)
 
 
-def test_a_data_set_of_before_says_it_in_its_schema(tmp_path: Path) -> None:
+def test_a_data_set_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:
     small.data_set(tmp_path, rows=(9, 9, 9))
-    (tmp_path / "schema.toml").write_text("negative_sampling = 0.2\n" + small.SCHEMA)
-    old = open_prepared(tmp_path)
-    assert (old.negative_sampling, old.schema) == (0.2, small.schema())
     (tmp_path / "data.toml").write_text("negative_sampling = 0.2\n")
     assert open_prepared(tmp_path).negative_sampling == 0.2
-    (tmp_path / "data.toml").write_text("negative_sampling = 1.0\n")
-    with pytest.raises(DataError, match=r"data\.toml says negative_sampling = 1, and schema\.toml beside it 0\.2"):
-        open_prepared(tmp_path)
     for wrong in ("negative_sampling = 2", "sampling = 0.1", "negative_sampling"):
         (tmp_path / "data.toml").write_text(wrong)
         with pytest.raises(DataError, match=r"data\.toml: "):
             open_prepared(tmp_path)
-
-
-def test_a_log_whose_schema_was_copied_with_a_share_has_kept_everything(
-    log: tuple[Path, list[ServedRecord], set[tuple[str, str]]], tmp_path: Path
-) -> None:
-    folder = shutil.copytree(log[0], tmp_path / "log")
-    assert "negative_sampling" not in (folder / "schema.toml").read_text()
-    (folder / "schema.toml").write_text("negative_sampling = 0.1\n" + (folder / "schema.toml").read_text())
-    assert open_log(folder).negative_sampling == 1.0
-    (folder / "data.toml").write_text("negative_sampling = 0.5\n")  # somebody has thinned it out
-    assert open_log(folder).negative_sampling == 0.5
-
-
-def old_print(text: str, sampling: float) -> str:
-    """A fingerprint as it was when schemas held the share, and could not say what `later` names."""
-    later = ("missing_values", "max_size", "counter", "nobody", "history_padding", "history_ages")
-    schema = {name: value for name, value in asdict(small.parse_schema(text)).items() if name not in later}
-    fields = [{name: value for name, value in field.items() if name not in later} for field in schema["fields"]]
-    canonical = json.dumps({**schema, "fields": fields, "negative_sampling": sampling}, sort_keys=True, separators=(",", ":"))
-    return fingerprint(small.parse_schema(text), bundles.vocabularies(), canonical)
-
-
-def test_a_bundle_of_before_loads_beside_one_of_now_with_one_fingerprint(tmp_path: Path) -> None:
-    now = load_bundle(bundles.publish(tmp_path))
-    assert now.fingerprint == old_print(bundles.SCHEMA, 1.0)  # most bundles of before had no share
-    text = "negative_sampling = 0.1\n" + bundles.SCHEMA.replace("buckets = 5000", "buckets = 5000\nmin_count = 3")
-    path = bundles.publish(tmp_path, files={bundle.SCHEMA: text.encode()})
-    old = {**check_files(path), "fingerprint": old_print(text, 0.1)}
-    assert old["fingerprint"] != now.fingerprint
-    (path / bundle.MANIFEST).write_text(json.dumps(old))
-    for others in ([], [now], [load_bundle(path)]):
-        assert read_bundle(path, check_files(path), others).fingerprint == now.fingerprint
-    (path / bundle.MANIFEST).write_text(json.dumps({**old, "fingerprint": old_print(text, 0.2)}))
-    with pytest.raises(BundleError, match="made with feature contract"):
-        load_bundle(path)
-
-
-def test_a_bundle_of_before_tells_the_share_by_its_calibration_unless_it_was_retrained_on_a_log(first: Path) -> None:
-    live = load_bundle(current_path(first, "shop"))
-    assert sampling_of(live) == KEPT
-    before = {name: value for name, value in live.manifest.items() if name != "negative_sampling"}
-    assert sampling_of(replace(live, manifest=before)) == pytest.approx(KEPT)
-    assert sampling_of(replace(live, manifest={**before, "retrain": {"window": {"held_out_from": 1.0}}})) == 1.0
-    assert sampling_of(replace(live, manifest={**before, "retrain": {"window": {"held_out_from": None}}})) == pytest.approx(KEPT)
 
 
 def test_the_training_reference_is_like_what_is_served(data: Prepared) -> None:

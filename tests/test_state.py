@@ -77,7 +77,7 @@ def test_another_user_s_state_is_refused_and_not_named() -> None:
         [True, "u", {}, [], []],
         [2, "u", {}, [], [], []],
         [2, 3, {}, [], [], {}],
-        [1, 3, {}, [], []],
+        [1, "u", {}, [], []],
         [2, "u", [], [], [], {}],
         [2, "u", {}, {}, [], {}],
         [2, "u", {}, ["a"], [], {}],
@@ -96,7 +96,7 @@ def test_what_is_no_state_is_refused(document: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", [None, [], [1, 1, {}], [1, True], [2, True, {}], [1, True, []], [2, True, {}, []], [True, True, {}], {"a": 1}]
+    "document", [None, [], [1, True, {}], [1, True], [2, True, {}], [1, True, []], [2, True, {}, []], [True, True, {}], {"a": 1}]
 )
 def test_what_is_no_ad_is_refused(document: object) -> None:
     with pytest.raises(StateError, match="ad 'a1'"):
@@ -129,11 +129,6 @@ def test_a_changed_byte_is_a_state_error_or_another_state_of_the_same_user(data:
         assert len(state.ad_ids) == len(state.ts)
         assert all(isinstance(ad_id, str) for ad_id in state.ad_ids)
         assert isinstance(state.features, dict)
-
-
-def test_a_value_of_format_1_is_read_as_one_that_no_event_has_changed() -> None:
-    assert unpack_user("u", msgpack.encode([1, "u", {"age": "25"}, ["a1"], [7]])) == UserState({"age": "25"}, ["a1"], [7])
-    assert unpack_ad("a", msgpack.encode([1, False, {"price": 1.0}])) == Ad("a", {"price": 1.0}, active=False)
 
 
 @patient

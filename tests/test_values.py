@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from features.encode import AdTable, Encoder, FieldError, Request, clean, clean_all, encode_request
 from features.schema import Field
 from features.values import ValueTextError, plain, plain_all, text_of
-from features.vocabulary import HashBuckets, Vocabulary
+from features.vocabulary import HashBuckets
 from service.api.requests import parse_request, to_query
 from tests.test_datasets import patient, rows
 from training.datasets import csv_table
@@ -296,10 +296,7 @@ def test_a_csv_and_its_requests_agree_on_whole_numbers_and_versions(tmp_path: Pa
     assert encoder.encode_one("ad", {"x": "1.1"}).ids[0, 1] == 1
 
 
-def test_bundles_of_before_are_served_as_they_were() -> None:
-    old = Vocabulary(["2.0", "True", "3", "3.0"])
-    assert [old.id(text) for text in ("2", "2.0", "true", "3", "3.0", "4")] == [2, 2, 3, 4, 5, 1]
-    assert old.size == 6
+def test_a_value_has_one_bucket_however_it_is_spelt() -> None:
     assert HashBuckets(1000).id("2.0") == HashBuckets(1000).id("2")
 
 

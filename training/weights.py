@@ -1,7 +1,6 @@
 """The weights in a bundle, and what else a training needs to go on from it."""
 
 import io
-import json
 from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import Any
@@ -65,17 +64,8 @@ def _weights(bundle: Bundle, packed: np.ndarray[Any, Any], like: Tensor | None) 
 
 
 def sampling_of(bundle: Bundle) -> float:
-    """The share of non-clicks in the rows that a bundle was trained on.
-
-    Bundles of before do not tell it in their manifest. Of those, one that was retrained on a log was trained on all that was served,
-    whatever its calibration took the share to be: the log's schema had it from the first model.
-    """
-    share = bundle.manifest.get("negative_sampling")
-    if share is not None:
-        return float(share)
-    if bundle.manifest.get("retrain", {}).get("window", {}).get("held_out_from") is not None or CALIBRATION not in bundle.files:
-        return 1.0
-    return float(np.exp(json.loads((bundle.path / CALIBRATION).read_text("utf-8"))["sampling"]))
+    """The share of non-clicks in the rows that a bundle was trained on."""
+    return float(bundle.manifest.get("negative_sampling", 1.0))
 
 
 def settings_of(bundle: Bundle) -> tuple[Any, TrainSettings]:

@@ -253,8 +253,7 @@ def open_log(
     Raises:
         DataError: the folder is not a log, a file of it is damaged, or there is no row in the window.
     """
-    schema, _ = read_schema(folder)
-    sampling = read_facts(folder)
+    schema, sampling = read_schema(folder), read_facts(folder)
     if not is_log(folder):
         raise DataError(f"{folder} is not a log: it has no folder such as day=2026-11-22; adrank join writes one")
     if position_as is not None:

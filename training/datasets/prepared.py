@@ -197,25 +197,20 @@ def open_prepared(folder: Path) -> Prepared:
     Raises:
         DataError: the folder is not one.
     """
-    schema, said = read_schema(folder)
-    recorded = read_facts(folder)
+    schema, sampling = read_schema(folder), read_facts(folder)
     if (folder / MANIFEST).is_file():
         raise DataError(f"{folder} is not a prepared data set but a bundle, a version of a model: name the data that it is to be used with")
-    if None not in (said, recorded) and said != recorded:
-        both = f"{folder / FACTS} says negative_sampling = {recorded:g}, and schema.toml beside it {said:g}"
-        raise DataError(f"{both}; leave it to {FACTS}, and out of schema.toml")
-    return Prepared(folder, schema, negative_sampling=next((share for share in (recorded, said) if share is not None), 1.0))
+    return Prepared(folder, schema, negative_sampling=1.0 if sampling is None else sampling)
 
 
-def read_schema(folder: Path) -> tuple[Schema, float | None]:
-    """The schema of a data set, and what `schema.toml` says of how the rows were sampled, which those of before did.
+def read_schema(folder: Path) -> Schema:
+    """The schema of a data set.
 
     Raises:
         DataError: the folder has none.
     """
     try:
-        text = (folder / "schema.toml").read_text("utf-8")
-        return parse_schema(text), sampling_in(tomllib.loads(text))
+        return parse_schema((folder / "schema.toml").read_text("utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{folder} is not a prepared data set: {_seems(folder)}; adrank prepare makes one") from error
     except OSError as error:

@@ -89,25 +89,13 @@ def read_schema(path: Path) -> tuple[Schema, TableSettings]:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"{path}: {error}") from error
     section, mistakes = document.pop("table", {}), list[str]()
-    settings = tried(lambda: _sampled(_settings(section), document), mistakes)
+    settings = tried(lambda: _settings(section), mistakes)
     schema = tried(lambda: parse_schema(tomli_w.dumps(document)), mistakes)
     if schema and settings:
         mistakes += _misfits(schema, settings)
     if mistakes or not schema or not settings:
         raise DataError("\n".join(f"{path}: {mistake}" for mistake in mistakes))
     return _with_tokens(schema, settings), settings
-
-
-def _sampled(settings: TableSettings, schema: Mapping[str, object]) -> TableSettings:
-    """The settings, with a `negative_sampling` that stands above all sections, as schema files had it before [table] could say it."""
-    try:
-        at_the_top = sampling_in(schema)
-    except SchemaError:  # which is told as a mistake of the schema
-        return settings
-    said = {share for share in (settings.negative_sampling, at_the_top) if share is not None}
-    if len(said) > 1:
-        raise SchemaError("negative_sampling is told at the top and in [table], and differs; say it in [table] alone")
-    return replace(settings, negative_sampling=said.pop() if said else None)
 
 
 def _settings(entries: object) -> TableSettings:

@@ -106,7 +106,7 @@ def attribute(log: Path, into: Path, settings: Attribution, since: float = -inf,
     """
     try:
         _older(log, into, settings, since, until)
-        raw = RawLog(log, read_schema(log)[0])
+        raw = RawLog(log, read_schema(log))
         hours = {
             kind: [hour for hour, paths in found.items() if paths and (hour + 1) * HOUR > since and hour * HOUR < until]
             for kind, found in raw.hours.items()
