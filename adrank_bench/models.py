@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from features.bundle import replace_file
 from features.encode import Encoder
 from training.calibrate import Calibration
 from training.datasets.encoded import Rows, encode_split
@@ -96,9 +97,7 @@ class Results:
         self.runs.append(run)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = {"data_set": self.name, "machine": machine(), "runs": [asdict(each) for each in self.runs]}
-        staged = self.path.with_suffix(".part")
-        staged.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
-        staged.replace(self.path)
+        replace_file(self.path, (json.dumps(whole, indent=1) + "\n").encode())
 
 
 def machine() -> str:

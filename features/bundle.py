@@ -262,7 +262,7 @@ def publish(models: Path, name: str, contents: Mapping[str, Contents], facts: Ma
                 version = _free_version(home)
                 manifest = {"name": name, "version": version, **documents}
                 _write(staged / MANIFEST, json.dumps(manifest, indent=1).encode())
-                _sync(staged)
+                files.sync(staged)
                 staged.rename(home / str(version))
                 if make_current:
                     _make_current(home, version)
@@ -353,14 +353,6 @@ def _write(path: Path, data: Contents) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextlib.contextmanager
 def locked(home: Path) -> Iterator[None]:
     """Hold a model's lock: of those that change which version is live, one at a time.
@@ -381,14 +373,7 @@ def replace_file(path: Path, data: bytes) -> None:
     finally:
         staged.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it is there; only a power cut could still undo it
-        _sync(path.parent)
-
-
-def set_current(models: Path, name: str, version: int) -> None:
-    """Make a version the live one, by one rename, and note which was live before."""
-    home = models / check_name(name)
-    with locked(home):
-        release(home, version, released(home))
+        files.sync(path.parent)
 
 
 def release(home: Path, version: int, before: Sequence[int]) -> None:

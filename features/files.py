@@ -63,6 +63,15 @@ def allocate(path: Path, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
+def sync(folder: Path) -> None:
+    """Make the names in a folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def digest(path: Path, most: int, notes: Path | None = None) -> str:
     """The SHA-256 of a regular file; raises as `opened` does.
 

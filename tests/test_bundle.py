@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from features import bundle, vocabulary
-from features.bundle import LOCK, BundleError, check_files, current_path, load_bundle, new_version, read_bundle, set_current
+from features.bundle import LOCK, BundleError, check_files, current_path, load_bundle, new_version, read_bundle
 from features.encode import Feeds
 from features.repository import model_names
 from tests.test_cli import refused, run
@@ -70,7 +70,7 @@ def test_what_a_killed_publisher_left_is_cleared_and_one_at_work_is_left_alone(t
 def test_an_earlier_version_can_be_made_current(tmp_path: Path) -> None:
     first, second = bundles.publish(tmp_path), bundles.publish(tmp_path)
     assert current_path(tmp_path, "din") == second
-    set_current(tmp_path, "din", int(first.name))
+    bundles.set_current(tmp_path, "din", int(first.name))
     assert current_path(tmp_path, "din") == first
     assert sorted(path.name for path in first.parent.iterdir()) == sorted([first.name, second.name, "current", "releases.jsonl", ".lock"])
 
@@ -177,7 +177,7 @@ def test_a_golden_with_a_feature_that_does_not_fit_is_refused(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["../x", "", ".", "..", "a/b", "A", "-a", ".a", "a b", "a\n", "x" * 65, "é"])
 def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
     models = tmp_path / "models"
-    for act in (lambda: bundles.publish(models, name), lambda: current_path(models, name), lambda: set_current(models, name, 1)):
+    for act in (lambda: bundles.publish(models, name), lambda: current_path(models, name)):
         with pytest.raises(BundleError, match="is not a model name"):
             act()
     assert tree(tmp_path) == {}

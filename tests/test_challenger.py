@@ -15,7 +15,7 @@ from conftest import running, until
 from processes import fill, serving
 from test_swap import CANDIDATES, USERS, publish, until_version
 
-from features.bundle import MODEL, BundleError, locked, set_current
+from features.bundle import MODEL, BundleError, locked
 from features.challenger import (
     CHALLENGER,
     VERDICT,
@@ -524,7 +524,7 @@ class TestStop:
         models = tmp_path / "models"
         live, other, _ = two(models)
         publish(models)
-        set_current(models, "din", int(live))
+        bundles.set_current(models, "din", int(live))
         challenge(models, "din", facts := Challenger(int(other), "canary", 1.0, FEW))
         write_decision(models / "din", facts, CanaryDecision("p99", "slow"))
         async with running(Settings(models=models, redis="memory://"), ads) as client:  # as after a restart

@@ -16,7 +16,7 @@ from conftest import running, until, until_ready
 from processes import fill, serving
 
 from features import bundle
-from features.bundle import goldens_json, load_bundle, set_current
+from features.bundle import goldens_json, load_bundle
 from features.encode import AdTable, Encoder, Request, encode_request
 from features.schema import parse_schema
 from features.state import Ad, UserState
@@ -125,7 +125,7 @@ async def test_versions_are_swapped_under_load_and_no_request_fails(tmp_path, se
         for bias, words in ((0.5, 0), (0.0, 2), (1.0, 3), (-0.5, 3)):
             version, answers = await asyncio.to_thread(prepared, models, bias, words)
             expected[version] = answers
-            set_current(models, "din", int(version))
+            bundles.set_current(models, "din", int(version))
             await until_all_have(client, version, workers)
             before = load.answers
             await until_version(client, version)
@@ -206,7 +206,7 @@ async def test_a_bad_version_is_refused_and_the_old_one_stays(tmp_path, ads, cap
         bad = bundles.publish(models, bias=0.0, files=files, make_current=False)
         spoil(bad)
         if "current" not in kind:
-            set_current(models, "din", int(bad.name))
+            bundles.set_current(models, "din", int(bad.name))
         report = await client.until("/readyz", lambda said: said["models"]["refused"])
         assert report["status"] == "degraded"
         assert report["models"]["refused"]["din"].startswith(reason)
@@ -236,7 +236,7 @@ async def test_a_bad_version_is_tried_again_only_when_it_was_mended(tmp_path, ad
         second = bundles.publish(models, bias=1.0, make_current=False)
         whole = (second / bundle.MODEL).read_bytes()
         damage(second)
-        set_current(models, "din", int(second.name))
+        bundles.set_current(models, "din", int(second.name))
         await until(lambda: second.name in tries)
         await asyncio.sleep(0.1)
         assert tries.count(second.name) == 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import polars as pl
 
+from features import files
 from features.bundle import SCHEMA, BundleError, current_path, load_bundle
 from features.errors import AdrankError
 from features.repository import model_names
@@ -166,20 +167,11 @@ def write_file(path: Path, data: bytes | memoryview, aside: Path | None = None, 
     except OSError:
         staged.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    files.sync(path.parent)
 
 
 def _make(folder: Path, mode: int) -> None:
     if not folder.is_dir():
         _make(folder.parent, FOLDER_MODE)
         folder.mkdir(mode, exist_ok=True)
-        _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        files.sync(folder.parent)

@@ -22,9 +22,6 @@ from . import gate as gates
 from .compare import Gate
 from .data_checks import Enough
 
-PROMOTIONS = ("gate", "always", "if-better", "never")
-"""When a new version becomes the live one: if it is fit by itself, always, if it is better than the live one too, or never."""
-
 
 @dataclass(frozen=True)
 class GateVerdict:

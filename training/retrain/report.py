@@ -1,7 +1,6 @@
 """What a retraining came to, as JSON, as a page with its verdict in the first line, as a picture and as tables in a terminal."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from features.bundle import replace_file
 from features.errors import AdrankError
 
 from ..evaluate import Measures
@@ -119,7 +119,7 @@ class Report:
             for name in (TRAINED_PAGE, PAGE, PICTURE, DONE):
                 (folder / name).unlink(missing_ok=True)  # of an earlier run into the same folder
             for name, text in texts.items():
-                _write(folder / name, text)
+                replace_file(folder / name, text.encode())
         except OSError as error:
             raise ReportError(f"cannot write the report to {folder}: {error.strerror or error}") from error
 
@@ -182,15 +182,6 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     for cells in rows:
         table.add_row(*cells)
     return table
-
-
-def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.part")
-    with staged.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
 
 
 def told(found: Mapping[str, Comparison]) -> dict[str, Any]:
