@@ -320,6 +320,16 @@ async def test_the_window_of_a_ranking_from_the_future_begins_when_it_was_receiv
     assert joining.rows()["label"].to_list() == [1, 0, 0]
 
 
+async def test_a_log_with_the_state_of_a_joiner_of_before_is_not_written_into(joining):
+    state = joining.folder / ".join" / "state.db"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"")
+    with pytest.raises(
+        RuntimeError, match=r"state\.db is of the joiner of before.*let the adrank that wrote it write them .adrank join --drain"
+    ):
+        await joining.once()
+
+
 def test_a_model_that_is_not_there_yet_is_waited_for(server, tmp_path):
     process = join_process(server.url, tmp_path / "log", tmp_path / "models", "--name", "m")
     assert process.stderr

@@ -76,10 +76,15 @@ def open_log(folder: Path, models: Path, name: str | None) -> LogFolder:
 
     Raises:
         NoModelError: there is no model yet to take a schema from.
-        JoinError: the folder cannot be made or read.
+        JoinError: the folder cannot be made or read, or holds what a joiner of before had not written yet.
     """
-    path = folder / SCHEMA
+    path, before = folder / SCHEMA, folder / OWN / "state.db"
     try:
+        if before.exists():
+            raise JoinError(
+                f"{before} is of the joiner of before, and may hold rankings that are in no stream any more: let the adrank that wrote it "
+                f"write them (adrank join --drain), and remove {before}; what the log has stays readable beside what is written now"
+            )
         if not path.exists():
             names = [each for each in model_names(models) if name in (None, each)]
             if not names:
