@@ -10,9 +10,12 @@ import hashlib
 import os
 import stat
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from .errors import AdrankError
 
 LOCK_SECONDS = 30.0
 """How long another process may hold a model's lock before who waits for it is told."""
@@ -51,6 +54,22 @@ def read(path: Path, most: int = MEGABYTE) -> bytes:
     if len(data) > most:  # it grew
         raise NotAFileError(errno.EFBIG, f"it has more than the {most:,} bytes that belong there", str(path))
     return data
+
+
+def read_toml(path: Path, wrong: type[AdrankError]) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        wrong: it cannot be read, or is no TOML; the message names the file.
+    """
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise wrong(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise wrong(f"{path} is not UTF-8: see its byte {error.start + 1:,}, and save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise wrong(f"{path} is no TOML: {error}") from error
 
 
 def allocate(path: Path, size: int) -> None:

@@ -255,10 +255,10 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path: Path, table: str | pl.Da
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name = ", "my.toml: Invalid value"),
+        ("name = ", "my.toml is no TOML: Invalid value"),
         ("name = 'x'\ntable = 3\n[ad.x]\nkind = 'number'", "my.toml: [table] must be a section"),
         ("name = 'x'\n[ad.x]\nkind = 'word'", "my.toml: field ad.x: kind is 'word'"),
-        (b"\xff", "my.toml: 'utf-8' codec"),
+        (b"# \xff", "my.toml is not UTF-8: see its byte 3, and save it as UTF-8"),
     ],
 )
 def test_a_schema_file_that_is_none_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:

@@ -70,6 +70,9 @@ def test_what_is_best_is_a_command_and_a_file_of_settings(data: Prepared, tmp_pa
         "seed": 3.0, **{name: float(text) for name, text in parsed.items()}
     }  # fmt: skip
     assert settings_in(target, "deepfm") == {"seed": "3", "hidden": "4-2"}
+    target.write_bytes(b"\xff")
+    with pytest.raises(TrainError, match="is not UTF-8"):
+        best.write(target, "fm")
 
 
 def test_time_that_is_over_cuts_a_trial_short_and_says_what_to_do(data: Prepared, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_what_stands_above_is_for_all_that_have_it_and_a_table_for_its_network(t
 def test_what_is_no_setting_is_a_sentence(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(TrainError, match=message):
         settings_in(written(tmp_path, text), "deepfm")
-    with pytest.raises(TrainError, match="cannot read the settings"):
+    with pytest.raises(TrainError, match=r"cannot read .*none.toml: No such file"):
         settings_in(tmp_path / "none.toml", "deepfm")
 
 

@@ -6,7 +6,6 @@ The trials lie in a file, so that the search goes on where it was stopped. The d
 import math
 import shlex
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from rich.progress import Progress
 
 from features.bundle import replace_file
 from features.encode import Encoder
+from features.files import read_toml
 
 from .datasets.encoded import encode_split
 from .datasets.prepared import Prepared
@@ -70,11 +70,11 @@ class Tuned:
         Raises:
             TrainError: the file is none, or cannot be written.
         """
+        document = read_toml(path, TrainError) if path.exists() else {}
+        whole = tomli_w.dumps({**document, family: {name: _plain(text) for name, text in self.settings.items()}})
         try:
-            document = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
-            whole = tomli_w.dumps({**document, family: {name: _plain(text) for name, text in self.settings.items()}})
             replace_file(path, whole.encode())  # its other entries are not to be lost on a full disk
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except OSError as error:
             raise TrainError(f"cannot write the settings {path}: {error}") from error
 
 

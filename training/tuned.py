@@ -1,9 +1,10 @@
 """Settings of training from a TOML file, and those that are known to be good for a data set."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+
+from features.files import read_toml
 
 from .networks import NETWORKS
 from .retrain.compare import Gate
@@ -25,12 +26,7 @@ def settings_in(path: Path, family: str) -> dict[str, str]:
     Raises:
         TrainError: the file cannot be read, an entry is no setting, or is no text, number, truth value or list of whole numbers.
     """
-    try:
-        document = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise TrainError(f"cannot read the settings {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise TrainError(f"{path} is no TOML: {error}") from error
+    document = read_toml(path, TrainError)
     tables = {name: value for name, value in document.items() if isinstance(value, Mapping)}
     usual = {name: value for name, value in document.items() if name not in tables}
     if strange := sorted(set(tables) - set(NETWORKS)):

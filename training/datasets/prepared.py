@@ -26,7 +26,6 @@ import math
 import re
 import secrets
 import shutil
-import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ import polars as pl
 import tomli_w
 
 from features.errors import AdrankError
+from features.files import read_toml
 from features.schema import FLOAT32_MAX, Field, Schema, SchemaError, parse_schema, sampling_in
 
 from .memory import Memory
@@ -212,7 +212,7 @@ def read_schema(folder: Path) -> Schema:
     try:
         return parse_schema((folder / "schema.toml").read_text("utf-8"))
     except FileNotFoundError as error:
-        raise DataError(f"{folder} is not a prepared data set: {_seems(folder)}; adrank prepare makes one") from error
+        raise DataError(f"{folder} is not a prepared data set: {_seems(folder)}; adrank prepare makes one, adrank join a log") from error
     except OSError as error:
         raise DataError(f"{folder} is not a prepared data set: cannot read its schema.toml: {error.strerror or error}") from error
     except (UnicodeDecodeError, SchemaError) as error:
@@ -239,12 +239,12 @@ def read_facts(folder: Path) -> float | None:
     path = folder / FACTS
     if not path.exists():
         return None
+    document = read_toml(path, DataError)
+    if rest := sorted(set(document) - {"negative_sampling"}):
+        raise DataError(f"{path}: unknown entries {rest}; known is negative_sampling")
     try:
-        document = tomllib.loads(path.read_text("utf-8"))
-        if rest := sorted(set(document) - {"negative_sampling"}):
-            raise SchemaError(f"unknown entries {rest}; known is negative_sampling")
         return sampling_in(document)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, SchemaError) as error:
+    except SchemaError as error:
         raise DataError(f"{path}: {error}") from error
 
 

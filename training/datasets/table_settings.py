@@ -1,6 +1,5 @@
 """The section [table] of a schema file: how a table holds the fields of its schema. Knows nothing about rows."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import tomli_w
 
+from features.files import read_toml
 from features.schema import IDENTITY, Schema, SchemaError, parse_schema, sampling_in, tried
 from features.values import plain_all
 
@@ -82,12 +82,7 @@ def read_schema(path: Path) -> tuple[Schema, TableSettings]:
     Raises:
         DataError: the file cannot be read, or says something impossible; the message names every mistake.
     """
-    try:
-        document = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"{path}: {error}") from error
+    document = read_toml(path, DataError)
     section, mistakes = document.pop("table", {}), list[str]()
     settings = tried(lambda: _settings(section), mistakes)
     schema = tried(lambda: parse_schema(tomli_w.dumps(document)), mistakes)

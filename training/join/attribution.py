@@ -5,7 +5,6 @@ open until its window is over and all that came within it has been written: it m
 clicked. One hour of rankings is in memory at a time, beside the conversions of all of them.
 """
 
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from pathlib import Path
 import polars as pl
 import tomli_w
 
+from features.files import read_toml
 from features.schema import Schema
 
 from ..datasets.prepared import DataError, columns_of
@@ -91,12 +91,9 @@ def settings_of(log: Path, **given: float | str | None) -> Attribution:
         DataError: the log's file of them is damaged.
     """
     path, known = log / SETTINGS, {each.name for each in fields(Attribution)}
-    try:
-        kept = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
-        if wrong := sorted(name for name, value in kept.items() if name not in known or isinstance(value, str) != (name == "shown")):
-            raise ValueError(f"{', '.join(wrong)} cannot be read")
-    except (OSError, ValueError) as error:  # of which bad TOML and bad UTF-8 are kinds
-        raise DataError(f"{path}: {error}; adrank join writes it") from error
+    kept = read_toml(path, DataError) if path.exists() else {}
+    if wrong := sorted(name for name, value in kept.items() if name not in known or isinstance(value, str) != (name == "shown")):
+        raise DataError(f"{path}: {', '.join(wrong)} cannot be read; adrank join writes it")
     return Attribution(**kept | {name: value for name, value in given.items() if value is not None})
 
 
