@@ -31,6 +31,8 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="already exists"), writing(tmp_path / "out"):
         pass
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+    with pytest.raises(DataError, match="is not UTF-8"), writing(tmp_path / os.fsdecode(b"\xff")):
+        pass
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o700), (0o022, 0o755)])

@@ -40,7 +40,7 @@ def test_a_preparation_that_cannot_be_is_a_sentence(tmp_path: Path) -> None:
     refused(run("prepare", "frappe", "--source", source, "--out", out, "--schema", schema), "--schema is for csv")
     refused(run("prepare", "csv", "--source", tmp_path / "absent", "--out", out, "--schema", schema), "absent")
     refused(run("prepare", "csv", "--source", source, "--out", out, "--schema", tmp_path / "absent"), "absent")
-    refused(run("prepare", "csv", "--source", source, "--out", out, "--schema", write(tmp_path, "[ad", "bad.toml")), r"bad\.toml: Expected")
+    refused(run("prepare", "csv", "--source", source, "--out", out, "--schema", write(tmp_path, "[ad", "bad.toml")), "no TOML: Expected")
     refused(run("prepare", "csv", "--source", source, "--out", tmp_path, "--schema", schema), "already exists")
     refused(run("prepare", "movielens", "--source", tmp_path, "--out", out), r"users\.dat")
     refused(run("prepare", "criteo", "--source", movielens_source(tmp_path), "--out", out), r"train\.txt")

@@ -1,6 +1,6 @@
 """Bundles over a data set: what each row is given, and two of them side by side, by head and by segment."""
 
-import os
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from rich.progress import Progress
 
-from features.bundle import Bundle
+from features.bundle import Bundle, replace_file
 
 from .calibrate import sampled_heads
 from .datasets.ads import ad_table
@@ -67,14 +67,11 @@ def write_scores(scored: pl.DataFrame, out: Path) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    staged = out.with_name(f".{out.name}-{os.getpid()}")
+    scored.write_parquet(data := io.BytesIO())
     try:
-        scored.write_parquet(staged)
-        staged.replace(out)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise DataError(f"cannot write {out}: {error}") from error
-    finally:
-        staged.unlink(missing_ok=True)
+        replace_file(out, data.getvalue())
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def compare_bundles(first: Bundle, second: Bundle, data: Prepared, split: str, field: str | None, progress: Progress) -> list[PartCompared]:

@@ -387,6 +387,18 @@ def check_columns(frame: pl.DataFrame, columns: Mapping[str, pl.DataType], path:
             raise DataError(f"{path}: column {name} is {frame[name].dtype}, expected {dtype}")
 
 
+def check_name(out: Path) -> None:
+    """That polars can write there.
+
+    Raises:
+        DataError: the path has bytes that are no UTF-8.
+    """
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{str(out.absolute())!a} is not UTF-8; name another place to write to") from error
+
+
 @contextmanager
 def writing(out: Path, mode: int = 0o755) -> Iterator[Path]:
     """A staging folder that becomes `out` by one rename when the block ends well, and is gone when it does not.
@@ -394,6 +406,7 @@ def writing(out: Path, mode: int = 0o755) -> Iterator[Path]:
     Raises:
         DataError: `out` exists already and holds something, or cannot be written.
     """
+    check_name(out)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(f"{out} already exists; name a new folder or remove it first")
