@@ -111,7 +111,7 @@ def test_a_log_says_with_what_it_was_written_and_readers_may_say_otherwise(strea
         (joining.folder / SETTINGS).write_text(wrong)
         code, out, err = run("skew", "--log", joining.folder, "--models", repository)
         assert code == 2
-        assert f"{joining.folder / SETTINGS}: " in err
+        assert str(joining.folder / SETTINGS) in err
     code, out, err = run("train", "--log", repository, "--model", "din", "--click-window", 5)
     assert (code, "is not a log, so it has no windows: leave out --click-window" in err) == (2, True)
 
