@@ -154,8 +154,8 @@ class TestTime:
         async with raw(answer_timeout_ms=1000) as client:
             _, writer = await client.open(receive_buffer=4096)
             writer.write(b"GET /big HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-            await until(lambda: any(each.unsent > 2**16 for each in client.state.connections))
-            await until(lambda: not client.state.connections)
+            assert await until(lambda: any(each.unsent > 2**16 for each in client.state.connections))
+            assert await until(lambda: not client.state.connections)
             await shut(writer)
 
     async def test_who_is_refused_can_read_why_though_it_still_sends(self):
