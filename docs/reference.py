@@ -4,26 +4,17 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
 from features.counters import Counter
 from features.schema import Field
-from service.api.event_wire import AdUpdate, Click, Conversion, Impression, UserUpdate
-from service.api.wire import (
-    Candidate,
-    CandidateColumns,
-    ExploreEpsilonGreedy,
-    ExploreGreedy,
-    ExplorePlackettLuce,
-    Options,
-    RankRequest,
-    User,
-)
+from service.api.event_wire import OneOf
+from service.api.wire import RankRequest
 from service.settings import PREFIX, Settings
 from training.datasets.table_settings import TableSettings
 from training.networks import NETWORKS
@@ -156,22 +147,43 @@ def page() -> str:
         "### Where a table holds them: `[table]`, for `adrank prepare csv`\n",
         of_dataclass(TableSettings),
         "## `POST /rank`\n",
-        *_models({"": RankRequest, "user": User, "candidates[]": Candidate, "candidates": CandidateColumns, "options": Options}),
-        *_models({"options.explore": ExploreGreedy, "options.explore ": ExploreEpsilonGreedy, "options.explore  ": ExplorePlackettLuce}),
+        *_models(nested(RankRequest)),
         "## `POST /v1/events`\n",
         '`{"events": [...]}`, each of one of these types:\n',
-        *_models(
-            {get_args(kind.model_fields["type"].annotation)[0]: kind for kind in (Impression, Click, Conversion, UserUpdate, AdUpdate)}
-        ),
+        *_models((f"`{_only_value(kind, 'type')}`", kind) for _, kind in models_in(OneOf)),
     ]
     return "\n".join(parts)
 
 
-def _models(named: Mapping[str, type[BaseModel]]) -> list[str]:
+def models_in(annotation: Any) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The models that a value of an annotation may be, each with `[]` where it is an element of a list."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        yield "", annotation
+    parts = get_args(annotation)
+    for part in parts[:1] if get_origin(annotation) is Annotated else parts:
+        yield from ((("[]" if get_origin(annotation) is list else "") + suffix, kind) for suffix, kind in models_in(part))
+
+
+def nested(kind: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """A model and all models in it, each with its title: where in the document it stands and, of several policies, which it is."""
+    policy = _only_value(kind, "policy")
+    yield " ".join(filter(None, [path and f"`{path}`", policy and f"of the policy `{policy}`"])), kind
+    for name, field in kind.model_fields.items():
+        for suffix, inner in models_in(field.annotation):
+            yield from nested(inner, f"{path}.{name}{suffix}".removeprefix("."))
+
+
+def _only_value(kind: type[BaseModel], name: str) -> str | None:
+    """The one value that a field of a model may have, None where there is no such field or there are several."""
+    annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
+    values = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return values[0] if len(values) == 1 else None
+
+
+def _models(titled: Iterable[tuple[str, type[BaseModel]]]) -> list[str]:
     pages = []
-    for name, kind in named.items():
-        title = f"### `{name.strip()}`\n" if name else ""
-        pages += [*filter(None, [title]), " ".join((inspect.getdoc(kind) or "").split()) + "\n", of_model(kind)]
+    for title, kind in titled:
+        pages += [*([f"### {title}\n"] if title else []), " ".join((inspect.getdoc(kind) or "").split()) + "\n", of_model(kind)]
     return pages
 
 

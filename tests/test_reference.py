@@ -10,7 +10,7 @@ import pytest
 
 import adrank
 from features.events import TYPES
-from service.api.wire import Options
+from service.api.wire import Behaviour, Diversity, Options, RankRules
 from service.settings import PREFIX, Settings
 from training.networks import NETWORKS
 from training.train_settings import TrainSettings
@@ -38,7 +38,8 @@ def test_nothing_that_can_be_set_is_missing() -> None:
     names += [
         field.name for kind in (TrainSettings, *(network.settings for network in NETWORKS.values())) for field in dataclasses.fields(kind)
     ]
-    names += [*Options.model_fields, *TYPES]
+    names += [*Options.model_fields, *RankRules.model_fields, *Diversity.model_fields, *Behaviour.model_fields, *TYPES]
+    names += ["options.explore` of the policy `thompson"]
     missing = [name for name in names if f"`{name}`" not in page]
     assert not missing
 
