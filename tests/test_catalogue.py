@@ -426,3 +426,59 @@ async def test_vectors_are_in_step_with_the_ads_whenever_a_tower_comes_and_go_wi
         assert in_step(first)
         await catalogue.load()
         assert in_step(first)
+
+
+async def a_tower_with_a_new_table(catalogue, towers):
+    await catalogue.add("g", bundles.encoder(), towers[1])
+
+
+async def a_tower_with_a_table_that_is_there(catalogue, towers):
+    await catalogue.add("f", bundles.encoder(), towers[1])
+
+
+async def a_table_and_then_a_tower_less(catalogue, towers):
+    await catalogue.add("g", bundles.encoder())
+    catalogue.keep(["f", "g"], set())
+
+
+async def a_table_that_goes_again(catalogue, towers):
+    await catalogue.add("g", bundles.encoder(), towers[1])
+    catalogue.keep(["f"], {towers[0]})
+
+
+@pytest.mark.parametrize(
+    "change", [a_tower_with_a_new_table, a_tower_with_a_table_that_is_there, a_table_and_then_a_tower_less, a_table_that_goes_again]
+)
+@pytest.mark.parametrize("gone", [0, 90])  # so many more ads are there than are read, so that the reading is done sooner
+async def test_tables_and_vectors_are_those_of_the_models_at_whichever_turn_of_a_reading_these_change(monkeypatch, change, gone):
+    monkeypatch.setattr(module, "AT_ONCE", 7)
+    monkeypatch.setattr(module, "AT_ONCE_UNDER_LOAD", 7)
+    monkeypatch.setattr("service.catalogue.ads.AT_ONCE", 7)
+    for turns in range(60):
+        store, towers = MemoryStore(), (Sums(), Sums())
+        left = [Ad(f"left{i}", {"genre": "news"}, False, {ACTIVE: 1}) for i in range(gone)]
+        await store.put_ads([*(Ad(ad_id, features) for ad_id, features in bundles.ADS.items()), *left])
+        catalogue = one(store)
+        catalogue.gone_seconds = time.time() + 100
+        await catalogue.load()
+        await catalogue.add("f", bundles.encoder(), towers[0])
+        catalogue.gone_seconds = 0
+        loading = asyncio.create_task(catalogue.load())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await change(catalogue, towers)
+        await loading
+        kept = {towers[0]: "f", towers[1]: "g" if change is a_tower_with_a_new_table else "f"}
+        wanted = {
+            a_tower_with_a_new_table: ({"f", "g"}, kept),
+            a_tower_with_a_table_that_is_there: ({"f"}, kept),
+            a_table_and_then_a_tower_less: ({"f", "g"}, {}),
+            a_table_that_goes_again: ({"f"}, {towers[0]: "f"}),
+        }[change]
+        tables = catalogue._ads.tables
+        assert tables.keys() == wanted[0], turns
+        assert {tower: name for name, table in tables.items() for tower in table.vectors} == wanted[1], turns
+        for table in tables.values():
+            rows = len(table.block)
+            assert (rows, len(table)) == (31, 30), turns
+            assert all(np.array_equal(vectors[1:rows, 0], table.block.ids[1:].sum(1)) for vectors in table.vectors.values()), turns

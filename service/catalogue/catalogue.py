@@ -86,7 +86,7 @@ class Catalogue:
                 await self._fill(ads, fingerprint)
             if tower is not None:
                 self._towers[tower] = fingerprint
-                await self._vectorise(ads)
+                await self._vectorise(self._ads)  # those of now: they may have been read anew meanwhile
         except BaseException:  # else whoever asks for it again would be given a table that is half full
             self.keep(before, self._towers.keys() - {tower})
             raise
@@ -172,16 +172,7 @@ class Catalogue:
             old = {ad.ad_id for ad in ads if left_before(ad, before)}
             forgotten += old
             await self._put(fresh, [ad for ad in ads if ad.ad_id not in old])
-        while added := self._encoders.keys() - fresh.tables.keys():  # meanwhile
-            fingerprint = added.pop()
-            fresh.add(fingerprint, self._encoders[fingerprint])
-            await self._fill(fresh, fingerprint)
-        while any(
-            fingerprint in fresh.tables and tower not in fresh.tables[fingerprint].vectors for tower, fingerprint in self._towers.items()
-        ):
-            await self._vectorise(fresh)
-        for dropped in fresh.tables.keys() - self._encoders.keys():  # meanwhile, too
-            fresh.drop(dropped)
+        await self._complete(fresh)
         # No turn of the event loop from here to the swap.
         # A store that lost its data, by a restart without persistence say, must not take the ads from a service that has them.
         self._emptied = self.ads > 0 and not any(len(table) for table in fresh.tables.values())
@@ -194,6 +185,27 @@ class Catalogue:
         if forgotten:
             await self._forget(forgotten, before)
         return cursor
+
+    async def _complete(self, ads: Ads) -> None:
+        """Give ads that were read what has been added meanwhile, and take from them what has been let go of.
+
+        Either may go on while this waits: when it returns nothing is amiss, and no turn of the event loop has passed since it looked.
+        """
+        while (added := self._encoders.keys() - ads.tables.keys()) or self._lack_vectors(ads):
+            if added:
+                fingerprint = added.pop()
+                ads.add(fingerprint, self._encoders[fingerprint])
+                await self._fill(ads, fingerprint)
+            else:
+                await self._vectorise(ads)
+        for fingerprint in ads.tables.keys() - self._encoders.keys():
+            ads.drop(fingerprint)
+        for fingerprint, table in ads.tables.items():
+            table.vectors = {tower: vectors for tower, vectors in table.vectors.items() if self._towers.get(tower) == fingerprint}
+
+    def _lack_vectors(self, ads: Ads) -> bool:
+        """Whether a table lacks vectors that it is to keep."""
+        return any(tower not in ads.tables[fingerprint].vectors for tower, fingerprint in self._towers.items() if fingerprint in ads.tables)
 
     async def _forget(self, ad_ids: Sequence[str], before: float) -> None:
         """Delete ads that left before a time from the store. What is not deleted now is at the next reading."""
