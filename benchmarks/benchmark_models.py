@@ -27,6 +27,7 @@ from training.networks import NETWORKS
 from training.networks.contract import Fields
 from training.networks.deepfm import DeepFMSettings
 from training.networks.din import DINSettings
+from training.networks.fuse import is_tiled
 from training.networks.layers import Dice
 
 from .population import Population
@@ -160,7 +161,7 @@ def _write(benchmark_model: BenchmarkModel, home: Path) -> None:
         **graphs,
         **table_files([graph]),
         **ad_sides(graphs, [random_feeds(served.schema, benchmark_model.population.heights, *shape) for shape in FEW]),
-        CUDA_MODEL: to_onnx(served, tile=None),
+        CUDA_MODEL: to_onnx(served, tile=None) if is_tiled(served.network) else graph,
         SCHEMA: encoder.schema.to_toml().encode(),
         VOCABULARIES: encoder.vocabularies.to_json().encode(),
         GOLDENS: goldens_json(random_goldens(benchmark_model.population, served, encoder, rough)),

@@ -40,9 +40,9 @@ hypothesis.settings.register_profile("adrank", derandomize=True, database=None, 
 hypothesis.settings.load_profile("adrank")
 
 LONGEST = (
-    *("test_networks", "test_workers", "test_export", "test_challenger", "test_retrain", "test_watching", "test_bad_configuration"),
-    *("test_cluster", "test_parity", "test_explain", "test_fuse", "test_rollout", "test_service_process", "test_swap", "test_demo_loop"),
-    *("test_sentinel", "test_rules", "test_demo", "test_tutorial", "test_sampling"),
+    *("test_networks", "test_bench_scoring", "test_workers", "test_export", "test_challenger", "test_retrain", "test_watching"),
+    *("test_bad_configuration", "test_cluster", "test_parity", "test_explain", "test_fuse", "test_rollout", "test_service_process"),
+    *("test_swap", "test_demo_loop", "test_bench_service", "test_sentinel", "test_rules", "test_demo", "test_tutorial", "test_sampling"),
 )
 """Files that take longest, the longest first."""
 

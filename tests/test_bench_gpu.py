@@ -2,19 +2,19 @@
 
 import numpy as np
 import pytest
+from bench_models import built_once
 from click.testing import CliRunner
 from rich.progress import Progress
 
-from benchmarks.benchmark_models import build, deepfm_20, din_100, make
+from benchmarks.benchmark_models import make
 from benchmarks.gpu import Device, floor, in_torch, main, measure, rowwise, tiles, training_speed
 from benchmarks.scoring import requests
 from service.ranking.scorer import PROVIDERS
 
 
-@pytest.fixture(scope="module", params=["din", "deepfm"])
+@pytest.fixture(scope="module", params=["din-100", "deepfm-20"])
 def built(request, tmp_path_factory):
-    benchmark_model = din_100(ads=300, history=8) if request.param == "din" else deepfm_20(ads=300)
-    return build(benchmark_model, tmp_path_factory.mktemp("gpu"))
+    return built_once(request.param, tmp_path_factory)
 
 
 def test_all_give_the_same_scores(built):
@@ -29,7 +29,7 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory(built):
     slow, fast = 1.0, 1e30
     assert floor(served, feeds, Device("", fast, 1e9)) == pytest.approx(floor(served, feeds, Device("", fast, 2e9)) * 2)
     read = floor(served, feeds, Device("", slow, fast))
-    assert read == sum(array.size for array in feeds.values()) * 16 * 4 + sum(array.nbytes for array in feeds.values())
+    assert read == sum(array.size for array in feeds.values()) * 4 * 4 + sum(array.nbytes for array in feeds.values())
 
 
 def test_every_contender_is_measured_at_every_size(built, monkeypatch):

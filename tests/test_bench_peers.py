@@ -4,20 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bench_models import built_once
 from conftest import Server
 
 from adrank_bench.load import LoadError
-from benchmarks.benchmark_models import build
 from benchmarks.peers import __main__ as peers
 from benchmarks.service import INT8, OURS
-from tests.test_bench_scoring import small
 
 
 def test_each_server_takes_its_turn_and_ranks_alike(
-    servers: Callable[[str], Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    servers: Callable[[str], Server], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "CANDIDATES", (20, 50))
-    built = build(small("deepfm-20"), tmp_path)
+    built = built_once("deepfm-20", tmp_path_factory)
     rows = peers.compare(built, servers("valkey").url.replace("/0", "/9"), {"fastapi": peers.python_of("fastapi")}, 1, 0.3, tmp_path)
     assert [(row.candidates, row.subject) for row in rows] == [
         (count, name) for count in (20, 50) for name in (OURS, INT8, "fastapi", peers.TUNED)

@@ -3,37 +3,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_models import NARROW, built_once, small
 from conftest import Server
 from rich.console import Console
 
 from benchmarks import benchmark_models, scoring
-from benchmarks.benchmark_models import BenchmarkModel, Built, build
+from benchmarks.benchmark_models import Built, build
 from benchmarks.population import fill
 from benchmarks.rowwise import repeated
 from features.bundle import GOLDEN_TOLERANCE, current_path, load_bundle
 from features.schema import parse_schema
 from service.ranking.scorer import Scorer
 from service.store.redis import RedisStore
-from training.networks.deepfm import DeepFMSettings
-from training.networks.din import DINSettings
-
-NARROW = {
-    "din-100": DINSettings(embedding=4, attention=(10, 6), hidden=(16, 8), dropout=0.0),
-    "deepfm-20": DeepFMSettings(embedding=4, hidden=(16, 16, 16), dropout=0.0),
-    "din-sdim": DINSettings(embedding=4, attention=(10, 6), hidden=(16, 8), dropout=0.0, long="sdim"),
-}
-
-
-def small(name: str) -> BenchmarkModel:
-    """A benchmark model in all but its widths and numbers."""
-    whole = scoring.SCORED[name]()
-    sizes = {vocabulary: min(size, 300) for vocabulary, size in whole.population.sizes.items()}
-    return replace(whole, settings=NARROW[name], population=replace(whole.population, sizes=sizes))
+from tests.small import traced
+from training.export.onnx import OnnxFile
 
 
 @pytest.fixture(scope="module", params=list(NARROW))
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return build(small(request.param), tmp_path_factory.mktemp("bench"))
+    return built_once(request.param, tmp_path_factory)
 
 
 @pytest.mark.parametrize("behaviours", [0, 1, 7, 100, 130])
@@ -75,6 +63,8 @@ def test_it_is_built_once_and_again_when_its_code_has_changed(monkeypatch: pytes
     code.mkdir()
     monkeypatch.setattr(benchmark_models, "ROOT", tmp_path)
     monkeypatch.setattr(benchmark_models, "SOURCES", ("training",))
+    monkeypatch.setattr(benchmark_models, "to_onnx", lambda served, tile=None: OnnxFile(traced(served, tile), {}))
+    monkeypatch.setattr(benchmark_models, "rowwise_onnx", lambda *_, **__: b"")
     (code / "export.py").write_text("a")
     first = build(yard, folder)
     (folder / "built-mine").mkdir()

@@ -7,25 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_models import NARROW, built_once
 from conftest import Server
 
 from adrank_bench.load import LoadError, ask
 from adrank_bench.measured import LoadPlan
 from benchmarks import growth, service
 from benchmarks.bare import Bare
-from benchmarks.benchmark_models import build
 from benchmarks.population import fill
 from benchmarks.scoring import requests as tensors
 from benchmarks.service import ALONE, BARE, CONNECTIONS, OURS, PEER, Bench, Sample, benches
 from benchmarks.subjects import serving
 from tests.small import quiet
-from tests.test_bench_scoring import NARROW, small
 
 
 @pytest.fixture(scope="module", params=list(NARROW))
 def bench(request: pytest.FixtureRequest, servers: Callable[[str], Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("bench")
-    built, url = build(small(request.param), folder), servers("valkey").url
+    built, url = built_once(request.param, tmp_path_factory), servers("valkey").url
     database = url.replace("/0", f"/{list(NARROW).index(request.param) + 3}")
     with benches(built, database, 2, 0.3, folder) as bench:
         yield bench
@@ -44,8 +43,11 @@ def test_adrank_and_the_peer_rank_alike(bench: Bench) -> None:
 
 def _ranked(bench: Bench, name: str, body: bytes) -> dict[str, float]:
     target = bench.subjects[name].target
-    status, answer = ask(target, target.request(body))
-    document = json.loads(answer)
+    for _ in range(100):  # the store may take longer than 50 ms now and then, where other tests keep the processors busy
+        status, answer = ask(target, target.request(body))
+        document = json.loads(answer)
+        if not document.get("degraded"):
+            break
     assert (status, document.get("degraded", [])) == (200, [])
     assert [ad["rank"] for ad in document["ads"]] == list(range(1, len(document["ads"]) + 1))
     return {ad["ad_id"]: ad["p_click"] for ad in document["ads"]}
