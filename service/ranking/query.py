@@ -9,6 +9,7 @@ import numpy as np
 from features.encode import Features, Feeds, Mask, Request
 from features.policy import Policy, Thompson
 from features.schema import IDENTITY
+from features.state import StoreError, UserState
 from features.vocabulary import Ids
 
 from ..catalogue.ads import View
@@ -82,6 +83,10 @@ class Query:
     request_id: str = ""
     experiment: Mapping[str, str] = field(default_factory=dict)
     """The user's arm by experiment, for the log."""
+    stored: UserState | StoreError = field(default_factory=UserState)
+    """The user's state, or why the store does not give it; once it has been asked."""
+    ts: float = 0.0
+    """When that was, in seconds since 1970: whichever version ranks sees the same ages."""
 
     @property
     def heads(self) -> set[str]:

@@ -6,7 +6,6 @@ Candidates are columns from the request to the answer: nothing here makes an obj
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -59,7 +58,7 @@ class Ranker:
         Raises:
             ServiceError: an unknown model, no model, an invalid request, a deadline that passed, a model that failed.
         """
-        model, catalogue = self.models.get(query.model), self.catalogue
+        model = self.models.get(query.model)
         challenge = self.challenges.get(model.name)
         if query.version is not None:
             model, challenge = of_version(query, model, challenge)
@@ -67,52 +66,51 @@ class Ranker:
         by_share = challenge if query.version is None and not query.heads else None  # a canary gives the click alone
         canary = by_share.canary(query.user_id) if by_share else None
         # The catalogue may let go of them while the store is asked.
-        views = {each: catalogue.view(each.bundle.fingerprint) for each in (model, canary) if each is not None}
+        views = {each: self.catalogue.view(each.bundle.fingerprint) for each in (model, canary) if each is not None}
         stages.enter("features")
-        asked = Asked(query, stages, catalogue, await self._user(query, stages), self._clock())
+        query.stored, query.ts = await self._user(query, stages), self._clock()
         if query.selection is not None:
-            self._select(asked, query.selection, model, views[model])
+            self._select(query, query.selection, model, views[model])
             challenge = challenge if query.ad_ids else None
         if challenge is None:
-            return await self._by_live(asked, model, views[model], None)
+            return await self._by_live(query, stages, model, views[model], None)
         if query.version is not None:
             if challenge.model is not model:
                 raise UnknownModelError("the challenger was stopped while the store was asked for the user")
             try:
-                return await self._by_canary(asked, model, views[model], challenge)
+                return await self._by_canary(query, stages, model, views[model], challenge)
             except LateError as error:
                 raise DeadlineError(str(error)) from None
         failure: ServiceError | None = None
         if canary is not None and challenge.model is canary:  # it may have been stopped meanwhile
             try:
-                return await self._by_canary(asked, canary, views[canary], challenge)
+                return await self._by_canary(query, stages, canary, views[canary], challenge)
             except (ScoringError, InvalidError) as error:
                 failure = error
-        ranking = await self._by_live(asked, model, views[model], challenge if canary is None else None)
+        ranking = await self._by_live(query, stages, model, views[model], challenge if canary is None else None)
         if failure is not None:
             challenge.failed(failure)
         return ranking
 
-    def _select(self, asked: "Asked", selection: Selection, model: Model, view: View) -> None:
+    def _select(self, query: Query, selection: Selection, model: Model, view: View) -> None:
         """Make the ads of the catalogue that the request is for its candidates."""
-        query, by = asked.query, searcher(self.models.loaded, model) if selection.retrieve else model
+        by = searcher(self.models.loaded, model) if selection.retrieve else model
         if not self.catalogue.loaded:
             raise NotReadyError("the catalogue has not been loaded yet; /readyz says why")
         view = view if by is model else self.catalogue.view(by.bundle.fingerprint)
 
         def vector() -> Numbers:
             assert by.towers is not None  # noqa: S101  # as `searcher` has it
-            return by.towers.request(asked.encoded(by, view).feeds)
+            return by.towers.request(self._encoded(query, by, view).feeds)
 
         pinned = [] if query.rules is None else list(query.rules.pinned.values())
         query.ad_ids, query.passed_over = select(selection, by, view, vector, pinned)
         check_candidates(query)
 
-    async def _by_live(self, asked: "Asked", model: Model, view: View, challenge: Challenge | None) -> Ranking:
-        query, stages = asked.query, asked.stages
+    async def _by_live(self, query: Query, stages: RequestTimings, model: Model, view: View, challenge: Challenge | None) -> Ranking:
         stages.enter("features")
-        encoded = asked.encoded(model, view)
-        asked.note(encoded)
+        encoded = self._encoded(query, model, view)
+        _note(stages, encoded)
         scorer = model.scorer.whole if query.heads else model.scorer
         if encoded.request.candidates:
             scores = await self._scoring.score(scorer, encoded.scored, stages, query.deadline)
@@ -124,16 +122,15 @@ class Ranker:
             def encode(other: Model) -> Feeds:
                 if other.bundle.fingerprint == model.bundle.fingerprint:
                     return encoded.feeds
-                return asked.encoded(other, asked.catalogue.view(other.bundle.fingerprint)).feeds
+                return self._encoded(query, other, self.catalogue.view(other.bundle.fingerprint)).feeds
 
             challenge.beside(query.user_id, stages.seconds["inference"], scores if scores.ndim == 1 else scores[:, 0], encode)
         return self._ranking(stages, encoded, scores)
 
-    async def _by_canary(self, asked: "Asked", canary: Model, view: View, challenge: Challenge) -> Ranking:
+    async def _by_canary(self, query: Query, stages: RequestTimings, canary: Model, view: View, challenge: Challenge) -> Ranking:
         """By the challenger; what is waited for it in vain counts as waiting, so that the stages are those of the version that ranks."""
-        query, stages = asked.query, asked.stages
-        encoded = asked.encoded(canary, view)
-        asked.note(encoded)
+        encoded = self._encoded(query, canary, view)
+        _note(stages, encoded)
         patience = None if query.deadline is None else (query.deadline - stages.total) / 2
         stages.enter(None)
         began, stage = time.perf_counter(), "queue"
@@ -150,6 +147,28 @@ class Ranker:
         ranking = ranked(encoded, scores, self._random)
         stages.degraded = [(entry.stage, entry.reason) for entry in ranking.degraded]
         return ranking
+
+    def _encoded(self, query: Query, model: Model, view: View) -> Encoded:
+        """The request as a model takes it, with what the store gave for its user.
+
+        Raises:
+            InvalidError: a feature does not fit the model's schema.
+        """
+        degraded = [] if self.catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
+        stored = query.stored
+        if isinstance(stored, StoreError):
+            degraded += _without_user(query, model, stored.reason)
+            stored = UserState()
+        usable = _usable(model, query, stored, degraded)
+        repeated = _first_of_each(query)
+        request = _request(query, usable, repeated, view.table)
+        try:
+            feeds, known, rows = encode_rows(view.table, request)
+        except FieldError as error:
+            raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
+        view.renew()
+        behaviours = min(len(request.history), model.bundle.schema.history_length)
+        return Encoded(query, model, request, feeds, known, view, repeated, behaviours, degraded, rows)
 
     async def _user(self, query: Query, stages: RequestTimings) -> UserState | StoreError:
         """The user's state, or why the store does not give it. It is asked once, whichever version ranks in the end."""
@@ -170,52 +189,10 @@ class Ranker:
             return await self._store.get_user(query.user_id)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request with what the store gave for it, to be encoded for any of the models."""
-
-    query: Query
-    stages: RequestTimings
-    catalogue: Catalogue
-    stored: UserState | StoreError
-    ts: float
-    """When, in seconds since 1970: whichever version ranks sees the same ages."""
-
-    def encoded(self, model: Model, view: View) -> Encoded:
-        """The request as a model takes it.
-
-        Raises:
-            InvalidError: a feature does not fit the model's schema.
-        """
-        degraded = [] if self.catalogue.loaded else [Degraded("catalogue", "not_loaded", "unknown_ads")]
-        if isinstance(self.stored, StoreError):
-            degraded += self._without_user(model, self.stored.reason)
-        stored = UserState() if isinstance(self.stored, StoreError) else self.stored
-        usable = _usable(model, self.query, stored, degraded)
-        repeated = _first_of_each(self.query)
-        request = _request(self.query, usable, repeated, self.ts, view.table)
-        try:
-            feeds, known, rows = encode_rows(view.table, request)
-        except FieldError as error:
-            raise InvalidError("a feature does not fit the model's schema", [_mistake(error, repeated)]) from None
-        view.renew()
-        behaviours = min(len(request.history), model.bundle.schema.history_length)
-        return Encoded(self.query, model, request, feeds, known, view, repeated, behaviours, degraded, rows)
-
-    def note(self, encoded: Encoded) -> None:
-        """Tell the metrics what is about to be scored, and by which version."""
-        self.stages.version = encoded.model.bundle.version
-        self.stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
-
-    def _without_user(self, model: Model, reason: str) -> list[Degraded]:
-        schema = model.bundle.schema
-        without = []
-        if self.query.history is None and schema.history_fields:
-            without.append(Degraded("history", reason, "empty_history"))
-        counted = any(tally.by == "user" for tally in model.bundle.encoder.tallies)
-        if counted or any(known.name not in IDENTITY.values() for known in schema.side("user")):
-            without.append(Degraded("user", reason, "sent_features"))
-        return without
+def _note(stages: RequestTimings, encoded: Encoded) -> None:
+    """Tell the metrics what is about to be scored, and by which version."""
+    stages.version = encoded.model.bundle.version
+    stages.ranked_with(encoded.behaviours, int(np.count_nonzero(encoded.known)), len(encoded.known))
 
 
 def of_version(query: Query, live: Model, challenge: Challenge | None) -> tuple[Model, Challenge | None]:
@@ -235,6 +212,17 @@ def of_version(query: Query, live: Model, challenge: Challenge | None) -> tuple[
     if query.heads:
         raise InvalidError.at(("options", "version"), f"a challenger gives p(click) alone, and the request needs {sorted(query.heads)[0]}")
     return model, challenge
+
+
+def _without_user(query: Query, model: Model, reason: str) -> list[Degraded]:
+    """What a model does without where the store does not give the user, and why."""
+    schema, without = model.bundle.schema, []
+    if query.history is None and schema.history_fields:
+        without.append(Degraded("history", reason, "empty_history"))
+    counted = any(tally.by == "user" for tally in model.bundle.encoder.tallies)
+    if counted or any(known.name not in IDENTITY.values() for known in schema.side("user")):
+        without.append(Degraded("user", reason, "sent_features"))
+    return without
 
 
 def _usable(model: Model, query: Query, stored: UserState, degraded: list[Degraded]) -> UserState:
@@ -261,7 +249,7 @@ def _first_of_each(query: Query) -> list[int] | None:
     return list(first.values())
 
 
-def _request(query: Query, state: UserState, repeated: Sequence[int] | None, ts: float, table: AdTable) -> Request:
+def _request(query: Query, state: UserState, repeated: Sequence[int] | None, table: AdTable) -> Request:
     ad_ids, sent = query.ad_ids, query.sent
     if repeated is not None:
         ad_ids = [ad_ids[i] for i in repeated]
@@ -270,9 +258,9 @@ def _request(query: Query, state: UserState, repeated: Sequence[int] | None, ts:
     stored, rows, counted = state.features, None, None
     if table.encoder.tallies:
         rows = table.rows(ad_ids)
-        of_user, counted = numbers_of(table, ad_ids, rows, state.counts, ts)
+        of_user, counted = numbers_of(table, ad_ids, rows, state.counts, query.ts)
         stored = {**stored, **of_user}
-    return Request(query.user_id, query.user, query.context, history, ad_ids, sent, stored, times, ts, rows, counted)
+    return Request(query.user_id, query.user, query.context, history, ad_ids, sent, stored, times, query.ts, rows, counted)
 
 
 def _mistake(error: FieldError, positions: Sequence[int] | None) -> FieldProblem:
