@@ -186,6 +186,17 @@ async def test_an_exception_nobody_foresaw_is_told_by_place_and_request(run, ads
     assert 10 <= len(written) < 40  # ten a second
 
 
+async def test_a_store_that_is_full_is_told_so():
+    server = Server("valkey", "--maxmemory", "1mb", "--maxmemory-policy", "noeviction")
+    store = RedisStore(server.url, timeout=2, ttl=1000, on_damaged=lambda: None)
+    try:
+        with pytest.raises(StoreError, match="it is full: raise its maxmemory"):
+            await store.put_ads([Ad(f"a{n}", {"title": "x" * 10_000}) for n in range(200)])
+    finally:
+        await store.close()
+        server.stop()
+
+
 async def test_a_store_that_lacks_a_command_quotes_no_record():
     server = Server("valkey", "--rename-command", "XADD", "")
     store = RedisStore(server.url, timeout=2, ttl=1000, on_damaged=lambda: None)

@@ -15,6 +15,7 @@ DENIED = "store_denied"
 NO_PASSWORD = ("NOAUTH", "Authentication required", "HELLO must be called with the client already authenticated")
 WRONG_PASSWORD = ("WRONGPASS", "invalid username-password pair", "invalid password", "without any password configured")
 NO_PERMISSION = ("NOPERM", "no permissions to")
+FULL = "when used memory > 'maxmemory'"
 SILENT = "; see whether host and port are right, and whether it speaks TLS if the URL says so"
 TLS = {
     "WRONG_VERSION_NUMBER": "it does not speak TLS at that port; write redis:// in place of rediss://, or name its TLS port",
@@ -42,6 +43,8 @@ def as_store_error(error: Exception, seconds: float) -> StoreError:
     hint = "; it is a cluster, whose URL begins with redis+cluster://" if isinstance(error, MovedError) else ""
     if "unknown command" in text.lower():
         hint = "; adrank needs Redis 6.2 or later, better 7, or Valkey, without commands that are renamed or switched off"
+    if FULL in text:
+        hint = "; it is full: raise its maxmemory, or let adrank join take what waits there"
     return StoreError("store_error", f"the store refused: {text}{hint}")
 
 
