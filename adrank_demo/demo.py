@@ -91,8 +91,9 @@ def stage(
     for made in (data, models, folder / "log"):
         shutil.rmtree(made, ignore_errors=True)
     with progress_bar(quiet) as progress:
-        progress.add_task("making the world", total=None)
+        making = progress.add_task("making the world", total=None)
         write_log(world, data)
+        progress.update(making, total=1, completed=1)
         for network, chosen in networks.items():
             train_and_publish(open_prepared(data), network, models, network, dict(chosen), progress)
     then(models)

@@ -154,7 +154,9 @@ EVERY = os.environ.get("NETWORKS") == "all"
 @pytest.mark.parametrize("family", sorted(set(NETWORKS) - {"deepfm", "din"} - (set() if EVERY else {"dkt"})))
 def test_an_exported_network_gives_what_torch_gives(family: str) -> None:
     text = HISTORY_AND_ADS if family in EXPORTED and not EVERY else small.SCHEMA  # a history, and a user without columns
-    network = small.network(family, text)
+    network = small.network(
+        family, text, **({"crosses": "history.genre*genre,genre*ad_id", "cross_rows": 50} if family == "wide_deep" else {})
+    )
     others = {head: Calibration(0.5, 0.1) for head in network.heads if head != CLICK}
     served = ServedNetwork(network, Calibration(0.3, -0.2, -0.7), small.schema(text), others).eval()
     graph = to_onnx(served) if EVERY or family in EXPORTED else small.traced(served)
