@@ -130,11 +130,14 @@ def test_the_store_of_each_benchmark_model_is_its_own(servers: Callable[[str], S
 def test_growth_measures_a_service_of_its_own(servers: Callable[[str], Server], bench: Bench, tmp_path: Path) -> None:
     database = servers("valkey").url.replace("/0", "/9")
     asyncio.run(fill(bench.built.benchmark_model.population, database))
-    start, costs = growth.grow(bench.built, database, (1, 20), 0.2, tmp_path, 1)
+    start, costs = growth.grow(bench.built, database, (1, 20), 0.4, tmp_path, 1)
     assert (start.ads, start.workers) == (300, 1)
     assert start.ready_s > 0
     assert start.catalogue_s is not None
     assert start.resident_mib > 50
     assert start.together_mib > 50
     assert [(cost.candidates, cost.errors) for cost in costs] == [(1, 0), (20, 0)]
-    assert all(0 < cost.p50_ms <= cost.p99_ms and cost.cpu_us > 0 for cost in costs)
+    assert all(0 < cost.p50_ms <= cost.p99_ms and cost.cpu_us >= 0 for cost in costs)
+    assert (
+        sum(cost.cpu_us for cost in costs) > 0
+    )  # of one alone it may be less than the system counts in, 10 ms, where others keep processors busy

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from typing import NamedTuple
 
@@ -257,13 +258,15 @@ async def test_the_deadline_counts_the_queue(models):
 
 
 async def test_the_event_loop_runs_while_a_pool_runs_the_model(models, monkeypatch):
-    ranked = Ranked(models, Pool(1))
-    monkeypatch.setattr(type(models.loaded["din"].scorer), "score", lambda _self, feeds: time.sleep(0.2) or np.zeros((1, 1), np.float32))
-    ranking, ticks = asyncio.create_task(ranked.rank(["a1"])), 0
-    while not ranking.done():
-        await asyncio.sleep(0.005)
-        ticks += 1
-    assert ticks > 10
+    ranked, ticked, seen = Ranked(models, Pool(1)), threading.Event(), []
+    score = lambda _self, feeds: seen.append(ticked.wait(20)) or np.zeros((1, 1), np.float32)  # noqa: E731
+    monkeypatch.setattr(type(models.loaded["din"].scorer), "score", score)
+    ranking = asyncio.create_task(ranked.rank(["a1"]))
+    await asyncio.sleep(0.05)
+    assert not ranking.done()
+    ticked.set()
+    await ranking
+    assert seen == [True]
     ranked.ranker.close()
 
 
