@@ -291,7 +291,7 @@ class TestCanary:
             slow_down(client, 1.5)
             await client.rank("u1", CANDIDATES)
             status = await until_status(client, stopped, 5)
-            assert re.search(r"a run has taken 0\.\d s, 0\.1 s are allowed", status["verdict"]["detail"])
+            assert re.search(r"a run has taken [01]\.\d s, 0\.1 s are allowed", status["verdict"]["detail"])
 
     async def test_a_caller_s_deadline_is_kept_and_no_fault_of_it(self, tmp_path, ads):
         async with challenged(tmp_path / "models", ads, "canary", 1.0, CanaryBounds(max_seconds=10, p99_ratio=1e6), bias=0.0) as (
@@ -299,13 +299,13 @@ class TestCanary:
             live,
             _,
         ):
-            slow_down(client, 0.4)
+            slow_down(client, 1.5)
             began = time.monotonic()
-            answer = await client.rank("u1", CANDIDATES, options={"deadline_ms": 300})
-            assert (answer["model"]["version"], time.monotonic() - began < 0.4) == (live, True)
+            answer = await client.rank("u1", CANDIDATES, options={"deadline_ms": 1_000})
+            assert (answer["model"]["version"], time.monotonic() - began < 1.5) == (live, True)
             status = await until_status(client, lambda status: status["last_10_minutes"]["requests"] == 1)
             assert (status["last_10_minutes"]["late"], status["last_10_minutes"]["errors"]) == (0, 0)
-            assert status["last_10_minutes"]["p99_ms"] > 350
+            assert status["last_10_minutes"]["p99_ms"] > 1_400
 
     async def test_the_store_is_asked_once_and_stages_are_those_of_who_ranks(self, tmp_path, ads, monkeypatch):
         asked, get_user = [], ads.get_user
