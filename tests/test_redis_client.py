@@ -90,6 +90,22 @@ async def test_those_who_ask_at_once_share_a_round_trip_and_none_loses_the_conne
     await asked.close()
 
 
+@pytest.mark.parametrize("reply", [None, 7, [b"a"], {b"a": b"b"}, "text", True])
+async def test_what_is_no_value_is_a_failure_of_the_store(reply):
+    """No Redis answers so; what else speaks its protocol may."""
+
+    class Odd:
+        def owner(self, _key):
+            return None
+
+        async def send(self, commands):
+            return [reply for _ in commands]
+
+    async with reads(Odd()) as read:
+        with pytest.raises(redis.ResponseError, match="it answers GETRANGE by"):
+            await read("k")
+
+
 async def test_a_store_that_is_down_is_not_asked_once_a_request(monkeypatch):
     loop, attempts = asyncio.get_running_loop(), []
     connect = loop.create_connection
@@ -142,10 +158,10 @@ def test_a_reply_that_came_while_the_loop_was_busy_is_no_timeout(new_loop):
 
     async def ask():
         server = open_servers(started.url)
-        reads = Reads(server, 0.05, MOST)
+        reads = Reads(server, 0.15, MOST)
         read = reads.read
         await Client(server, 5).ask(b"SET", b"k", b"v")
-        for busy in (0.06, 0.2):
+        for busy in (0.2, 0.3):
             for turns in range(6):  # before it is sent, and after
                 asking = asyncio.ensure_future(read("k"))
                 for _ in range(turns):

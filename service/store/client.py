@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from .cluster import Cluster
 from .sentinel import Primary
@@ -130,8 +130,10 @@ class Reads:
         finally:
             self._busy[owner] -= 1
         for (_, future), reply in zip(batch, replies, strict=True):
-            if not future.done():
-                (future.set_exception if isinstance(reply, Exception) else future.set_result)(reply)
+            if not future.done() and isinstance(reply, bytes):
+                future.set_result(reply)
+            elif not future.done():
+                future.set_exception(reply if isinstance(reply, Exception) else ResponseError(f"it answers GETRANGE by {reply!r:.40}"))
         self._send(owner)
 
     async def close(self) -> None:
