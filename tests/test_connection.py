@@ -6,53 +6,10 @@ import pytest
 from conftest import until
 from raw_http import raw, shut
 
-from service.serving.connection import AnswerWriter
-
 pytestmark = pytest.mark.anyio
 
 
 HEAD = b"GET /a HTTP/1.1\r\nhost: x\r\n"
-
-
-class Recorded:
-    """A transport that keeps what is written to it."""
-
-    def __init__(self) -> None:
-        self.written: list[bytes] = []
-
-    def write(self, data: bytes) -> None:
-        self.written.append(data)
-
-    def close(self) -> None:
-        self.written.append(b"closed")
-
-
-class TestWrites:
-    def answer(self, *pieces: bytes) -> list[bytes]:
-        transport = Recorded()
-        writer = AnswerWriter(transport)
-        for piece in pieces:
-            writer.write(piece)
-        writer.close()
-        return transport.written
-
-    def test_a_head_goes_with_its_body(self):
-        assert self.answer(b"head", b"body") == [b"headbody", b"closed"]
-        assert self.answer(b"head", b"chunk", b"another") == [b"headchunk", b"another", b"closed"]
-
-    def test_a_head_that_nothing_follows_is_sent_all_the_same(self):
-        assert self.answer(b"head") == [b"head", b"closed"]
-        assert self.answer(b"head", b"") == [b"head", b"closed"]
-
-    def test_who_waits_to_send_a_body_is_not_kept_waiting(self):
-        assert self.answer(b"HTTP/1.1 100 Continue", b"head", b"body") == [b"HTTP/1.1 100 Continue", b"headbody", b"closed"]
-
-    async def test_a_connection_writes_an_answer_at_once(self, monkeypatch):
-        written = []
-        monkeypatch.setattr(AnswerWriter, "write", lambda self, data, write=AnswerWriter.write: (written.append(data), write(self, data)))
-        async with raw() as client:
-            assert await client.codes(HEAD + b"\r\n", HEAD.replace(b"GET", b"HEAD") + b"connection: close\r\n\r\n") == [200, 200, "closed"]
-        assert [data[:5] for data in written] == [b"HTTP/", b"GET /", b"HTTP/", b""]
 
 
 class TestMemory:

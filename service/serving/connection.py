@@ -5,7 +5,6 @@ that comes, without a limit on a head or a time, takes an `Upgrade` for made, an
 request (docs/decisions/2026-11-28-connections.md). Knows nothing of what is served.
 """
 
-import asyncio
 import contextvars
 import logging
 import math
@@ -23,7 +22,6 @@ from .limits import ConnectionState
 
 LINGER_SECONDS = 2.0
 """How long what a refused client still sends is read and dropped: closed before, it would be reset, and its answer lost."""
-CONTINUE = b"HTTP/1.1 100 "
 HEAD_END = b"\r\n\r\n"
 UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 ENDED_EARLY = "the connection ended before the request did"
@@ -38,40 +36,6 @@ class NotTakenError(Exception):
     def __init__(self, kind: Kind, detail: str) -> None:
         super().__init__(detail)
         self.kind = kind
-
-
-class AnswerWriter(asyncio.Transport):
-    """What an answer is written to: its head goes with what follows it, since each write is a packet and wakes the client."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        super().__init__()
-        self._transport = transport
-        self._head: bytes | None = None
-        """None before it came, empty once it has gone."""
-
-    def write(self, data: bytes) -> None:  # type: ignore[override]  # uvicorn writes nothing else
-        """Send it, or keep it if it is the head."""
-        if self._head is not None:
-            self._transport.write(self._head + data)
-            self._head = b""
-        elif data.startswith(CONTINUE):
-            self._transport.write(data)
-        else:
-            self._head = data
-
-    def flush(self) -> None:
-        """Send a head that nothing follows."""
-        if self._head:
-            self.write(b"")
-
-    def is_closing(self) -> bool:
-        """See asyncio."""
-        return self._transport.is_closing()
-
-    def close(self) -> None:
-        """Send what is kept, and close."""
-        self.flush()
-        self._transport.close()
 
 
 class Connection(HttpToolsProtocol):
@@ -188,7 +152,6 @@ class Connection(HttpToolsProtocol):
         self.left, self.framing = self._length(version), 0
         self.expect_100_continue = self.expect_100_continue and version == "1.1" and self.left > 0
         super().on_headers_complete()
-        self.writer = self.cycle.transport = AnswerWriter(self.transport)
         self.headers = []  # the request has its own; what stands behind its body is none of them
         self._arm(self.settings.request_timeout_ms)
         if self.server_state.surplus > 0 and self.cycle.keep_alive:
@@ -235,7 +198,6 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on with what came meanwhile: what is logged of that belongs to no request before."""
-        self.writer.flush()
         super().on_response_complete()
         if not self.left:
             self.deadline = math.inf
